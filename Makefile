@@ -1,0 +1,47 @@
+# `make train` and `make test` each work on a clean clone: they make .venv when it is not there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: train train-full test check bench ui clean help
+
+help:  ## what can be made
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 14
+
+$(STAMP): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed; try make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	# torch first and by its exact version, so that no other package asks for another build of it.
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock \
+		"$$(grep '^torch==' requirements.lock)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock \
+		--editable '.[dev]'
+	@touch $@
+
+train: $(STAMP)  ## the main job on real traffic data, 2 epochs of 300 steps: minutes on a CPU
+	$(BIN)/python -m expt +memory=lite experiment=probe
+
+train-full: $(STAMP)  ## the main job with whole epochs, until validation stops improving
+	$(BIN)/python -m expt +memory=lite
+
+test: $(STAMP)  ## all tests
+	$(BIN)/python -m pytest
+
+check: $(STAMP)  ## style, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_layers.py
+
+bench: $(STAMP)  ## the committed measurements again; each is resumable
+	for program in benchmarks/*.py; do $(BIN)/python $$program || exit 1; done
+
+ui: $(STAMP)  ## the MLflow UI on http://127.0.0.1:5000
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db --host 127.0.0.1 --port 5000
+
+clean:  ## remove the environment and caches; outputs stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

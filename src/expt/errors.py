@@ -1,0 +1,61 @@
+"""What can go wrong, and which exit code it means.
+
+::
+
+    ExptError                 (exit 1, message only)
+    ├── UserError             (exit 2, message only; also a ValueError)
+    │   ├── ConfigError       a key, value or combination in the configuration
+    │   └── DataError         a data file that is absent or not what it should be
+    └── StorageError          the output disk refused a write; what was saved before is intact
+
+A bug, or a fault in a user's own model, is any other exception: exit 1 with its traceback.
+An expected end of a run (stopped, diverged) is not an exception but `results.RunResult.status`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class ExptError(Exception):
+    """Base of every error this package raises on purpose; `exit_code` is the process's."""
+
+    exit_code = 1
+
+
+class UserError(ExptError, ValueError):
+    """A mistake that only the user can mend."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """One or more problems in the configuration, reported together."""
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        if len(self.problems) == 1:
+            super().__init__(self.problems[0])
+        else:
+            lines = "\n".join(f"  - {problem}" for problem in self.problems)
+            super().__init__(f"{len(self.problems)} problems in the configuration:\n{lines}")
+
+
+class DataError(UserError):
+    """A data file is absent, unreadable, or does not hold what it should."""
+
+
+class StorageError(ExptError):
+    """The output directory refused a write (full, read-only); earlier files are intact."""
+
+
+def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
+    """Say which known names are close to `word`: ``did you mean 'lite'?`` or the whole list."""
+    names = sorted(set(known))
+    close = difflib.get_close_matches(word, names, n=count, cutoff=0.55)
+    if close:
+        return "did you mean " + " or ".join(repr(name) for name in close) + "?"
+    if not names:
+        return "nothing can be set here"
+    return "known names: " + ", ".join(names)

@@ -1,0 +1,69 @@
+"""Writing files so that a reader, or a run after a crash, never sees half of one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from expt.errors import StorageError
+
+
+def replace_atomically(path: Path, write: Callable[[Path], None], durable: bool = True) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in its place.
+
+    Args:
+        path: the file to make or replace; its folder is made.
+        write: called with the temporary path.
+        durable: wait until the bytes are on the disk, so that a power cut loses nothing.
+
+    Raises:
+        StorageError: the disk refused; what was at `path` before is intact.
+
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        if durable:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        # torch.save reports a full disk as a RuntimeError of its zip writer.
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        _remove_if_possible(temporary)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise StorageError(
+            f"cannot write {path}: {reason}. What was saved before is intact; "
+            "free some space or choose another folder with hydra.run.dir=FOLDER"
+        ) from error
+
+
+def write_json(path: Path, value: Any, durable: bool = True) -> None:
+    """Write `value` as JSON atomically; NaN and infinity become null."""
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n"
+    replace_atomically(path, lambda temporary: _write_text(temporary, text), durable)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and (value != value or abs(value) == float("inf")):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return value
+
+
+def _remove_if_possible(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)

@@ -1,0 +1,79 @@
+"""`RunResult`: how a run ended, as data; the content of ``result.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from expt.files import write_json
+
+FILE_NAME = "result.json"
+Status = Literal["completed", "failed", "stopped"]
+
+METRIC_NAMES = (
+    "val/mae",
+    "test/mae",
+    "test/mae_15min",
+    "test/mae_30min",
+    "test/mae_60min",
+    "test/rmse",
+    "test/mape",
+)
+"""Always present in ``metrics``; null where they were not reached."""
+
+
+@dataclass
+class RunResult:
+    """One run, whichever way it ended.
+
+    `weights_sha256` is over the weights after the last step; the test figures are those of the
+    best weights by validation. `metrics` are in mph, `seconds` cover all parts of a resumed run.
+    """
+
+    status: Status
+    stop_reason: str
+    resumed_from_step: int = 0
+    weights_sha256: str | None = None
+    preset: str | None = None
+    device: str | None = None
+    epochs: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    parameters: int | None = None
+    metrics: dict[str, float | None] = field(
+        default_factory=lambda: dict.fromkeys(METRIC_NAMES, None)
+    )
+    memory: dict[str, Any] = field(
+        default_factory=lambda: {
+            "peak_allocated_bytes": None,
+            "peak_reserved_bytes": None,
+            "predicted_peak_bytes": None,
+            "budget_bytes": None,
+            "meter": None,
+        }
+    )
+    oom_events: list[Mapping[str, Any]] = field(default_factory=list)
+    tracking: dict[str, str | None] = field(
+        default_factory=lambda: {"uri": None, "run_id": None, "parent_run_id": None}
+    )
+
+    @property
+    def exit_code(self) -> int:
+        """0 for a completed run, else 1; a signal's code is decided where it was caught."""
+        return 0 if self.status == "completed" else 1
+
+    def save(self, run_dir: Path) -> None:
+        """Write ``result.json`` atomically."""
+        write_json(run_dir / FILE_NAME, asdict(self))
+
+
+def load_result(run_dir: Path) -> RunResult | None:
+    """Return the result stored in a run's directory, or None if there is none that can be read."""
+    try:
+        stored = json.loads((run_dir / FILE_NAME).read_text(encoding="utf-8"))
+        return RunResult(**stored)
+    except (OSError, ValueError, TypeError):
+        return None

@@ -1,0 +1,176 @@
+"""The configuration's fixed part: one dataclass per fixed group, with every default and limit.
+
+Open groups (`model`, `data`, `optimizer`) are a `_target_` and its constructor's arguments;
+their defaults live in their YAML. Limits that a type cannot say are in the `problems` methods.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+class Precision(Enum):
+    """Arithmetic of the forward and backward pass; `auto` is bf16 on CUDA, else fp32."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Device(Enum):
+    """Where to train; `auto` is CUDA or MPS where there is one, else the CPU."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+    mps = "mps"
+
+
+class Schedule(Enum):
+    """How the learning rate goes over the run; see `expt.optim.schedules`."""
+
+    constant = "constant"
+    cosine = "cosine"
+    one_cycle = "one_cycle"
+    step = "step"
+
+
+class Preset(Enum):
+    """Rows of the size tables in `conf/model` and `conf/data`."""
+
+    full = "full"
+    lite = "lite"
+    minimal = "minimal"
+
+
+@dataclass
+class TaskConfig:
+    """Group `task`: the function that `python -m expt` runs."""
+
+    _target_: str = MISSING
+
+
+@dataclass
+class MemoryConfig:
+    """Group `memory`: sizes and techniques that decide the peak."""
+
+    preset: Preset | None = None  # None: the sizes of lite
+    precision: Precision = Precision.auto
+    gradient_accumulation: int = 1  # micro-batches per optimizer step; the batch stays the same
+
+    def problems(self) -> list[str]:
+        """Return one message per value out of range."""
+        return at_least("memory", self, gradient_accumulation=1)
+
+
+@dataclass
+class TrainerConfig:
+    """Group `trainer`: the loop, its limits, and what is saved when."""
+
+    device: Device = Device.auto
+    seed: int = 0
+    deterministic: bool = False  # also refuse non-deterministic CUDA kernels
+    epochs: int = 30
+    steps_per_epoch: int | None = None  # None: the whole training part
+    max_steps: int | None = None  # total optimizer steps
+    time_limit_seconds: float | None = None
+    early_stopping_patience: int | None = 8  # epochs without a better validation; None: never
+    eval_batches: int | None = None  # None: the whole split; a limit is for smoke tests only
+    schedule: Schedule = Schedule.one_cycle
+    warmup_fraction: float = 0.1  # of all steps, for one_cycle and cosine
+    step_milestones: list[float] = field(default_factory=lambda: [0.5, 0.8])  # of all steps
+    step_factor: float = 0.1
+    gradient_clip_norm: float | None = 5.0
+    checkpoint_every_steps: int | None = None  # None: after every epoch only
+    log_every_steps: int = 50
+    resume: Any = False  # true: go on in hydra.run.dir; a path: go on there
+    progress: bool = True
+    repeat_first_epoch: bool = False  # the same samples every epoch, to see a model overfit
+    profile: bool = False  # torch.profiler over a few steps, written to the run's directory
+
+    def problems(self) -> list[str]:
+        """Return one message per value out of range."""
+        found = at_least(
+            "trainer",
+            self,
+            epochs=1,
+            steps_per_epoch=1,
+            max_steps=1,
+            early_stopping_patience=1,
+            eval_batches=1,
+            checkpoint_every_steps=1,
+            log_every_steps=1,
+            seed=0,
+        )
+        for name in ("time_limit_seconds", "gradient_clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                found.append(f"trainer.{name} must be a positive number or null, got {value}")
+        if not 0 <= self.warmup_fraction < 1:
+            found.append(f"trainer.warmup_fraction must be in [0, 1), got {self.warmup_fraction}")
+        if any(not 0 < at < 1 for at in self.step_milestones):
+            found.append(
+                "trainer.step_milestones are fractions of the run between 0 and 1, "
+                f"got {list(self.step_milestones)}"
+            )
+        if not isinstance(self.resume, bool | str):
+            found.append(
+                f"trainer.resume must be true, false or a run's directory, got {self.resume!r}"
+            )
+        return found
+
+
+@dataclass
+class TrackingConfig:
+    """Group `tracking`: where runs are recorded; `uri: null` records nothing outside outputs/."""
+
+    uri: str | None = None
+    experiment: str = "expt"
+    artifacts: str | None = None  # folder for artifacts, for a SQLite store only
+    flush_seconds: float = 30.0
+
+    def problems(self) -> list[str]:
+        """Return one message per value out of range."""
+        if self.flush_seconds >= 0:
+            return []
+        return [f"tracking.flush_seconds must not be negative, got {self.flush_seconds}"]
+
+
+@dataclass
+class ReplayConfig:
+    """Node of the task `replay`."""
+
+    root: str = "outputs"
+
+
+@dataclass
+class Config:
+    """The whole configuration; stored as the base that `conf/config.yaml` fills."""
+
+    task: TaskConfig = field(default_factory=TaskConfig)
+    model: dict[str, Any] = MISSING
+    data: dict[str, Any] = MISSING
+    optimizer: dict[str, Any] = MISSING
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+
+
+OPEN_GROUPS = ("model", "data", "optimizer")
+"""Groups whose keys are a `_target_` and its constructor's arguments."""
+
+
+def at_least(group: str, config: object, **limits: int) -> list[str]:
+    """Return a message for every named value that is set and below its limit."""
+    return [
+        f"{group}.{name} must be at least {limit}, got {value}"
+        for name, limit in limits.items()
+        if (value := getattr(config, name)) is not None and value < limit
+    ]

@@ -1,0 +1,71 @@
+"""Shared fixtures: a folder of its own for every test, and the smallest run that is a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SMALL = ("memory=minimal", "debug=smoke", "tracking=none", "trainer.progress=false")
+"""A run of 8 steps that records nothing outside its own directory."""
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder, so that relative outputs go there."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def composed() -> Iterator[Callable[..., Any]]:
+    """A function that composes the configuration from overrides."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    from expt.composition import conf_dir, register
+
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_dir())):
+        yield lambda *overrides: compose("config", overrides=list(overrides))
+
+
+@pytest.fixture
+def expt(home: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """A function that runs one command line in this process: (exit code, stdout, stderr)."""
+    from expt.__main__ import run_command
+
+    def run(*arguments: str, small: bool = True) -> tuple[int, str, str]:
+        given: Sequence[str] = (*SMALL, *arguments) if small else arguments
+        # A group given twice is refused by Hydra; the test's own choice wins.
+        names = [argument.partition("=")[0] for argument in arguments]
+        given = [a for a in given if a in arguments or a.partition("=")[0] not in names]
+        capfd.readouterr()
+        code = run_command(list(given))
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _restore_process_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Undo what running a command line in this process changes."""
+    import logging
+    import sys
+
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    for name in ("EXPT_METR_LA", "EXPT_PEMS_BAY"):
+        monkeypatch.delenv(name, raising=False)
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    for handler in root.handlers:
+        if handler not in handlers:
+            handler.close()
+    root.handlers[:] = handlers
+    root.setLevel(level)
