@@ -1,0 +1,62 @@
+"""MAE, RMSE and MAPE over observed readings, as sums over a whole split.
+
+A mean of per-batch means would flatter: batches with few observed readings count too much.
+
+Letters: `B` batch, `P` horizon, `N` sensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from expt.protocols import Batch
+
+REPORTED_MINUTES = (15, 30, 60)
+
+
+class MaskedErrors:
+    """Accumulates errors in mph per forecast step; implements `expt.protocols.Metrics`."""
+
+    def __init__(self, to_mph: Callable[[Tensor], Tensor], horizon: int, step_seconds: int) -> None:
+        self.to_mph = to_mph
+        self.horizon = horizon
+        self.step_seconds = step_seconds
+        self.sums: Tensor | None = None  # [4, P] float64: |e|, e^2, |e|/truth, observed
+
+    def update(self, prediction: Tensor, batch: Batch) -> None:
+        """Add predictions [B,P,N] (normalised) for targets [B,P,N] in mph, 0 = missing."""
+        observed = batch.target > 0
+        error = torch.where(observed, self.to_mph(prediction) - batch.target, 0.0)
+        relative = error.abs() / torch.where(observed, batch.target, 1.0)
+        parts = (error.abs(), error.square(), relative, observed)
+        # MPS has no float64; the per-batch sums there are exact enough in float32.
+        dtype = torch.float32 if error.device.type == "mps" else torch.float64
+        sums = torch.stack([part.sum(dim=(0, 2), dtype=dtype) for part in parts])
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    def compute(self) -> dict[str, float]:
+        """Return ``mae``, ``rmse``, ``mape`` (a fraction), and ``mae_15min`` and later steps."""
+        if self.sums is None:
+            raise ValueError("no batch was added")
+        absolute, squared, relative, observed = self.sums.double().cpu()
+        count = observed.sum()
+        figures = {
+            "mae": float(absolute.sum() / count),
+            "rmse": float((squared.sum() / count).sqrt()),
+            "mape": float(relative.sum() / count),
+        }
+        for minutes in REPORTED_MINUTES:
+            step = minutes * 60 // self.step_seconds - 1
+            if 0 <= step < self.horizon:
+                figures[f"mae_{minutes}min"] = float(absolute[step] / observed[step])
+        return figures
+
+    def by_step(self) -> list[float]:
+        """Return the MAE of every forecast step, length P."""
+        if self.sums is None:
+            raise ValueError("no batch was added")
+        absolute, _, _, observed = self.sums.double().cpu()
+        return [float(value) for value in absolute / observed]
