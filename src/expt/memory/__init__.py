@@ -1,0 +1,1 @@
+"""Measuring the bytes that tensors take on a device."""

@@ -1,0 +1,1 @@
+"""Models: one file each, plain arguments, no knowledge of configuration or data sets."""

@@ -1,0 +1,1 @@
+"""Learning-rate schedules; optimizers come from torch by `_target_`."""
