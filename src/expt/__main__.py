@@ -1,0 +1,97 @@
+"""`python -m expt` and `expt`: adapt Hydra, dispatch a task, turn every ending into an exit code.
+
+0 completed; 2 the user's mistake; 130 or 143 stopped by a signal; 1 anything else: a message
+where the cause is known, a traceback where it is not. There is one handler, `run_command`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from expt.errors import ExptError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+DISK_ERRORS = (
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from expt.composition import explain, prepare_arguments
+
+    results: list[Any] = []
+    argv = sys.argv
+    try:
+        prepared = prepare_arguments(arguments)
+        sys.argv = [argv[0], *prepared]
+        _run_hydra(results)
+    except ExptError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except (HydraException, OmegaConfBaseException) as error:
+        print(f"error: {explain(error, prepared)}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in DISK_ERRORS or error.filename is None:
+            raise
+        print(
+            f"error: cannot write {error.filename}: {error.strerror}; what was saved before is "
+            "intact. Choose another folder with hydra.run.dir=FOLDER",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt as error:
+        return getattr(error, "exit_code", 130)
+    finally:
+        sys.argv = argv
+    return max((getattr(result, "exit_code", 0) for result in results), default=0)
+
+
+def _run_hydra(results: list[Any]) -> None:
+    import hydra
+
+    from expt.composition import conf_dir, register
+
+    # Hydra then raises instead of printing and exiting 1, so that one handler decides.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    # The console script should find a user's own modules like `python -m expt` does.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    register()
+
+    def job(cfg: DictConfig) -> Any:
+        from expt.composition import run_task
+
+        result = run_task(cfg)
+        results.append(result)
+        return result
+
+    entry = hydra.main(
+        config_path=str(conf_dir()), config_name="config", execution_whitelist=["expt.*"]
+    )
+    entry(job)()
+
+
+if __name__ == "__main__":
+    main()

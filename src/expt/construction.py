@@ -1,0 +1,281 @@
+"""From configuration to objects: one validation pass first, then `build` for each open group.
+
+`validated` looks at everything that can be judged without reading data or building a model, and
+raises one `ConfigError` with all problems. An open group's keys are compared with the signature
+of its `_target_`: names, types, and what the class itself has to say (`protocols.Checked`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import logging
+import typing
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, cast
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from expt.errors import ConfigError, nearest
+from expt.protocols import Checked
+from expt.schema import OPEN_GROUPS, Config, MemoryConfig, TrackingConfig, TrainerConfig
+
+log = logging.getLogger(__name__)
+
+PROVIDED = {"optimizer": frozenset({"params"})}
+"""Arguments that the framework passes itself; `DataSet.model_arguments` are more, for models."""
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """Where a run happens: its directory, its parent's, and the keys set on the command line."""
+
+    run_dir: Path
+    parent_dir: Path | None = None
+    overridden: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The fixed groups as objects, and the open groups' arguments, all checked."""
+
+    trainer: TrainerConfig
+    memory: MemoryConfig
+    tracking: TrackingConfig
+    arguments: Mapping[str, Mapping[str, Any]]
+
+    def target(self, group: str) -> Callable[..., Any]:
+        """Return the class that an open group names."""
+        return _locate(self.arguments[group]["_target_"])
+
+
+def validated(cfg: DictConfig, overridden: Collection[str] = ()) -> Settings:
+    """Judge the whole configuration; nothing heavy is imported, read or built.
+
+    Raises:
+        ConfigError: with every problem found.
+
+    """
+    problems = _added_keys(cfg)
+    if problems:
+        raise ConfigError(problems)
+    try:
+        trainer = cast(TrainerConfig, OmegaConf.to_object(cfg.trainer))
+        memory = cast(MemoryConfig, OmegaConf.to_object(cfg.memory))
+        tracking = cast(TrackingConfig, OmegaConf.to_object(cfg.tracking))
+        open_groups = {
+            group: cast(dict[str, Any], OmegaConf.to_container(cfg[group], resolve=True))
+            for group in OPEN_GROUPS
+        }
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+    problems += memory.problems() + trainer.problems() + tracking.problems()
+    problems += _device_problems(trainer.device.value)
+    arguments: dict[str, Mapping[str, Any]] = {}
+    sound: dict[str, Mapping[str, Any]] = {}
+    for group, node in open_groups.items():
+        arguments[group], found = _checked_arguments(group, node, overridden)
+        problems += found
+        if not found:
+            sound[group] = arguments[group]
+    problems += _own_problems(sound)
+    if problems:
+        raise ConfigError(problems)
+    return Settings(trainer, memory, tracking, arguments)
+
+
+def build(settings: Settings, group: str, **provided: Any) -> Any:
+    """Instantiate an open group; of `provided`, it gets what its constructor asks for by name.
+
+    Raises:
+        ConfigError: a required argument is neither in the configuration nor provided.
+
+    """
+    arguments = settings.arguments[group]
+    parameters = inspect.signature(settings.target(group)).parameters
+    handed = {
+        name: value
+        for name, value in provided.items()
+        if name in parameters and name not in arguments
+    }
+    missing = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is inspect.Parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and name not in arguments
+        and name not in handed
+    ]
+    if missing:
+        raise ConfigError(
+            [
+                f"{group}.{name} is required by {arguments['_target_']} and not set; the data "
+                f"provides {', '.join(sorted(provided)) or 'nothing'}"
+                for name in missing
+            ]
+        )
+    # Hydra may build exactly the classes this node names, and nothing else.
+    targets = sorted(_targets(arguments))
+    factory = instantiate(
+        dict(arguments), _partial_=True, _convert_="all", _execution_whitelist_=targets
+    )
+    return factory(**handed)
+
+
+def _added_keys(cfg: DictConfig) -> list[str]:
+    """Refuse keys that ``+key=value`` put where the schema has none; Hydra lets them pass."""
+    nodes = {"": (cfg, Config)}
+    for field in fields(Config):
+        if field.name not in OPEN_GROUPS:
+            nodes[f"{field.name}."] = (cfg[field.name], OmegaConf.get_type(cfg[field.name]))
+    return [
+        f"{prefix}{key}: there is no such key; {nearest(str(key), known)}"
+        for prefix, (node, schema) in nodes.items()
+        for known in [{field.name for field in fields(schema)}]
+        for key in node
+        if key not in known
+    ]
+
+
+def _checked_arguments(
+    group: str, node: dict[str, Any], overridden: Collection[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the arguments that will be passed, and what is wrong with them."""
+    target = node.get("_target_")
+    if not isinstance(target, str):
+        return node, [f"{group}._target_ must name a class, like my_lab.MyNet, got {target!r}"]
+    try:
+        factory = _locate(target)
+        parameters = inspect.signature(factory).parameters
+    except ConfigError as error:
+        return node, [f"{group}._target_={target}: {error}"]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    kept, problems, dropped = {"_target_": target}, [], []
+    hints = _type_hints(factory)
+    for name, value in node.items():
+        key = f"{group}.{name}"
+        if name == "_target_":
+            continue
+        if name not in parameters and not takes_any:
+            if f"{group}._target_" in overridden and key not in overridden:
+                dropped.append(name)
+            else:
+                problems.append(
+                    f"{key}: {target} has no such argument; "
+                    f"{nearest(name, set(parameters) - PROVIDED.get(group, set()))}"
+                )
+            continue
+        kept[name] = value
+        if value == "???":
+            problems.append(f"{key} must be given, like {key}=VALUE")
+        elif name in hints and not _conforms(value, hints[name]):
+            expected = inspect.formatannotation(hints[name])
+            problems.append(f"{key}={value!r}: expected {expected}, got {type(value).__name__}")
+    if dropped:
+        log.warning(
+            "%s._target_ is set on the command line: not passing on %s, which %s does not take",
+            group,
+            ", ".join(dropped),
+            target,
+        )
+    return kept, problems
+
+
+def _own_problems(arguments: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Ask the classes themselves; a model is also told the data's arguments it asks for."""
+    found: list[str] = []
+    for group, own in arguments.items():
+        factory = _locate(own["_target_"])
+        if not isinstance(factory, Checked):
+            continue
+        shared = {}
+        if group == "model":
+            asked = inspect.signature(cast(Callable[..., Any], factory)).parameters
+            shared = {
+                name: value for name, value in arguments.get("data", {}).items() if name in asked
+            }
+        found += factory.problems({**shared, **own})
+    return found
+
+
+def _device_problems(name: str) -> list[str]:
+    """Refuse a device that is not there; torch is imported only to ask about one."""
+    if name in ("auto", "cpu"):
+        return []
+    import torch
+
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if available[name]:
+        return []
+    return [f"trainer.device={name}: no such device here; try trainer.device=auto"]
+
+
+def _locate(target: str) -> Callable[..., Any]:
+    """Import ``package.module.Name``; ConfigError says which part is not there."""
+    module_name, _, name = target.rpartition(".")
+    if not module_name:
+        raise ConfigError("expected package.module.Name")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # A module that exists but itself imports something absent is a fault, not a typo.
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise ConfigError(
+            f"there is no module {error.name!r}; a module of your own must be in the current "
+            "folder or on PYTHONPATH"
+        ) from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        public = [word for word in vars(module) if not word.startswith("_")]
+        raise ConfigError(f"module {module_name} has no class {name!r}; {nearest(name, public)}")
+    return cast(Callable[..., Any], found)
+
+
+def _type_hints(factory: Callable[..., Any]) -> dict[str, Any]:
+    """Return the constructor's annotations; none where they cannot be evaluated."""
+    try:
+        init = factory.__init__ if inspect.isclass(factory) else factory
+        return typing.get_type_hints(init)
+    except (NameError, TypeError, AttributeError):
+        return {}
+
+
+def _conforms(value: Any, hint: Any) -> bool:
+    """Tell whether a value from YAML fits an annotation, without conversion of words to numbers."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+    from pydantic.errors import PydanticUserError
+
+    try:
+        adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    except PydanticUserError:
+        try:
+            adapter = TypeAdapter(hint)
+        except PydanticUserError:
+            return True  # an annotation that says nothing about plain values
+    try:
+        # JSON's strict rules are YAML's: a list fits a tuple, an int a float, "5" no int.
+        adapter.validate_json(json.dumps(value), strict=True)
+    except ValidationError:
+        return False
+    except TypeError:
+        return True
+    return True
+
+
+def _targets(node: Any) -> set[str]:
+    """Collect every `_target_` in a (nested) node."""
+    if isinstance(node, Mapping):
+        own = {node["_target_"]} if isinstance(node.get("_target_"), str) else set()
+        return own.union(*(_targets(value) for value in node.values()))
+    if isinstance(node, list):
+        return set().union(*(_targets(value) for value in node)) if node else set()
+    return set()

@@ -1,0 +1,123 @@
+"""What a user sees while a run goes on: one bar on a terminal, plain lines elsewhere.
+
+Also ``progress.json`` beside the checkpoints, for whoever watches from another process.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from expt.files import write_json
+from expt.units import format_bytes
+
+FILE_NAME = "progress.json"
+WRITE_INTERVAL_SECONDS = 0.05
+"""The file is replaced at most this often between validations."""
+
+
+class Display(Protocol):
+    """How progress is shown; the loop calls these and knows nothing else."""
+
+    def start(self, total_steps: int, step: int) -> None:
+        """Begin, possibly in the middle of a resumed run."""
+
+    def step(self, step: int, loss: float | None) -> None:
+        """Show one more optimizer step; `loss` only where it was read from the device."""
+
+    def epoch(self, line: str, val: float, peak_bytes: int | None) -> None:
+        """Show a finished epoch."""
+
+    def stop(self) -> None:
+        """End; must leave the terminal as it was."""
+
+
+class SilentDisplay:
+    """Shows nothing."""
+
+    def start(self, total_steps: int, step: int) -> None:
+        """Do nothing."""
+
+    def step(self, step: int, loss: float | None) -> None:
+        """Do nothing."""
+
+    def epoch(self, line: str, val: float, peak_bytes: int | None) -> None:
+        """Do nothing."""
+
+    def stop(self) -> None:
+        """Do nothing."""
+
+
+class LineDisplay(SilentDisplay):
+    """One plain line per epoch: for logs, files and pipes."""
+
+    def epoch(self, line: str, val: float, peak_bytes: int | None) -> None:
+        """Print the epoch's line."""
+        print(line, flush=True)
+
+
+class BarDisplay:
+    """One bar for the run: loss, validation MAE, peak memory, time left."""
+
+    def __init__(self, console: Console) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  val {task.fields[val]}  {task.fields[peak]}"),
+            TimeRemainingColumn(),
+            console=console,
+            refresh_per_second=4,
+        )
+        self._task = self._bar.add_task("training", loss="-", val="-", peak="")
+
+    def start(self, total_steps: int, step: int) -> None:
+        """Draw the bar."""
+        self._bar.update(self._task, total=total_steps, completed=step)
+        self._bar.start()
+
+    def step(self, step: int, loss: float | None) -> None:
+        """Move the bar."""
+        if loss is None:
+            self._bar.update(self._task, completed=step)
+        else:
+            self._bar.update(self._task, completed=step, loss=f"{loss:.3f}")
+
+    def epoch(self, line: str, val: float, peak_bytes: int | None) -> None:
+        """Print the epoch's line above the bar."""
+        self._bar.console.print(line, highlight=False)
+        self._bar.update(self._task, val=f"{val:.3f}", peak=f"peak {format_bytes(peak_bytes)}")
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        self._bar.stop()
+
+
+def choose_display(enabled: bool) -> Display:
+    """Return a bar on a terminal, lines elsewhere, nothing if not wanted."""
+    if not enabled:
+        return SilentDisplay()
+    if sys.stdout.isatty():
+        return BarDisplay(Console())
+    return LineDisplay()
+
+
+class ProgressFile:
+    """Keeps ``progress.json`` (`step`, `epoch`, `val/mae`) up to date, cheaply."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE_NAME
+        self._written = 0.0
+
+    def write(self, step: int, epoch: int, val: float | None, force: bool = False) -> None:
+        """Replace the file, unless it was a moment ago."""
+        now = time.monotonic()
+        if not force and now - self._written < WRITE_INTERVAL_SECONDS:
+            return
+        self._written = now
+        write_json(self.path, {"step": step, "epoch": epoch, "val/mae": val}, durable=False)

@@ -1,0 +1,128 @@
+"""Tables and plots of stored runs: one run's result, several runs side by side, one history."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from expt.files import replace_atomically
+from expt.results import RunResult
+from expt.units import GIB, format_bytes, format_seconds
+
+COLUMNS = ("job", "preset", "status", "val MAE", "test MAE", "15/30/60 min", "peak", "time")
+
+
+def print_result(result: RunResult, run_dir: Path) -> None:
+    """Print the table of errors and memory that a run ends with."""
+    metrics, memory = result.metrics, result.memory
+    table = Table(box=box.SIMPLE_HEAD, title_justify="left")
+    table.title = f"{result.status} ({result.stop_reason}) after {result.epochs} epochs"
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    table.add_row("validation MAE (best)", _figure(metrics.get("val/mae"), "mph"))
+    for minutes in (15, 30, 60):
+        table.add_row(f"test MAE, {minutes} min", _figure(metrics.get(f"test/mae_{minutes}min")))
+    table.add_row("test MAE, all steps", _figure(metrics.get("test/mae"), "mph"), style="bold")
+    table.add_row("test RMSE", _figure(metrics.get("test/rmse"), "mph"))
+    mape = metrics.get("test/mape")
+    table.add_row("test MAPE", "-" if mape is None else f"{100 * mape:.2f} %")
+    predicted = memory.get("predicted_peak_bytes")
+    if predicted is not None:
+        table.add_row("predicted peak memory", format_bytes(predicted))
+    table.add_row("peak allocated memory", format_bytes(memory["peak_allocated_bytes"]))
+    if memory["peak_reserved_bytes"] is not None:
+        table.add_row("peak reserved memory", format_bytes(memory["peak_reserved_bytes"]))
+    table.add_row("time", format_seconds(result.seconds))
+    print_table(table)
+    print(f"memory measured by: {memory['meter']}" if memory["meter"] else "")
+    print(f"files: {run_dir}")
+    if result.tracking["uri"]:
+        print(
+            f"MLflow: {result.tracking['uri']}  run {result.tracking['run_id'] or 'not yet sent'}"
+        )
+
+
+def comparison_table(results: Mapping[str, RunResult]) -> Table:
+    """Return runs side by side, one row each."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for number, name in enumerate(COLUMNS):
+        table.add_column(name, justify="left" if number < 3 else "right")
+    for name, result in results.items():
+        table.add_row(*row(name, result))
+    return table
+
+
+def row(name: str, result: RunResult) -> tuple[str, ...]:
+    """Return a run's cells for `COLUMNS`."""
+    metrics = result.metrics
+    horizons = (_figure(metrics.get(f"test/mae_{minutes}min")) for minutes in (15, 30, 60))
+    return (
+        name,
+        result.preset or "-",
+        result.status,
+        _figure(metrics.get("val/mae")),
+        _figure(metrics.get("test/mae")),
+        "/".join(horizons),
+        format_bytes(result.memory["peak_allocated_bytes"]),
+        format_seconds(result.seconds),
+    )
+
+
+def print_table(table: Table) -> None:
+    """Print a table as wide as it needs, also into a pipe."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    console.print(table)
+
+
+def plot_history(history: Sequence[Mapping[str, float]], monitor: str, folder: Path) -> list[Path]:
+    """Draw loss and validation over steps, and memory over steps; return the PNG files."""
+    if not history:
+        return []
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib.figure import Figure
+
+    steps = [row["step"] for row in history]
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    losses, memory = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    losses.plot(steps, [row["loss"] for row in history], "o-", label="training loss")
+    losses.plot(steps, [row["val"] for row in history], "o-", label=f"validation {monitor.upper()}")
+    best = min(history, key=lambda row: row["val"])
+    losses.axhline(best["val"], color="0.6", linewidth=0.8, linestyle=":")
+    losses.annotate(
+        f"best {best['val']:.3f}",
+        (best["step"], best["val"]),
+        textcoords="offset points",
+        xytext=(0, -14),
+        ha="center",
+        fontsize=9,
+    )
+    losses.set_ylabel("MAE (mph)" if monitor == "mae" else monitor)
+    losses.margins(x=0.08, y=0.2)
+    losses.legend(frameon=False)
+    labels = {
+        "peak_allocated_bytes": "peak allocated",
+        "peak_reserved_bytes": "peak reserved",
+        "process_peak_bytes": "process (resident, peak)",
+    }
+    for name, label in labels.items():
+        if all(name in row for row in history):
+            memory.plot(steps, [row[name] / GIB for row in history], "o-", label=label)
+    memory.set(ylabel="memory (GiB)", xlabel="optimizer step", ylim=(0, None))
+    memory.legend(frameon=False)
+    for axes in (losses, memory):
+        axes.spines[["top", "right"]].set_visible(False)
+    path = folder / "history.png"
+    replace_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    return [path]
+
+
+def _figure(value: float | None, unit: str = "") -> str:
+    return "-" if value is None else f"{value:.3f} {unit}".rstrip()

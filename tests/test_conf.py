@@ -1,0 +1,147 @@
+"""Every YAML under conf/ composes, is valid, and trains at smoke size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from expt.composition import conf_dir
+from expt.construction import validated
+from expt.results import load_result
+from expt.schema import Config
+
+CONF = conf_dir()
+OPTIONS = sorted(
+    (path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name != "local"
+)
+NEEDS_A_FILE = {("data", "metr_la"), ("data", "pems_bay"), ("data", "traffic")}
+SMOKE = {
+    # What makes an option small enough for a test, after its own settings.
+    "experiment": ("trainer.epochs=1", "trainer.steps_per_epoch=2", "data.batch_size=4"),
+    "debug": ("trainer.epochs=1",),
+}
+SMALL = ("trainer.eval_batches=1", "trainer.steps_per_epoch=2", "data.batch_size=4")
+
+
+def choose(group: str, option: str) -> list[str]:
+    """The override that picks an option; memory is added, not replaced."""
+    return [f"{'+' if group == 'memory' else ''}{group}={option}"]
+
+
+def test_every_group_of_the_schema_has_a_folder():
+    groups = {group for group, _ in OPTIONS}
+    assert groups >= {"task", "model", "data", "optimizer", "trainer", "memory", "tracking"}
+    assert len(OPTIONS) > 20
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_it_composes_and_is_valid(composed, group, option):
+    cfg = composed(*choose(group, option))
+    settings = validated(cfg)
+    assert settings.trainer.epochs > 0
+    assert set(cfg) == set(Config.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    ("group", "option"),
+    [pair for pair in OPTIONS if pair not in NEEDS_A_FILE and pair[0] not in ("tracking", "task")],
+)
+def test_it_trains(expt, home, group, option):
+    arguments = choose(group, option)
+    if group not in ("debug", "experiment"):
+        arguments += ["debug=smoke", "trainer.epochs=1", *SMALL]
+    if group != "memory":
+        arguments.append("memory=minimal")
+    if group in SMOKE:
+        arguments += [*SMOKE[group], "trainer.eval_batches=1"]
+    code, _, err = expt(
+        *arguments, "tracking=none", "trainer.progress=false", "hydra.run.dir=run", small=False
+    )
+    assert code == 0, err
+    assert load_result(home / "run").metrics["test/mae"] > 0
+    if option == "profile":
+        assert (home / "run/profile.json").stat().st_size > 1000
+        assert "Self CPU" in (home / "run/profile.txt").read_text()
+
+
+def test_presets_have_exactly_the_guides_sizes(composed):
+    table = {
+        "full": (32, 96, 4, 2, 3, [1, 2, 4], True),
+        "lite": (16, 64, 4, 1, 2, [1, 2], False),
+        "minimal": (8, 48, 4, 1, 2, [1], False),
+    }
+    for preset, sizes in table.items():
+        cfg = composed(f"+memory={preset}")
+        model = cfg.model
+        assert (
+            cfg.data.batch_size,
+            model.embed_dim,
+            model.num_heads,
+            model.num_layers,
+            model.num_stages,
+            list(model.patch_sizes),
+            model.cross_stage_attention,
+        ) == sizes
+    assert composed().model.embed_dim == 64, "no preset: the sizes of lite"
+
+
+def test_precedence_is_command_line_then_experiment_then_preset(composed):
+    assert composed("+memory=full").data.batch_size == 32
+    assert composed("+memory=full", "experiment=stid").data.batch_size == 64
+    assert composed("+memory=full", "experiment=stid", "data.batch_size=5").data.batch_size == 5
+
+
+def test_local_settings_are_read_when_they_are_there(expt, home):
+    (home / "mine/local").mkdir(parents=True)
+    (home / "mine/local/default.yaml").write_text("# @package _global_\ntrainer:\n  epochs: 0\n")
+    code, _, err = expt("--config-dir=mine", "memory=minimal", small=False)
+    assert code == 2
+    assert "trainer.epochs must be at least 1" in err
+
+
+def test_a_model_and_a_data_set_of_ones_own_take_a_class_and_a_yaml_each(expt, home):
+    (home / "my_lab.py").write_text(
+        '''
+import numpy as np
+from torch import nn
+from expt.data.series import Series
+from expt.data.traffic import TrafficData
+
+
+class Net(nn.Module):
+    def __init__(self, num_sensors: int, input_steps: int, horizon: int, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(input_steps, width), nn.Linear(width, horizon))
+
+    def forward(self, speed, observed, time_of_day, day_of_week):
+        return self.layers(speed.transpose(1, 2)).transpose(1, 2)
+
+
+class Waves(TrafficData):
+    def read(self, path, adjacency_path, where_to_get):
+        steps = np.arange(600)
+        values = 40 + 10 * np.sin(steps[:, None] / 20 + np.arange(3))
+        start = np.datetime64("2020-01-06T00:00:00", "s")
+        return Series(
+            values=values.astype(np.float32),
+            timestamps=start + 300 * steps,
+            sensor_ids=("a", "b", "c"),
+            adjacency=None,
+            locations=None,
+        )
+'''
+    )
+    for group, text in {
+        "model": "_target_: my_lab.Net\nwidth: 7\n",
+        "data": "defaults: [traffic, _self_]\n_target_: my_lab.Waves\n",
+    }.items():
+        folder: Path = home / "mine" / group
+        folder.mkdir(parents=True)
+        (folder / "own.yaml").write_text(text)
+    code, _, err = expt(
+        "--config-dir=mine", "model=own", "data=own", "debug=smoke", "tracking=none",
+        "model.width=5", "hydra.run.dir=run", small=False,
+    )  # fmt: skip
+    assert code == 0, err
+    assert load_result(home / "run").parameters == 12 * 5 + 5 + 5 * 12 + 12

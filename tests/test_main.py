@@ -1,0 +1,259 @@
+"""The command line: exit codes and messages for every mistake a user can make."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from expt.results import load_result
+
+SHIPPED = Path(__file__).parents[1] / "src/expt/data/files/metr_la_29.npz"
+
+
+def runs(home: Path) -> list[Path]:
+    """Every run directory that something was written into."""
+    return [path.parent for path in home.rglob("expt.log")]
+
+
+def test_a_run_ends_with_its_table_and_its_record(expt, home):
+    code, out, _ = expt("hydra.run.dir=run")
+    assert code == 0
+    assert "test MAE, 60 min" in out
+    assert "peak allocated memory" in out
+    result = json.loads((home / "run/result.json").read_text())
+    assert result["status"] == "completed"
+    assert result["stop_reason"] == "epochs"
+    assert result["epochs"] == 2
+    assert result["preset"] == "minimal"
+    assert set(result["metrics"]) == {
+        "val/mae",
+        "test/mae",
+        "test/mae_15min",
+        "test/mae_30min",
+        "test/mae_60min",
+        "test/rmse",
+        "test/mape",
+    }
+    assert all(value > 0 for value in result["metrics"].values())
+    assert result["memory"]["peak_allocated_bytes"] > 1_000_000
+    assert result["memory"]["predicted_peak_bytes"] is None
+    assert "ledger" in result["memory"]["meter"]
+    assert result["oom_events"] == []
+    assert len(result["weights_sha256"]) == 64
+    progress = json.loads((home / "run/checkpoints/progress.json").read_text())
+    assert progress == {"step": 8, "epoch": 2, "val/mae": pytest.approx(result["metrics"]["val/mae"], rel=0.5)}
+    for name in ("forecast.png", "horizon.png", "history.png"):
+        assert (home / "run/plots" / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["memory=lit"], ["memory=lit", "'lite'"]),
+        (["+memory=ful"], ["memory=ful", "'full'"]),
+        (["modle=stid"], ["'modle'", "'model'"]),
+        (["model=alternatng"], ["alternatng", "'alternating'"]),
+        (["data=metr_la_92"], ["metr_la_92", "'metr_la_29'"]),
+        (["experiment=prob"], ["prob", "'probe'"]),
+        (["debug=smke"], ["smke", "'smoke'"]),
+        (["trainer.epoch=3"], ["'epoch'", "'epochs'"]),
+        (["+trainer.epoch=3"], ["'epoch'", "'epochs'"]),
+        (["model.embed_dimm=3"], ["'embed_dimm'", "'embed_dim'"]),
+        (["+model.widht=3"], ["widht", "known names"]),
+        (["trainer.epochs=abc"], ["trainer.epochs", "abc"]),
+        (["model.embed_dim=abc"], ["model.embed_dim", "abc", "int"]),
+        (["data.batch_size=1.5"], ["data.batch_size", "1.5"]),
+        (["memory.precision=fp15"], ["fp15", "bf16"]),
+        (["trainer.device=tpu"], ["tpu", "cuda"]),
+        (["trainer.epochs=0"], ["trainer.epochs", "at least 1"]),
+        (["data.batch_size=0"], ["data.batch_size", "at least 1"]),
+        (["trainer.resume=3"], ["trainer.resume", "3"]),
+        (["model.patch_sizes=[5]"], ["model.patch_sizes", "5", "12"]),
+        (["model.patch_sizes=[]"], ["model.patch_sizes", "empty"]),
+        (["model.embed_dim=30"], ["model.embed_dim=30", "num_heads=4", "28", "32"]),
+        (["model.dropout=1.5"], ["model.dropout", "1.5"]),
+        (["model._target_=no.such.Net"], ["no.such.Net", "'no'"]),
+        (["model._target_=expt.models.stid.STIDD"], ["STIDD", "'STID'"]),
+        (["data.test_fraction=0.5"], ["data.test_fraction", "0.5"]),
+        (["lite"], ["'lite'", "key=value"]),
+        (["task=trian"], ["trian", "'train'"]),
+        (["trainer.resume=nowhere"], ["nowhere", "no run"]),
+        (["data.path=missing.npz"], ["missing.npz", "no such file"]),
+        (["data=metr_la"], ["data.path", "metr-la.h5", "data=metr_la_29"]),
+        (["data=pems_bay"], ["data.path", "pems-bay.h5", "data=metr_la_29"]),
+        (["data.expected_sensors=207"], ["29", "207"]),
+    ],
+)
+def test_a_mistake_is_one_clear_message(expt, home, arguments, words):
+    code, _, err = expt(*arguments)
+    assert code == 2
+    assert "Traceback" not in err
+    message = err[err.index("error:") :]
+    for word in words:
+        assert word in message
+    assert runs(home) == [], "a refused run leaves nothing behind"
+
+
+def test_all_problems_come_in_one_message(expt):
+    code, _, err = expt(
+        "trainer.epochs=0", "model.embed_dim=30", "model.patch_sizes=[5]", "data.batch_size=0"
+    )
+    assert code == 2
+    assert "4 problems" in err
+    code, _, err = expt("trainer.epoch=1", "model.embed_dimm=1", "experiment=prob")
+    assert code == 2
+    assert "3 problems" in err
+
+
+def write_npz(path: Path, **changes: object) -> Path:
+    """Write a short, sound series with some arrays changed or left out (None)."""
+    with np.load(SHIPPED) as file:
+        arrays = {name: file[name] for name in file.files}
+    steps = 400
+    arrays |= {"speed": arrays["speed"][:steps], "timestamps": arrays["timestamps"][:steps]}
+    arrays |= changes
+    np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
+    return path
+
+
+def backwards() -> np.ndarray:
+    with np.load(SHIPPED) as file:
+        times = file["timestamps"][:400].copy()
+    times[7] = times[3]
+    return times
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"speed": np.zeros((400, 29), np.float32)}, "missing"),
+        ({"speed": np.full((400, 29), "fast")}, "number"),
+        ({"timestamps": backwards()}, "increas"),
+        ({"timestamps": None}, "timestamps"),
+        ({"adjacency": np.eye(28, dtype=np.float32)}, "28"),
+    ],
+)
+def test_a_data_file_that_is_wrong_is_refused(expt, home, changes, word):
+    write_npz(home / "bad.npz", **changes)
+    code, _, err = expt("data.path=bad.npz")
+    assert code == 2
+    assert "bad.npz" in err
+    assert word in err
+    assert "Traceback" not in err
+    assert runs(home) == []
+
+
+@pytest.mark.parametrize("content", [b"", SHIPPED.read_bytes()[:50_000], b"speed,fast\n1,2\n"])
+def test_a_file_that_is_no_npz_is_refused(expt, home, content):
+    (home / "bad.npz").write_bytes(content)
+    code, _, err = expt("data.path=bad.npz")
+    assert code == 2
+    assert "bad.npz" in err
+    assert "Traceback" not in err
+
+
+class Planted:
+    """Unpickling this would create a file."""
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, ("planted", "w")
+
+
+def test_a_pickle_with_anything_but_arrays_is_refused_unexecuted(expt, home):
+    write_npz(home / "series.npz", adjacency=None)
+    (home / "graph.pkl").write_bytes(pickle.dumps(Planted()))
+    code, _, err = expt("data.path=series.npz", "data.adjacency_path=graph.pkl")
+    assert code == 2
+    assert "graph.pkl" in err
+    assert "open" in err
+    assert not (home / "planted").exists()
+
+
+MODULE = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, num_sensors: int, input_steps: int, horizon: int, width: int = 4):
+        super().__init__()
+        self.layer = nn.Linear(input_steps, horizon)
+
+    def forward(self, speed, observed, time_of_day, day_of_week):
+        {body}
+        return self.layer(speed.transpose(1, 2)).transpose(1, 2)
+"""
+
+
+def test_a_users_model_by_its_target_alone(expt, home):
+    (home / "lab_plain.py").write_text(MODULE.format(body="pass"))
+    code, out, err = expt("model._target_=lab_plain.Net", "hydra.run.dir=run")
+    assert code == 0, err
+    assert load_result(home / "run").parameters == 12 * 12 + 12
+    assert "not passing on embed_dim" in err
+
+
+def test_a_fault_in_a_users_model_is_exit_1_with_its_traceback(expt, home):
+    (home / "lab_broken.py").write_text(MODULE.format(body="raise RuntimeError('my own bug')"))
+    with pytest.raises(RuntimeError, match="my own bug"):
+        expt("model._target_=lab_broken.Net", "hydra.run.dir=run")
+    result = load_result(home / "run")
+    assert result.status == "failed"
+    assert "my own bug" in result.stop_reason
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_verdict(expt, home):
+    (home / "lab_nan.py").write_text(MODULE.format(body="speed = speed / 0 * 0"))
+    code, out, _ = expt("model._target_=lab_nan.Net", "hydra.run.dir=run")
+    assert code == 1
+    assert "not finite" in out
+    assert load_result(home / "run").stop_reason == "non_finite_loss"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_after_the_step_with_everything_saved(expt, home, number, code):
+    body = f"import signal; (time_of_day.numel() and signal.raise_signal({int(number)}))"
+    (home / f"lab_signal{code}.py").write_text(MODULE.format(body=body))
+    got, _, _ = expt(f"model._target_=lab_signal{code}.Net", "hydra.run.dir=run")
+    assert got == code
+    result = load_result(home / "run")
+    assert (result.status, result.stop_reason, result.steps) == ("stopped", "signal", 1)
+    assert (home / "run/checkpoints/last.pt").exists()
+
+
+def test_an_output_folder_that_cannot_be_written_is_exit_1(expt, home):
+    (home / "file").write_text("")
+    code, _, err = expt("hydra.run.dir=file/run")
+    assert code == 1
+    assert "file/run" in err
+    assert "Traceback" not in err
+
+
+def test_help_shows_groups_presets_and_six_commands(expt):
+    with pytest.raises(SystemExit) as ended:
+        expt("--help", small=False)
+    assert ended.value.code in (0, None)
+
+
+def test_help_text(expt, capfd):
+    with pytest.raises(SystemExit):
+        expt("--help", small=False)
+    out = capfd.readouterr().out
+    assert out.count("  python -m expt") == 6
+    for word in ("full", "lite", "minimal", "experiment: ", "debug: ", "-sc install=bash"):
+        assert word in out
+
+
+def test_shell_completion_offers_presets_and_keys(expt, monkeypatch):
+    monkeypatch.setenv("COMP_LINE", "expt +memory=mi")
+    monkeypatch.setenv("COMP_POINT", "15")
+    _, out, _ = expt("-sc", "query=bash", small=False)
+    assert "+memory=minimal" in out
+    monkeypatch.setenv("COMP_LINE", "expt trainer.ep")
+    _, out, _ = expt("-sc", "query=bash", small=False)
+    assert "trainer.epochs=" in out

@@ -1,0 +1,50 @@
+"""The wheel, installed and run outside the repository."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def test_the_wheel_runs_outside_the_repository(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "dist")],
+        cwd=REPOSITORY,
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "site")
+    assert "expt/conf/config.yaml" in names
+    assert "expt/data/files/metr_la_29.npz" in names
+    # Like `pip install --no-deps --target site`, whose dependencies are in this environment.
+    program = "from expt.__main__ import main; main()"
+    (tmp_path / "elsewhere").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", program, "+memory=minimal", "debug=smoke", "hydra.run.dir=run"],
+        cwd=tmp_path / "elsewhere",
+        env={"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    where = subprocess.run(
+        [sys.executable, "-c", "import expt; print(expt.__file__)"],
+        env={"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin"},
+        cwd=tmp_path / "elsewhere",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert str(tmp_path / "site") in where.stdout
+    result = json.loads((tmp_path / "elsewhere/run/result.json").read_text())
+    assert result["status"] == "completed"
+    assert (tmp_path / "elsewhere/outputs/mlflow.db").exists()
