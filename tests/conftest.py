@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Tests are small: two threads would mostly wait for each other, also in processes they start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SMALL = ("memory=minimal", "debug=smoke", "tracking=none", "trainer.progress=false")
 """A run of 8 steps that records nothing outside its own directory."""

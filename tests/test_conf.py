@@ -102,7 +102,7 @@ def test_local_settings_are_read_when_they_are_there(expt, home):
 
 def test_a_model_and_a_data_set_of_ones_own_take_a_class_and_a_yaml_each(expt, home):
     (home / "my_lab.py").write_text(
-        '''
+        """
 import numpy as np
 from torch import nn
 from expt.data.series import Series
@@ -130,7 +130,7 @@ class Waves(TrafficData):
             adjacency=None,
             locations=None,
         )
-'''
+"""
     )
     for group, text in {
         "model": "_target_: my_lab.Net\nwidth: 7\n",

@@ -5,7 +5,8 @@
     cli            __main__, composition
     tasks          tasks/*, construction
     orchestration  grid, report, sweep
-    loop           training, evaluation, checkpoint, progress, profiling, interruption
+    loop           training, evaluation, checkpoint, progress, profiling, interruption,
+                   acceleration
     parts          models/, data/, optim/, memory/, tracking/
     ground         schema, protocols, errors, units, files, results: no torch on import
 """
@@ -27,7 +28,15 @@ LAYERS = {  # from the top; a name stands for a module or a package under `expt`
     "cli": {"__main__", "composition"},
     "tasks": {"tasks", "construction"},
     "orchestration": {"grid", "report", "sweep"},
-    "loop": {"training", "evaluation", "checkpoint", "progress", "profiling", "interruption"},
+    "loop": {
+        "training",
+        "evaluation",
+        "checkpoint",
+        "progress",
+        "profiling",
+        "interruption",
+        "acceleration",
+    },
     "parts": {"models", "data", "optim", "memory", "tracking"},
     "ground": {"", "schema", "protocols", "errors", "units", "files", "results"},
 }

@@ -46,7 +46,8 @@ def test_a_run_ends_with_its_table_and_its_record(expt, home):
     assert result["oom_events"] == []
     assert len(result["weights_sha256"]) == 64
     progress = json.loads((home / "run/checkpoints/progress.json").read_text())
-    assert progress == {"step": 8, "epoch": 2, "val/mae": pytest.approx(result["metrics"]["val/mae"], rel=0.5)}
+    assert (progress["step"], progress["epoch"]) == (8, 2)
+    assert progress["val/mae"] >= result["metrics"]["val/mae"] > 0
     for name in ("forecast.png", "horizon.png", "history.png"):
         assert (home / "run/plots" / name).read_bytes().startswith(b"\x89PNG")
 
@@ -62,7 +63,7 @@ def test_a_run_ends_with_its_table_and_its_record(expt, home):
         (["experiment=prob"], ["prob", "'probe'"]),
         (["debug=smke"], ["smke", "'smoke'"]),
         (["trainer.epoch=3"], ["'epoch'", "'epochs'"]),
-        (["+trainer.epoch=3"], ["'epoch'", "'epochs'"]),
+        (["+trainer.epoch=3"], ["trainer.epoch", "'epochs'"]),
         (["model.embed_dimm=3"], ["'embed_dimm'", "'embed_dim'"]),
         (["+model.widht=3"], ["widht", "known names"]),
         (["trainer.epochs=abc"], ["trainer.epochs", "abc"]),
@@ -192,7 +193,7 @@ class Net(nn.Module):
 
 def test_a_users_model_by_its_target_alone(expt, home):
     (home / "lab_plain.py").write_text(MODULE.format(body="pass"))
-    code, out, err = expt("model._target_=lab_plain.Net", "hydra.run.dir=run")
+    code, _, err = expt("model._target_=lab_plain.Net", "hydra.run.dir=run")
     assert code == 0, err
     assert load_result(home / "run").parameters == 12 * 12 + 12
     assert "not passing on embed_dim" in err
@@ -257,3 +258,20 @@ def test_shell_completion_offers_presets_and_keys(expt, monkeypatch):
     monkeypatch.setenv("COMP_LINE", "expt trainer.ep")
     _, out, _ = expt("-sc", "query=bash", small=False)
     assert "trainer.epochs=" in out
+
+
+def test_checkpointing_a_model_without_blocks_is_refused(expt, home):
+    (home / "lab_flat.py").write_text(MODULE.format(body="pass"))
+    code, _, err = expt("model._target_=lab_flat.Net", "memory.activation_checkpointing=true")
+    assert code == 2
+    assert "memory.activation_checkpointing" in err
+    assert runs(home) == []
+
+
+def test_checkpointing_changes_the_peak_and_not_the_weights(expt, home):
+    assert expt("hydra.run.dir=plain")[0] == 0
+    assert expt("memory.activation_checkpointing=true", "hydra.run.dir=saving")[0] == 0
+    plain, saving = load_result(home / "plain"), load_result(home / "saving")
+    assert saving.metrics == pytest.approx(plain.metrics, rel=1e-5)
+    peaks = [result.memory["peak_allocated_bytes"] for result in (saving, plain)]
+    assert peaks[0] < peaks[1]

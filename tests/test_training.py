@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from expt.acceleration import make_fabric
 from expt.checkpoint import weights_sha256
-from expt.files import replace_atomically
 from expt.errors import StorageError
+from expt.files import replace_atomically
 from expt.interruption import Interruption
 from expt.memory.meter import LedgerMeter
 from expt.profiling import StepProfiler
@@ -184,9 +184,12 @@ def test_a_killed_run_resumes_to_the_same_weights(make, at, precision):
     outcome = again.fit()
     assert outcome.reason == "epochs"
     assert weights_sha256(again.model) == weights_sha256(undisturbed.model)
-    losses = [[row[k] for k in ("epoch", "step", "loss", "val", "rate")] for row in again.progress.history]
+    losses = [
+        [row[k] for k in ("epoch", "step", "loss", "val", "rate")] for row in again.progress.history
+    ]
     expected = [
-        [row[k] for k in ("epoch", "step", "loss", "val", "rate")] for row in undisturbed.progress.history
+        [row[k] for k in ("epoch", "step", "loss", "val", "rate")]
+        for row in undisturbed.progress.history
     ]
     np.testing.assert_allclose(losses, expected, rtol=1e-6)
 

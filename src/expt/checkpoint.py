@@ -7,7 +7,9 @@ the history; ``best.pt`` the weights that validated best. Both are replaced atom
 from __future__ import annotations
 
 import hashlib
+import pickle
 import random
+import struct
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,18 @@ from expt.files import replace_atomically
 
 FOLDER = "checkpoints"
 LAST, BEST = "last.pt", "best.pt"
+UNREADABLE = (
+    AttributeError,
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    struct.error,
+)
+"""What torch raises for a checkpoint that is damaged, or of another model."""
 
 
 @dataclass
@@ -76,7 +90,7 @@ def load_last(
     state: dict[str, Any] = {"model": model, "optimizer": optimizer}
     try:
         rest = fabric.load(path, state, weights_only=True)
-    except (RuntimeError, KeyError, ValueError, EOFError, OSError) as error:
+    except UNREADABLE as error:
         first_lines = " ".join(str(error).split())[:300]
         raise ConfigError(
             f"trainer.resume: {path} does not fit this configuration ({first_lines}); "
@@ -123,7 +137,8 @@ def weights_sha256(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        flat = value.detach().cpu().reshape(-1)  # a scalar buffer has no axis to view as bytes
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

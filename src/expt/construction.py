@@ -129,17 +129,16 @@ def build(settings: Settings, group: str, **provided: Any) -> Any:
 
 def _added_keys(cfg: DictConfig) -> list[str]:
     """Refuse keys that ``+key=value`` put where the schema has none; Hydra lets them pass."""
-    nodes = {"": (cfg, Config)}
+    nodes: dict[str, tuple[DictConfig, Any]] = {"": (cfg, Config)}
     for field in fields(Config):
         if field.name not in OPEN_GROUPS:
             nodes[f"{field.name}."] = (cfg[field.name], OmegaConf.get_type(cfg[field.name]))
-    return [
-        f"{prefix}{key}: there is no such key; {nearest(str(key), known)}"
-        for prefix, (node, schema) in nodes.items()
-        for known in [{field.name for field in fields(schema)}]
-        for key in node
-        if key not in known
-    ]
+    problems = []
+    for prefix, (node, schema) in nodes.items():
+        known = {field.name for field in fields(schema)}
+        added = [str(key) for key in node if key not in known]
+        problems += [f"{prefix}{k}: there is no such key; {nearest(k, known)}" for k in added]
+    return problems
 
 
 def _checked_arguments(

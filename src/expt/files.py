@@ -36,12 +36,15 @@ def replace_atomically(path: Path, write: Callable[[Path], None], durable: bool 
         # torch.save reports a full disk as a RuntimeError of its zip writer.
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
             raise
-        _remove_if_possible(temporary)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise StorageError(
             f"cannot write {path}: {reason}. What was saved before is intact; "
             "free some space or choose another folder with hydra.run.dir=FOLDER"
         ) from error
+    finally:
+        # Gone already if all went well; left behind by any error or a second Ctrl-C.
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any, durable: bool = True) -> None:
@@ -62,8 +65,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(part) for part in value]
     return value
-
-
-def _remove_if_possible(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)

@@ -19,8 +19,8 @@ COLUMNS = ("job", "preset", "status", "val MAE", "test MAE", "15/30/60 min", "pe
 def print_result(result: RunResult, run_dir: Path) -> None:
     """Print the table of errors and memory that a run ends with."""
     metrics, memory = result.metrics, result.memory
-    table = Table(box=box.SIMPLE_HEAD, title_justify="left")
-    table.title = f"{result.status} ({result.stop_reason}) after {result.epochs} epochs"
+    print(f"\n{result.status} ({result.stop_reason}) after {result.epochs} epochs")
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("measure")
     table.add_column("value", justify="right")
     table.add_row("validation MAE (best)", _figure(metrics.get("val/mae"), "mph"))
@@ -116,7 +116,8 @@ def plot_history(history: Sequence[Mapping[str, float]], monitor: str, folder: P
         if all(name in row for row in history):
             memory.plot(steps, [row[name] / GIB for row in history], "o-", label=label)
     memory.set(ylabel="memory (GiB)", xlabel="optimizer step", ylim=(0, None))
-    memory.legend(frameon=False)
+    if memory.lines:
+        memory.legend(frameon=False)
     for axes in (losses, memory):
         axes.spines[["top", "right"]].set_visible(False)
     path = folder / "history.png"

@@ -63,6 +63,7 @@ class MemoryConfig:
     preset: Preset | None = None  # None: the sizes of lite
     precision: Precision = Precision.auto
     gradient_accumulation: int = 1  # micro-batches per optimizer step; the batch stays the same
+    activation_checkpointing: bool = False  # recompute repeated blocks in the backward pass
 
     def problems(self) -> list[str]:
         """Return one message per value out of range."""

@@ -17,7 +17,7 @@ def format_bytes(count: int | None) -> str:
 
 def format_seconds(seconds: float) -> str:
     """Return a duration for a reader: ``8.2 s``, ``3:07 min``, ``2:05:00 h``."""
-    if seconds < 60:
+    if seconds < 59.95:  # what rounds to 60.0 s is shown as a minute
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:

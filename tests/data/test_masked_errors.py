@@ -103,12 +103,7 @@ def test_mae_of_every_step() -> None:
         (4, 900, [15, 30, 60]),
         (3, 3600, [60]),
         (12, 60, []),
-        pytest.param(
-            6,
-            600,
-            [30, 60],
-            marks=pytest.mark.xfail(reason="calls the error at 10 minutes mae_15min", strict=True),
-        ),
+        (6, 600, [30, 60]),
     ],
 )
 def test_only_horizons_that_are_forecast_are_reported(

@@ -181,7 +181,8 @@ def test_model_arguments_are_what_the_file_says(metr_la: TrafficData) -> None:
     arguments = dict(metr_la.model_arguments())
     adjacency = arguments.pop("adjacency")
     assert adjacency.shape == (29, 29)
-    assert metr_la.to_mph(torch.tensor(arguments.pop("missing_value"))) == pytest.approx(0, abs=1e-5)
+    missing = torch.tensor(arguments.pop("missing_value"))
+    assert metr_la.to_mph(missing) == pytest.approx(0, abs=1e-5)
     assert arguments == {
         "num_sensors": 29,
         "input_steps": 12,
@@ -313,6 +314,13 @@ def test_splits_are_in_time_order_and_share_no_window() -> None:
         list(range(60, 70)),
         list(range(70, 100)),
     ]
+
+
+def test_sizes_are_rounded_and_validation_takes_the_rest() -> None:
+    sizes = [len(part) for part in split_windows(np.arange(13), 0.7, 0.2, None).values()]
+    assert sizes == [9, 1, 3]  # of 9.1, 1.3 and 2.6
+    sizes = [len(part) for part in split_windows(np.arange(14), 0.7, 0.2, None).values()]
+    assert sizes == [10, 1, 3]  # of 9.8, 1.4 and 2.8
 
 
 def test_plots_of_a_day_and_of_the_horizon(tmp_path: Path) -> None:

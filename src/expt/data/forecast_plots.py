@@ -32,8 +32,9 @@ def plot_day(forecasts: np.ndarray, series: Series, first: np.ndarray, folder: P
             times, np.where(observed, truth[:, sensor], np.nan), color="0.25", label="measured"
         )
         for minutes in MINUTES_SHOWN:
-            ahead = minutes * 60 // series.step_seconds - 1
-            if 0 <= ahead < forecasts.shape[1]:
+            steps, between = divmod(minutes * 60, series.step_seconds)
+            ahead = steps - 1
+            if not between and 0 <= ahead < forecasts.shape[1]:
                 reached = first + ahead < len(series.timestamps)
                 when = series.timestamps[(first + ahead)[reached]]
                 predicted = forecasts[reached, ahead, sensor]

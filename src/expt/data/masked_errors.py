@@ -49,8 +49,9 @@ class MaskedErrors:
             "mape": float(relative.sum() / count),
         }
         for minutes in REPORTED_MINUTES:
-            step = minutes * 60 // self.step_seconds - 1
-            if 0 <= step < self.horizon:
+            steps, between = divmod(minutes * 60, self.step_seconds)
+            if not between and 1 <= steps <= self.horizon:
+                step = steps - 1
                 figures[f"mae_{minutes}min"] = float(absolute[step] / observed[step])
         return figures
 

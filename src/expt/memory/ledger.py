@@ -25,7 +25,7 @@ class StorageLedger(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.allocated_bytes = 0
         self.peak_bytes = 0
-        self._live: dict[int, weakref.finalize[Any, Any]] = {}
+        self._live: dict[int, int] = {}  # bytes by storage
 
     def __torch_dispatch__(
         self,
@@ -58,18 +58,15 @@ class StorageLedger(TorchDispatchMode):
                 self._add_storage(part)
             return
         storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._live:
-            return
-        count = storage.nbytes()
-        self.allocated_bytes += count
-        # torch keeps one Python object per storage alive as long as the storage itself.
-        self._live[key] = weakref.finalize(storage, self._remove, key, count)
-        self._live[key].atexit = False
+        key, count = storage._cdata, storage.nbytes()
+        if key not in self._live:
+            # torch keeps one Python object per storage alive as long as the storage itself.
+            weakref.finalize(storage, self._remove, key).atexit = False
+        self.allocated_bytes += count - self._live.get(key, 0)  # a storage may be resized
+        self._live[key] = count
 
-    def _remove(self, key: int, count: int) -> None:
-        del self._live[key]
-        self.allocated_bytes -= count
+    def _remove(self, key: int) -> None:
+        self.allocated_bytes -= self._live.pop(key)
 
 
 def _dense_parts(tensor: Tensor) -> list[Tensor]:

@@ -1,0 +1,1 @@
+"""Recording runs: a journal on disk first, a tracking server when it answers."""

@@ -1,0 +1,215 @@
+"""The files of one tracked run: what was recorded, and how much of it has arrived.
+
+``tracking.jsonl``  one JSON object per line, appended by the training thread, never rewritten
+``tracking.json``   the run's id and the number of journal lines the store acknowledged
+``tracking.lock``   held (flock) while somebody is sending this journal
+
+A process may be killed at any time. A line torn by that is ended by the next one to append, and
+then counts as a line that says nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from expt.files import write_json
+
+JOURNAL = "tracking.jsonl"
+STATE = "tracking.json"
+LOCK = "tracking.lock"
+
+Record = dict[str, Any]
+
+
+def now_milliseconds() -> int:
+    """Return the time since the epoch in MLflow's unit."""
+    return time.time_ns() // 1_000_000
+
+
+@dataclass
+class State:
+    """What the sender knows; `applied` counts the journal lines acknowledged, header included."""
+
+    uri: str
+    experiment: str
+    artifact_root: str | None
+    key: str
+    run_id: str | None = None
+    parent_run_id: str | None = None
+    applied: int = 1
+
+    @classmethod
+    def load(cls, directory: Path) -> State | None:
+        """Read ``tracking.json``; None while there is none, or none that can be read."""
+        try:
+            values = json.loads((directory / STATE).read_bytes())
+            return cls(**{name: values[name] for name in cls.__dataclass_fields__})
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def save(self, directory: Path) -> None:
+        """Replace ``tracking.json`` in one step; raise StorageError if the disk refuses it."""
+        write_json(directory / STATE, asdict(self), durable=False)
+
+
+def read_header(directory: Path) -> Record | None:
+    """Return the journal's first line (key, uri, experiment, artifact_root, parent), if whole."""
+    try:
+        with (directory / JOURNAL).open("rb") as file:
+            line = file.readline()
+    except OSError:
+        return None
+    record = _parse(line) if line.endswith(b"\n") else None
+    return record if record and record.get("kind") == "journal" and "key" in record else None
+
+
+class Journal:
+    """The appending side. `header` describes the run; an older journal's own header stays."""
+
+    def __init__(self, directory: Path, header: Mapping[str, Any]) -> None:
+        self.path = directory / JOURNAL
+        self.resumed = False
+        self.end = 0
+        """Bytes up to the end of the last whole line appended here."""
+        self._header = header
+        self._descriptor: int | None = None
+        self._torn = False
+
+    def open(self) -> None:
+        """Go on with the journal that is there, or begin one; raise OSError if neither works."""
+        if self._descriptor is not None:
+            return
+        directory = self.path.parent
+        directory.mkdir(parents=True, exist_ok=True)
+        self.resumed = read_header(directory) is not None
+        if not self.resumed and self.path.exists():
+            # No sender ever acted on a journal whose first line is not whole.
+            os.replace(self.path, self.path.with_name(f"{JOURNAL}.unreadable"))
+        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            if self.resumed:
+                size = os.fstat(descriptor).st_size
+                self._torn = os.pread(descriptor, 1, size - 1) != b"\n"
+                self.end = size
+            else:
+                self._write(
+                    descriptor,
+                    {"kind": "journal", "time": now_milliseconds(), "key": uuid.uuid4().hex}
+                    | dict(self._header),
+                )
+        except OSError:
+            if not self.resumed:
+                os.ftruncate(descriptor, 0)
+                self._torn = False
+            os.close(descriptor)
+            raise
+        self._descriptor = descriptor
+
+    def append(self, kind: str, fields: Mapping[str, Any]) -> None:
+        """Append one line, stamped with the time; raise OSError if the disk refuses it."""
+        self.open()
+        assert self._descriptor is not None
+        self._write(self._descriptor, {"kind": kind, "time": now_milliseconds(), **fields})
+
+    def close(self) -> None:
+        """Release the file; `append` opens it again."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _write(self, descriptor: int, record: Mapping[str, Any]) -> None:
+        # One write to a file opened for appending: whole lines, whoever else appends.
+        line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
+        data = b"\n" + line if self._torn else line
+        written = os.write(descriptor, data)
+        if written != len(data):
+            self._torn = True
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        self._torn = False
+        self.end = os.lseek(descriptor, 0, os.SEEK_CUR)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One whole line: its record (None if it is not one) and the byte it ends at."""
+
+    record: Record | None
+    end: int
+
+
+class Reader:
+    """The reading side: whole lines, in order, while others may still append."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / JOURNAL
+        self._position = 0
+
+    def skip(self, lines: int) -> int:
+        """Pass over lines; return how many there were, which may be fewer."""
+        with self._path.open("rb") as file:
+            file.seek(self._position)
+            for passed in range(lines):
+                line = file.readline()
+                if not line.endswith(b"\n"):
+                    return passed
+                self._position += len(line)
+        return lines
+
+    def read(self, lines: int) -> list[Line]:
+        """Return the next lines, at most so many; a last line that is not whole is left."""
+        found: list[Line] = []
+        with self._path.open("rb") as file:
+            file.seek(self._position)
+            while len(found) < lines and (line := file.readline()).endswith(b"\n"):
+                self._position += len(line)
+                found.append(Line(_parse(line), self._position))
+        return found
+
+    @property
+    def position(self) -> int:
+        """Bytes read so far."""
+        return self._position
+
+
+class Lock:
+    """Exclusive use of a file's name between processes, and between threads of one."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor: int | None = None
+
+    def acquire(self, wait: bool = False) -> bool:
+        """Take the lock; False if another holder has it and we do not wait."""
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(descriptor)
+            return False
+        except OSError:
+            pass  # a file system without locks: go on without
+        self._descriptor = descriptor
+        return True
+
+    def release(self) -> None:
+        """Give the lock back; also done by the end of the process, however it ends."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _parse(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "kind" in record else None

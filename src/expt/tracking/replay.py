@@ -1,0 +1,90 @@
+"""Sends what earlier processes recorded and could not deliver.
+
+    report = replay(Path("outputs"))
+
+A directory whose process still runs is left to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from expt.tracking.journal import JOURNAL, read_header
+from expt.tracking.sender import NotReadyError, Sender
+from expt.tracking.store import reason, without_password
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What became of one directory; `left` lines (None: unknown) are not sent, and why."""
+
+    directory: Path
+    sent: int
+    left: int | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class ReplayReport:
+    """One entry per directory that had something to send, or could not be looked into."""
+
+    directories: tuple[Replayed, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left anywhere, except what running processes send themselves."""
+        return all(entry.left == 0 for entry in self.directories)
+
+
+def replay(root: Path) -> ReplayReport:
+    """Send every journal under `root` that has lines its store did not acknowledge."""
+    silent: dict[str, str] = {}
+    entries = (_send(directory, silent) for directory in _parents_first(root))
+    return ReplayReport(tuple(entry for entry in entries if entry is not None))
+
+
+def _parents_first(root: Path) -> list[Path]:
+    ordered: dict[Path, None] = {}
+
+    def visit(directory: Path, below: tuple[Path, ...]) -> None:
+        header = read_header(directory)
+        if header is None or directory in ordered or directory in below:
+            return
+        if header.get("parent"):
+            visit((directory / header["parent"]).resolve(), (*below, directory))
+        ordered[directory] = None
+
+    for journal in sorted(root.resolve().rglob(JOURNAL)):
+        visit(journal.parent, ())
+    return list(ordered)
+
+
+def _send(directory: Path, silent: dict[str, str]) -> Replayed | None:
+    """Send one journal; `silent` holds the stores that failed, so that each fails once."""
+    sender = Sender(directory)
+    try:
+        outstanding = left = sender.outstanding()
+        if not outstanding:
+            return None
+        assert sender.state is not None
+        uri = sender.state.uri
+        if uri in silent:
+            return Replayed(directory, 0, outstanding, silent[uri])
+        try:
+            while sender.send_group():
+                pass
+            return Replayed(directory, outstanding, 0)
+        except NotReadyError as error:
+            left = sender.outstanding()
+            return Replayed(directory, outstanding - left, left, str(error))
+        except Exception as error:
+            left = sender.outstanding()
+            silent[uri] = f"{without_password(uri)} does not answer ({reason(error)})"
+            return Replayed(directory, outstanding - left, left, silent[uri])
+    except NotReadyError as error:
+        return Replayed(directory, 0, 0, str(error))
+    except OSError as error:
+        return Replayed(directory, 0, None, str(error))
+    finally:
+        sender.close()

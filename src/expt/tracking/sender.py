@@ -1,0 +1,286 @@
+"""Sends the journal of one run to a store: in order, at least once, from where it stopped.
+
+Metrics arrive once all the same, because a store knows a point by its name, step, time and value.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from expt.errors import StorageError
+from expt.tracking.journal import (
+    JOURNAL,
+    LOCK,
+    Line,
+    Lock,
+    Reader,
+    Record,
+    State,
+    read_header,
+)
+from expt.tracking.store import (
+    METRICS_PER_CALL,
+    PARENT_TAG,
+    MlflowStore,
+    Point,
+    RefusedError,
+    RunMissingError,
+    absolute_uri,
+    reason,
+)
+
+_logger = logging.getLogger(__name__)
+
+_ARTIFACT_PAUSES_SECONDS = (0.5, 2.0, 0.0)
+"""The rest after each attempt to store an artifact; as many attempts as there are rests."""
+
+
+class NotReadyError(Exception):
+    """Somebody else must act first: the holder of the lock, or the parent run."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a run goes."""
+
+    uri: str
+    experiment: str
+    artifact_root: str | None
+
+
+class Sender:
+    """One journal on its way to one run.
+
+    `send_group` raises `NotReadyError`, or whatever the store raised; call it again later.
+    Without a `target` the run goes where ``tracking.json``, or else the journal's first line, says.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        target: Target | None = None,
+    ) -> None:
+        self.directory = directory
+        self.state = State.load(directory)
+        self.position = 0
+        """Bytes of the journal that the store has."""
+        self._target = target
+        self._lock = Lock(directory / LOCK)
+        self._reader: Reader | None = None
+        self._pending: list[Line] = []
+        self._store: MlflowStore | None = None
+        self._parent: str | None = None
+        self._rewound = False
+        self._warned: set[str] = set()
+
+    def open(self) -> None:
+        """Take the lock and find the place to go on from; raise NotReadyError if another has it."""
+        if self._reader is not None:
+            return
+        if not self._lock.acquire():
+            raise NotReadyError(f"a running process sends {self.directory / JOURNAL}")
+        try:
+            self._go_on()
+        except BaseException:
+            self.close()
+            raise
+
+    def _go_on(self) -> None:
+        header = read_header(self.directory)
+        if header is None:
+            raise NotReadyError(f"nothing was recorded in {self.directory / JOURNAL}")
+        saved = State.load(self.directory)
+        target = self._target or Target(
+            saved.uri if saved else header["uri"],
+            saved.experiment if saved else header["experiment"],
+            saved.artifact_root if saved else header["artifact_root"],
+        )
+        if saved and (saved.uri, saved.experiment) == (target.uri, target.experiment):
+            self.state = saved
+        else:
+            self.state = State(
+                target.uri, target.experiment, target.artifact_root, key=header["key"]
+            )
+        self._parent = header.get("parent")
+        self._rewind(self.state.applied)
+        self._save()
+
+    def close(self) -> None:
+        """Give the lock back."""
+        self._reader = None
+        self._lock.release()
+
+    def outstanding(self) -> int:
+        """Return how many lines the store does not have yet."""
+        self.open()
+        reader = Reader(self.directory)
+        reader.skip(self._opened().applied)
+        count = 0
+        while lines := reader.read(METRICS_PER_CALL):
+            count += len(lines)
+        return count
+
+    def send_group(self) -> bool:
+        """Send the next record, or the next few metrics records; False when nothing is left."""
+        self.open()
+        group = self._next_group()
+        if not group:
+            return False
+        if self._store is None:
+            self._store = MlflowStore(self._opened().uri)
+        try:
+            self._send(self._store, group)
+        except RunMissingError as error:
+            if self._rewound or self._opened().run_id is None:
+                raise
+            _logger.warning("%s: the whole run is sent again from %s", error, JOURNAL)
+            self._rewound = True
+            self._opened().run_id = None
+            self._rewind(1)
+            return True
+        del self._pending[: len(group)]
+        self._opened().applied += len(group)
+        self.position = group[-1].end
+        self._save()
+        return True
+
+    def _next_group(self) -> list[Line]:
+        assert self._reader is not None
+        if not self._pending:
+            self._pending = self._reader.read(METRICS_PER_CALL)
+        group: list[Line] = []
+        values = 0
+        for line in self._pending:
+            record = line.record
+            if record is None or record["kind"] != "metrics":
+                return group or [line]
+            values += len(record["values"])
+            if group and values > METRICS_PER_CALL:
+                break
+            group.append(line)
+        return group
+
+    def _send(self, store: MlflowStore, group: list[Line]) -> None:
+        records = [line.record for line in group if line.record is not None]
+        if not records:
+            return
+        if records[0]["kind"] == "start" or self._opened().run_id is None:
+            self._start(store, records[0])
+        try:
+            self._apply(store, records)
+        except RefusedError:
+            # One of them only, perhaps.
+            for record in records:
+                try:
+                    self._apply(store, [record])
+                except RefusedError as error:
+                    self._skipped(record["kind"], error)
+
+    def _start(self, store: MlflowStore, record: Record) -> None:
+        state = self._opened()
+        state.parent_run_id = self._parent_run_id()
+        tags = dict(record.get("tags") or {}) if record["kind"] == "start" else {}
+        if state.parent_run_id is not None:
+            tags[PARENT_TAG] = state.parent_run_id
+        if state.run_id is None:
+            state.run_id = store.open_run(
+                state.experiment,
+                state.artifact_root,
+                state.key,
+                record.get("name") or self.directory.name,
+                record["time"],
+                tags,
+            )
+            self._save()
+        try:
+            store.resume(state.run_id, record.get("parameters") or {}, tags)
+        except RefusedError as error:
+            self._skipped("start", error)
+
+    def _apply(self, store: MlflowStore, records: list[Record]) -> None:
+        run_id = self._opened().run_id
+        assert run_id is not None
+        record = records[0]
+        match record["kind"]:
+            case "metrics":
+                store.metrics(
+                    run_id,
+                    [
+                        Point(name, float(value), part["step"], part["time"])
+                        for part in records
+                        for name, value in part["values"].items()
+                    ],
+                )
+            case "tags":
+                store.tags(run_id, record["values"])
+            case "artifact":
+                self._artifact(store, run_id, record)
+            case "end":
+                store.end(run_id, record["status"], record["time"])
+
+    def _artifact(self, store: MlflowStore, run_id: str, record: Record) -> None:
+        path = record["path"]
+        if not os.access(path, os.R_OK):
+            _logger.warning("an artifact is skipped: %s is gone or cannot be read", path)
+            return
+        for pause in _ARTIFACT_PAUSES_SECONDS:
+            try:
+                store.artifact(run_id, path, record["folder"])
+                return
+            except (RefusedError, RunMissingError):
+                raise
+            except Exception as error:
+                # Artifacts may live elsewhere than metrics, which must not wait for them.
+                if not store.answers(run_id):
+                    raise
+                failure = reason(error)
+            time.sleep(pause)
+        _logger.warning(
+            "the artifact %s cannot be stored (%s), it is skipped; the file stays where it is",
+            path,
+            failure,
+        )
+
+    def _parent_run_id(self) -> str | None:
+        if self._parent is None:
+            return None
+        directory = self.directory / self._parent
+        parent = State.load(directory)
+        if parent is None or parent.run_id is None:
+            if (directory / JOURNAL).exists():
+                raise NotReadyError(f"the parent run in {directory} has no id yet")
+            return None
+        same = absolute_uri(parent.uri) == absolute_uri(self._opened().uri)
+        return parent.run_id if same else None
+
+    def _rewind(self, lines: int) -> None:
+        self._reader = Reader(self.directory)
+        if self._reader.skip(lines) < lines:
+            # A power cut took the end of the journal; what is sent twice does not matter.
+            self._reader = Reader(self.directory)
+            lines = self._reader.skip(1)
+        self._opened().applied = lines
+        self._pending = []
+        self.position = self._reader.position
+
+    def _opened(self) -> State:
+        assert self.state is not None
+        return self.state
+
+    def _save(self) -> None:
+        try:
+            self._opened().save(self.directory)
+        except StorageError as error:
+            self._warn_once("state", str(error))
+
+    def _skipped(self, kind: str, error: RefusedError) -> None:
+        self._warn_once(kind, f"the store refused a record of {kind}, it is skipped: {error}")
+
+    def _warn_once(self, about: str, message: str) -> None:
+        if about not in self._warned:
+            self._warned.add(about)
+            _logger.warning("%s", message)

@@ -1,0 +1,269 @@
+"""What this package asks of MLflow, and MLflow's limits. The only file that imports mlflow.
+
+It is imported when a store is opened: the import takes 1.5 s, a new SQLite store 7 s. A metric
+that is not finite needs no care: MLflow's SQL stores mark NaN and clip the infinities.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
+
+from expt.tracking.journal import Lock
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+KEY_TAG = "expt.key"
+"""Names a run before its id is known, so that it is created once."""
+PARENT_TAG = "mlflow.parentRunId"
+METRICS_PER_CALL = 1000
+_NAME_LENGTH = 250
+_PARAMETER_LENGTH = 6000
+_TAG_LENGTH = 8000
+
+_ENVIRONMENT = {
+    # The sender has its own, slower retries; mlflow's would hold it for minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+class RefusedError(Exception):
+    """The store will never take this record."""
+
+
+class RunMissingError(Exception):
+    """The store does not know the run, for instance because its database is a new one."""
+
+
+class Point(NamedTuple):
+    """One value of one metric."""
+
+    name: str
+    value: float
+    step: int
+    time: int
+    """Milliseconds since the epoch."""
+
+
+class MlflowStore:
+    """An open MLflow store or server. Every method raises what MLflow raises, or the two above."""
+
+    def __init__(self, uri: str) -> None:
+        self._client = _connect(uri)
+
+    def open_run(
+        self,
+        experiment: str,
+        artifact_root: str | None,
+        key: str,
+        name: str,
+        time: int,
+        tags: Mapping[str, str],
+    ) -> str:
+        """Return the id of the run with this key; create it (and its experiment) if need be."""
+        from mlflow.entities import ViewType
+
+        with _mlflow_errors():
+            experiment_id = self._experiment(experiment, artifact_root)
+            found = self._client.search_runs(
+                [experiment_id], f"tags.`{KEY_TAG}` = '{key}'", ViewType.ALL, max_results=1
+            )
+            if found:
+                return str(found[0].info.run_id)
+            created = self._client.create_run(
+                experiment_id,
+                start_time=time,
+                tags=_legal(tags, _TAG_LENGTH) | {KEY_TAG: key},
+                run_name=name,
+            )
+            return str(created.info.run_id)
+
+    def resume(self, run_id: str, parameters: Mapping[str, str], tags: Mapping[str, str]) -> None:
+        """Set the run RUNNING, add new parameters and tags.
+
+        MLflow never changes a parameter: another value for one is kept as the tag
+        ``expt.changed.<name>``.
+        """
+        from mlflow.entities import Param
+
+        with _mlflow_errors():
+            run = self._client.get_run(run_id)
+            if run.info.lifecycle_stage == "deleted":
+                self._client.restore_run(run_id)
+            if run.info.status != "RUNNING":
+                self._client.update_run(run_id, status="RUNNING")
+            known = run.data.params
+            wanted = _legal(parameters, _PARAMETER_LENGTH)
+            new = [Param(name, value) for name, value in wanted.items() if name not in known]
+            self._client.log_batch(run_id, params=new)
+            changed = {
+                f"expt.changed.{name}": value
+                for name, value in wanted.items()
+                if known.get(name, value) != value
+            }
+        self.tags(run_id, {**tags, **changed})
+
+    def metrics(self, run_id: str, points: Sequence[Point]) -> None:
+        """Add points; one that is already there is not added twice."""
+        from mlflow.entities import Metric
+
+        with _mlflow_errors():
+            self._client.log_batch(
+                run_id,
+                metrics=[
+                    Metric(_legal_name(point.name), point.value, point.time, point.step)
+                    for point in points
+                ],
+            )
+
+    def tags(self, run_id: str, values: Mapping[str, str]) -> None:
+        """Set tags, replacing older values."""
+        from mlflow.entities import RunTag
+
+        with _mlflow_errors():
+            legal = _legal(values, _TAG_LENGTH)
+            self._client.log_batch(
+                run_id, tags=[RunTag(name, value) for name, value in legal.items()]
+            )
+
+    def artifact(self, run_id: str, path: str, folder: str) -> None:
+        """Copy a file or folder into the run's artifacts."""
+        with _mlflow_errors():
+            self._client.log_artifact(run_id, path, _legal_name(folder) if folder else None)
+
+    def answers(self, run_id: str) -> bool:
+        """Tell whether the store itself works, whatever became of the last call."""
+        try:
+            self._client.get_run(run_id)
+        except Exception:
+            return False
+        return True
+
+    def end(self, run_id: str, status: str, time: int) -> None:
+        """Close the run."""
+        with _mlflow_errors():
+            self._client.set_terminated(run_id, status, time)
+
+    def _experiment(self, name: str, artifact_root: str | None) -> str:
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return str(self._client.create_experiment(name, artifact_root))
+            except Exception:
+                # Another process may have created it since.
+                found = self._client.get_experiment_by_name(name)
+                if found is None:
+                    raise
+        if found.lifecycle_stage == "deleted":
+            self._client.restore_experiment(found.experiment_id)
+        return str(found.experiment_id)
+
+
+def absolute_uri(uri: str) -> str:
+    """Return a SQLite URI with the path made absolute, so that a later chdir changes nothing."""
+    database = sqlite_path(uri)
+    if database is None:
+        return uri
+    _, mark, query = uri.partition("?")
+    return f"sqlite:///{database.absolute()}{mark}{query}"
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """Return the database file of a ``sqlite:///`` URI, None for any other store."""
+    path = uri.removeprefix("sqlite:///").partition("?")[0]
+    return Path(path) if path != uri and path not in ("", ":memory:") else None
+
+
+def is_server(uri: str) -> bool:
+    """Tell whether a server, not this process, decides where artifacts go."""
+    return urlsplit(uri).scheme in ("http", "https", "databricks", "databricks-uc", "uc")
+
+
+def without_password(uri: str) -> str:
+    """Return the URI as it may be shown."""
+    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", uri)
+
+
+def reason(error: BaseException) -> str:
+    """Say in one line why a store did not take something, from the innermost cause known."""
+    cause: BaseException | None = error
+    told = error
+    while cause is not None:
+        if isinstance(cause, OSError | sqlite3.Error):
+            told = cause
+        cause = cause.__cause__ or cause.__context__
+    text = str(told).strip().splitlines()
+    return without_password(text[0][:300]) if text else type(told).__name__
+
+
+def _connect(uri: str) -> MlflowClient:
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    # It logs the traceback of what it then raises, at every one of our attempts.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    database = sqlite_path(uri)
+    if database is None:
+        return MlflowClient(uri)
+    database.parent.mkdir(parents=True, exist_ok=True)
+    # MLflow does not guard the creation of its tables against a second process.
+    lock = Lock(database.with_name(f"{database.name}.lock"))
+    lock.acquire(wait=True)
+    try:
+        if not database.exists() or database.stat().st_size == 0:
+            _create_database(database)
+        return MlflowClient(uri)
+    finally:
+        lock.release()
+
+
+def _create_database(database: Path) -> None:
+    # Under another name: the tables take seconds, and a kill half-way would leave a database
+    # whose upgrade fails for ever.
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    unfinished = database.with_name(f"{database.name}.new")
+    for leftover in (unfinished, unfinished.with_name(f"{unfinished.name}-journal")):
+        leftover.unlink(missing_ok=True)
+    store = SqlAlchemyStore(  # type: ignore[no-untyped-call]
+        f"sqlite:///{unfinished}", str(database.parent / "artifacts")
+    )
+    store.engine.dispose()
+    unfinished.replace(database)
+
+
+@contextmanager
+def _mlflow_errors() -> Iterator[None]:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code == "INVALID_PARAMETER_VALUE":
+            raise RefusedError(reason(error)) from error
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            raise RunMissingError(reason(error)) from error
+        raise
+
+
+def _legal(values: Mapping[str, Any], length: int) -> dict[str, str]:
+    return {_legal_name(name): str(value)[:length] for name, value in values.items()}
+
+
+def _legal_name(name: str) -> str:
+    # Letters, digits, and "_ - . : /" and blanks, in the form of a normal relative path.
+    parts = [part for part in re.sub(r"[^\w.\- :/]", "_", name).split("/") if part.strip(". ")]
+    return "/".join(parts)[:_NAME_LENGTH].rstrip("/") or "_"

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from expt.errors import StorageError
+from expt.files import replace_atomically, write_json
+
+
+def text_writer(text: str) -> Any:
+    return lambda path: path.write_text(text)
+
+
+def test_a_file_and_its_folders_are_made(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "file.txt"
+    replace_atomically(path, text_writer("new"))
+    assert path.read_text() == "new"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_file_is_replaced_and_never_written_in_place(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def write(temporary: Path) -> None:
+        assert temporary.parent == path.parent  # else replacing is not atomic
+        assert temporary != path
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+
+    replace_atomically(path, write)
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+ZIP_FULL = RuntimeError("[enforce fail at x.cc:858] . PytorchStreamWriter failed writing")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (FULL, "No space left on device"),
+        (OSError("no strerror"), "no strerror"),
+        (ZIP_FULL, "PytorchStreamWriter failed writing"),
+    ],
+)
+def test_a_refused_write_leaves_the_old_file(tmp_path: Path, error: Exception, reason: str) -> None:
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def write(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise error
+
+    with pytest.raises(StorageError) as caught:
+        replace_atomically(path, write)
+    message = str(caught.value)
+    assert message.startswith(f"cannot write {path}: ")
+    assert reason in message
+    assert "What was saved before is intact" in message and "hydra.run.dir=" in message
+    assert caught.value.__cause__ is error
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_refusal_while_waiting_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(StorageError, match="Input/output error"):
+        replace_atomically(path, text_writer("new"))
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+    replace_atomically(path, text_writer("new"), durable=False)  # does not wait
+    assert path.read_text() == "new"
+
+
+def test_a_durable_file_is_on_the_disk_before_it_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file.txt"
+    synced = []
+
+    def sync(descriptor: int) -> None:
+        assert not path.exists()
+        synced.append(os.pread(descriptor, 100, 0))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    replace_atomically(path, text_writer("new"))
+    assert b"new" in synced
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "folder").write_text("in the way")
+    with pytest.raises(StorageError, match="cannot write"):
+        replace_atomically(tmp_path / "folder" / "file.txt", text_writer("new"))
+    assert (tmp_path / "folder").read_text() == "in the way"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), TypeError("a bug")])
+def test_a_bug_of_the_writer_is_not_the_disks_fault(tmp_path: Path, error: Exception) -> None:
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def write(temporary: Path) -> None:
+        raise error
+
+    with pytest.raises(type(error), match="a bug"):
+        replace_atomically(path, write)
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), TypeError("a bug"), KeyboardInterrupt()])
+def test_nothing_temporary_is_left_by_any_other_error(tmp_path: Path, error: BaseException) -> None:
+    def write(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise error
+
+    with pytest.raises(type(error)):
+        replace_atomically(tmp_path / "file.txt", write)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_has_null_for_what_is_not_finite(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    value = {
+        "nan": float("nan"),
+        "list": [1.5, float("inf"), {"deep": (float("-inf"), 2)}],
+        "numpy": np.float64("nan"),
+        "text": "NaN µ",
+        "none": None,
+        "yes": True,
+    }
+    write_json(path, value)
+    text = path.read_text(encoding="utf-8")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    assert json.loads(text, parse_constant=refuse) == {
+        "nan": None,
+        "list": [1.5, None, {"deep": [None, 2]}],
+        "numpy": None,
+        "text": "NaN µ",
+        "none": None,
+        "yes": True,
+    }
+    assert "µ" in text
+    assert text.endswith("}\n")
+
+
+def test_what_json_cannot_say_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from expt.tracking.journal import Journal, State
+from expt.tracking.replay import Replayed, replay
+from expt.tracking.sender import Sender
+
+HEADER = {"uri": "http://server", "experiment": "e", "artifact_root": None, "parent": None}
+
+
+def record(directory: Path, **header: Any) -> None:
+    journal = Journal(directory, HEADER | header)
+    journal.append("start", {"name": directory.name, "parameters": {}, "tags": {}})
+    journal.append("metrics", {"step": 0, "values": {"loss": 1.0}})
+
+
+def test_everything_is_sent_parents_first_and_once(tmp_path: Path, store: Any) -> None:
+    record(tmp_path / "a", parent="../z")
+    record(tmp_path / "z" / "deep", parent="..")
+    record(tmp_path / "z")
+    report = replay(tmp_path)
+    assert [name for call, name in store.calls if call == "open"] == ["z", "a", "deep"]
+    assert report.complete
+    assert report.directories == tuple(
+        Replayed(tmp_path / name, sent=2, left=0) for name in ("z", "a", "z/deep")
+    )
+    assert replay(tmp_path).directories == ()
+
+
+def test_only_what_is_missing_is_sent(tmp_path: Path, store: Any) -> None:
+    record(tmp_path)
+    sender = Sender(tmp_path)
+    sender.send_group()
+    sender.close()
+    assert replay(tmp_path).directories == (Replayed(tmp_path, sent=1, left=0),)
+    assert store.opened == 1
+
+
+def test_a_directory_in_use_is_left_alone(tmp_path: Path, store: Any) -> None:
+    record(tmp_path / "live")
+    sender = Sender(tmp_path / "live")
+    sender.open()
+    report = replay(tmp_path)
+    assert store.calls == []
+    assert report.complete
+    assert "a running process" in (report.directories[0].reason or "")
+
+
+def test_a_silent_store_is_asked_once_and_others_are_served(tmp_path: Path, store: Any) -> None:
+    record(tmp_path / "a")
+    record(tmp_path / "b")
+    record(tmp_path / "c", uri="http://user:secret@other")
+    store.failures = [ConnectionError("refused")]
+    report = replay(tmp_path)
+    assert [(entry.sent, entry.left) for entry in report.directories] == [(0, 2), (0, 2), (2, 0)]
+    assert not report.complete
+    assert report.directories[1].reason == "http://server does not answer (refused)"
+    store.failures = []
+    assert replay(tmp_path).complete
+
+
+def test_the_state_says_where_to(tmp_path: Path, store: Any, monkeypatch: Any) -> None:
+    from expt.tracking import sender as sender_module
+
+    record(tmp_path)
+    asked: list[str] = []
+    monkeypatch.setattr(sender_module, "MlflowStore", lambda uri: asked.append(uri) or store)
+    State("http://new", "e", None, "key").save(tmp_path)
+    replay(tmp_path)
+    assert asked == ["http://new"]
+
+
+@pytest.mark.parametrize("content", ["", "{}\n", "not json\n"])
+def test_a_broken_journal_is_passed_over(tmp_path: Path, store: Any, content: str) -> None:
+    (tmp_path / "tracking.jsonl").write_text(content)
+    assert replay(tmp_path).directories == ()

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from expt.tracking.store import (
+    MlflowStore,
+    Point,
+    RefusedError,
+    RunMissingError,
+    absolute_uri,
+    is_server,
+    reason,
+    without_password,
+)
+
+
+@pytest.fixture
+def opened(uri: str) -> MlflowStore:
+    return MlflowStore(uri)
+
+
+def open_run(store: MlflowStore, root: Path, key: str | None = None) -> str:
+    return store.open_run(
+        "test-store", root.as_uri(), key or uuid.uuid4().hex, "name", 1_000, {"a": "b"}
+    )
+
+
+def test_a_key_names_one_run(opened: MlflowStore, tmp_path: Path, client: Any) -> None:
+    first = open_run(opened, tmp_path, "one key")
+    assert open_run(opened, tmp_path, "one key") == first
+    assert open_run(opened, tmp_path, "another key") != first
+    run = client.get_run(first)
+    assert run.info.start_time == 1_000
+    assert run.info.run_name == "name"
+    assert run.data.tags["expt.key"] == "one key"
+
+
+def test_a_parameter_that_changed_becomes_a_tag(
+    opened: MlflowStore, tmp_path: Path, client: Any
+) -> None:
+    run_id = open_run(opened, tmp_path)
+    opened.resume(run_id, {"lr": "0.1", "size": "3"}, {})
+    opened.end(run_id, "FAILED", 2_000)
+    opened.resume(run_id, {"lr": "0.2", "size": "3", "new": "1"}, {"t": "v"})
+    run = client.get_run(run_id)
+    assert run.data.params == {"lr": "0.1", "size": "3", "new": "1"}
+    assert run.data.tags["expt.changed.lr"] == "0.2"
+    assert "expt.changed.size" not in run.data.tags
+    assert (run.data.tags["t"], run.info.status) == ("v", "RUNNING")
+
+
+def test_names_and_values_out_of_bounds_are_made_to_fit(
+    opened: MlflowStore, tmp_path: Path, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRUNCATE_LONG_VALUES", "false")
+    run_id = open_run(opened, tmp_path)
+    opened.resume(run_id, {"a=[b]": "x" * 9000, "n" * 400: "1"}, {"//t/../u": "y" * 9000})
+    opened.metrics(run_id, [Point("mae@15/min%", 1.0, 0, 5), Point("..", 2.0, 0, 5)])
+    data = client.get_run(run_id).data
+    assert data.params == {"a__b_": "x" * 6000, "n" * 250: "1"}
+    assert data.tags["t/u"] == "y" * 8000
+    assert data.metrics == {"mae_15/min_": 1.0, "_": 2.0}
+
+
+def test_metrics_that_are_not_finite_arrive_once(
+    opened: MlflowStore, tmp_path: Path, client: Any
+) -> None:
+    run_id = open_run(opened, tmp_path)
+    values = [float("nan"), float("inf"), float("-inf")]
+    points = [Point("loss", value, step, 7) for step, value in enumerate(values)]
+    for _ in range(2):
+        opened.metrics(run_id, points)
+    history = client.get_metric_history(run_id, "loss")
+    assert [point.step for point in history] == [0, 1, 2]
+    assert history[0].value != history[0].value
+    assert history[1].value > 1e308 and history[2].value < -1e308
+
+
+def test_an_artifact_stays_below_its_run(opened: MlflowStore, tmp_path: Path, client: Any) -> None:
+    run_id = open_run(opened, tmp_path)
+    opened.artifact(run_id, str(Path(__file__)), "../outside")
+    assert [file.path for file in client.list_artifacts(run_id)] == ["outside"]
+
+
+def test_refusals_are_told_apart(opened: MlflowStore, tmp_path: Path, client: Any) -> None:
+    with pytest.raises(RunMissingError):
+        opened.tags("0" * 32, {"a": "b"})
+    assert not opened.answers("0" * 32)
+    run_id = open_run(opened, tmp_path)
+    assert opened.answers(run_id)
+    client.delete_run(run_id)
+    with pytest.raises(RefusedError):
+        opened.tags(run_id, {"a": "b"})
+
+
+def test_what_was_deleted_in_the_store_is_restored(
+    opened: MlflowStore, tmp_path: Path, client: Any
+) -> None:
+    run_id = open_run(opened, tmp_path, "deleted")
+    client.delete_run(run_id)
+    assert open_run(opened, tmp_path, "deleted") == run_id
+    opened.resume(run_id, {}, {})
+    opened.metrics(run_id, [Point("loss", 1.0, 0, 7)])
+    assert client.get_run(run_id).data.metrics == {"loss": 1.0}
+    client.delete_experiment(client.get_run(run_id).info.experiment_id)
+    assert open_run(opened, tmp_path) != run_id
+
+
+def test_two_processes_may_make_one_store_and_experiment(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}"
+    (tmp_path / "new").mkdir()
+    # What a process that was killed while it made the tables leaves behind.
+    (tmp_path / "new" / "mlflow.db.new").write_bytes(b"half a database")
+    program = (
+        "import sys; from expt.tracking.store import MlflowStore; uri, key = sys.argv[1:]\n"
+        "print(MlflowStore(uri).open_run('both', None, key, 'n', 1, {}))"
+    )
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, uri, key],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for key in ("first", "second")
+    ]
+    outputs = [process.communicate(timeout=60) for process in running]
+    assert [errors for _, errors in outputs] == ["", ""]
+    assert len({run_id for run_id, _ in outputs}) == 2
+    from mlflow import MlflowClient
+
+    names = [experiment.name for experiment in MlflowClient(uri).search_experiments()]
+    assert sorted(names) == ["Default", "both"]
+    assert not (tmp_path / "new" / "mlflow.db.new").exists()
+
+
+def test_uris(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert absolute_uri("sqlite:///outputs/a.db?x=1") == f"sqlite:///{tmp_path}/outputs/a.db?x=1"
+    assert absolute_uri("sqlite:////abs/a.db") == "sqlite:////abs/a.db"
+    assert absolute_uri("http://host/path") == "http://host/path"
+    assert is_server("https://host") and not is_server("sqlite:///a.db")
+    assert without_password("postgresql://me:word@host/db") == "postgresql://me:***@host/db"
+    assert without_password("http://127.0.0.1:5000/a@b") == "http://127.0.0.1:5000/a@b"
+
+
+def test_the_reason_is_the_innermost_cause_in_one_line() -> None:
+    try:
+        try:
+            raise ConnectionRefusedError(111, "Connection refused")
+        except OSError:
+            raise ValueError("HTTPConnectionPool\nand more") from None
+    except ValueError as error:
+        assert reason(error) == "[Errno 111] Connection refused"
+    assert reason(ValueError("first\nsecond")) == "first"
+    assert reason(ValueError()) == "ValueError"
