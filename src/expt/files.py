@@ -47,13 +47,18 @@ def replace_atomically(path: Path, write: Callable[[Path], None], durable: bool 
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str, durable: bool = True) -> None:
+    """Write `text` as UTF-8 atomically."""
+    replace_atomically(path, lambda temporary: _write(temporary, text), durable)
+
+
 def write_json(path: Path, value: Any, durable: bool = True) -> None:
     """Write `value` as JSON atomically; NaN and infinity become null."""
     text = json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n"
-    replace_atomically(path, lambda temporary: _write_text(temporary, text), durable)
+    write_text(path, text, durable)
 
 
-def _write_text(path: Path, text: str) -> None:
+def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 

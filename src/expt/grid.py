@@ -13,7 +13,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from expt.files import replace_atomically
+from expt.files import write_text
 from expt.protocols import Tracker
 from expt.results import FILE_NAME, RunResult, load_result
 
@@ -57,8 +57,7 @@ class Grid(Callback):
         if self._tracker is None:
             return
         if children:
-            text = _markdown(children)
-            replace_atomically(directory / "comparison.md", lambda path: _write(path, text))
+            write_text(directory / "comparison.md", _markdown(children))
             self._tracker.artifact(directory / "comparison.md")
         done = {name: result.status for name, result in children.items()}
         jobs = [path for path in directory.iterdir() if path.is_dir() and path.name != ".hydra"]
@@ -85,7 +84,3 @@ def _markdown(children: dict[str, RunResult]) -> str:
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     lines += ["| " + " | ".join(row(name, result)) + " |" for name, result in children.items()]
     return "\n".join(lines) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from expt.files import replace_atomically
+from expt.files import write_text
 
 TRACE, TABLE = "profile.json", "profile.txt"
 WAIT_STEPS, WARMUP_STEPS, ACTIVE_STEPS = 2, 1, 3
@@ -48,8 +48,4 @@ class TraceProfiler(StepProfiler):
     def _write(self, finished: object) -> None:
         self._profiler.export_chrome_trace(str(self.run_dir / TRACE))
         table = self._profiler.key_averages().table(sort_by="self_cpu_memory_usage", row_limit=30)
-        replace_atomically(self.run_dir / TABLE, lambda path: _write_text(path, table))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+        write_text(self.run_dir / TABLE, table)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 KEY_TAG = "expt.key"
 """Names a run before its id is known, so that it is created once."""
 PARENT_TAG = "mlflow.parentRunId"
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""Lets the UI open on training runs instead of its generative pages."""
 METRICS_PER_CALL = 1000
 _NAME_LENGTH = 250
 _PARAMETER_LENGTH = 6000
@@ -160,7 +162,7 @@ class MlflowStore:
         found = self._client.get_experiment_by_name(name)
         if found is None:
             try:
-                return str(self._client.create_experiment(name, artifact_root))
+                return str(self._client.create_experiment(name, artifact_root, EXPERIMENT_TAGS))
             except Exception:
                 # Another process may have created it since.
                 found = self._client.get_experiment_by_name(name)

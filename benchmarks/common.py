@@ -1,0 +1,92 @@
+"""What every benchmark has in common: where results go, and what is said about how they came."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from expt.files import write_json, write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+
+
+def provenance() -> dict[str, Any]:
+    """Return date, commit, command, hardware and versions."""
+    import torch
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip()
+
+    hardware = {"cpu": _cpu_name(), "cores": os.cpu_count(), "machine": platform.machine()}
+    if torch.cuda.is_available():
+        hardware["gpu"] = torch.cuda.get_device_name()
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain", "--", "src", "conf")),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "hardware": hardware,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def load(name: str) -> dict[str, Any]:
+    """Return a stored result, or an empty one."""
+    try:
+        stored: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+        return stored
+    except FileNotFoundError:
+        return {}
+
+
+def store(name: str, result: Mapping[str, Any], tables: str) -> None:
+    """Write ``results/NAME.json`` and ``.md``, and put the tables into the README's place."""
+    write_json(RESULTS / f"{name}.json", dict(result))
+    write_text(RESULTS / f"{name}.md", tables)
+    text = README.read_text(encoding="utf-8")
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if begin in text:
+        before, _, rest = text.partition(begin)
+        after = rest.partition(end)[2]
+        write_text(README, f"{before}{begin}\n{tables.strip()}\n{end}{after}")
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def source_line(result: Mapping[str, Any], name: str) -> str:
+    """Say where a table's figures come from."""
+    made = result["made"]
+    hardware = made["hardware"]
+    device = hardware.get("gpu") or f"{hardware['cores']} cores, {hardware['cpu']}"
+    return (
+        f"From `benchmarks/results/{name}.json` ({made['date']}, commit {made['commit'][:10]}, "
+        f"{device}, torch {made['torch']}): `{made['command']}`.\n"
+    )
