@@ -90,3 +90,41 @@ def source_line(result: Mapping[str, Any], name: str) -> str:
         f"From `benchmarks/results/{name}.json` ({made['date']}, commit {made['commit'][:10]}, "
         f"{device}, torch {made['torch']}): `{made['command']}`.\n"
     )
+
+
+def make_trainer(*overrides: str) -> Any:
+    """Return a `Trainer` for a configuration, whose `train_step` can be called by itself."""
+    from hydra import compose, initialize_config_dir
+
+    from expt.acceleration import make_fabric
+    from expt.composition import conf_dir, register
+    from expt.construction import assemble, build, validated
+    from expt.interruption import Interruption
+    from expt.memory.meter import meter_for
+    from expt.profiling import StepProfiler
+    from expt.progress import SilentDisplay
+    from expt.tracking.null import NullTracker
+    from expt.training import Trainer
+
+    register()
+    with initialize_config_dir(str(conf_dir())):
+        settings = validated(compose("config", overrides=list(overrides)))
+    fabric = make_fabric(settings.trainer.device, settings.memory.precision)
+    fabric.seed_everything(settings.trainer.seed, verbose=False)
+    data = build(settings, "data")
+    data.to(fabric.device)
+    model, optimizer = assemble(settings, fabric, data)
+    return Trainer(
+        fabric=fabric,
+        model=model,
+        optimizer=optimizer,
+        data=data,
+        settings=settings.trainer,
+        gradient_accumulation=settings.memory.gradient_accumulation,
+        meter=meter_for(fabric.device),
+        tracker=NullTracker(),
+        display=SilentDisplay(),
+        interruption=Interruption(),
+        profiler=StepProfiler(),
+        run_dir=ROOT / "outputs" / "benchmarks",
+    )

@@ -15,15 +15,20 @@ import typing
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from expt.errors import ConfigError, nearest
-from expt.protocols import Checked
+from expt.protocols import Checked, DataSet
 from expt.schema import OPEN_GROUPS, Config, MemoryConfig, TrackingConfig, TrainerConfig
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+    from torch import nn
+    from torch.optim import Optimizer
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +130,27 @@ def build(settings: Settings, group: str, **provided: Any) -> Any:
         dict(arguments), _partial_=True, _convert_="all", _execution_whitelist_=targets
     )
     return factory(**handed)
+
+
+def assemble(settings: Settings, fabric: Fabric, data: DataSet) -> tuple[nn.Module, Optimizer]:
+    """Build model and optimizer with the memory techniques asked for, set up on the device.
+
+    Raises:
+        ConfigError: an argument is missing, or a technique does not apply to this model.
+
+    """
+    model: nn.Module = build(settings, "model", **data.model_arguments())
+    if settings.memory.activation_checkpointing:
+        from expt.memory.checkpointing import checkpoint_activations
+
+        if not checkpoint_activations(model):
+            raise ConfigError(
+                f"memory.activation_checkpointing=true: {type(model).__name__} has no repeated "
+                "blocks (elements of a torch.nn.ModuleList) to compute again; set it to false"
+            )
+    optimizer: Optimizer = build(settings, "optimizer", params=list(model.parameters()))
+    wrapped = fabric.setup(model, optimizer)
+    return wrapped[0], wrapped[1]
 
 
 def _added_keys(cfg: DictConfig) -> list[str]:

@@ -21,12 +21,11 @@ from torch import nn
 
 from expt import __version__, checkpoint
 from expt.acceleration import make_fabric
-from expt.construction import RunContext, Settings, build, validated
-from expt.errors import ConfigError, StorageError, UserError
+from expt.construction import RunContext, Settings, assemble, build, validated
+from expt.errors import StorageError, UserError
 from expt.evaluation import evaluate, predict
 from expt.files import write_json
 from expt.interruption import Interruption, Stopped
-from expt.memory.checkpointing import checkpoint_activations
 from expt.memory.meter import meter_for
 from expt.profiling import StepProfiler, TraceProfiler
 from expt.progress import choose_display
@@ -124,14 +123,7 @@ class TrainJob:
         if settings.trainer.deterministic:
             torch.use_deterministic_algorithms(True)
         self.data.to(fabric.device)
-        model = build(settings, "model", **self.data.model_arguments())
-        if settings.memory.activation_checkpointing and not checkpoint_activations(model):
-            raise ConfigError(
-                f"memory.activation_checkpointing=true: {self._model_name()} has no repeated "
-                "blocks (elements of a torch.nn.ModuleList) to compute again; set it to false"
-            )
-        optimizer = build(settings, "optimizer", params=list(model.parameters()))
-        model, optimizer = fabric.setup(model, optimizer)
+        model, optimizer = assemble(settings, fabric, self.data)
         self.result.parameters = sum(weight.numel() for weight in model.parameters())
         profile = settings.trainer.profile
         return Trainer(
