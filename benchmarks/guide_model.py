@@ -33,7 +33,7 @@ class LookBackOverAllTokens(alternating.LookBack):
     """Cross-stage attention over every token of every earlier stage at once."""
 
     def forward(self, tokens: Tensor, earlier: list[Tensor]) -> Tensor:
-        """tokens [B,T,N,D], earlier stages' outputs [B,T,N,D] each -> [B,T,N,D]."""
+        """Tokens [B,T,N,D], earlier stages' outputs [B,T,N,D] each -> [B,T,N,D]."""
         memory = torch.cat(earlier, dim=1).flatten(1, 2)  # [B, stages*T*N, D]
         attended = self.attention(tokens.flatten(1, 2), memory).reshape(tokens.shape)
         return self.norm(tokens + self.dropout(attended))

@@ -25,7 +25,7 @@ import expt
 
 ROOT = Path(expt.__file__).parent
 LAYERS = {  # from the top; a name stands for a module or a package under `expt`
-    "cli": {"__main__", "composition"},
+    "cli": {"__main__", "composition", "dispatch", "explanation"},
     "tasks": {"tasks", "construction"},
     "orchestration": {"grid", "report", "sweep"},
     "loop": {
@@ -36,6 +36,7 @@ LAYERS = {  # from the top; a name stands for a module or a package under `expt`
         "profiling",
         "interruption",
         "acceleration",
+        "recording",
     },
     "parts": {"models", "data", "optim", "memory", "tracking"},
     "ground": {"", "schema", "protocols", "errors", "units", "files", "results"},

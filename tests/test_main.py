@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import resource
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +16,7 @@ import pytest
 
 from expt.results import load_result
 
+SMALL = ("memory=minimal", "debug=smoke", "tracking=none", "trainer.progress=false")
 SHIPPED = Path(__file__).parents[1] / "src/expt/data/files/metr_la_29.npz"
 
 
@@ -88,6 +93,16 @@ def test_a_run_ends_with_its_table_and_its_record(expt, home):
         (["data=metr_la"], ["data.path", "metr-la.h5", "data=metr_la_29"]),
         (["data=pems_bay"], ["data.path", "pems-bay.h5", "data=metr_la_29"]),
         (["data.expected_sensors=207"], ["29", "207"]),
+        (["model=null"], ["model=null", "alternating"]),
+        (["tracking="], ["tracking=", "none"]),
+        (["optimizer.lr=-1"], ["optimizer", "-1"]),
+        (["optimizer.betas=[0.9,0.9]"], ["+optimizer.betas"]),
+        (["model=stid", "model.dropout=1.5"], ["model.dropout", "1.5"]),
+        (["trainer.seed=99999999999"], ["trainer.seed", "99999999999"]),
+        (["tracking.uri=foo"], ["tracking.uri='foo'", "sqlite://"]),
+        (["-m", "trainer.epochs=1,abc"], ["trainer.epochs=abc"]),
+        (["-m", "memory=full,lit"], ["memory=lit", "'lite'"]),
+        (["-m", "trainer.resume=somewhere"], ["trainer.resume=somewhere", "-m"]),
     ],
 )
 def test_a_mistake_is_one_clear_message(expt, home, arguments, words):
@@ -98,6 +113,7 @@ def test_a_mistake_is_one_clear_message(expt, home, arguments, words):
     for word in words:
         assert word in message
     assert runs(home) == [], "a refused run leaves nothing behind"
+    assert not list(home.rglob("*.db")), "nor does a refused multirun"
 
 
 def test_all_problems_come_in_one_message(expt):
@@ -109,6 +125,15 @@ def test_all_problems_come_in_one_message(expt):
     code, _, err = expt("trainer.epoch=1", "model.embed_dimm=1", "experiment=prob")
     assert code == 2
     assert "3 problems" in err
+    code, _, err = expt("trainer.epoch=3", "model.patch_sizes=[5]", "data.batch_size=x", "+foo=1")
+    assert code == 2
+    assert "4 problems" in err, err
+
+
+def test_groups_of_which_nothing_may_be_chosen(expt, home):
+    code, _, err = expt("experiment=null", "memory=null", "hydra.run.dir=run")
+    assert code == 0, err
+    assert load_result(home / "run").preset is None
 
 
 def write_npz(path: Path, **changes: object) -> Path:
@@ -147,6 +172,16 @@ def test_a_data_file_that_is_wrong_is_refused(expt, home, changes, word):
     assert word in err
     assert "Traceback" not in err
     assert runs(home) == []
+
+
+def test_a_part_without_any_target_is_refused(expt, home):
+    with np.load(SHIPPED) as file:
+        speed = file["speed"][:400].copy()
+    speed[270:340] = 0
+    write_npz(home / "gap.npz", speed=speed)
+    code, _, err = expt("data.path=gap.npz")
+    assert code == 2
+    assert "val part is missing" in err
 
 
 @pytest.mark.parametrize("content", [b"", SHIPPED.read_bytes()[:50_000], b"speed,fast\n1,2\n"])
@@ -225,6 +260,74 @@ def test_a_signal_stops_after_the_step_with_everything_saved(expt, home, number,
     result = load_result(home / "run")
     assert (result.status, result.stop_reason, result.steps) == ("stopped", "signal", 1)
     assert (home / "run/checkpoints/last.pt").exists()
+
+
+def test_a_prediction_of_another_shape_is_refused_not_broadcast(expt, home):
+    body = "return self.layer(speed.transpose(1, 2)).transpose(1, 2).mean(2, keepdim=True)"
+    (home / "lab_wide.py").write_text(MODULE.format(body=body))
+    code, _, err = expt("model._target_=lab_wide.Net", "hydra.run.dir=run")
+    assert code == 2
+    assert "[4, 12, 1]" in err
+    assert "[4, 12, 29]" in err
+    assert load_result(home / "run").status == "failed"
+
+
+def test_a_new_run_does_not_mix_with_an_old_one(expt, home):
+    assert expt("hydra.run.dir=run")[0] == 0
+    before = (home / "run/result.json").read_bytes()
+    code, _, err = expt("hydra.run.dir=run", "trainer.seed=5")
+    assert code == 2
+    assert "already holds a run" in err
+    assert (home / "run/result.json").read_bytes() == before
+
+
+def test_a_real_process_ends_with_1_and_a_traceback(home):
+    (home / "lab_process.py").write_text(MODULE.format(body="raise RuntimeError('my own bug')"))
+    done = subprocess.run(
+        [sys.executable, "-m", "expt", *SMALL, "model._target_=lab_process.Net"],
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "my own bug" in done.stderr
+
+
+def test_a_full_disk_is_exit_1_and_what_was_saved_is_intact(home):
+    def run(*arguments: str, file_limit: int | None = None) -> tuple[int, str]:
+        def limit() -> None:
+            if file_limit is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+
+        done = subprocess.run(
+            [sys.executable, "-m", "expt", *SMALL, "hydra.run.dir=run", *arguments],
+            cwd=home,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            preexec_fn=limit,
+        )
+        return done.returncode, done.stderr
+
+    (home / "lab_full.py").write_text(
+        MODULE.format(body="import os, signal; 'STOP' in os.environ and signal.raise_signal(15)")
+    )
+    target = ("model._target_=lab_full.Net", "+model.width=4", "trainer.resume=true")
+    os.environ["STOP"] = "1"
+    try:
+        assert run(*target)[0] == 143
+    finally:
+        del os.environ["STOP"]
+    saved = (home / "run/checkpoints/last.pt").read_bytes()
+    code, err = run(*target, file_limit=len(saved) // 2)
+    assert code == 1, err
+    assert "cannot write" in err
+    assert "Traceback" not in err
+    assert (home / "run/checkpoints/last.pt").read_bytes() == saved
+    assert run(*target)[0] == 0
+    assert load_result(home / "run").resumed_from_step == 1
 
 
 def test_an_output_folder_that_cannot_be_written_is_exit_1(expt, home):

@@ -194,6 +194,27 @@ def test_a_killed_run_resumes_to_the_same_weights(make, at, precision):
     np.testing.assert_allclose(losses, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("steps", [10, 12, 14])
+def test_killed_in_the_last_validation_still_validates_after_the_resume(make, steps):
+    whole = make("whole", max_steps=steps, checkpoint_every_steps=2)
+    expected = whole.fit()
+
+    def kill() -> None:
+        if not torch.is_grad_enabled() and cut.progress.step == steps:
+            raise KilledError
+
+    cut = make("cut", max_steps=steps, checkpoint_every_steps=2, hook=kill)
+    with pytest.raises(KilledError):
+        cut.fit()
+    again = make("cut", max_steps=steps, checkpoint_every_steps=2)
+    assert again.resume() == steps
+    assert again.fit() == expected
+    assert weights_sha256(again.model) == weights_sha256(whole.model)
+    assert [row["val"] for row in again.progress.history] == [
+        row["val"] for row in whole.progress.history
+    ]
+
+
 def test_nothing_to_resume_starts_afresh(make):
     assert make().resume() == 0
 

@@ -38,14 +38,17 @@ def run_command(arguments: Sequence[str]) -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from expt.composition import explain, prepare_arguments
+    from expt.composition import prepare_arguments
+    from expt.explanation import explain
 
     results: list[Any] = []
+    jobs: list[Any] = []
     argv = sys.argv
+    prepared = list(arguments)
     try:
         prepared = prepare_arguments(arguments)
         sys.argv = [argv[0], *prepared]
-        _run_hydra(results)
+        _run_hydra(jobs, results)
     except ExptError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -53,11 +56,11 @@ def run_command(arguments: Sequence[str]) -> int:
         print(f"error: {explain(error, prepared)}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in DISK_ERRORS or error.filename is None:
-            raise
+        if jobs or error.errno not in DISK_ERRORS:
+            raise  # not Hydra making the run's directory: a fault in a job
         print(
-            f"error: cannot write {error.filename}: {error.strerror}; what was saved before is "
-            "intact. Choose another folder with hydra.run.dir=FOLDER",
+            f"error: cannot write {error.filename or 'the output directory'}: {error.strerror}; "
+            "what was saved before is intact. Choose another folder with hydra.run.dir=FOLDER",
             file=sys.stderr,
         )
         return 1
@@ -68,7 +71,7 @@ def run_command(arguments: Sequence[str]) -> int:
     return max((getattr(result, "exit_code", 0) for result in results), default=0)
 
 
-def _run_hydra(results: list[Any]) -> None:
+def _run_hydra(jobs: list[Any], results: list[Any]) -> None:
     import hydra
 
     from expt.composition import conf_dir, register
@@ -81,8 +84,9 @@ def _run_hydra(results: list[Any]) -> None:
     register()
 
     def job(cfg: DictConfig) -> Any:
-        from expt.composition import run_task
+        from expt.dispatch import run_task
 
+        jobs.append(cfg)
         result = run_task(cfg)
         results.append(result)
         return result

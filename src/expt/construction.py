@@ -13,7 +13,7 @@ import json
 import logging
 import typing
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -43,6 +43,7 @@ class RunContext:
     run_dir: Path
     parent_dir: Path | None = None
     overridden: frozenset[str] = frozenset()
+    launch: Mapping[str, Any] = field(default_factory=dict)  # see `results.save_launch`
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Settings:
 
     def target(self, group: str) -> Callable[..., Any]:
         """Return the class that an open group names."""
-        return _locate(self.arguments[group]["_target_"])
+        return locate(self.arguments[group]["_target_"])
 
 
 def validated(cfg: DictConfig, overridden: Collection[str] = ()) -> Settings:
@@ -67,8 +68,6 @@ def validated(cfg: DictConfig, overridden: Collection[str] = ()) -> Settings:
 
     """
     problems = _added_keys(cfg)
-    if problems:
-        raise ConfigError(problems)
     try:
         trainer = cast(TrainerConfig, OmegaConf.to_object(cfg.trainer))
         memory = cast(MemoryConfig, OmegaConf.to_object(cfg.memory))
@@ -89,6 +88,8 @@ def validated(cfg: DictConfig, overridden: Collection[str] = ()) -> Settings:
         if not found:
             sound[group] = arguments[group]
     problems += _own_problems(sound)
+    if "optimizer" in sound:
+        problems += _optimizer_problems(sound["optimizer"])
     if problems:
         raise ConfigError(problems)
     return Settings(trainer, memory, tracking, arguments)
@@ -156,12 +157,12 @@ def assemble(settings: Settings, fabric: Fabric, data: DataSet) -> tuple[nn.Modu
 def _added_keys(cfg: DictConfig) -> list[str]:
     """Refuse keys that ``+key=value`` put where the schema has none; Hydra lets them pass."""
     nodes: dict[str, tuple[DictConfig, Any]] = {"": (cfg, Config)}
-    for field in fields(Config):
-        if field.name not in OPEN_GROUPS:
-            nodes[f"{field.name}."] = (cfg[field.name], OmegaConf.get_type(cfg[field.name]))
+    for group in (part.name for part in fields(Config)):
+        if group not in OPEN_GROUPS:
+            nodes[f"{group}."] = (cfg[group], OmegaConf.get_type(cfg[group]))
     problems = []
     for prefix, (node, schema) in nodes.items():
-        known = {field.name for field in fields(schema)}
+        known = {part.name for part in fields(schema)}
         added = [str(key) for key in node if key not in known]
         problems += [f"{prefix}{k}: there is no such key; {nearest(k, known)}" for k in added]
     return problems
@@ -175,7 +176,7 @@ def _checked_arguments(
     if not isinstance(target, str):
         return node, [f"{group}._target_ must name a class, like my_lab.MyNet, got {target!r}"]
     try:
-        factory = _locate(target)
+        factory = locate(target)
         parameters = inspect.signature(factory).parameters
     except ConfigError as error:
         return node, [f"{group}._target_={target}: {error}"]
@@ -215,7 +216,7 @@ def _own_problems(arguments: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Ask the classes themselves; a model is also told the data's arguments it asks for."""
     found: list[str] = []
     for group, own in arguments.items():
-        factory = _locate(own["_target_"])
+        factory = locate(own["_target_"])
         if not isinstance(factory, Checked):
             continue
         shared = {}
@@ -226,6 +227,20 @@ def _own_problems(arguments: Mapping[str, Mapping[str, Any]]) -> list[str]:
             }
         found += factory.problems({**shared, **own})
     return found
+
+
+def _optimizer_problems(arguments: Mapping[str, Any]) -> list[str]:
+    """Let the optimizer's own constructor judge its settings, on a single weight."""
+    import torch
+
+    own = {name: value for name, value in arguments.items() if name != "_target_"}
+    if _targets(own) or not isinstance(locate(arguments["_target_"]), type):
+        return []
+    try:
+        locate(arguments["_target_"])(params=[torch.nn.Parameter(torch.zeros(1))], **own)
+    except ValueError as error:
+        return [f"optimizer: {error}"]
+    return []
 
 
 def _device_problems(name: str) -> list[str]:
@@ -243,7 +258,7 @@ def _device_problems(name: str) -> list[str]:
     return [f"trainer.device={name}: no such device here; try trainer.device=auto"]
 
 
-def _locate(target: str) -> Callable[..., Any]:
+def locate(target: str) -> Callable[..., Any]:
     """Import ``package.module.Name``; ConfigError says which part is not there."""
     module_name, _, name = target.rpartition(".")
     if not module_name:

@@ -5,6 +5,7 @@
     ExptError                 (exit 1, message only)
     ├── UserError             (exit 2, message only; also a ValueError)
     │   ├── ConfigError       a key, value or combination in the configuration
+    │   ├── ModelError        a model that does not return what the data asks for
     │   └── DataError         a data file that is absent or not what it should be
     └── StorageError          the output disk refused a write; what was saved before is intact
 
@@ -40,6 +41,10 @@ class ConfigError(UserError):
         else:
             lines = "\n".join(f"  - {problem}" for problem in self.problems)
             super().__init__(f"{len(self.problems)} problems in the configuration:\n{lines}")
+
+
+class ModelError(UserError):
+    """A model does not return what the data set asks for."""
 
 
 class DataError(UserError):

@@ -24,7 +24,7 @@ def replace_atomically(path: Path, write: Callable[[Path], None], durable: bool 
         StorageError: the disk refused; what was at `path` before is intact.
 
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
@@ -32,6 +32,8 @@ def replace_atomically(path: Path, write: Callable[[Path], None], durable: bool 
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
         temporary.replace(path)
+        if durable:
+            _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         # torch.save reports a full disk as a RuntimeError of its zip writer.
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
@@ -45,6 +47,15 @@ def replace_atomically(path: Path, write: Callable[[Path], None], durable: bool 
         # Gone already if all went well; left behind by any error or a second Ctrl-C.
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the new name itself on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str, durable: bool = True) -> None:

@@ -1,71 +1,83 @@
 """A multirun is one parent run with a child per job, comparable in the MLflow UI.
 
-A Hydra callback (``hydra.callbacks.grid``): the parent is opened before the first job; every
-child finds it by the sweep's directory, also when jobs run on other machines. At the end the
-parent gets the table that is printed.
+A Hydra callback (``hydra.callbacks.grid``). The parent is opened when the first job starts, so
+that a refused command line leaves none; every child finds it by the sweep's directory, also when
+jobs run on other machines. At the end the parent gets the table that is printed.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from expt.files import write_text
 from expt.protocols import Tracker
 from expt.results import FILE_NAME, RunResult, load_result
+from expt.schema import TrackingConfig
+from expt.tracking.null import NullTracker
+from expt.tracking.opening import open_tracker
+
+TABLE_NAME = "comparison.md"
 
 
 class Grid(Callback):
     """Opens and closes the parent run of a multirun; does nothing for a single run."""
 
     def __init__(self) -> None:
+        self._config: DictConfig | None = None
         self._tracker: Tracker | None = None
+        self._whole = True
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Open the parent run."""
-        if config.tracking.uri is None:
-            return
-        from expt.tracking.mlflow import MlflowTracker
+        """Remember the multirun; its jobs are not known to be valid yet."""
+        self._config = config
 
-        directory = Path(config.hydra.sweep.dir).absolute()
-        directory.mkdir(parents=True, exist_ok=True)
-        self._tracker = MlflowTracker(
-            uri=config.tracking.uri,
-            experiment=config.tracking.experiment,
-            directory=directory,
-            artifact_root=Path(config.tracking.artifacts) if config.tracking.artifacts else None,
-            flush_seconds=config.tracking.flush_seconds,
-        )
-        overrides = list(config.hydra.overrides.task)
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Open the parent run with the first job."""
+        if self._config is None or self._tracker is not None:
+            return
+        tracking = cast(TrackingConfig, OmegaConf.to_object(self._config.tracking))
+        if tracking.problems():
+            self._tracker = NullTracker()  # every job refuses it, and says why
+            return
+        directory = _sweep_dir(self._config)
+        self._tracker = open_tracker(tracking, directory)
         self._tracker.start(
             f"grid-{directory.name}",
-            {"overrides": " ".join(overrides)},
+            {"overrides": " ".join(self._config.hydra.overrides.task)},
             {"kind": "grid", "run_dir": str(directory)},
         )
 
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Note a job that raised; one that was refused leaves no result."""
+        if job_return.status is not JobStatus.COMPLETED:
+            self._whole = False
+
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print and record the comparison; the parent fails if a child did."""
-        from expt.report import comparison_table, print_table
+        from expt.report import comparison_markdown, comparison_table, print_table
 
-        directory = Path(config.hydra.sweep.dir).absolute()
-        children = child_results(directory)
+        directory = _sweep_dir(config)
+        children = child_results(directory) if directory.is_dir() else {}
         if children:
             print_table(comparison_table(children))
         if self._tracker is None:
             return
         if children:
-            write_text(directory / "comparison.md", _markdown(children))
-            self._tracker.artifact(directory / "comparison.md")
-        done = {name: result.status for name, result in children.items()}
-        jobs = [path for path in directory.iterdir() if path.is_dir() and path.name != ".hydra"]
-        whole = bool(done) and len(done) == len(jobs) and set(done.values()) == {"completed"}
-        ids = {name: r.tracking["run_id"] or "" for name, r in children.items()}
+            write_text(directory / TABLE_NAME, comparison_markdown(children))
+            self._tracker.artifact(directory / TABLE_NAME)
+        ids = {name: result.tracking["run_id"] or "" for name, result in children.items()}
         self._tracker.tags({f"child.{name}": run_id for name, run_id in ids.items()})
-        stopped = "stopped" in done.values()
-        self._tracker.finish("FINISHED" if whole else "KILLED" if stopped else "FAILED")
+        statuses = {result.status for result in children.values()}
+        if "stopped" in statuses:
+            self._tracker.finish("KILLED")
+        else:
+            whole = self._whole and statuses == {"completed"}
+            self._tracker.finish("FINISHED" if whole else "FAILED")
 
 
 def child_results(directory: Path) -> dict[str, RunResult]:
@@ -78,9 +90,5 @@ def child_results(directory: Path) -> dict[str, RunResult]:
     return dict(sorted(found.items(), key=lambda item: (len(item[0]), item[0])))
 
 
-def _markdown(children: dict[str, RunResult]) -> str:
-    from expt.report import COLUMNS, row
-
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(row(name, result)) + " |" for name, result in children.items()]
-    return "\n".join(lines) + "\n"
+def _sweep_dir(config: DictConfig) -> Path:
+    return Path(config.hydra.sweep.dir).absolute()

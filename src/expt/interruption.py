@@ -1,7 +1,7 @@
 """SIGINT and SIGTERM as a flag that the loop reads between two steps.
 
-The step in flight is finished and a checkpoint written; a second signal of the same kind acts at
-once, as Python would without this.
+The step in flight is finished and a checkpoint written; a second signal of the same kind does not
+wait for that: it raises `Stopped` where the program is, so that the run is still recorded.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ class Interruption:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received == number:
+            raise Stopped(number)
         self.received = number
-        signal.signal(number, self._previous[number])
 
 
 class Stopped(KeyboardInterrupt):

@@ -42,7 +42,7 @@ class TraceProfiler(StepProfiler):
         self._profiler.step()
 
     def stop(self) -> None:
-        """Close the profiler; a run shorter than the schedule writes what it has."""
+        """Close the profiler; a run shorter than the schedule writes nothing."""
         self._profiler.stop()
 
     def _write(self, finished: object) -> None:

@@ -56,6 +56,13 @@ def comparison_table(results: Mapping[str, RunResult]) -> Table:
     return table
 
 
+def comparison_markdown(results: Mapping[str, RunResult]) -> str:
+    """Return the same table as Markdown."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines += ["| " + " | ".join(row(name, result)) + " |" for name, result in results.items()]
+    return "\n".join(lines) + "\n"
+
+
 def row(name: str, result: RunResult) -> tuple[str, ...]:
     """Return a run's cells for `COLUMNS`."""
     metrics = result.metrics

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from expt.files import write_json
 
 FILE_NAME = "result.json"
+LAUNCH_NAME = "launch.json"
 Status = Literal["completed", "failed", "stopped"]
 
 METRIC_NAMES = (
@@ -68,6 +69,25 @@ class RunResult:
     def save(self, run_dir: Path) -> None:
         """Write ``result.json`` atomically."""
         write_json(run_dir / FILE_NAME, asdict(self))
+
+
+def save_launch(run_dir: Path, launch: Mapping[str, Any]) -> None:
+    """Write how a run was started (`overrides`, `cwd`, `config_dir`), once, for resuming it.
+
+    Hydra's own copy in ``.hydra/`` is overwritten by every later command in this directory, also
+    by one that is refused.
+    """
+    write_json(run_dir / LAUNCH_NAME, dict(launch))
+
+
+def load_launch(run_dir: Path) -> dict[str, Any] | None:
+    """Return how the run in this directory was started, or None if none was."""
+    try:
+        stored = json.loads((run_dir / LAUNCH_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    known = isinstance(stored, dict) and {"overrides", "cwd", "config_dir"} <= stored.keys()
+    return stored if known else None
 
 
 def load_result(run_dir: Path) -> RunResult | None:

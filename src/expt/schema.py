@@ -109,6 +109,8 @@ class TrainerConfig:
             log_every_steps=1,
             seed=0,
         )
+        if self.seed > MAX_SEED:
+            found.append(f"trainer.seed must be at most {MAX_SEED}, got {self.seed}")
         for name in ("time_limit_seconds", "gradient_clip_norm"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
@@ -138,9 +140,17 @@ class TrackingConfig:
 
     def problems(self) -> list[str]:
         """Return one message per value out of range."""
-        if self.flush_seconds >= 0:
-            return []
-        return [f"tracking.flush_seconds must not be negative, got {self.flush_seconds}"]
+        found = []
+        if self.flush_seconds < 0:
+            found.append(f"tracking.flush_seconds must not be negative, got {self.flush_seconds}")
+        if self.uri is not None:
+            scheme, separator, _ = self.uri.partition("://")
+            if not separator or scheme.partition("+")[0] not in STORES:
+                found.append(
+                    f"tracking.uri={self.uri!r} names no tracking server; it begins with "
+                    f"{', '.join(f'{name}://' for name in STORES)}; tracking=none records nothing"
+                )
+        return found
 
 
 @dataclass
@@ -164,6 +174,10 @@ class Config:
     replay: ReplayConfig = field(default_factory=ReplayConfig)
 
 
+MAX_SEED = 2**32 - 1
+"""The largest seed that NumPy takes."""
+STORES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
+"""Schemes of a tracking URI; MLflow's file store is no longer maintained."""
 OPEN_GROUPS = ("model", "data", "optimizer")
 """Groups whose keys are a `_target_` and its constructor's arguments."""
 

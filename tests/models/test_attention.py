@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from expt.memory.ledger import StorageLedger
+from expt.models import attention
 from expt.models.attention import Attention, EncoderLayer
 
 
@@ -131,3 +132,11 @@ def test_the_ledger_would_see_the_matrix() -> None:
     attention = Attention(embed_dim=16, num_heads=HEADS)
     tokens = torch.randn(LONG, 16)
     assert peak_of(lambda: by_hand(attention, tokens, tokens)) > MATRIX_BYTES / HEADS
+
+
+def test_more_sequences_than_a_kernel_takes_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = attention.Attention(8, 2)
+    tokens = torch.randn(7, 3, 8)
+    whole = module(tokens, tokens)
+    monkeypatch.setattr(attention, "MAX_BATCH", 3)
+    torch.testing.assert_close(module(tokens, tokens), whole)

@@ -81,29 +81,123 @@ def test_resuming_a_completed_run_returns_its_result(expt, home):
 
 
 def test_resuming_by_directory_takes_the_settings_from_there(expt, home, monkeypatch):
-    (home / "lab_stop.py").write_text(
-        """
-import os, signal
-from expt.models.stid import STID
-
-
-class Net(STID):
-    def forward(self, **inputs):
-        if "LAB_STOP" in os.environ:
-            signal.raise_signal(signal.SIGTERM)
-        return super().forward(**inputs)
-"""
-    )
-    monkeypatch.setenv("LAB_STOP", "1")
+    (home / "lab_stop.py").write_text(STOPPING)
+    monkeypatch.setenv("LAB", "stop")
     settings = ("model=stid", "model._target_=lab_stop.Net", "model.embed_dim=6")
     assert expt(*settings, "hydra.run.dir=runs/first")[0] == 143
     assert load_result(home / "runs/first").status == "stopped"
-    monkeypatch.delenv("LAB_STOP")
+    monkeypatch.delenv("LAB")
     code, out, err = expt("trainer.resume=runs/first", "tracking=none", small=False)
     assert code == 0, err
     assert "at step 1" in out
     result = load_result(home / "runs/first")
     assert (result.status, result.resumed_from_step, result.steps) == ("completed", 1, 8)
+
+
+STOPPING = """
+import os, signal, torch
+from expt.models.stid import STID
+
+
+class Net(STID):
+    def forward(self, **inputs):
+        wanted = os.environ.get("LAB", "")
+        # The test comes after two validations of two batches each.
+        self.seen = getattr(self, "seen", 0) + (not torch.is_grad_enabled())
+        if wanted == "signal" and self.seen > 4:
+            signal.raise_signal(signal.SIGTERM)
+        if wanted == "bug" and self.seen > 4:
+            raise RuntimeError("a bug in the test")
+        if wanted == "stop":
+            signal.raise_signal(signal.SIGTERM)
+        return super().forward(**inputs)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "reason"), [("signal", "stopped", "signal"), ("bug", "failed", "a bug")]
+)
+def test_what_ends_the_test_is_not_a_completed_run_and_can_be_resumed(
+    expt, home, monkeypatch, how, status, reason
+):
+    (home / f"lab_{how}.py").write_text(STOPPING)
+    settings = ("model=stid", f"model._target_=lab_{how}.Net", "hydra.run.dir=run")
+    monkeypatch.setenv("LAB", how)
+    if how == "bug":
+        with pytest.raises(RuntimeError, match="a bug in the test"):
+            expt(*settings)
+    else:
+        assert expt(*settings)[0] == 143
+    result = load_result(home / "run")
+    assert result.status == status
+    assert reason in result.stop_reason
+    assert result.metrics["test/mae"] is None
+    monkeypatch.delenv("LAB")
+    code, _, err = expt("trainer.resume=run", small=False)
+    assert code == 0, err
+    again = load_result(home / "run")
+    assert (again.status, again.resumed_from_step) == ("completed", 8)
+    assert again.metrics["test/mae"] > 0
+    assert again.weights_sha256 == result.weights_sha256
+
+
+@pytest.mark.parametrize("name", ["a,b", "a=b c", "it's"])
+def test_a_refused_resume_spoils_nothing_whatever_the_folder_is_called(
+    expt, home, monkeypatch, name
+):
+    (home / "lab_named.py").write_text(STOPPING)
+    monkeypatch.setenv("LAB", "stop")
+    quoted = name.replace("'", "\\'")
+    assert expt("model=stid", "model._target_=lab_named.Net", f"hydra.run.dir='{quoted}'")[0] == 143
+    monkeypatch.delenv("LAB")
+    code, _, err = expt(f"trainer.resume={name}", "data.batch_size=0", small=False)
+    assert code == 2
+    assert "data.batch_size" in err
+    code, _, err = expt(f"trainer.resume={name}", small=False)
+    assert code == 0, err
+    assert load_result(home / name).resumed_from_step == 1
+
+
+def test_resuming_from_elsewhere_with_settings_of_ones_own(expt, home, monkeypatch):
+    from mlflow import MlflowClient
+
+    (home / "there/mine/model").mkdir(parents=True)
+    (home / "there/lab_there.py").write_text(STOPPING)
+    (home / "there/mine/model/own.yaml").write_text(
+        "defaults: [stid, _self_]\n_target_: lab_there.Net\nembed_dim: 6\n"
+    )
+    (home / "here").mkdir()
+    monkeypatch.chdir(home / "there")
+    monkeypatch.setenv("LAB", "stop")
+    arguments = ("--config-dir=mine", "model=own", "debug=smoke", "hydra.run.dir=run")
+    assert expt(*arguments, small=False)[0] == 143
+    monkeypatch.delenv("LAB")
+    monkeypatch.chdir(home / "here")
+    code, _, err = expt(f"trainer.resume={home}/there/run", small=False)
+    assert code == 0, err
+    assert list((home / "here").iterdir()) == []
+    client = MlflowClient(f"sqlite:///{home}/there/outputs/mlflow.db")
+    (experiment,) = client.search_experiments(filter_string="name = 'expt'")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+
+
+def test_killed_between_its_result_and_the_trackers_answer(expt, home):
+    from mlflow import MlflowClient
+
+    assert expt("tracking=mlflow", "hydra.run.dir=run")[0] == 0
+    result = load_result(home / "run")
+    client = MlflowClient(f"sqlite:///{home}/outputs/mlflow.db")
+    client.update_run(result.tracking["run_id"], status="RUNNING")
+    journal, state = home / "run/tracking.jsonl", home / "run/tracking.json"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    assert b'"end"' in lines[-1]
+    journal.write_bytes(b"".join(lines[:-1]))
+    state.write_text(json.dumps({**json.loads(state.read_text()), "applied": len(lines) - 1}))
+    code, out, _ = expt("tracking=mlflow", "hydra.run.dir=run", "trainer.resume=true")
+    assert code == 0
+    assert "already completed" in out
+    assert client.get_run(result.tracking["run_id"]).info.status == "FINISHED"
 
 
 def test_nothing_to_resume_starts_afresh(expt, home):
@@ -147,6 +241,43 @@ class Net(STID):
     assert [run.info.status for run in children] == ["FINISHED", "FAILED", "FINISHED"]
     assert len(runs) == 4
     assert runs[parent].data.tags["child.1"] == results[1].tracking["run_id"]
+
+
+def test_a_grid_with_a_refused_child_is_not_finished(expt, home):
+    from mlflow import MlflowClient
+
+    code, _, err = expt(
+        "-m", "memory=minimal", "debug=smoke", "model.embed_dim=16,17", "hydra.sweep.dir=sweep",
+        "trainer.progress=false", small=False,
+    )  # fmt: skip
+    assert code == 2
+    assert "17" in err
+    assert load_result(home / "sweep/0").status == "completed"
+    assert not (home / "sweep/1").exists()
+    client = MlflowClient(f"sqlite:///{home}/outputs/mlflow.db")
+    (experiment,) = client.search_experiments(filter_string="name = 'expt'")
+    statuses = [run.info.status for run in client.search_runs([experiment.experiment_id])]
+    assert sorted(statuses) == ["FAILED", "FINISHED"]
+
+
+def test_a_failed_child_leaves_no_model_behind(expt, home):
+    import gc
+
+    (home / "lab_heavy.py").write_text(
+        """
+from expt.models.stid import STID
+
+
+class Net(STID):
+    def forward(self, **inputs):
+        raise RuntimeError("my own bug")
+"""
+    )
+    with pytest.raises(RuntimeError, match="my own bug") as held:
+        expt("-m", "model=stid", "model._target_=lab_heavy.Net", "trainer.seed=1,2")
+    gc.collect()
+    left = [thing for thing in gc.get_objects() if type(thing).__module__ == "lab_heavy"]
+    assert left == [], held
 
 
 def test_training_goes_on_without_the_tracking_server_and_replays(expt, home):

@@ -12,9 +12,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from expt.errors import ModelError
 from expt.protocols import Batch
 
 REPORTED_MINUTES = (15, 30, 60)
+
+
+def check_shape(prediction: Tensor, batch: Batch) -> None:
+    """Raise ModelError unless the prediction has the target's shape; broadcasting would hide it."""
+    if prediction.shape != batch.target.shape:
+        raise ModelError(
+            f"the model returned {list(prediction.shape)}, expected {list(batch.target.shape)} "
+            "[batch, horizon, sensors]"
+        )
 
 
 class MaskedErrors:
@@ -28,6 +38,7 @@ class MaskedErrors:
 
     def update(self, prediction: Tensor, batch: Batch) -> None:
         """Add predictions [B,P,N] (normalised) for targets [B,P,N] in mph, 0 = missing."""
+        check_shape(prediction, batch)
         observed = batch.target > 0
         error = torch.where(observed, self.to_mph(prediction) - batch.target, 0.0)
         relative = error.abs() / torch.where(observed, batch.target, 1.0)
@@ -41,7 +52,7 @@ class MaskedErrors:
         """Return ``mae``, ``rmse``, ``mape`` (a fraction), and ``mae_15min`` and later steps."""
         if self.sums is None:
             raise ValueError("no batch was added")
-        absolute, squared, relative, observed = self.sums.double().cpu()
+        absolute, squared, relative, observed = self.sums.cpu().double()
         count = observed.sum()
         figures = {
             "mae": float(absolute.sum() / count),
@@ -59,5 +70,5 @@ class MaskedErrors:
         """Return the MAE of every forecast step, length P."""
         if self.sums is None:
             raise ValueError("no batch was added")
-        absolute, _, _, observed = self.sums.double().cpu()
+        absolute, _, _, observed = self.sums.cpu().double()
         return [float(value) for value in absolute / observed]

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expt.data.masked_errors import MaskedErrors
+from expt.data.masked_errors import MaskedErrors, check_shape
 from expt.data.reading import read_series
 from expt.data.series import Series
 from expt.errors import DataError
@@ -81,6 +81,12 @@ class TrafficData:
         self.split_starts = split_windows(starts, train_fraction, test_fraction, path)
         self.mean, self.std = self._scaling()
         self._on_device(torch.device("cpu"))
+        for split, observed in self._observed_targets.items():
+            if not observed.any():
+                raise DataError(
+                    f"{path}: every target reading of the {split} part is missing, so there is "
+                    "nothing to compare a forecast with"
+                )
 
     def read(self, path: str | None, adjacency_path: str | None, where_to_get: str) -> Series:
         """Return the series; a subclass with a format of its own overrides this."""
@@ -148,6 +154,7 @@ class TrafficData:
 
     def loss(self, prediction: Tensor, batch: Batch) -> Tensor:
         """Return the absolute error in mph summed over observed targets."""
+        check_shape(prediction, batch)
         error = (self.to_mph(prediction) - batch.target).abs()
         return torch.where(batch.target > 0, error, 0.0).sum()
 

@@ -9,8 +9,11 @@ Letters: `L` tokens that attend to each other, `S` tokens attended to, `D` width
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+MAX_BATCH = 65_535
 
 
 class Attention(nn.Module):
@@ -27,7 +30,12 @@ class Attention(nn.Module):
         """Return the attended values [..., L, D]."""
         queries = self._heads(self.query(query))
         keys, values = (self._heads(part) for part in self.key_value(memory).chunk(2, dim=-1))
-        mixed = F.scaled_dot_product_attention(queries, keys, values)  # [batch, H, L, D/H]
+        # CUDA's kernels put the batch on a grid axis of 65,535 blocks.
+        parts = [
+            F.scaled_dot_product_attention(*part)
+            for part in zip(*(t.split(MAX_BATCH) for t in (queries, keys, values)), strict=True)
+        ]
+        mixed = parts[0] if len(parts) == 1 else torch.cat(parts)  # [batch, H, L, D/H]
         return self.out(mixed.transpose(1, 2).reshape(query.shape))  # type: ignore[no-any-return]
 
     def _heads(self, tokens: Tensor) -> Tensor:

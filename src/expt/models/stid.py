@@ -11,10 +11,15 @@ Letters: `B` batch, `T` input steps, `N` sensors, `P` horizon, `W` width of the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-DAYS_PER_WEEK = 7
+from expt.errors import ConfigError
+from expt.models.embedding import DAYS_PER_WEEK
+
 INPUT_FEATURES = 3  # speed, time of day and day of week as fractions
 
 
@@ -31,6 +36,9 @@ class STID(nn.Module):
         num_layers: residual MLP layers.
         dropout: inside each MLP layer.
 
+    Raises:
+        ConfigError: with every impossible value among the last three.
+
     """
 
     def __init__(
@@ -45,6 +53,11 @@ class STID(nn.Module):
         dropout: float,
     ) -> None:
         super().__init__()
+        problems = self.problems(
+            {"embed_dim": embed_dim, "num_layers": num_layers, "dropout": dropout}
+        )
+        if problems:
+            raise ConfigError(problems)
         self.steps_per_day = steps_per_day
         self.missing_value = missing_value
         self.window = nn.Linear(input_steps * INPUT_FEATURES, embed_dim)
@@ -56,6 +69,19 @@ class STID(nn.Module):
         width = 4 * embed_dim
         self.layers = nn.ModuleList(_residual_branch(width, dropout) for _ in range(num_layers))
         self.head = nn.Linear(width, horizon)
+
+    @classmethod
+    def problems(cls, arguments: Mapping[str, Any]) -> list[str]:
+        """Judge what is known of the arguments; see `expt.protocols.Checked`."""
+        found = [
+            f"model.{name} must be at least {least}, got {arguments[name]}"
+            for name, least in (("embed_dim", 1), ("num_layers", 0))
+            if arguments.get(name, least) < least
+        ]
+        dropout = arguments.get("dropout", 0.0)
+        if not 0 <= dropout < 1:
+            found.append(f"model.dropout must be in [0, 1), got {dropout}")
+        return found
 
     def forward(
         self, speed: Tensor, observed: Tensor, time_of_day: Tensor, day_of_week: Tensor

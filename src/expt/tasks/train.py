@@ -6,36 +6,32 @@ whatever happens is written to ``result.json`` and the tracker before this retur
 
 from __future__ import annotations
 
-import contextlib
-import platform
-import subprocess
-from collections.abc import Mapping
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 
-from expt import __version__, checkpoint
+from expt import checkpoint
 from expt.acceleration import make_fabric
 from expt.construction import RunContext, Settings, assemble, build, validated
-from expt.errors import StorageError, UserError
+from expt.errors import ConfigError, UserError
 from expt.evaluation import evaluate, predict
-from expt.files import write_json
+from expt.files import write_text
 from expt.interruption import Interruption, Stopped
 from expt.memory.meter import meter_for
 from expt.profiling import StepProfiler, TraceProfiler
 from expt.progress import choose_display
-from expt.protocols import DataSet, MemoryMeter, Metrics, Tracker
+from expt.protocols import DataSet
+from expt.recording import CONFIG_NAME, Recorder, device_name
 from expt.report import plot_history, print_result
-from expt.results import RunResult, load_result
-from expt.schema import TrackingConfig
+from expt.results import RunResult, load_launch, load_result, save_launch
+from expt.tracking.journal import is_closed
+from expt.tracking.opening import open_tracker
+from expt.tracking.store import without_password
 from expt.training import Outcome, Trainer
-
-MLFLOW_STATUS = {"completed": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 
 def run(cfg: DictConfig, context: RunContext) -> RunResult:
@@ -47,84 +43,106 @@ def run(cfg: DictConfig, context: RunContext) -> RunResult:
         Stopped: SIGINT or SIGTERM; everything is saved and recorded.
 
     """
-    settings = validated(cfg, context.overridden)
-    resuming = settings.trainer.resume is not False
-    if resuming:
-        done = load_result(context.run_dir)
-        if done is not None and done.status == "completed":
-            print(f"{context.run_dir} is already completed; this is its result.")
-            print_result(done, context.run_dir)
-            return done
-    fabric = make_fabric(settings.trainer.device, settings.memory.precision)
-    data: DataSet = build(settings, "data")
     with Interruption() as interruption:
-        tracker = _tracker(settings.tracking, context)
-        job = TrainJob(cfg, settings, context, fabric, data, tracker, interruption)
-        return job.run(resuming)
+        settings = validated(cfg, context.overridden)
+        resuming = settings.trainer.resume is not False
+        earlier = load_result(context.run_dir)
+        if not resuming and (earlier is not None or load_launch(context.run_dir) is not None):
+            raise ConfigError(
+                f"{context.run_dir} already holds a run; to go on with it, give "
+                f"trainer.resume=true, else another folder as hydra.run.dir"
+            )
+        if earlier is not None and earlier.status == "completed":
+            return _completed(earlier, settings, context)
+        fabric = make_fabric(settings.trainer.device, settings.memory.precision)
+        data: DataSet = build(settings, "data")
+        return TrainJob(cfg, settings, context, fabric, data, interruption).run(resuming)
+
+
+def _completed(result: RunResult, settings: Settings, context: RunContext) -> RunResult:
+    """Return the result of a run there is nothing left to do for, except to say so."""
+    print(f"{context.run_dir} is already completed; this is its result.")
+    if not is_closed(context.run_dir):
+        # Killed between writing the result and hearing from the tracker.
+        tracker = open_tracker(settings.tracking, context.run_dir)
+        tracker.start(context.run_dir.name, {}, {})
+        tracker.finish("FINISHED")
+    print_result(result, context.run_dir)
+    return result
 
 
 @dataclass
 class TrainJob:
-    """One training with everything it was given, and its result as it grows."""
+    """One training with everything it was given, and its record as it grows."""
 
     cfg: DictConfig
     settings: Settings
     context: RunContext
     fabric: Fabric
     data: DataSet
-    tracker: Tracker
     interruption: Interruption
 
     def __post_init__(self) -> None:
-        self._started = False
         preset = self.settings.memory.preset
-        self.result = RunResult(
-            "failed",
-            "error",
-            preset=preset.value if preset else None,
-            device=_device_name(self.fabric.device),
+        self.recorder = Recorder(
+            self.context.run_dir,
+            open_tracker(self.settings.tracking, self.context.run_dir, self.context.parent_dir),
+            RunResult(
+                "failed",
+                "error",
+                preset=preset.value if preset else None,
+                device=device_name(self.fabric.device),
+            ),
         )
 
     def run(self, resuming: bool) -> RunResult:
         """Build, fit, test, record; a fault is recorded before it is raised again."""
+        recorder, run_dir = self.recorder, self.context.run_dir
         try:
             trainer = self._build()
-            self.result.resumed_from_step = trainer.resume() if resuming else 0
-            self._start_tracking()
+            step = trainer.resume() if resuming else 0
+            recorder.result.resumed_from_step = step
+            self._start()
             if resuming:
-                self._say_what_was_resumed()
-            outcome = trainer.fit()
-            self._finish(trainer, outcome)
-        except UserError:
-            raise  # found while building: nothing was started, so there is nothing to record
+                print(f"resuming {run_dir} at step {step}" if step else "nothing to resume")
+            self._conclude(trainer, trainer.fit())
         except BaseException as error:
-            self._start_tracking()
-            if isinstance(error, KeyboardInterrupt):
-                self.result.status = "stopped"
-            self.result.stop_reason = f"{type(error).__name__}: {error}"[:500]
-            # The first error is the one to report, also when recording it fails.
-            with contextlib.suppress(StorageError):
-                self._record()
+            if isinstance(error, UserError) and not recorder.started:
+                raise  # found while building: nothing was started, so there is nothing to record
+            self._start()
+            recorder.close_after(error)
             raise
-        self._record()
-        print_result(self.result, self.context.run_dir)
-        if outcome.reason == "signal":
-            raise Stopped(self.interruption.received or 0)
-        return self.result
+        recorder.close()
+        print_result(recorder.result, run_dir)
+        if self.interruption.received is not None:
+            raise Stopped(self.interruption.received)
+        return recorder.result
 
-    def _start_tracking(self) -> None:
-        if not self._started:
-            self._started = True
-            self.tracker.start(self._name(), self._parameters(), self._tags())
+    def _start(self) -> None:
+        """Say in the directory and the tracker that there is a run now; once."""
+        if self.recorder.started:
+            return
+        resolved = OmegaConf.to_container(self.cfg, resolve=True, enum_to_str=True)
+        assert isinstance(resolved, dict)
+        name = f"{self._model_name()}-{self.recorder.result.preset or 'lite'}"
+        self.recorder.start(
+            f"{name}-{self.context.run_dir.name}",
+            {str(key): value for key, value in resolved.items() if key != "tracking"},
+            {"model": self._model_name(), "data.fingerprint": self.data.fingerprint()},
+        )
+        if load_launch(self.context.run_dir) is None:
+            save_launch(self.context.run_dir, self.context.launch)
+        if resolved["tracking"]["uri"]:
+            resolved["tracking"]["uri"] = without_password(resolved["tracking"]["uri"])
+        write_text(self.context.run_dir / CONFIG_NAME, OmegaConf.to_yaml(resolved))
 
     def _build(self) -> Trainer:
         settings, fabric = self.settings, self.fabric
         fabric.seed_everything(settings.trainer.seed, verbose=False)
-        if settings.trainer.deterministic:
-            torch.use_deterministic_algorithms(True)
+        _set_deterministic(settings.trainer.deterministic)
         self.data.to(fabric.device)
         model, optimizer = assemble(settings, fabric, self.data)
-        self.result.parameters = sum(weight.numel() for weight in model.parameters())
+        self.recorder.result.parameters = sum(weight.numel() for weight in model.parameters())
         profile = settings.trainer.profile
         return Trainer(
             fabric=fabric,
@@ -134,151 +152,58 @@ class TrainJob:
             settings=settings.trainer,
             gradient_accumulation=settings.memory.gradient_accumulation,
             meter=meter_for(fabric.device),
-            tracker=self.tracker,
+            tracker=self.recorder.tracker,
             display=choose_display(settings.trainer.progress),
             interruption=self.interruption,
             profiler=TraceProfiler(self.context.run_dir) if profile else StepProfiler(),
             run_dir=self.context.run_dir,
         )
 
-    def _finish(self, trainer: Trainer, outcome: Outcome) -> None:
-        """Fill the result from where the loop ended; test if it ended as it should."""
-        result, progress = self.result, trainer.progress
-        result.status, result.stop_reason = outcome.status, outcome.reason
-        result.epochs, result.steps, result.seconds = (
-            progress.epoch,
-            progress.step,
-            progress.seconds,
-        )
+    def _conclude(self, trainer: Trainer, outcome: Outcome) -> None:
+        """Test if training ended as it should; the status is set when all of it went well."""
+        recorder, result = self.recorder, self.recorder.result
+        recorder.progress(trainer.progress, self.data.monitor, trainer.meter)
         result.weights_sha256 = checkpoint.weights_sha256(trainer.model)
-        monitor = self.data.monitor
-        if progress.history:
-            result.metrics[f"val/{monitor}"] = progress.best
-        plots = list(plot_history(progress.history, monitor, self.context.run_dir / "plots"))
+        folder = self.context.run_dir / "plots"
+        plots = list(plot_history(trainer.progress.history, self.data.monitor, folder))
         if outcome.status == "completed":
-            checkpoint.load_best(trainer.folder, self.fabric, trainer.model)
-            metrics = evaluate(
-                self.fabric,
-                trainer.model,
-                self.data,
-                "test",
-                trainer.meter,
-                trainer.settings.eval_batches,
-            )
-            assert metrics is not None
-            result.metrics |= {f"test/{key}": value for key, value in metrics.compute().items()}
-            plots += self._data_plots(trainer.model, metrics)
-        self._fill_memory(trainer.meter)
-        if outcome.reason == "non_finite_loss":
+            outcome, more = self._test(trainer, outcome, folder)
+            plots += more
+        elif outcome.reason == "non_finite_loss":
             print(
                 f"The loss is not finite at step {outcome.step}: the run diverged. The last "
                 "checkpoint is from before; try a lower optimizer.lr, or memory.precision=fp32."
             )
-        self._record_artifacts(trainer, plots)
+        recorder.artifacts(plots)
+        result.status, result.stop_reason = outcome.status, outcome.reason
 
-    def _data_plots(self, model: nn.Module, metrics: Metrics) -> list[Path]:
-        folder = self.context.run_dir / "plots"
-        return list(self.data.plots(lambda batch: predict(model, batch), metrics, folder))
-
-    def _fill_memory(self, meter: MemoryMeter) -> None:
-        self.result.memory |= {
-            "peak_allocated_bytes": meter.peak_allocated_bytes(),
-            "peak_reserved_bytes": meter.peak_reserved_bytes(),
-            "meter": meter.name,
-        }
-
-    def _record_artifacts(self, trainer: Trainer, plots: list[Path]) -> None:
-        write_json(self.context.run_dir / "history.json", trainer.progress.history)
-        best = trainer.folder / checkpoint.BEST
-        if best.exists():
-            self.tracker.artifact(best, "checkpoints")
-        for plot in plots:
-            self.tracker.artifact(plot, "plots")
-        config = self.context.run_dir / ".hydra" / "config.yaml"
-        if config.exists():
-            self.tracker.artifact(config)
-        self.tracker.artifact(self.context.run_dir / "history.json")
-
-    def _record(self) -> None:
-        """Write the result here and in the tracker, with the ids where they are known."""
-        result, tracker = self.result, self.tracker
-        figures = {name: value for name, value in result.metrics.items() if value is not None}
-        figures |= {
-            f"memory/{name}": float(value)
-            for name, value in result.memory.items()
-            if isinstance(value, int)
-        }
-        tracker.metrics({**figures, "seconds": result.seconds}, result.steps)
-        tracker.tags({"status": result.status, "stop_reason": result.stop_reason})
-        tracker.flush()
-        result.tracking = {
-            "uri": tracker.uri,
-            "run_id": tracker.run_id,
-            "parent_run_id": tracker.parent_run_id,
-        }
-        result.save(self.context.run_dir)
-        tracker.artifact(self.context.run_dir / "result.json")
-        tracker.finish(MLFLOW_STATUS[result.status])  # type: ignore[arg-type]
-
-    def _say_what_was_resumed(self) -> None:
-        step = self.result.resumed_from_step
-        where = self.context.run_dir
-        print(f"resuming {where} at step {step}" if step else f"nothing to resume in {where}")
-
-    def _name(self) -> str:
-        return f"{self._model_name()}-{self.result.preset or 'lite'}-{self.context.run_dir.name}"
+    def _test(self, trainer: Trainer, outcome: Outcome, folder: Path) -> tuple[Outcome, list[Path]]:
+        """Test the best weights once; a signal stops it, and a resumed run tests again."""
+        checkpoint.load_best(trainer.folder, self.fabric, trainer.model)
+        metrics = evaluate(
+            self.fabric,
+            trainer.model,
+            self.data,
+            "test",
+            trainer.meter,
+            trainer.settings.eval_batches,
+            lambda: self.interruption.received is not None,
+        )
+        self.recorder.memory(trainer.meter)
+        if metrics is None:
+            return Outcome("stopped", "signal", outcome.step), []
+        figures = {f"test/{name}": value for name, value in metrics.compute().items()}
+        self.recorder.result.metrics |= figures
+        plots = self.data.plots(lambda batch: predict(trainer.model, batch), metrics, folder)
+        return outcome, list(plots)
 
     def _model_name(self) -> str:
         return str(self.settings.arguments["model"]["_target_"]).rpartition(".")[2]
 
-    def _parameters(self) -> Mapping[str, Any]:
-        shown = ("task", "model", "data", "optimizer", "trainer", "memory")
-        resolved = OmegaConf.to_container(self.cfg, resolve=True, enum_to_str=True)
-        assert isinstance(resolved, dict)
-        return {str(key): value for key, value in resolved.items() if key in shown}
 
-    def _tags(self) -> dict[str, str]:
-        return {
-            "preset": str(self.result.preset),
-            "device": str(self.result.device),
-            "model": self._model_name(),
-            "data.fingerprint": self.data.fingerprint(),
-            "run_dir": str(self.context.run_dir),
-            "expt.version": __version__,
-            "torch.version": torch.__version__,
-            **_commit(),
-        }
-
-
-def _tracker(config: TrackingConfig, context: RunContext) -> Tracker:
-    if config.uri is None:
-        from expt.tracking.null import NullTracker
-
-        return NullTracker()
-    from expt.tracking.mlflow import MlflowTracker
-
-    return MlflowTracker(
-        uri=config.uri,
-        experiment=config.experiment,
-        directory=context.run_dir,
-        artifact_root=Path(config.artifacts) if config.artifacts else None,
-        parent_directory=context.parent_dir,
-        flush_seconds=config.flush_seconds,
-    )
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"cuda ({torch.cuda.get_device_name(device)})"
-    return f"{device.type} ({platform.machine()})"
-
-
-def _commit() -> dict[str, str]:
-    """Return the commit of the current folder's repository, if it is one."""
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return {}
-    return {"mlflow.source.git.commit": found.stdout.strip()} if found.returncode == 0 else {}
+def _set_deterministic(wanted: bool) -> None:
+    """Allow or refuse non-deterministic kernels, also after another run in this process."""
+    if wanted:
+        # cuBLAS reads this when it starts (CUDA's documentation on reproducible results).
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)

@@ -213,3 +213,15 @@ def _parse(line: bytes) -> Record | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) and "kind" in record else None
+
+
+def is_closed(directory: Path) -> bool:
+    """Tell whether a run's end was recorded and acknowledged, or nothing was ever recorded."""
+    if read_header(directory) is None:
+        return True
+    reader, count, last = Reader(directory), 0, None
+    while lines := reader.read(1000):
+        count, last = count + len(lines), lines[-1].record
+    state = State.load(directory)
+    ended = last is not None and last["kind"] == "end"
+    return ended and state is not None and state.applied >= count

@@ -75,8 +75,8 @@ class MlflowTracker:
 
     @property
     def uri(self) -> str:
-        """Where the records go."""
-        return self._target.uri
+        """Where the records go, as it may be shown."""
+        return without_password(self._target.uri)
 
     @property
     def run_id(self) -> str | None:
@@ -138,7 +138,7 @@ class MlflowTracker:
             _logger.warning(
                 "some tracking records have not reached %s; they are kept in %s. When this "
                 "process has ended and the store answers: %s",
-                without_password(self.uri),
+                self.uri,
                 self._journal.path,
                 REPLAY_COMMAND,
             )

@@ -1,0 +1,123 @@
+"""What is recorded of a run, here and in the tracker, however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from expt import __version__, checkpoint
+from expt.checkpoint import Progress
+from expt.errors import StorageError
+from expt.files import write_json
+from expt.protocols import MemoryMeter, Tracker
+from expt.results import RunResult, Status
+
+CONFIG_NAME, HISTORY_NAME = "config.yaml", "history.json"
+ENDINGS: dict[Status, Literal["FINISHED", "FAILED", "KILLED"]] = {
+    "completed": "FINISHED",
+    "failed": "FAILED",
+    "stopped": "KILLED",
+}
+
+
+@dataclass
+class Recorder:
+    """Keeps ``result.json`` and the tracker in step; `result` grows while the run does."""
+
+    run_dir: Path
+    tracker: Tracker
+    result: RunResult
+    started: bool = field(default=False, init=False)
+
+    def start(self, name: str, parameters: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        """Open the run in the tracker; a second call does nothing."""
+        if not self.started:
+            self.started = True
+            preset = {"preset": str(self.result.preset), "device": str(self.result.device)}
+            origin = {"run_dir": str(self.run_dir), **_versions()}
+            self.tracker.start(name, parameters, {**preset, **origin, **tags})
+
+    def progress(self, progress: Progress, monitor: str, meter: MemoryMeter) -> None:
+        """Take over how far training came, and the history's file."""
+        result = self.result
+        result.epochs, result.steps = progress.epoch, progress.step
+        result.seconds = progress.seconds
+        if progress.history:
+            result.metrics[f"val/{monitor}"] = progress.best
+        self.memory(meter)
+        write_json(self.run_dir / HISTORY_NAME, progress.history)
+
+    def memory(self, meter: MemoryMeter) -> None:
+        """Take over the peaks measured so far."""
+        self.result.memory |= {
+            "peak_allocated_bytes": meter.peak_allocated_bytes(),
+            "peak_reserved_bytes": meter.peak_reserved_bytes(),
+            "meter": meter.name,
+        }
+
+    def artifacts(self, plots: Sequence[Path]) -> None:
+        """Record the files of a run that came to an end."""
+        for plot in plots:
+            self.tracker.artifact(plot, "plots")
+        best = self.run_dir / checkpoint.FOLDER / checkpoint.BEST
+        if best.exists():
+            self.tracker.artifact(best, checkpoint.FOLDER)
+        for name in (CONFIG_NAME, HISTORY_NAME):
+            if (self.run_dir / name).exists():
+                self.tracker.artifact(self.run_dir / name)
+
+    def close(self) -> None:
+        """Write the result here and in the tracker, with the ids where they are known."""
+        result, tracker = self.result, self.tracker
+        figures = {name: value for name, value in result.metrics.items() if value is not None}
+        figures |= {
+            f"memory/{name}": float(value)
+            for name, value in result.memory.items()
+            if isinstance(value, int)
+        }
+        tracker.metrics({**figures, "seconds": result.seconds}, result.steps)
+        tracker.tags({"status": result.status, "stop_reason": result.stop_reason})
+        tracker.flush()
+        result.tracking = {
+            "uri": tracker.uri,
+            "run_id": tracker.run_id,
+            "parent_run_id": tracker.parent_run_id,
+        }
+        result.save(self.run_dir)
+        tracker.artifact(self.run_dir / "result.json")
+        tracker.finish(ENDINGS[result.status])
+
+    def close_after(self, error: BaseException) -> None:
+        """Record a run that an error ended; the error is the one to report, whatever fails here."""
+        self.result.status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+        self.result.stop_reason = f"{type(error).__name__}: {error}"[:500]
+        with contextlib.suppress(StorageError):
+            self.close()
+
+
+def device_name(device: torch.device) -> str:
+    """Return a device for a reader: ``cuda (NVIDIA H200)``, ``cpu (x86_64)``."""
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return f"{device.type} ({platform.machine()})"
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions that ran, and the commit of the current folder's repository, if any."""
+    versions = {"expt.version": __version__, "torch.version": str(torch.__version__)}
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return versions
+    if found.returncode == 0:
+        versions["mlflow.source.git.commit"] = found.stdout.strip()
+    return versions
