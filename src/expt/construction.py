@@ -81,12 +81,10 @@ def validated(cfg: DictConfig, overridden: Collection[str] = ()) -> Settings:
     problems += memory.problems() + trainer.problems() + tracking.problems()
     problems += _device_problems(trainer.device.value)
     arguments: dict[str, Mapping[str, Any]] = {}
-    sound: dict[str, Mapping[str, Any]] = {}
     for group, node in open_groups.items():
         arguments[group], found = _checked_arguments(group, node, overridden)
         problems += found
-        if not found:
-            sound[group] = arguments[group]
+    sound = {group: own for group, own in arguments.items() if own}
     problems += _own_problems(sound)
     if "optimizer" in sound:
         problems += _optimizer_problems(sound["optimizer"])
@@ -171,15 +169,15 @@ def _added_keys(cfg: DictConfig) -> list[str]:
 def _checked_arguments(
     group: str, node: dict[str, Any], overridden: Collection[str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the arguments that will be passed, and what is wrong with them."""
+    """Return the sound arguments (none without a class to pass them to), and what is wrong."""
     target = node.get("_target_")
     if not isinstance(target, str):
-        return node, [f"{group}._target_ must name a class, like my_lab.MyNet, got {target!r}"]
+        return {}, [f"{group}._target_ must name a class, like my_lab.MyNet, got {target!r}"]
     try:
         factory = locate(target)
         parameters = inspect.signature(factory).parameters
     except ConfigError as error:
-        return node, [f"{group}._target_={target}: {error}"]
+        return {}, [f"{group}._target_={target}: {error}"]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     kept, problems, dropped = {"_target_": target}, [], []
     hints = _type_hints(factory)
@@ -196,12 +194,13 @@ def _checked_arguments(
                     f"{nearest(name, set(parameters) - PROVIDED.get(group, set()))}"
                 )
             continue
-        kept[name] = value
         if value == "???":
             problems.append(f"{key} must be given, like {key}=VALUE")
         elif name in hints and not _conforms(value, hints[name]):
             expected = inspect.formatannotation(hints[name])
             problems.append(f"{key}={value!r}: expected {expected}, got {type(value).__name__}")
+        else:
+            kept[name] = value
     if dropped:
         log.warning(
             "%s._target_ is set on the command line: not passing on %s, which %s does not take",
