@@ -98,13 +98,14 @@ def make_trainer(*overrides: str) -> Any:
 
     from expt.acceleration import make_fabric
     from expt.composition import conf_dir, register
-    from expt.construction import assemble, build, validated
+    from expt.construction import assemble, build
     from expt.interruption import Interruption
     from expt.memory.meter import meter_for
     from expt.profiling import StepProfiler
     from expt.progress import SilentDisplay
     from expt.tracking.null import NullTracker
     from expt.training import Trainer
+    from expt.validation import validated
 
     register()
     with initialize_config_dir(str(conf_dir())):

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from expt.composition import conf_dir
-from expt.construction import validated
 from expt.results import load_result
 from expt.schema import Config
+from expt.validation import validated
 
 CONF = conf_dir()
 OPTIONS = sorted(

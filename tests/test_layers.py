@@ -26,7 +26,7 @@ import expt
 ROOT = Path(expt.__file__).parent
 LAYERS = {  # from the top; a name stands for a module or a package under `expt`
     "cli": {"__main__", "composition", "dispatch", "explanation"},
-    "tasks": {"tasks", "construction"},
+    "tasks": {"tasks", "construction", "validation"},
     "orchestration": {"grid", "report", "sweep"},
     "loop": {
         "training",

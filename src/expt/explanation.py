@@ -25,9 +25,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from expt.composition import conf_dir, config_dir, key, overrides, register
-from expt.construction import locate, validated
+from expt.construction import locate
 from expt.errors import ConfigError, nearest
 from expt.schema import OPEN_GROUPS
+from expt.validation import validated
 
 REFUSALS = (HydraException, OmegaConfBaseException)
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from expt import checkpoint
 from expt.acceleration import make_fabric
-from expt.construction import RunContext, Settings, assemble, build, validated
+from expt.construction import RunContext, Settings, assemble, build
 from expt.errors import ConfigError, UserError
 from expt.evaluation import evaluate, predict
 from expt.files import write_text
@@ -32,6 +32,7 @@ from expt.tracking.journal import is_closed
 from expt.tracking.opening import open_tracker
 from expt.tracking.store import without_password
 from expt.training import Outcome, Trainer
+from expt.validation import validated
 
 
 def run(cfg: DictConfig, context: RunContext) -> RunResult:
