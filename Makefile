@@ -31,8 +31,8 @@ test: $(STAMP)  ## all tests
 	$(BIN)/python -m pytest
 
 check: $(STAMP)  ## style, types, layers
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layers.py
 

@@ -100,6 +100,9 @@ def test_a_run_ends_with_its_table_and_its_record(expt, home):
         (["model=stid", "model.dropout=1.5"], ["model.dropout", "1.5"]),
         (["trainer.seed=99999999999"], ["trainer.seed", "99999999999"]),
         (["tracking.uri=foo"], ["tracking.uri='foo'", "sqlite://"]),
+        (["memory=lite,full"], ["add -m"]),
+        (["memory.gradient_accumulation=9"], ["gradient_accumulation=9", "batch_size=4"]),
+        (["--config-dir=nowhere", "model=own"], ["nowhere", "no such folder"]),
         (["-m", "trainer.epochs=1,abc"], ["trainer.epochs=abc"]),
         (["-m", "memory=full,lit"], ["memory=lit", "'lite'"]),
         (["-m", "trainer.resume=somewhere"], ["trainer.resume=somewhere", "-m"]),
@@ -128,6 +131,15 @@ def test_all_problems_come_in_one_message(expt):
     code, _, err = expt("trainer.epoch=3", "model.patch_sizes=[5]", "data.batch_size=x", "+foo=1")
     assert code == 2
     assert "4 problems" in err, err
+
+
+def test_keys_are_judged_by_a_class_of_ones_own(expt, home):
+    (home / "lab_keys.py").write_text(MODULE.format(body="pass"))
+    code, _, err = expt("model._target_=lab_keys.Net", "model.width=8")
+    assert code == 2
+    assert "+model.width" in err
+    code, _, err = expt("model._target_=lab_keys.Net", "+model.width=8", "+experiment=probe")
+    assert code == 0, err
 
 
 def test_groups_of_which_nothing_may_be_chosen(expt, home):
@@ -231,7 +243,7 @@ def test_a_users_model_by_its_target_alone(expt, home):
     code, _, err = expt("model._target_=lab_plain.Net", "hydra.run.dir=run")
     assert code == 0, err
     assert load_result(home / "run").parameters == 12 * 12 + 12
-    assert "not passing on embed_dim" in err
+    assert "not passing on embed_dim" in (home / "run/expt.log").read_text()
 
 
 def test_a_fault_in_a_users_model_is_exit_1_with_its_traceback(expt, home):

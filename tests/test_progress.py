@@ -126,3 +126,18 @@ def test_a_disk_that_refuses_is_reported(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("in the way")
     with pytest.raises(StorageError):
         ProgressFile(tmp_path / "checkpoints").write(1, 0, None)
+
+
+def test_lines_between_epochs_come_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    display = LineDisplay()
+    display.start(60, 0)
+    display.step(1, 9.0)
+    assert capsys.readouterr().out == ""
+    now += 31
+    display.step(2, 8.5)
+    display.step(3, 8.0)
+    assert capsys.readouterr().out.split() == ["step", "2/60", "loss", "8.500"]

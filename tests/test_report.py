@@ -45,7 +45,7 @@ def printed(result: RunResult, capsys: pytest.CaptureFixture[str]) -> dict[str, 
 
 def test_the_table_of_a_completed_run(capsys: pytest.CaptureFixture[str]) -> None:
     shown = printed(completed(), capsys)
-    assert shown.pop("completed (early_stopping) after 12 epochs") == ""
+    assert shown.pop("completed (early_stopping) after 12 epochs, 1200 steps") == ""
     assert {name: text for name, text in shown.items() if "─" not in name} == {
         "measure": "value",
         "validation MAE (best)": "3.115 mph",
@@ -64,7 +64,7 @@ def test_the_table_of_a_completed_run(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_the_table_of_a_failed_run(capsys: pytest.CaptureFixture[str]) -> None:
     shown = printed(RunResult("failed", "non_finite_loss"), capsys)
-    assert "failed (non_finite_loss) after 0 epochs" in shown
+    assert "failed (non_finite_loss) after 0 epochs, 0 steps" in shown
     for name in ("validation MAE (best)", "test MAE, 15 min", "test MAE, all steps", "test MAPE"):
         assert shown[name] == "-"
     assert shown["peak allocated memory"] == "not measured"

@@ -372,3 +372,15 @@ def test_peak_memory_is_measured_and_survives_a_resume(make):
     again = make(epochs=1)
     again.resume()
     assert again.meter.peak_allocated_bytes() == peak
+
+
+@pytest.mark.parametrize("parts", [3, 5, 8, 20])
+def test_a_batch_is_cut_into_as_many_parts_as_were_asked_for(make, parts):
+    sizes: list[int] = []
+    trainer = make(accumulation=parts)
+    gather = trainer.data.gather
+    trainer.data.gather = lambda split, at: (sizes.append(len(at)), gather(split, at))[1]
+    trainer.train_step(torch.arange(8))
+    assert len(sizes) == min(parts, 8)
+    assert sum(sizes) == 8
+    assert max(sizes) - min(sizes) <= 1

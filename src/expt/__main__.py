@@ -10,6 +10,7 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from expt.errors import ExptError
@@ -68,7 +69,21 @@ def run_command(arguments: Sequence[str]) -> int:
         return getattr(error, "exit_code", 130)
     finally:
         sys.argv = argv
+    for refusal in (result for result in results if isinstance(result, Refusal)):
+        print(f"error: {refusal.error}", file=sys.stderr)
     return max((getattr(result, "exit_code", 0) for result in results), default=0)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A job that ended with one of our own errors."""
+
+    error: ExptError
+
+    @property
+    def exit_code(self) -> int:
+        """The error's."""
+        return self.error.exit_code
 
 
 def _run_hydra(jobs: list[Any], results: list[Any]) -> None:
@@ -87,7 +102,11 @@ def _run_hydra(jobs: list[Any], results: list[Any]) -> None:
         from expt.dispatch import run_task
 
         jobs.append(cfg)
-        result = run_task(cfg)
+        try:
+            result = run_task(cfg)
+        except ExptError as error:
+            # As data: Hydra would print a line of its own, and of a grid's errors only the first.
+            result = Refusal(error)
         results.append(result)
         return result
 

@@ -67,6 +67,9 @@ def prepare_arguments(arguments: Sequence[str]) -> list[str]:
 
     """
     prepared = [re.sub(r"^memory=", "+memory=", argument) for argument in arguments]
+    # Only memory is added to the defaults; for the others the plus is a habit to forgive.
+    chosen = [name for name in groups() if name != "memory"]
+    prepared = [re.sub(rf"^\+({'|'.join(chosen)})=", r"\1=", a) for a in prepared]
     prepared = [argument for argument in prepared if not _chooses_nothing(argument)]
     resume = [a for a in prepared if re.match(r"^\+{0,2}trainer\.resume=", a)]
     target = resume[-1].partition("=")[2].strip("'\"") if resume else ""

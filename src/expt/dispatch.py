@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from expt.composition import key
 from expt.construction import RunContext
-from expt.errors import UserError
+from expt.errors import ExptError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +38,9 @@ def run_task(cfg: DictConfig) -> Any:
         if isinstance(error, UserError):
             _remove_traces(context.run_dir)
         if context.parent_dir is not None:
-            # Hydra shows one error at the end; the others of a grid would be lost.
-            log.error("job %s failed: %s", context.run_dir.name, error)
+            if not isinstance(error, ExptError):
+                # Hydra shows one error at the end; the others of a grid would be lost.
+                log.error("job %s failed: %s", context.run_dir.name, error)
             # Hydra keeps the error, whose frames keep the model that the next job has no room for.
             traceback.clear_frames(error.__traceback__)
             failed = True

@@ -55,6 +55,10 @@ class StorageError(ExptError):
     """The output directory refused a write (full, read-only); earlier files are intact."""
 
 
+MAX_NAMES = 20
+"""Names that a message lists before it only counts them."""
+
+
 def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
     """Say which known names are close to `word`: ``did you mean 'lite'?`` or the whole list."""
     names = sorted(set(known))
@@ -63,4 +67,5 @@ def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
         return "did you mean " + " or ".join(repr(name) for name in close) + "?"
     if not names:
         return "nothing can be set here"
-    return "known names: " + ", ".join(names)
+    more = f", … ({len(names)} in all)" if len(names) > MAX_NAMES else ""
+    return "known names: " + ", ".join(names[:MAX_NAMES]) + more

@@ -45,6 +45,8 @@ def explain(error: Exception, arguments: Sequence[str]) -> str:
     Hydra.create_main_hydra2("expt", search_path)
     try:
         problems = _problems(overrides(arguments))
+        if own is not None and not Path(own).is_dir():
+            problems.insert(0, f"--config-dir={own}: there is no such folder")
     finally:
         GlobalHydra.instance().clear()
     return str(ConfigError(problems or [first_lines(error)]))
@@ -54,6 +56,8 @@ def first_lines(error: Exception) -> str:
     """Return what an exception says, without Hydra's pointers into its internals."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    if lines and lines[0].startswith("Ambiguous value"):
+        return "several values: to try each in turn, add -m; for one list, write key=[a,b]"
     kept = [line for line in lines if not line.startswith(("full_key:", "object_type=", "See "))]
     return " ".join(kept[:2]).replace(" reference_type=", " in ")
 
@@ -76,6 +80,9 @@ def _problems(lines: list[str]) -> list[str]:
         else:
             # A sweep over a group has no single composition; its first option stands for all.
             chosen.append(re.sub(r"=([^,\[]+),.*$", r"=\1", override.input_line or ""))
+    # A class of the user's own decides which other keys there may be.
+    targets = [o for o in values if o.key_or_group.endswith("._target_")]
+    chosen += [o.input_line or "" for o in targets if not o.is_sweep_override()]
     try:
         base = compose("config", overrides=chosen)
     except REFUSALS as error:

@@ -53,8 +53,8 @@ class Grid(Callback):
         )
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Note a job that raised; one that was refused leaves no result."""
-        if job_return.status is not JobStatus.COMPLETED:
+        """Note a job that raised or was refused; the latter leaves no result."""
+        if job_return.status is not JobStatus.COMPLETED or job_return.return_value.exit_code:
             self._whole = False
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -65,6 +65,7 @@ class Grid(Callback):
         children = child_results(directory) if directory.is_dir() else {}
         if children:
             print_table(comparison_table(children))
+            print(f"files: {directory}")
         if self._tracker is None:
             return
         if children:

@@ -17,6 +17,7 @@ from expt.files import write_json
 from expt.units import format_bytes
 
 FILE_NAME = "progress.json"
+LINE_INTERVAL_SECONDS = 30.0
 WRITE_INTERVAL_SECONDS = 0.05
 """The file is replaced at most this often between validations."""
 
@@ -54,10 +55,26 @@ class SilentDisplay:
 
 
 class LineDisplay(SilentDisplay):
-    """One plain line per epoch: for logs, files and pipes."""
+    """A plain line per epoch, and one now and then in between: for logs, files and pipes."""
+
+    def __init__(self) -> None:
+        self._total = 0
+        self._printed = time.monotonic()
+
+    def start(self, total_steps: int, step: int) -> None:
+        """Note how far there is to go."""
+        self._total = total_steps
+
+    def step(self, step: int, loss: float | None) -> None:
+        """Print a line if there was none for a while."""
+        now = time.monotonic()
+        if loss is not None and now - self._printed >= LINE_INTERVAL_SECONDS:
+            self._printed = now
+            print(f"           step {step}/{self._total}  loss {loss:.3f}", flush=True)
 
     def epoch(self, line: str, val: float, peak_bytes: int | None) -> None:
         """Print the epoch's line."""
+        self._printed = time.monotonic()
         print(line, flush=True)
 
 

@@ -19,7 +19,8 @@ COLUMNS = ("job", "preset", "status", "val MAE", "test MAE", "15/30/60 min", "pe
 def print_result(result: RunResult, run_dir: Path) -> None:
     """Print the table of errors and memory that a run ends with."""
     metrics, memory = result.metrics, result.memory
-    print(f"\n{result.status} ({result.stop_reason}) after {result.epochs} epochs")
+    reached = f"{result.epochs} epochs, {result.steps} steps"
+    print(f"\n{result.status} ({result.stop_reason}) after {reached}")
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("measure")
     table.add_column("value", justify="right")
@@ -40,6 +41,8 @@ def print_result(result: RunResult, run_dir: Path) -> None:
     print_table(table)
     print(f"memory measured by: {memory['meter']}" if memory["meter"] else "")
     print(f"files: {run_dir}")
+    if result.status == "stopped":
+        print(f"to go on: python -m expt trainer.resume={run_dir}")
     if result.tracking["uri"]:
         print(
             f"MLflow: {result.tracking['uri']}  run {result.tracking['run_id'] or 'not yet sent'}"

@@ -40,6 +40,7 @@ class RunResult:
     weights_sha256: str | None = None
     preset: str | None = None
     device: str | None = None
+    precision: str | None = None
     epochs: int = 0
     steps: int = 0
     seconds: float = 0.0

@@ -88,7 +88,7 @@ class TrainerConfig:
     step_milestones: list[float] = field(default_factory=lambda: [0.5, 0.8])  # of all steps
     step_factor: float = 0.1
     gradient_clip_norm: float | None = 5.0
-    checkpoint_every_steps: int | None = None  # None: after every epoch only
+    checkpoint_every_steps: int | None = 500  # also after every epoch; None: only then
     log_every_steps: int = 50
     resume: Any = False  # true: go on in hydra.run.dir; a path: go on there
     progress: bool = True

@@ -110,9 +110,8 @@ class Trainer:
     def train_step(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Take one optimizer step on these samples [B]; return (mean loss, weight) on device."""
         weight = self.data.weight("train", indices)
-        micro_batch_size = -(-len(indices) // self.gradient_accumulation)
         total = torch.zeros((), device=self.fabric.device)
-        for part in indices.split(micro_batch_size):
+        for part in indices.tensor_split(min(self.gradient_accumulation, len(indices))):
             batch = self.data.gather("train", part)
             loss = self.data.loss(self.model(**batch.inputs), batch) / weight
             self.fabric.backward(loss)

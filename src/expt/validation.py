@@ -55,6 +55,12 @@ def validated(cfg: DictConfig, overridden: Collection[str] = ()) -> Settings:
         problems += found
     sound = {group: own for group, own in arguments.items() if own}
     problems += _own_problems(sound)
+    batch_size = arguments["data"].get("batch_size")
+    if batch_size is not None and memory.gradient_accumulation > max(batch_size, 1):
+        problems.append(
+            f"memory.gradient_accumulation={memory.gradient_accumulation} is more parts than "
+            f"there are samples in a batch, data.batch_size={batch_size}"
+        )
     if "optimizer" in sound:
         problems += _optimizer_problems(sound["optimizer"])
     if problems:
@@ -112,7 +118,7 @@ def _checked_arguments(
         else:
             kept[name] = value
     if dropped:
-        log.warning(
+        log.info(
             "%s._target_ is set on the command line: not passing on %s, which %s does not take",
             group,
             ", ".join(dropped),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 
 from expt.data.series import Series
@@ -44,9 +45,12 @@ def plot_day(forecasts: np.ndarray, series: Series, first: np.ndarray, folder: P
         axes.set(ylabel="mph", ylim=(0, 80))
         axes.set_title(f"sensor {series.sensor_ids[sensor]}", fontsize=9, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
+    locator = AutoDateLocator()
+    rows[-1].xaxis.set_major_locator(locator)
+    rows[-1].xaxis.set_major_formatter(ConciseDateFormatter(locator))
     rows[0].legend(frameon=False, ncols=4, fontsize=8, loc="lower right")
     rows[-1].set_xlabel(f"{str(times[0])[:16]} to {str(times[-1])[:16]}, test part")
-    figure.suptitle("Forecast against truth", fontsize=11)
+    figure.suptitle("Forecast against truth (missing readings count in no error)", fontsize=11)
     return _save(figure, folder / "forecast.png")
 
 

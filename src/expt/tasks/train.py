@@ -62,7 +62,10 @@ def run(cfg: DictConfig, context: RunContext) -> RunResult:
 
 def _completed(result: RunResult, settings: Settings, context: RunContext) -> RunResult:
     """Return the result of a run there is nothing left to do for, except to say so."""
-    print(f"{context.run_dir} is already completed; this is its result.")
+    print(
+        f"{context.run_dir} is already completed; this is its result. Settings given now change "
+        "nothing: to train longer, start another run."
+    )
     if not is_closed(context.run_dir):
         # Killed between writing the result and hearing from the tracker.
         tracker = open_tracker(settings.tracking, context.run_dir)
@@ -93,6 +96,7 @@ class TrainJob:
                 "error",
                 preset=preset.value if preset else None,
                 device=device_name(self.fabric.device),
+                precision=str(self.fabric.strategy.precision.precision),
             ),
         )
 
@@ -105,7 +109,12 @@ class TrainJob:
             recorder.result.resumed_from_step = step
             self._start()
             if resuming:
-                print(f"resuming {run_dir} at step {step}" if step else "nothing to resume")
+                print(
+                    f"resuming {run_dir} at step {step}"
+                    if step
+                    else f"nothing to resume: no checkpoint in {run_dir} yet, starting afresh"
+                )
+            self._announce(trainer)
             self._conclude(trainer, trainer.fit())
         except BaseException as error:
             if isinstance(error, UserError) and not recorder.started:
@@ -136,6 +145,15 @@ class TrainJob:
         if resolved["tracking"]["uri"]:
             resolved["tracking"]["uri"] = without_password(resolved["tracking"]["uri"])
         write_text(self.context.run_dir / CONFIG_NAME, OmegaConf.to_yaml(resolved))
+
+    def _announce(self, trainer: Trainer) -> None:
+        result = self.recorder.result
+        print(
+            f"{self._model_name()}, {result.parameters:,} parameters, {result.device}, "
+            f"{result.precision}; {trainer.steps_per_epoch} steps an epoch, at most "
+            f"{trainer.total_steps} in all; {self.context.run_dir}",
+            flush=True,
+        )
 
     def _build(self) -> Trainer:
         settings, fabric = self.settings, self.fabric
