@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, ROOT, load, markdown, provenance, source_line, store
+from common import RESULTS, ROOT, load, markdown, provenance, settings_for, source_line, store
 
+from expt.construction import build
 from expt.data.masked_errors import MaskedErrors
-from expt.data.traffic import TrafficData
 from expt.files import replace_atomically
 
 MODELS = {
@@ -54,18 +54,7 @@ def main() -> None:
 
 def persistence() -> dict[str, float]:
     """Return the test errors of repeating the last reading as it is stored (missing is 0)."""
-    data = TrafficData(
-        path="expt://metr_la_29.npz",
-        adjacency_path=None,
-        where_to_get="",
-        expected_sensors=29,
-        input_steps=12,
-        horizon=12,
-        batch_size=64,
-        eval_batch_size=64,
-        train_fraction=0.7,
-        test_fraction=0.2,
-    )
+    data = build(settings_for("data=metr_la_29"), "data")
     errors = MaskedErrors(lambda mph: mph, 12, data.series.step_seconds)
     for indices in torch.arange(data.size("test")).split(256):
         batch = data.gather("test", indices)

@@ -92,12 +92,21 @@ def source_line(result: Mapping[str, Any], name: str) -> str:
     )
 
 
-def make_trainer(*overrides: str) -> Any:
-    """Return a `Trainer` for a configuration, whose `train_step` can be called by itself."""
+def settings_for(*overrides: str) -> Any:
+    """Return the checked settings of a configuration, as a run would get them."""
     from hydra import compose, initialize_config_dir
 
-    from expt.acceleration import make_fabric
     from expt.composition import conf_dir, register
+    from expt.validation import validated
+
+    register()
+    with initialize_config_dir(str(conf_dir())):
+        return validated(compose("config", overrides=list(overrides)))
+
+
+def make_trainer(*overrides: str) -> Any:
+    """Return a `Trainer` for a configuration, whose `train_step` can be called by itself."""
+    from expt.acceleration import make_fabric
     from expt.construction import assemble, build
     from expt.interruption import Interruption
     from expt.memory.meter import meter_for
@@ -105,11 +114,8 @@ def make_trainer(*overrides: str) -> Any:
     from expt.progress import SilentDisplay
     from expt.tracking.null import NullTracker
     from expt.training import Trainer
-    from expt.validation import validated
 
-    register()
-    with initialize_config_dir(str(conf_dir())):
-        settings = validated(compose("config", overrides=list(overrides)))
+    settings = settings_for(*overrides)
     fabric = make_fabric(settings.trainer.device, settings.memory.precision)
     fabric.seed_everything(settings.trainer.seed, verbose=False)
     data = build(settings, "data")

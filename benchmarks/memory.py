@@ -17,7 +17,7 @@ import time
 from typing import Any
 
 import torch
-from common import load, make_trainer, markdown, provenance, source_line, store
+from common import load, make_trainer, markdown, provenance, settings_for, source_line, store
 
 PRESETS = ("full", "lite", "minimal")
 CLAIMED_GB = {"full": 30, "lite": 6, "minimal": 3}  # the guide's own estimates
@@ -132,20 +132,10 @@ def guide_peak(preset: str) -> int:
     """Return the traced fp32 peak of the guide's own model, in a sketch."""
     from guide_model import GUIDE_DROPOUT, GUIDE_FFN_RATIO, traced_peak_bytes
 
-    trainer_overrides = (f"+memory={preset}", "data=metr_la_week")
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    from expt.composition import conf_dir, register
-
-    register()
-    with initialize_config_dir(str(conf_dir())):
-        cfg = compose("config", overrides=list(trainer_overrides))
-        sizes = OmegaConf.to_container(cfg.model, resolve=True)
-        batch_size = int(cfg.data.batch_size)
-    assert isinstance(sizes, dict)
+    arguments = settings_for(f"+memory={preset}", "data=metr_la_week").arguments
+    sizes, batch_size = arguments["model"], arguments["data"]["batch_size"]
     changed = {"ffn_ratio": GUIDE_FFN_RATIO, "dropout": GUIDE_DROPOUT}
-    kept = {str(key): value for key, value in sizes.items() if key != "_target_"}
+    kept = {key: value for key, value in sizes.items() if key != "_target_"}
     return traced_peak_bytes({**kept, **changed}, batch_size, num_sensors=207)
 
 
