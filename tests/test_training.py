@@ -162,8 +162,10 @@ class KilledError(Exception):
 
 @pytest.mark.parametrize("precision", [Precision.fp32, Precision.fp16])
 @pytest.mark.parametrize("at", [3, 6, 7, 8, 13])
-def test_a_killed_run_resumes_to_the_same_weights(make, at, precision):
-    undisturbed = make("whole", checkpoint_every_steps=2, precision=precision)
+@pytest.mark.parametrize("ema_decay", [None, 0.8])
+def test_a_killed_run_resumes_to_the_same_weights(make, at, precision, ema_decay):
+    settings = {"checkpoint_every_steps": 2, "precision": precision, "ema_decay": ema_decay}
+    undisturbed = make("whole", **settings)
     undisturbed.fit()
     calls = 0
 
@@ -173,10 +175,10 @@ def test_a_killed_run_resumes_to_the_same_weights(make, at, precision):
         if calls > at:
             raise KilledError
 
-    killed = make("cut", checkpoint_every_steps=2, hook=kill, precision=precision)
+    killed = make("cut", hook=kill, **settings)
     with pytest.raises(KilledError):
         killed.fit()
-    again = make("cut", checkpoint_every_steps=2, precision=precision)
+    again = make("cut", **settings)
     step = again.resume()
     assert step == (at // 2 * 2 if at % 7 else at)
     torch.manual_seed(999)  # what resume restored must be what counts

@@ -20,6 +20,7 @@ from lightning_fabric import Fabric
 from torch import nn
 from torch.optim import Optimizer
 
+from expt.averaging import NoAverage
 from expt.errors import ConfigError
 from expt.files import replace_atomically
 
@@ -62,12 +63,18 @@ class Progress:
 
 
 def save_last(
-    folder: Path, fabric: Fabric, model: nn.Module, optimizer: Optimizer, progress: Progress
+    folder: Path,
+    fabric: Fabric,
+    model: nn.Module,
+    optimizer: Optimizer,
+    average: NoAverage,
+    progress: Progress,
 ) -> None:
     """Write ``last.pt``; raises StorageError, with the one before intact."""
     state = {
         "model": model,
         "optimizer": optimizer,
+        "average": average.state_dict(),
         "scaler": fabric.strategy.precision.state_dict(),
         "random": random_state(),
         "progress": asdict(progress),
@@ -76,7 +83,7 @@ def save_last(
 
 
 def load_last(
-    folder: Path, fabric: Fabric, model: nn.Module, optimizer: Optimizer
+    folder: Path, fabric: Fabric, model: nn.Module, optimizer: Optimizer, average: NoAverage
 ) -> Progress | None:
     """Restore model, optimizer and random states in place; None if there is nothing to resume.
 
@@ -97,6 +104,7 @@ def load_last(
             "resume with the settings of the first run, or choose another hydra.run.dir"
         ) from error
     fabric.strategy.precision.load_state_dict(rest["scaler"])
+    average.load_state_dict(rest.get("average", {}))
     restore_random_state(rest["random"])
     return Progress(**rest["progress"])
 

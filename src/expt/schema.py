@@ -88,6 +88,7 @@ class TrainerConfig:
     step_milestones: list[float] = field(default_factory=lambda: [0.5, 0.8])  # of all steps
     step_factor: float = 0.1
     gradient_clip_norm: float | None = 5.0
+    ema_decay: float | None = None  # validate and test averaged weights; per step, like 0.9995
     checkpoint_every_steps: int | None = 500  # also after every epoch; None: only then
     log_every_steps: int = 50
     resume: Any = False  # true: go on in hydra.run.dir; a path: go on there
@@ -117,6 +118,8 @@ class TrainerConfig:
                 found.append(f"trainer.{name} must be a positive number or null, got {value}")
         if not 0 <= self.warmup_fraction < 1:
             found.append(f"trainer.warmup_fraction must be in [0, 1), got {self.warmup_fraction}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            found.append(f"trainer.ema_decay must be in (0, 1) or null, got {self.ema_decay}")
         if any(not 0 < at < 1 for at in self.step_milestones):
             found.append(
                 "trainer.step_milestones are fractions of the run between 0 and 1, "

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from expt import checkpoint
+from expt.averaging import average_for
 from expt.checkpoint import Progress
 from expt.evaluation import evaluate
 from expt.interruption import Interruption
@@ -80,12 +81,15 @@ class Trainer:
             self.settings.step_milestones,
             self.settings.step_factor,
         )
+        self.average = average_for(self.model, self.settings.ema_decay)
         on_host = self.fabric.device.type == "cpu"
         self._read_loss_every = 1 if on_host else self.settings.log_every_steps
 
     def resume(self) -> int:
         """Restore the last checkpoint, if there is one; return the step to go on from."""
-        restored = checkpoint.load_last(self.folder, self.fabric, self.model, self.optimizer)
+        restored = checkpoint.load_last(
+            self.folder, self.fabric, self.model, self.optimizer, self.average
+        )
         if restored is not None:
             self.progress = restored
             self.meter.restore(restored.peak_allocated_bytes, restored.peak_reserved_bytes)
@@ -133,6 +137,7 @@ class Trainer:
             self._set_rate(progress.step / self.total_steps)
             with self.meter.step():
                 loss, weight = self.train_step(batches[progress.step_in_epoch])
+            self.average.update()
             loss_sum += loss * weight
             weight_sum += weight
             progress.step += 1
@@ -174,15 +179,16 @@ class Trainer:
     def _validate(self, loss_sum: float, weight_sum: float) -> StopReason | None:
         """Close the epoch: validate, record, keep the best, save; return why to stop."""
         progress, monitor = self.progress, self.data.monitor
-        metrics = evaluate(
-            self.fabric,
-            self.model,
-            self.data,
-            "val",
-            self.meter,
-            self.settings.eval_batches,
-            lambda: self.interruption.received is not None,
-        )
+        with self.average.exchanged():
+            metrics = evaluate(
+                self.fabric,
+                self.model,
+                self.data,
+                "val",
+                self.meter,
+                self.settings.eval_batches,
+                lambda: self.interruption.received is not None,
+            )
         progress.seconds = time.monotonic() - self._started
         if metrics is None:
             progress.epoch_loss, progress.epoch_weight = loss_sum, weight_sum
@@ -210,7 +216,8 @@ class Trainer:
         progress.history.append(row)
         if val < progress.best:
             progress.best, progress.best_epoch = val, progress.epoch
-            checkpoint.save_best(self.folder, self.fabric, self.model, progress)
+            with self.average.exchanged():
+                checkpoint.save_best(self.folder, self.fabric, self.model, progress)
         self._save_last()
         self._report(row, figures, memory)
         return "signal" if self.interruption.received is not None else self._reason_to_end()
@@ -282,4 +289,6 @@ class Trainer:
 
     def _save_last(self) -> None:
         self.progress.run_id = self.tracker.run_id
-        checkpoint.save_last(self.folder, self.fabric, self.model, self.optimizer, self.progress)
+        checkpoint.save_last(
+            self.folder, self.fabric, self.model, self.optimizer, self.average, self.progress
+        )
