@@ -26,7 +26,7 @@ import expt
 ROOT = Path(expt.__file__).parent
 LAYERS = {  # from the top; a name stands for a module or a package under `expt`
     "cli": {"__main__", "composition", "dispatch", "explanation"},
-    "tasks": {"tasks", "construction", "validation"},
+    "tasks": {"tasks", "construction", "validation", "foresight"},
     "orchestration": {"grid", "report", "sweep"},
     "loop": {
         "training",
@@ -36,6 +36,7 @@ LAYERS = {  # from the top; a name stands for a module or a package under `expt`
         "profiling",
         "interruption",
         "acceleration",
+        "averaging",
         "recording",
     },
     "parts": {"models", "data", "optim", "memory", "tracking"},

@@ -49,7 +49,7 @@ class WeightAverage(NoAverage):
         """Move the average towards the weights."""
         averages = list(self._averages.values())
         weights = [weight.detach() for weight in self._weights.values()]
-        self._average(averages, weights, 0)  # type: ignore[no-untyped-call]
+        self._average(averages, weights, 0)
 
     @contextmanager
     def exchanged(self) -> Iterator[None]:

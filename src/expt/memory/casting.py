@@ -1,0 +1,100 @@
+"""CUDA's autocast rules on tensors that live on the CPU, for a plan made without a GPU.
+
+CPU autocast has other lists than CUDA's: on CUDA, normalisation, softmax, losses, powers and
+sums run in fp32 even from bf16 inputs, so that fp32 copies are kept for the backward pass.
+Source of the list: torch's documentation, "CUDA Ops that can autocast to float32".
+Attention is traced as the kernel that will run: on CUDA dropout stays inside the fused kernel,
+which keeps a seed; the CPU's kernel would fall back to materialised weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+FP32_NAMES = (
+    "__pow__", "__rdiv__", "__rpow__", "acos", "asin", "binary_cross_entropy_with_logits", "cdist",
+    "cosh", "cosine_embedding_loss", "cosine_similarity", "cross_entropy", "cumprod", "cumsum",
+    "dist", "erfinv", "exp", "expm1", "group_norm", "hinge_embedding_loss", "kl_div", "l1_loss",
+    "layer_norm", "log", "log10", "log1p", "log2", "log_softmax", "margin_ranking_loss",
+    "mse_loss", "multi_margin_loss", "multilabel_margin_loss", "nll_loss", "norm", "normalize",
+    "pdist", "poisson_nll_loss", "pow", "prod", "reciprocal", "renorm", "rsqrt", "sinh",
+    "smooth_l1_loss", "soft_margin_loss", "softmax", "softmin", "softplus", "sum", "tan",
+    "triplet_margin_loss",
+)  # fmt: skip
+
+
+def _fp32_functions() -> set[Any]:
+    places = (torch, F, Tensor, torch._C._nn, torch._C._VariableFunctions)
+    found = {getattr(place, name, None) for place in places for name in FP32_NAMES}
+    return found - {None}
+
+
+class CudaCasting(TorchFunctionMode):
+    """Casts the inputs of CUDA's fp32 list to fp32 while autocast is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._fp32 = _fp32_functions()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call `func` as CUDA's autocast would."""
+        kwargs = kwargs or {}
+        if func not in self._fp32 or not torch.is_autocast_enabled("cpu"):
+            return func(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            return func(*tree_map(_to_fp32, args), **tree_map(_to_fp32, kwargs))
+
+
+class FusedAttention(TorchFunctionMode):
+    """Traces attention as a fused CUDA kernel: its dropout keeps no mask."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call `func`, attention without its dropout."""
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention:
+            if len(args) > 4:
+                args = (*args[:4], 0.0, *args[5:])
+            kwargs.pop("dropout_p", None)
+        return func(*args, **kwargs)
+
+
+def _to_fp32(value: Any) -> Any:
+    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if half else value
+
+
+@contextmanager
+def target_rules(target: str, precision: str) -> Any:
+    """Trace inside as on `target` ("cuda" or "cpu")."""
+    with ExitStack() as stack:
+        if target == "cuda":
+            stack.enter_context(FusedAttention())
+            if precision != "fp32":
+                stack.enter_context(CudaCasting())
+        yield
+
+
+def autocast(precision: str) -> AbstractContextManager[Any]:
+    """Return the autocast region of a forward pass in fp32, bf16 or fp16."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    return torch.autocast("cpu", dtype=dtype, enabled=precision != "fp32")

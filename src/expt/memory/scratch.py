@@ -1,0 +1,123 @@
+"""What CPU kernels allocate inside themselves, where no dispatch mode can see it.
+
+Seen in `torch.profiler`'s allocation events with torch 2.13 and oneDNN on x86-64, and computed
+here from shapes:
+
+- operands of an elementwise operator whose type is not the common one are copied (CUDA's kernels
+  convert on the fly);
+- convolutions copy inputs, weights and outputs into oneDNN's blocked layout and back;
+- the backward pass of fused attention copies a gradient that does not lie as [B, L, H, D];
+- LSTM layers keep a workspace, and reorder weights and gradients in the backward pass;
+- half-precision weight gradients are summed in fp32.
+
+Matrix products also pack parts of an operand, a few hundred KiB, which is not modelled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._pytree import tree_iter
+
+aten = torch.ops.aten
+ATTENTION_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+CASTS = (aten._to_copy.default, aten.copy_.default)
+Found = tuple[str, int] | None
+
+
+def cpu_scratch(func: Any, args: tuple[Any, ...], result: Any) -> Found:
+    """Return (name, bytes) of what `func` holds inside at its highest point, or None."""
+    if func is aten.convolution.default:
+        return "convolution layout", _convolution(args[0], args[1], result)
+    if func is aten.convolution_backward.default:
+        return "convolution layout", _convolution_backward(args[0], args[1], args[2], args[10])
+    if func is aten.mkldnn_rnn_layer_backward.default:
+        return "LSTM layout", _lstm_backward(args[0], args[1], args[2])
+    if func is aten.mm.default:
+        return _product(args[0], args[1])
+    if func is ATTENTION_BACKWARD:
+        gradient = args[0].transpose(1, 2)
+        return None if gradient.is_contiguous() else ("attention layout", _bytes(gradient))
+    if torch.Tag.pointwise in getattr(func, "tags", ()):
+        count = _promotion(func, args, result)
+        return ("type promotion", count) if count else None
+    return None
+
+
+def _convolution(inputs: Tensor, weight: Tensor, output: Tensor) -> int:
+    """Blocked input, weight and output; the input's copy is gone when the output is put back."""
+    return max(_bytes(inputs) + _bytes(weight), _bytes(output))
+
+
+def _convolution_backward(
+    gradient: Tensor, inputs: Tensor, weight: Tensor, wanted: Sequence[bool]
+) -> int:
+    """Blocked gradient and input for the weights' part; three copies of the input's gradient."""
+    for_weight = _bytes(gradient) + _bytes(inputs)
+    return max(for_weight, 2 * _bytes(inputs) if wanted[0] else 0) + _bytes(weight)
+
+
+def _product(left: Tensor, right: Tensor) -> Found:
+    """Half-precision products that are summed over many rows are summed in fp32."""
+    rows, inner = left.shape
+    columns = right.shape[1]
+    if left.dtype is torch.float32 or inner <= max(rows, columns):
+        return None
+    return "fp32 sums", rows * columns * torch.float32.itemsize
+
+
+def _lstm_backward(inputs: Tensor, weight_input: Tensor, weight_hidden: Tensor) -> int:
+    """Weights and their gradients in oneDNN's layout, and the gates of every step in fp32."""
+    steps, batch = inputs.shape[:2]
+    gates = steps * batch * weight_input.shape[0] * torch.float32.itemsize
+    return 2 * (_bytes(weight_input) + _bytes(weight_hidden)) + gates
+
+
+def lstm_workspace(func: Any, args: tuple[Any, ...], result: Any) -> Any:
+    """Give oneDNN's LSTM layer the workspace it keeps for backward; fake tensors leave it empty.
+
+    Its size is linear in the number of steps, and asked of the real kernel on one and two.
+    """
+    if func is not aten.mkldnn_rnn_layer.default or not args[15]:
+        return result
+    with no_dispatch():
+        one, two = (_workspace_bytes(args, steps) for steps in (1, 2))
+    count = one + (args[0].shape[0] - 1) * (two - one)
+    return (*result[:3], torch.empty(count, dtype=torch.uint8))
+
+
+def _workspace_bytes(args: tuple[Any, ...], steps: int) -> int:
+    """Run the layer on `steps` steps of zeros and return its workspace's bytes."""
+    inputs, *states = args[:7]
+    reverse, batch_sizes = args[7:9]
+    done = aten.mkldnn_rnn_layer.default(
+        torch.zeros((steps, *inputs.shape[1:]), dtype=inputs.dtype),
+        *(torch.zeros(state.shape, dtype=state.dtype) for state in states),
+        reverse,
+        batch_sizes[:steps],
+        *args[9:],
+    )
+    return int(done[3].numel())
+
+
+def _promotion(func: Any, args: tuple[Any, ...], result: Any) -> int:
+    """Return the bytes of copies of operands whose type is not the computation's."""
+    first = 1 if func in (aten.where.self, aten.where.ScalarSelf) else 0
+    tensors = [value for value in tree_iter(args[first:]) if isinstance(value, Tensor)]
+    operands = [tensor for tensor in tensors if tensor.dim() > 0]
+    if func in CASTS or len({tensor.dtype for tensor in operands}) < 2:
+        return 0
+    common = operands[0].dtype
+    for tensor in operands[1:]:
+        common = torch.promote_types(common, tensor.dtype)
+    return sum(
+        tensor.numel() * common.itemsize for tensor in operands if tensor.dtype is not common
+    )
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
