@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from common import make_trainer
-from rival_loops import now
 from rich.console import Console
+from rival_loops import now
 
 from expt.memory.meter import LEDGER_STEPS
 from expt.progress import BarDisplay
@@ -29,6 +29,7 @@ from expt.tracking.mlflow import MlflowTracker
 
 WARM_STEPS = 3
 """Steps before the run: what is made in the first ones is no bookkeeping."""
+TRACKER_THREAD, BAR_THREAD = "tracker's thread", "bar's thread"
 
 
 class Stopwatch:
@@ -44,6 +45,7 @@ class Stopwatch:
             setattr(target, method, partial(self.timed, name, getattr(target, method)))
 
     def timed(self, name: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call, and add the time it took to `name`."""
         start = time.perf_counter()
         try:
             return call(*args, **kwargs)
@@ -81,7 +83,7 @@ def measure(preset: str, device: str, steps: int, *overrides: str) -> dict[str, 
     true_steps = -(-trainer.data.size("train") // trainer.data.batch_size)
     epoch_seconds = true_steps * step
     parts = {name: seconds / steps / step for name, seconds in watch.seconds.items()}
-    parts["background threads"] = sum(background) / steps / step
+    parts |= {name: seconds / steps / step for name, seconds in background.items()}
     if trainer.meter.name.startswith("ledger"):
         parts["ledger, once a run"] = max(watched, 0.0) / epoch_seconds
     return {
@@ -125,19 +127,20 @@ def timed_steps(trainer: Any) -> list[float]:
     return seconds
 
 
-def background_at_stop(trainer: Any) -> list[float]:
-    """Return a list that holds, when training has ended, other Python threads' CPU seconds."""
-    used: list[float] = []
+def background_at_stop(trainer: Any) -> dict[str, float]:
+    """Return the CPU seconds of the tracker's and the bar's threads, filled in when training ends.
+
+    The bar's thread starts with the run and ends with it, hence the look just before.
+    """
+    used = {TRACKER_THREAD: 0.0, BAR_THREAD: 0.0}
     before = {thread: cpu_seconds(thread) for thread in threading.enumerate()}
     stop = trainer.display.stop
 
     def count_and_stop() -> None:
-        # The bar's thread starts with the run and ends with it.
-        used.extend(
-            cpu_seconds(thread) - before.get(thread, 0.0)
-            for thread in threading.enumerate()
-            if thread is not threading.current_thread()
-        )
+        for thread in threading.enumerate():
+            if thread is not threading.current_thread():
+                name = TRACKER_THREAD if thread.name == "expt-tracking" else BAR_THREAD
+                used[name] += cpu_seconds(thread) - before.get(thread, 0.0)
         stop()
 
     trainer.display.stop = count_and_stop

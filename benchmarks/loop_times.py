@@ -54,6 +54,7 @@ class Clock(LineDisplay):
         self.done: list[float] = []
 
     def step(self, step: int, loss: float | None) -> None:
+        """Show the step, and note the time if it is one of those to note."""
         super().step(step, loss)
         if step in self._at:
             self.done.append(now(self._device))

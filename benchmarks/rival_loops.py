@@ -82,11 +82,13 @@ class Rivals:
         )
 
     def optimizer(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+        """Return a new optimizer, and the rates of a whole run."""
         made = build(self.settings, "optimizer", params=list(self.model.parameters()))
         steps = self.settings.trainer.epochs * len(self.loader)
         return made, torch.optim.lr_scheduler.LambdaLR(made, lambda step: self.rate(step / steps))
 
     def loss(self, inputs: dict[str, Tensor], target: Tensor) -> Tensor:
+        """Return the masked error in mph, as ours."""
         error = (self.model(**inputs).float() * self.data.std + self.data.mean - target).abs()
         valid = target > 0
         return torch.where(valid, error, 0.0).sum() / valid.sum().clamp(min=1)

@@ -156,7 +156,7 @@ def tables(record: dict[str, Any]) -> str:
     if launch := [*launch_rows(results)]:
         parts.append(markdown(("from launch to", "seconds", "compared with"), launch))
     if loops := results.get("loops"):
-        columns = ("one thread loop, ms a step", "ours", "bare loop", "lightning", "ours / bare")
+        columns = ("loop, ms a step", "ours", "bare loop", "lightning", "ours / bare")
         parts.append(markdown(columns, [loop_row(loops[name]) for name in PRESETS]))
     if books := results.get("bookkeeping"):
         columns = ("part of an epoch", *next(iter(books.values()))["shares_of_an_epoch"], "all")

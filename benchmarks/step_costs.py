@@ -10,16 +10,17 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import ROOT, make_trainer
+from common import make_trainer
 from rival_loops import now
 
 MIDDLE = 67
-WEEK = ROOT / "src" / "expt" / "data" / "files" / "metr_la_week.npz"
+WEEK = Path(str(files("expt.data") / "files" / "metr_la_week.npz"))
 
 
 def measure(
