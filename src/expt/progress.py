@@ -91,7 +91,7 @@ class BarDisplay:
             TextColumn("loss {task.fields[loss]}  val {task.fields[val]}  {task.fields[peak]}"),
             TimeRemainingColumn(),
             console=console,
-            refresh_per_second=4,
+            refresh_per_second=2,  # each takes a millisecond or two from the training
         )
         self._task = self._bar.add_task("training", loss="-", val="-", peak="")
 
