@@ -12,6 +12,7 @@ import expt.progress as module
 from expt.errors import StorageError
 from expt.progress import (
     WRITE_INTERVAL_SECONDS,
+    WRITE_SHARE,
     BarDisplay,
     Display,
     LineDisplay,
@@ -141,3 +142,23 @@ def test_lines_between_epochs_come_now_and_then(
     display.step(2, 8.5)
     display.step(3, 8.0)
     assert capsys.readouterr().out.split() == ["step", "2/60", "loss", "8.500"]
+
+
+def test_a_slow_disk_is_not_asked_more_often_than_it_can_answer(
+    tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = ProgressFile(tmp_path)
+    written: list[int] = []
+
+    def slow(path: Path, value: dict[str, int], durable: bool) -> None:
+        clock[0] += 0.01
+        written.append(value["step"])
+
+    monkeypatch.setattr(module, "write_json", slow)
+    file.write(1, 0, None)
+    clock[0] += 0.9 * 0.01 / WRITE_SHARE
+    file.write(2, 0, None)
+    assert written == [1]
+    clock[0] += 0.1 * 0.01 / WRITE_SHARE
+    file.write(3, 0, None)
+    assert written == [1, 3]

@@ -3,7 +3,8 @@
 Every operator's inputs and outputs pass through a dispatch mode; a storage is added when it is
 first seen and taken off when it dies. The sum is the quantity that
 `torch.cuda.max_memory_allocated` reports on a GPU (without its rounding to blocks). What a
-kernel allocates inside itself is invisible, and so is a tensor no operator ever touched.
+kernel allocates inside itself is invisible, and so is a tensor no operator ever touched. That
+torch works differently while it is watched is allowed for: see `expt.memory.in_place_sums`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from expt.memory.in_place_sums import InPlaceSums
+
 
 class StorageLedger(TorchDispatchMode):
     """Context manager; `allocated_bytes` is live, `peak_bytes` the highest it has been inside."""
@@ -26,6 +29,7 @@ class StorageLedger(TorchDispatchMode):
         self.allocated_bytes = 0
         self.peak_bytes = 0
         self._live: dict[int, int] = {}  # bytes by storage
+        self._in_place_sums = InPlaceSums()
 
     def __torch_dispatch__(
         self,
@@ -37,7 +41,10 @@ class StorageLedger(TorchDispatchMode):
         """Run the operator and enter the storages it read and made."""
         kwargs = kwargs or {}
         self.add(args, kwargs)
+        in_place = self._in_place_sums.has(func, args)
         result = func(*args, **kwargs)
+        if in_place and result.nbytes == args[0].nbytes:
+            self._hand_over(args[0])
         self.add(result)
         return result
 
@@ -64,6 +71,12 @@ class StorageLedger(TorchDispatchMode):
             weakref.finalize(storage, self._remove, key).atexit = False
         self.allocated_bytes += count - self._live.get(key, 0)  # a storage may be resized
         self._live[key] = count
+
+    def _hand_over(self, tensor: Tensor) -> None:
+        """Take off a tensor that would itself have become the result, had nobody watched."""
+        key = tensor.untyped_storage()._cdata
+        self.allocated_bytes -= self._live[key]
+        self._live[key] = 0  # seen again, it would be entered again
 
     def _remove(self, key: int) -> None:
         self.allocated_bytes -= self._live.pop(key)

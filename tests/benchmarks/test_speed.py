@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import default_collate
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+SMALL = ("data=metr_la_week", "model.embed_dim=8", "model.num_stages=1", "data.batch_size=2")
+
+
+@pytest.fixture(autouse=True)
+def on_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The programs import each other from their own folder, and leave their runs here."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import common
+
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+
+
+def settings(*overrides: str) -> Any:
+    from common import settings_for
+
+    return settings_for("+memory=minimal", *SMALL, *overrides)
+
+
+def test_the_bare_loops_windows_are_those_of_our_data_set() -> None:
+    from rival_loops import Windows
+
+    from expt.construction import build
+
+    data = build(settings(), "data")
+    chosen = [0, 7, data.size("train") - 1]
+    inputs, target = default_collate([Windows(data)[index] for index in chosen])
+    batch = data.gather("train", torch.tensor(chosen))
+    assert inputs.keys() == batch.inputs.keys()
+    for name, value in inputs.items():
+        assert torch.equal(value, batch.inputs[name]), name
+    assert torch.equal(target, batch.target)
+
+
+def test_the_bare_loops_loss_is_ours() -> None:
+    from rival_loops import Rivals
+
+    rivals = Rivals(settings("model.dropout=0"), "cpu")
+    chosen = torch.tensor([3, 900])
+    batch = rivals.data.gather("train", chosen)
+    with torch.no_grad():
+        ours = rivals.data.loss(rivals.model(**batch.inputs), batch)
+        theirs = rivals.loss(dict(batch.inputs), batch.target)
+    assert float(theirs) == pytest.approx(float(ours / rivals.data.weight("train", chosen)))
+
+
+def test_every_contender_is_timed_in_every_round() -> None:
+    from loop_times import measure
+
+    row = measure("minimal", "cpu", 2, 2, *SMALL)
+    for name in ("ours", "bare loop"):
+        assert len(row[name]["rounds"]) == 2
+        assert 0 < row[name]["seconds_per_step"] < 10
+    assert row["bare loop"]["ours_over_it"] > 0
+
+
+def test_what_takes_time_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bookkeeping
+
+    from expt.progress import BarDisplay
+    from expt.tracking.null import NullTracker
+
+    step = BarDisplay.step
+    monkeypatch.setattr(bookkeeping, "open_tracker", lambda folder: NullTracker())
+
+    def slow(self: BarDisplay, *arguments: Any) -> None:
+        time.sleep(0.02)
+        step(self, *arguments)
+
+    row = bookkeeping.measure("minimal", "cpu", 8, *SMALL)
+    monkeypatch.setattr(BarDisplay, "step", slow)
+    slowed = bookkeeping.measure("minimal", "cpu", 8, *SMALL)
+    lost = slowed["shares_of_an_epoch"]["display"] * slowed["seconds_per_step"]
+    assert 0.02 <= lost < 0.1
+    assert row["shares_of_an_epoch"]["display"] * row["seconds_per_step"] < 0.02
+    assert slowed["share"] == pytest.approx(sum(slowed["shares_of_an_epoch"].values()))
+    assert row["steps_of_an_epoch"] == -(-1395 // 2)  # 70 % of the week's 1993 windows
+
+
+def test_the_cost_grows_with_sensors_and_batch_and_is_drawn(tmp_path: Path) -> None:
+    from step_costs import measure, plot
+
+    result = measure(["minimal"], [67, 207], [1, 6], "cpu", 1, 1, None)
+    cost = {(row["sensors"], row["batch_size"]): row["seconds_per_step"] for row in result["rows"]}
+    assert cost[207, 6] > max(cost[207, 1], cost[67, 6]) > min(cost.values()) > 0
+    assert result["middle"] == "67 sensors of metr_la_week"
+    plot(result, tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_file_of_ones_own_takes_the_place_of_the_week(tmp_path: Path) -> None:
+    from step_costs import MIDDLE, cut
+
+    with np.load(cut(tmp_path)) as week:
+        assert week["speed"].shape == (2016, MIDDLE)
+
+
+def test_help_is_compared_with_a_bare_application() -> None:
+    from launch_times import help_times
+
+    found = help_times(1)
+    assert found.keys() == {"expt", "bare Hydra"}
+    assert all(0.05 < row["seconds"] < 60 for row in found.values())
+
+
+def test_a_run_that_takes_no_step_is_an_error_with_its_message(tmp_path: Path) -> None:
+    from launch_times import first_step_seconds
+
+    with pytest.raises(RuntimeError, match=r"no optimizer step was seen: .*embed_dimm"):
+        first_step_seconds(tmp_path, "run", "model.embed_dimm=3")
+
+
+def test_sections_that_are_stored_are_skipped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import speed
+
+    stored = {"help": {"result": {}}, "loops": {"result": {}}}
+    written: list[dict[str, Any]] = []
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> SimpleNamespace:
+        commands.append(command)
+        return SimpleNamespace(stdout=json.dumps({"measured": command[-1]}))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(speed, "load", lambda name: dict(stored))
+    monkeypatch.setattr(speed, "store", lambda name, record, text: written.append(dict(record)))
+    monkeypatch.setattr(speed, "tables", lambda record: "")
+    monkeypatch.setattr(speed, "provenance", lambda: {"commit": "0"})
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--sections", "help", "bookkeeping"])
+    speed.main()
+    assert [command[-1] for command in commands] == ["bookkeeping"]
+    assert written[-1]["bookkeeping"]["result"] == {"measured": "bookkeeping"}
+    assert written[-1]["help"] == stored["help"]
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--sections", "help", "--again"])
+    speed.main()
+    assert commands[-1][-1] == "help"
+    assert capsys.readouterr().out.split() == ["bookkeeping", "help"]
+
+
+def test_absent_lightning_is_said_and_not_invented() -> None:
+    import speed
+
+    row = {
+        "preset": "lite",
+        "ours": {"seconds_per_step": 0.1},
+        "bare loop": {"seconds_per_step": 0.2, "ours_over_it": 0.5},
+    }
+    assert speed.loop_row(row) == ("lite", "100.0", "200.0", "not installed", "0.50")
