@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 SUM = torch.ops.aten.add.Tensor
 """The operator that takes the place of the in-place form."""
+COUNTS_OWNERS = hasattr(Tensor, "_use_count")
 Holders = tuple[int, int, int]
 """References to a tensor from Python, to it from C++, and to its storage."""
 
@@ -43,7 +44,7 @@ def _holders(args: tuple[Any, ...]) -> Holders:
     if not isinstance(args[0], Tensor) or args[0].layout is not torch.strided:
         return (0, 0, 0)
     storage = torch._C._storage_Use_Count(args[0].untyped_storage()._cdata)
-    owners = args[0]._use_count()  # type: ignore[attr-defined]
+    owners = args[0]._use_count() if COUNTS_OWNERS else 0  # type: ignore[attr-defined]
     return (sys.getrefcount(args[0]), owners, storage)
 
 

@@ -24,6 +24,7 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from expt.memory.in_place_sums import InPlaceSums
 from expt.memory.scratch import lstm_workspace
 
 DEVICE_OF = torch.ops.prim.device.default
@@ -60,6 +61,7 @@ class StorageTrace(TorchDispatchMode):
         self.phases: list[str] = ["build"]
         self.scratch: list[tuple[int, int, str]] = []  # (event, bytes, name)
         self._scratch_of = scratch_of
+        self._in_place_sums = InPlaceSums()
         self._numbers: dict[int, int] = {}  # storage's address -> number
         self._modules: list[str] = []
         self._names: dict[int, str] = {}
@@ -76,15 +78,14 @@ class StorageTrace(TorchDispatchMode):
             return args[0].fake_device
         kwargs = kwargs or {}
         name = func.name() if hasattr(func, "name") else str(func)
-        for value in tree_iter((args, kwargs)):
-            if isinstance(value, Tensor):
-                self._enter(value, name, made=False)
+        self._enter_all((args, kwargs), name, made=False)
         if func is ITEM_OF and self.phases[-1].startswith("optimizer"):
             return 1.0  # a count of steps, whose value changes no size
+        in_place = self._in_place_sums.has(func, args)
         result = lstm_workspace(func, args, func(*args, **kwargs))
-        for value in tree_iter(result):
-            if isinstance(value, Tensor):
-                self._enter(value, name, made=True)
+        if in_place and result.nbytes == args[0].nbytes:
+            self._hand_over(args[0])
+        self._enter_all(result, name, made=True)
         if self._scratch_of is not None and (found := self._scratch_of(func, args, result)):
             self.scratch.append((len(self.events) - 1, found[1], found[0]))
         return result
@@ -131,6 +132,17 @@ class StorageTrace(TorchDispatchMode):
         """Return the numbers of the storages that are alive now."""
         return list(self._numbers.values())
 
+    def _enter_all(self, tree: Any, operator: str, made: bool) -> None:
+        for value in tree_iter(tree):
+            if isinstance(value, Tensor):
+                self._enter(value, operator, made)
+
+    def _hand_over(self, tensor: Tensor) -> None:
+        """End a storage whose place the result of an in-place sum takes."""
+        key = tensor.untyped_storage()._cdata
+        if key in self._numbers:
+            self._leave(key)
+
     def _enter(self, tensor: Tensor, operator: str, made: bool) -> None:
         if tensor.layout is not torch.strided:
             return
@@ -147,12 +159,15 @@ class StorageTrace(TorchDispatchMode):
             self.storages.append(Storage(count, self.phases[-1], module, operator, made))
             self._numbers[key] = number
             self.events.append((number, count, phase))
-            weakref.finalize(storage, self._leave, key).atexit = False
+            weakref.finalize(storage, self._leave, key, number).atexit = False
         elif count != self.storages[number].bytes:
             self.events.append((number, count - self.storages[number].bytes, phase))
             self.storages[number].bytes = count
 
-    def _leave(self, key: int) -> None:
+    def _leave(self, key: int, number: int | None = None) -> None:
+        """End the storage at an address; `number` is given where another may have its place."""
+        if number is not None and self._numbers.get(key) != number:
+            return
         number = self._numbers.pop(key)
         self.events.append((number, -self.storages[number].bytes, len(self.phases) - 1))
 
