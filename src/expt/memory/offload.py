@@ -27,9 +27,9 @@ MIN_BYTES = 1024**2
 1 MiB takes tens of microseconds, which is what starting it costs."""
 
 
-def offload_saved_tensors(model: nn.Module, min_bytes: int = MIN_BYTES) -> None:
+def offload_saved_tensors(model: nn.Module) -> None:
     """Keep in host memory what `model`'s backward pass needs; in place, reversible."""
-    wrap(model, NAME, Offloaded(model, min_bytes))
+    wrap(model, NAME, Offloaded(model))
 
 
 def remove_offload(model: nn.Module) -> bool:
@@ -40,9 +40,8 @@ def remove_offload(model: nn.Module) -> bool:
 class Offloaded:
     """The layer around a model's `forward`; see `expt.memory.wrapping`."""
 
-    def __init__(self, model: nn.Module, min_bytes: int) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.min_bytes = min_bytes
 
     def __call__(self, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run the model; what it saves for the backward pass goes to the host."""
@@ -52,7 +51,7 @@ class Offloaded:
         own = {_storage_key(tensor) for tensor in (*self.model.parameters(), *self.model.buffers())}
 
         def pack(tensor: Tensor) -> Tensor | OnHost | Absent:
-            if tensor.nbytes < self.min_bytes or _storage_key(tensor) in own:
+            if tensor.nbytes < MIN_BYTES or _storage_key(tensor) in own:
                 return tensor
             if tensor.layout is not torch.strided or _repeats(tensor):
                 return tensor

@@ -46,7 +46,7 @@ class AdamW8bit:
             from bitsandbytes.optim import AdamW8bit as Implementation
         except ModuleNotFoundError as error:
             raise ConfigError(
-                "optimizer=adamw_8bit needs the package bitsandbytes, which is not installed; "
+                "8-bit AdamW needs the package bitsandbytes, which is not installed; "
                 "pip install 'expt[optim]'"
             ) from error
         return cast(
