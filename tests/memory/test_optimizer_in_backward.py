@@ -8,6 +8,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from expt.errors import ConfigError
 from expt.memory.optimizer_in_backward import OptimizerInBackward
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -151,3 +152,22 @@ def test_an_error_in_a_step_leaves_the_groups_whole(monkeypatch: pytest.MonkeyPa
     with pytest.raises(RuntimeError, match="out of memory"):
         net(torch.ones(2, 8)).sum().backward()
     assert inner.param_groups is groups
+
+
+def test_an_optimizer_that_counts_steps_in_its_groups_is_refused() -> None:
+    class Counting(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            super().step(closure)
+            for group in self.param_groups:
+                group["steps_taken"] = group.get("steps_taken", 0) + 1
+
+    net = Net()
+    OptimizerInBackward(Counting(net.parameters(), lr=0.1))
+    with pytest.raises(ConfigError, match=r"Counting counts steps.*steps_taken"):
+        net(torch.ones(2, 8)).sum().backward()
+
+
+def test_a_group_added_later_is_refused_not_forgotten() -> None:
+    optimizer = OptimizerInBackward(optimizer_for(Net(), "sgd"))
+    with pytest.raises(TypeError, match="wrap that again"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})

@@ -54,8 +54,9 @@ def agree(kernel: Kernel, allowed: Callable[..., Tensor], parts: list[Tensor]) -
 
 @pytest.fixture(autouse=True, params=[4, 256])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks smaller and larger than the sequences."""
+    """Chunks smaller and larger than the sequences, which are taken one by one or together."""
     monkeypatch.setattr(attention_kernels, "CHUNK", request.param)
+    monkeypatch.setattr(attention_kernels, "MAX_SCORES", 10 * request.param**2)
 
 
 @pytest.mark.parametrize("kernel", [attention_kernels.fused, attention_kernels.materialised])
@@ -130,3 +131,15 @@ def test_only_math_keeps_a_matrix_of_weights(monkeypatch: pytest.MonkeyPatch) ->
     assert peak(partial(attention_kernels.sliding_window, window=16)) < matrix / 4
     # Scores, selection, weights and their gradients of one chunk, an eighth of the queries.
     assert peak(partial(attention_kernels.top_k, k=16)) < 0.9 * matrix
+
+
+def test_top_k_takes_few_of_many_sequences_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_kernels, "CHUNK", 256)
+    parts = [torch.randn(64, 2, 64, 8, requires_grad=True) for _ in range(3)]
+    peaks = []
+    for limit in (10**9, 4 * 2 * 64 * 64):
+        monkeypatch.setattr(attention_kernels, "MAX_SCORES", limit)
+        with StorageLedger() as ledger:
+            attention_kernels.top_k(*parts, k=8).sum().backward()
+        peaks.append(ledger.peak_bytes)
+    assert peaks[1] < peaks[0] / 3

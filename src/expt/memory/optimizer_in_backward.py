@@ -19,12 +19,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from expt.errors import ConfigError
+
 
 class OptimizerInBackward(Optimizer):
     """An optimizer that steps in the backward pass, by hooks on the weights of `inner`.
 
     `param_groups`, `state` and `state_dict` are those of `inner`: schedules act, and checkpoints
     can be exchanged with runs that step the ordinary way.
+
+    Raises:
+        ConfigError: in the first backward pass, for an optimizer whose groups change in a step.
+
     """
 
     def __init__(self, inner: Optimizer) -> None:
@@ -68,7 +74,7 @@ class OptimizerInBackward(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse: the hooks are set for the weights there were."""
-        raise NotImplementedError("add the group to the inner optimizer, then wrap it again")
+        raise TypeError("add the group to the inner optimizer, then wrap that again")
 
     def remove(self) -> Optimizer:
         """Take the hooks off and return the inner optimizer, which steps the ordinary way."""
@@ -91,7 +97,14 @@ class OptimizerInBackward(Optimizer):
             self.inner.step()
         finally:
             self.inner.param_groups = groups
-        # Some optimizers keep figures of their own in the group.
-        group.update({key: value for key, value in alone.items() if key != "params"})
+        moved = [
+            key for key, value in alone.items() if key != "params" and value is not group.get(key)
+        ]
+        if moved:
+            raise ConfigError(
+                f"memory.optimizer_in_backward=true: {type(self.inner).__name__} counts steps in "
+                f"its parameter groups ({', '.join(moved)}), which stepping weight by weight "
+                "would falsify; set it to false, or choose another optimizer"
+            )
         weight.grad = None
         self.weights_stepped += 1

@@ -23,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 CHUNK = 256
 """Queries that the last two kernels look at together."""
+MAX_SCORES = 2**22
+"""Scores that `top_k` has in memory at once, over all sequences and heads: 16 MiB in fp32."""
 
 
 def fused(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -45,43 +47,62 @@ def sliding_window(queries: Tensor, keys: Tensor, values: Tensor, window: int) -
     length = queries.shape[-2]
     if window >= length - 1:
         return fused(queries, keys, values)
+    if length <= CHUNK:  # without slices, which would copy
+        return F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=near(0, length, 0, length, window, queries.device)
+        )
     parts = []
     for start in range(0, length, CHUNK):
         stop = min(start + CHUNK, length)
         first, last = max(start - window, 0), min(stop + window, length)
-        distance = (
-            torch.arange(start, stop, device=queries.device)[:, None]
-            - torch.arange(first, last, device=queries.device)[None, :]
-        )
         parts.append(
             F.scaled_dot_product_attention(
                 queries[..., start:stop, :],
                 keys[..., first:last, :],
                 values[..., first:last, :],
-                attn_mask=distance.abs() <= window,
+                attn_mask=near(start, stop, first, last, window, queries.device),
             )
         )
     return torch.cat(parts, dim=-2)
 
 
+def near(start: int, stop: int, first: int, last: int, window: int, device: torch.device) -> Tensor:
+    """Return which keys [first, last) each query [start, stop) has in its window, as booleans."""
+    queries = torch.arange(start, stop, device=device)
+    return (queries[:, None] - torch.arange(first, last, device=device)).abs() <= window
+
+
 def top_k(queries: Tensor, keys: Tensor, values: Tensor, k: int) -> Tensor:
     """Attend to the `k` keys with the highest scores, per query and head.
 
-    Each chunk of queries is computed again in the backward pass, so that no more than a chunk's
-    scores are in memory at any time (top-k attention as in Gupta et al., arXiv:2106.06899).
+    A few sequences and a chunk of their queries are looked at together, and computed again in the
+    backward pass, so that no more than their scores are in memory at any time (top-k attention as
+    in Gupta et al., arXiv:2106.06899).
     """
     if k >= keys.shape[-2]:
         return fused(queries, keys, values)
-    parts = []
-    for chunk in queries.split(CHUNK, dim=-2):
-        if torch.is_grad_enabled():
-            part = checkpoint(
-                _best_keys, chunk, keys, values, k, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            part = _best_keys(chunk, keys, values, k)
-        parts.append(part)
-    return torch.cat(parts, dim=-2)
+    heads, length = queries.shape[1:3]
+    together = max(1, MAX_SCORES // (heads * min(length, CHUNK) * keys.shape[-2]))
+    done = []
+    for some, some_keys, some_values in zip(
+        *(part.split(together) for part in (queries, keys, values)), strict=True
+    ):
+        chunks = [_recomputed(c, some_keys, some_values, k) for c in some.split(CHUNK, dim=-2)]
+        done.append(_joined(chunks, dim=-2))
+    return _joined(done, dim=0)
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)  # one is not copied
+
+
+def _recomputed(queries: Tensor, keys: Tensor, values: Tensor, k: int) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _best_keys(queries, keys, values, k)
+    attended: Tensor = checkpoint(
+        _best_keys, queries, keys, values, k, use_reentrant=False, preserve_rng_state=False
+    )
+    return attended
 
 
 def _best_keys(queries: Tensor, keys: Tensor, values: Tensor, k: int) -> Tensor:
