@@ -141,7 +141,7 @@ def plot(record: dict[str, Any]) -> None:
             right.plot(lengths, [1000 * row["seconds"] for row in rows], "o-", label=kernel)
         for axes, title, unit in (
             (left, "Peak memory, forward and backward", "MiB"),
-            (right, "Time, forward and backward", "ms"),
+            (right, "CPU time, forward and backward" if device == "cpu" else "Time", "ms"),
         ):
             axes.set(title=title, xlabel="tokens", ylabel=unit, xscale="log", yscale="log")
             lengths = lengths_of(record, device)

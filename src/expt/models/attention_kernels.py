@@ -47,29 +47,23 @@ def sliding_window(queries: Tensor, keys: Tensor, values: Tensor, window: int) -
     length = queries.shape[-2]
     if window >= length - 1:
         return fused(queries, keys, values)
-    if length <= CHUNK:  # without slices, which would copy
-        return F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=near(0, length, 0, length, window, queries.device)
-        )
+    masks: dict[tuple[int, int, int], Tensor] = {}  # all chunks but the outer ones share theirs
     parts = []
     for start in range(0, length, CHUNK):
         stop = min(start + CHUNK, length)
         first, last = max(start - window, 0), min(stop + window, length)
+        shape = (stop - start, last - first, start - first)
+        if shape not in masks:
+            masks[shape] = _band(*shape, window, queries)
         parts.append(
             F.scaled_dot_product_attention(
-                queries[..., start:stop, :],
-                keys[..., first:last, :],
-                values[..., first:last, :],
-                attn_mask=near(start, stop, first, last, window, queries.device),
+                _part(queries, start, stop),
+                _part(keys, first, last),
+                _part(values, first, last),
+                attn_mask=masks[shape],
             )
         )
-    return torch.cat(parts, dim=-2)
-
-
-def near(start: int, stop: int, first: int, last: int, window: int, device: torch.device) -> Tensor:
-    """Return which keys [first, last) each query [start, stop) has in its window, as booleans."""
-    queries = torch.arange(start, stop, device=device)
-    return (queries[:, None] - torch.arange(first, last, device=device)).abs() <= window
+    return _joined(parts, dim=-2)
 
 
 def top_k(queries: Tensor, keys: Tensor, values: Tensor, k: int) -> Tensor:
@@ -90,6 +84,21 @@ def top_k(queries: Tensor, keys: Tensor, values: Tensor, k: int) -> Tensor:
         chunks = [_recomputed(c, some_keys, some_values, k) for c in some.split(CHUNK, dim=-2)]
         done.append(_joined(chunks, dim=-2))
     return _joined(done, dim=0)
+
+
+def _band(queries: int, keys: int, offset: int, window: int, like: Tensor) -> Tensor:
+    """Return what is added to the scores: 0 in the window, -inf outside; [queries, keys].
+
+    In the dtype of `like`, since torch would make a copy of a boolean mask for every chunk.
+    """
+    rows = torch.arange(offset, offset + queries, device=like.device)
+    distance = rows[:, None] - torch.arange(keys, device=like.device)
+    return like.new_zeros(queries, keys).masked_fill(distance.abs() > window, float("-inf"))
+
+
+def _part(tokens: Tensor, start: int, stop: int) -> Tensor:
+    """Return a slice of tokens; all of them without one, whose gradient would be a copy."""
+    return tokens if stop - start == tokens.shape[-2] else tokens[..., start:stop, :]
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:
