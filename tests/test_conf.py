@@ -16,6 +16,7 @@ OPTIONS = sorted(
     (path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name != "local"
 )
 NEEDS_A_FILE = {("data", "metr_la"), ("data", "pems_bay"), ("data", "traffic")}
+NEEDS_A_PACKAGE = {("optimizer", "adamw_8bit"): "bitsandbytes"}
 SMOKE = {
     # What makes an option small enough for a test, after its own settings.
     "experiment": ("trainer.epochs=1", "trainer.steps_per_epoch=2", "data.batch_size=4"),
@@ -29,6 +30,12 @@ def choose(group: str, option: str) -> list[str]:
     return [f"{'+' if group == 'memory' else ''}{group}={option}"]
 
 
+def require(group: str, option: str) -> None:
+    """Skip an option whose optional package is not installed."""
+    if package := NEEDS_A_PACKAGE.get((group, option)):
+        pytest.importorskip(package)
+
+
 def test_every_group_of_the_schema_has_a_folder():
     groups = {group for group, _ in OPTIONS}
     assert groups >= {"task", "model", "data", "optimizer", "trainer", "memory", "tracking"}
@@ -37,6 +44,7 @@ def test_every_group_of_the_schema_has_a_folder():
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_it_composes_and_is_valid(composed, group, option):
+    require(group, option)
     cfg = composed(*choose(group, option))
     settings = validated(cfg)
     assert settings.trainer.epochs > 0
@@ -48,6 +56,7 @@ def test_it_composes_and_is_valid(composed, group, option):
     [pair for pair in OPTIONS if pair not in NEEDS_A_FILE and pair[0] not in ("tracking", "task")],
 )
 def test_it_trains(expt, home, group, option):
+    require(group, option)
     arguments = choose(group, option)
     if group not in ("debug", "experiment"):
         arguments += ["debug=smoke", "trainer.epochs=1", *SMALL]

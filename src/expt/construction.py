@@ -9,13 +9,15 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from hydra.utils import instantiate
 
 from expt.errors import ConfigError, nearest
+from expt.memory.techniques import Techniques, apply
+from expt.memory.techniques import problems as technique_problems
 from expt.protocols import DataSet
 from expt.schema import MemoryConfig, TrackingConfig, TrainerConfig
 
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
     from torch import nn
     from torch.optim import Optimizer
+
+OFFLOAD_NEEDS_CUDA = (
+    "memory.saved_tensor_offload=true moves what the backward pass needs to host memory, and a "
+    "run on {device} has it there already: nothing to gain; set it to false"
+)
 
 
 @dataclass(frozen=True)
@@ -97,17 +104,25 @@ def assemble(settings: Settings, fabric: Fabric, data: DataSet) -> tuple[nn.Modu
 
     """
     model: nn.Module = build(settings, "model", **data.model_arguments())
-    if settings.memory.activation_checkpointing:
-        from expt.memory.checkpointing import checkpoint_activations
-
-        if not checkpoint_activations(model):
-            raise ConfigError(
-                f"memory.activation_checkpointing=true: {type(model).__name__} has no repeated "
-                "blocks (elements of a torch.nn.ModuleList) to compute again; set it to false"
-            )
+    techniques = techniques_of(settings.memory)
+    problems = technique_problems(model, techniques)
+    if techniques.saved_tensor_offload and fabric.device.type != "cuda":
+        problems.append(OFFLOAD_NEEDS_CUDA.format(device=fabric.device.type))
+    if problems:
+        raise ConfigError(problems)
+    apply(model, techniques)
     optimizer: Optimizer = build(settings, "optimizer", params=list(model.parameters()))
+    if techniques.optimizer_in_backward:
+        from expt.memory.optimizer_in_backward import OptimizerInBackward
+
+        optimizer = OptimizerInBackward(optimizer)
     wrapped = fabric.setup(model, optimizer)
     return wrapped[0], wrapped[1]
+
+
+def techniques_of(memory: MemoryConfig) -> Techniques:
+    """Return the memory techniques that a configuration asks for."""
+    return Techniques(**{part.name: getattr(memory, part.name) for part in fields(Techniques)})
 
 
 def locate(target: str) -> Callable[..., Any]:

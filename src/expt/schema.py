@@ -13,6 +13,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from expt.errors import nearest
+
 
 class Precision(Enum):
     """Arithmetic of the forward and backward pass; `auto` is bf16 on CUDA, else fp32."""
@@ -63,11 +65,62 @@ class MemoryConfig:
     preset: Preset | None = None  # None: the sizes of lite
     precision: Precision = Precision.auto
     gradient_accumulation: int = 1  # micro-batches per optimizer step; the batch stays the same
-    activation_checkpointing: bool = False  # recompute repeated blocks in the backward pass
+    activation_checkpointing: Any = False  # true, n >= 2 (every n-th block) or selective
+    attention_kernel: str | None = None  # fused, math, sliding_window, top_k; None: the model's
+    attention_window: int | None = None  # tokens to either side, for sliding_window
+    attention_top_k: int | None = None  # keys per query, for top_k
+    saved_tensor_offload: bool = False  # what backward needs waits in host memory; CUDA only
+    optimizer_in_backward: bool = False  # step each weight as its gradient is done
+    forward_chunks: int = 1  # slices of a batch in evaluation, one after the other
+    forward_chunks_in_training: bool = False  # also in training, where it saves little
 
     def problems(self) -> list[str]:
-        """Return one message per value out of range."""
-        return at_least("memory", self, gradient_accumulation=1)
+        """Return one message per value out of range, and per contradiction."""
+        found = at_least(
+            "memory",
+            self,
+            gradient_accumulation=1,
+            forward_chunks=1,
+            attention_window=1,
+            attention_top_k=1,
+        )
+        found += _checkpointing_problems(self.activation_checkpointing)
+        found += self._attention_problems()
+        if self.forward_chunks_in_training and self.forward_chunks == 1:
+            found.append(
+                "memory.forward_chunks_in_training=true does nothing with "
+                "memory.forward_chunks=1; give the number of slices"
+            )
+        if self.optimizer_in_backward and self.gradient_accumulation > 1:
+            found.append(
+                "memory.optimizer_in_backward=true steps each weight in the backward pass, before "
+                f"memory.gradient_accumulation={self.gradient_accumulation} has summed the "
+                "gradients of all parts; choose one of the two"
+            )
+        if self.optimizer_in_backward and self.precision is Precision.fp16:
+            found.append(
+                "memory.optimizer_in_backward=true steps before fp16's scaler has seen whether "
+                "the gradients overflow; use memory.precision=bf16 or fp32"
+            )
+        return found
+
+    def _attention_problems(self) -> list[str]:
+        kernel = self.attention_kernel
+        if kernel is not None and kernel not in ATTENTION_KERNELS:
+            return [
+                f"memory.attention_kernel={kernel!r} is no kernel; "
+                f"{nearest(kernel, ATTENTION_KERNELS)}"
+            ]
+        found = []
+        for name, own in (("attention_window", "sliding_window"), ("attention_top_k", "top_k")):
+            value = getattr(self, name)
+            if kernel == own and value is None:
+                found.append(f"memory.attention_kernel={own} needs memory.{name}, like 32")
+            if kernel != own and value is not None:
+                found.append(
+                    f"memory.{name}={value} does nothing unless memory.attention_kernel={own}"
+                )
+        return found
 
 
 @dataclass
@@ -179,6 +232,8 @@ class Config:
 
 MAX_SEED = 2**32 - 1
 """The largest seed that NumPy takes."""
+ATTENTION_KERNELS = ("math", "fused", "sliding_window", "top_k")
+"""Values of `memory.attention_kernel`; see `expt.models.attention_kernels`."""
 STORES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
 """Schemes of a tracking URI; MLflow's file store is no longer maintained."""
 OPEN_GROUPS = ("model", "data", "optimizer")
@@ -192,3 +247,14 @@ def at_least(group: str, config: object, **limits: int) -> list[str]:
         for name, limit in limits.items()
         if (value := getattr(config, name)) is not None and value < limit
     ]
+
+
+def _checkpointing_problems(mode: object) -> list[str]:
+    """Judge `memory.activation_checkpointing`."""
+    if isinstance(mode, bool) or mode == "selective":
+        return []
+    if isinstance(mode, int) and mode >= 2:
+        return []
+    allowed = "true, false, selective, or a number from 2 up (every n-th block)"
+    hint = f"; {nearest(mode, ('selective', 'true', 'false'))}" if isinstance(mode, str) else ""
+    return [f"memory.activation_checkpointing={mode!r} must be {allowed}{hint}"]

@@ -18,7 +18,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from expt.construction import Settings, locate, targets
+from expt.construction import OFFLOAD_NEEDS_CUDA, Settings, locate, targets
 from expt.errors import ConfigError, nearest
 from expt.protocols import Checked
 from expt.schema import OPEN_GROUPS, Config, MemoryConfig, TrackingConfig, TrainerConfig
@@ -61,6 +61,7 @@ def validated(cfg: DictConfig, overridden: Collection[str] = ()) -> Settings:
             f"memory.gradient_accumulation={memory.gradient_accumulation} is more parts than "
             f"there are samples in a batch, data.batch_size={batch_size}"
         )
+    problems += _technique_problems(memory, trainer, arguments["data"])
     if "optimizer" in sound:
         problems += _optimizer_problems(sound["optimizer"])
     if problems:
@@ -141,6 +142,28 @@ def _own_problems(arguments: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 name: value for name, value in arguments.get("data", {}).items() if name in asked
             }
         found += factory.problems({**shared, **own})
+    return found
+
+
+def _technique_problems(
+    memory: MemoryConfig, trainer: TrainerConfig, data: Mapping[str, Any]
+) -> list[str]:
+    """Refuse memory techniques that contradict settings of another group."""
+    found = []
+    if memory.optimizer_in_backward and trainer.gradient_clip_norm is not None:
+        found.append(
+            "memory.optimizer_in_backward=true steps each weight before the norm of all gradients "
+            f"is known, which trainer.gradient_clip_norm={trainer.gradient_clip_norm} needs; set "
+            "trainer.gradient_clip_norm=null or memory.optimizer_in_backward=false"
+        )
+    if memory.saved_tensor_offload and trainer.device.value in ("cpu", "mps"):
+        found.append(OFFLOAD_NEEDS_CUDA.format(device=trainer.device.value))
+    chunked = data.get("eval_batch_size")
+    if chunked is not None and memory.forward_chunks > max(chunked, 1):
+        found.append(
+            f"memory.forward_chunks={memory.forward_chunks} is more slices than there are samples "
+            f"in a batch of evaluation, data.eval_batch_size={chunked}"
+        )
     return found
 
 
