@@ -52,7 +52,10 @@ WORDINGS = [
     ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "cublas"),
     ("RuntimeError: cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "cudnn"),
     ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", "cudnn"),
-    ("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate`", "cuda_library"),
+    (
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate`",
+        "cuda_library",
+    ),
     ("RuntimeError: cuFFT error: CUFFT_ALLOC_FAILED", "cuda_library"),
     (
         "torch.distributed.DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:1691, unhandled "
@@ -62,7 +65,11 @@ WORDINGS = [
         "nccl",
     ),
     ("host:77:91 [0] include/alloc.h:99 NCCL WARN Cuda failure 'out of memory'", "nccl"),
-    ("ncclUnhandledCudaError: Call to CUDA function failed.\nFailed to CUDA calloc 6291456 bytes", "nccl"),
+    (
+        "ncclUnhandledCudaError: Call to CUDA function failed.\n"
+        "Failed to CUDA calloc 6291456 bytes",
+        "nccl",
+    ),
     (
         'RuntimeError: NVML_SUCCESS == r INTERNAL ASSERT FAILED at "../c10/cuda/'
         'CUDACachingAllocator.cpp":995, please report a bug to PyTorch.',
@@ -89,18 +96,27 @@ WORDINGS = [
     ),
     ("terminate called after throwing an instance of 'std::bad_alloc'", "host_allocator"),
     ("OSError: [Errno 12] Cannot allocate memory", "host_allocator"),
-    ("RuntimeError: unable to mmap 4096 bytes from file <w.pt>: Cannot allocate memory (12)", "host_allocator"),
-    ("Traceback (most recent call last):\n  File \"a.py\", line 1\nMemoryError", "memory_error"),
+    (
+        "RuntimeError: unable to mmap 4096 bytes from file <w.pt>: Cannot allocate memory (12)",
+        "host_allocator",
+    ),
+    ('Traceback (most recent call last):\n  File "a.py", line 1\nMemoryError', "memory_error"),
     (
         "numpy._core._exceptions._ArrayMemoryError: Unable to allocate 7.11 PiB for an array with "
         "shape (1000000000000000,) and data type float64",
         "memory_error",
     ),
-    ("[812.1] Out of memory: Killed process 4242 (python) total-vm:9kB, anon-rss:8kB", "oom_killer"),
+    (
+        "[812.1] Out of memory: Killed process 4242 (python) total-vm:9kB, anon-rss:8kB",
+        "oom_killer",
+    ),
     ("slurmstepd: error: Detected 1 oom_kill event in StepId=64.0", "oom_killer"),
     ("Original Traceback (most recent call last):\nRuntimeError: CUDA out of memory.\n", "cuda"),
-    ("Failed to load model (original error: CUDA out of memory. Tried to allocate 112.00 MiB.)", "cuda"),
-]  # fmt: skip
+    (
+        "Failed to load model (original error: CUDA out of memory. Tried to allocate 112.00 MiB.)",
+        "cuda",
+    ),
+]
 DECOYS = [
     "triton.runtime.errors.OutOfResources: out of resource: shared memory, Required: 102400, "
     "Hardware limit: 101376. Reducing block sizes or `num_stages` may help.",
@@ -306,7 +322,8 @@ def test_a_long_log_takes_no_time() -> None:
 
 def test_importing_memory_stays_without_torch() -> None:
     program = (
-        "import sys, expt.memory as m; assert m.classify_oom('CUDA out of memory.').kind == 'cuda'\n"
+        "import sys, expt.memory as m\n"
+        "assert m.classify_oom('CUDA out of memory.').kind == 'cuda'\n"
         "print('torch' in sys.modules, 'MemoryManager' in dir(m))"
     )
     ran = subprocess.run(

@@ -1,4 +1,4 @@
-"""Is this error a lack of memory, and whose?
+"""Tell whether an error is a lack of memory, and whose.
 
 `classify_oom` knows how the allocators and libraries under torch say that memory ran out, and is
 not fooled by sentences that merely contain the words. Patterns are tried from the one that says
@@ -41,48 +41,43 @@ _SAYS_SO = r"(?:^|[\"'`(:\]|>]\s*|Error\s+)"  # a message begins here: not in mi
 _ENDS = r"(?=\s*(?:$|[.!;,\"'`)(\[]))"
 _CALL_SAYS = r"(?:'out of memory'|(?:error|failed): out of memory\b)"
 _NO_OTHER_FAULT = r"(?!(?s:.){0,400}(?:Cuda|HIP) failure(?: \d+)? '(?!out of memory))"
-_PATTERNS: tuple[tuple[Kind | None, re.Pattern[str]], ...] = tuple(
-    (kind, re.compile(pattern, re.MULTILINE))
-    for kind, pattern in (
-        ("nccl", r"\b[NR]CCL\b[^\n]*(?:Cuda|HIP) failure(?: \d+)? 'out of memory'"),
-        ("nccl", rf"(?:[Uu]nhandled (?:cuda|hip) error|nccl\w*Error)(?s:.){{0,600}}?{_CALL_SAYS}"),
-        (
-            "nccl",
-            rf"Failed to (?:CUDA|HIP) (?:host )?[cm]alloc(?: \w+)? \d+ bytes{_NO_OTHER_FAULT}",
-        ),
-        ("mps", r"MPS backend out of memory"),
-        ("mps", r"kIOGPUCommandBufferCallbackErrorOutOfMemory"),
-        ("mps", r"\bInvalid buffer size: [\d.]+ [KMGT]i?B"),
-        (None, r"(?P<name>\b[A-Z]{2,5} )?[Oo]ut of memory\.?\s+Tried\s+to\s+allocate"),
-        (None, rf"{_SAYS_SO}(?P<name>CUDA|HIP|XPU) out of memory{_ENDS}"),
-        (None, r"\b(?P<name>CUDA|HIP|XPU) (?:driver |runtime )?[Ee]rror: out of memory\b"),
-        (None, r"Triton Error \[(?P<name>CUDA|HIP|XPU)\]: out of memory"),
-        ("cublas", r"\bCUBLAS(?:LT)?_STATUS_ALLOC_FAILED\b"),
-        ("cudnn", r"\bCUDNN_STATUS_ALLOC_FAILED\b"),
-        ("cudnn", r"\bCUDNN_STATUS_INTERNAL_ERROR_(?:DEVICE|HOST)_ALLOCATION_FAILED\b"),
-        ("cuda_library", r"\bCU(?:SOLVER|SPARSE)_STATUS_ALLOC_FAILED\b|\bCUFFT_ALLOC_FAILED\b"),
-        ("cuda_library", r"\bCURAND_STATUS_ALLOCATION_FAILED\b"),
-        ("hip", r"\b(?:HIP|ROC)BLAS_STATUS_ALLOC_FAILED\b|\bmiopenStatusAllocFailed\b"),
-        ("hip", r"\bhipErrorOutOfMemory\b|\brocblas_status_memory_error\b"),
-        ("cuda", r"\bCUDA_ERROR_OUT_OF_MEMORY\b|\bcudaErrorMemoryAllocation\b"),
-        ("cuda", r"cuda runtime error \(2\) : out of memory"),
-        ("cuda", r"^Error out of memory at line \d+ in file"),  # bitsandbytes
-        ("xpu", r"\b(?:UR|ZE|PI)_(?:RESULT_)?ERROR_OUT_OF_(?:DEVICE|HOST)_MEMORY\b"),
-        ("nvml", r"NVML_SUCCESS == r\w* INTERNAL ASSERT FAILED at [^\n]*CachingAllocator"),
-        ("device", r"RESOURCE_EXHAUSTED: [^\n]*[Oo]ut of memory|OOM when allocating tensor"),
-        ("host_allocator", r"DefaultCPUAllocator: (?:can't allocate|not enough) memory"),
-        ("host_allocator", r"C10 Out of Memory\. Trying to allocate"),
-        ("host_allocator", r"\bstd::bad_alloc\b"),
-        ("host_allocator", r"^(?:\w+\.)*OSError: \[Errno 12\] Cannot allocate memory"),
-        ("host_allocator", r"unable to mmap \d+ bytes [^\n]*Cannot allocate memory"),
-        ("memory_error", r"^(?:[\w.]+\.)?_?(?:Array)?MemoryError(?::|\s*$)"),
-        ("memory_error", r"Unable to allocate [\d.]+ [KMGTPE]?i?B for an array with shape"),
-        ("oom_killer", r"Out of memory: Killed process \d+|Memory cgroup out of memory"),
-        ("oom_killer", r"\boom_kill event|\binvoked oom-killer|\boom-kill:constraint"),
-        ("device", r"(?:^|\.)(?:CUDA)?OutOfMemoryError(?::|\s*$)"),
-        (None, r"(?<!you )\bTried\s+to\s+allocate\s+[\d.]+\s+[KMGT]i?B\b"),
-    )
+_WORDINGS: tuple[tuple[Kind | None, str], ...] = (
+    ("nccl", r"\b[NR]CCL\b[^\n]*(?:Cuda|HIP) failure(?: \d+)? 'out of memory'"),
+    ("nccl", rf"(?:[Uu]nhandled (?:cuda|hip) error|nccl\w*Error)(?s:.){{0,600}}?{_CALL_SAYS}"),
+    ("nccl", rf"Failed to (?:CUDA|HIP) [cm]alloc(?: \w+)? \d+ bytes{_NO_OTHER_FAULT}"),
+    ("mps", r"MPS backend out of memory"),
+    ("mps", r"kIOGPUCommandBufferCallbackErrorOutOfMemory"),
+    ("mps", r"\bInvalid buffer size: [\d.]+ [KMGT]i?B"),
+    (None, r"(?P<name>\b[A-Z]{2,5} )?[Oo]ut of memory\.?\s+Tried\s+to\s+allocate"),
+    (None, rf"{_SAYS_SO}(?P<name>CUDA|HIP|XPU) out of memory{_ENDS}"),
+    (None, r"\b(?P<name>CUDA|HIP|XPU) (?:driver |runtime )?[Ee]rror: out of memory\b"),
+    (None, r"Triton Error \[(?P<name>CUDA|HIP|XPU)\]: out of memory"),
+    ("cublas", r"\bCUBLAS(?:LT)?_STATUS_ALLOC_FAILED\b"),
+    ("cudnn", r"\bCUDNN_STATUS_ALLOC_FAILED\b"),
+    ("cudnn", r"\bCUDNN_STATUS_INTERNAL_ERROR_(?:DEVICE|HOST)_ALLOCATION_FAILED\b"),
+    ("cuda_library", r"\bCU(?:SOLVER|SPARSE)_STATUS_ALLOC_FAILED\b|\bCUFFT_ALLOC_FAILED\b"),
+    ("cuda_library", r"\bCURAND_STATUS_ALLOCATION_FAILED\b"),
+    ("hip", r"\b(?:HIP|ROC)BLAS_STATUS_ALLOC_FAILED\b|\bmiopenStatusAllocFailed\b"),
+    ("hip", r"\bhipErrorOutOfMemory\b|\brocblas_status_memory_error\b"),
+    ("cuda", r"\bCUDA_ERROR_OUT_OF_MEMORY\b|\bcudaErrorMemoryAllocation\b"),
+    ("cuda", r"cuda runtime error \(2\) : out of memory"),
+    ("cuda", r"^Error out of memory at line \d+ in file"),  # bitsandbytes
+    ("xpu", r"\b(?:UR|ZE|PI)_(?:RESULT_)?ERROR_OUT_OF_(?:DEVICE|HOST)_MEMORY\b"),
+    ("nvml", r"NVML_SUCCESS == r\w* INTERNAL ASSERT FAILED at [^\n]*CachingAllocator"),
+    ("device", r"RESOURCE_EXHAUSTED: [^\n]*[Oo]ut of memory|OOM when allocating tensor"),
+    ("host_allocator", r"DefaultCPUAllocator: (?:can't allocate|not enough) memory"),
+    ("host_allocator", r"C10 Out of Memory\. Trying to allocate"),
+    ("host_allocator", r"\bstd::bad_alloc\b"),
+    ("host_allocator", r"^(?:\w+\.)*OSError: \[Errno 12\] Cannot allocate memory"),
+    ("host_allocator", r"unable to mmap \d+ bytes [^\n]*Cannot allocate memory"),
+    ("memory_error", r"^(?:[\w.]+\.)?_?(?:Array)?MemoryError(?::|\s*$)"),
+    ("memory_error", r"Unable to allocate [\d.]+ [KMGTPE]?i?B for an array with shape"),
+    ("oom_killer", r"Out of memory: Killed process \d+|Memory cgroup out of memory"),
+    ("oom_killer", r"\boom_kill event|\binvoked oom-killer|\boom-kill:constraint"),
+    ("device", r"(?:^|\.)(?:CUDA)?OutOfMemoryError(?::|\s*$)"),
+    (None, r"(?<!you )\bTried\s+to\s+allocate\s+[\d.]+\s+[KMGT]i?B\b"),
 )
+_PATTERNS = [(kind, re.compile(wording, re.MULTILINE)) for kind, wording in _WORDINGS]
 _IN_PROSE = re.compile(
     r"\b(?:no|not|never|without|avoid\w*|prevent\w*|if|when|whether|should|could|would|may|might"
     r"|can|fix\w*|handle\w*|in case of)\b[^.:;]*$",

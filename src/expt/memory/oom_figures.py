@@ -140,7 +140,7 @@ def _is_fragmented(figures: Figures) -> bool:
 
 
 def _is_capped(figures: Figures) -> bool:
-    """The device had room, or this process stands at a limit below the device."""
+    """Tell whether the device had room, or this process stands at a lower limit."""
     requested, free, limit = figures.requested_bytes, figures.free_bytes, figures.limit_bytes
     if requested is not None and free is not None and free >= requested:
         return True

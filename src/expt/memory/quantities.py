@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-FACTORS = {
+FACTORS: dict[str, int] = {
     "": 1,
     "b": 1,
     "byte": 1,
@@ -19,7 +19,7 @@ FACTORS = {
 `htop` mean by it, 2^30."""
 NUMBER = r"\d[\d,]*(?:\.\d*)?(?:[eE][+-]?\d+)?"
 UNIT = r"(?:[KMGTPE]i?B|[kmgtpe]i?b|[KMGTPE]|bytes?|B)"
-QUANTITY = rf"(?P<number>{NUMBER})\s*(?P<unit>{UNIT})(?![\w/])"
+QUANTITY = rf"(?P<number>{NUMBER})\s*(?P<unit>{UNIT})(?!\w|/\s*s)"
 _FOUND = re.compile(rf"(?<![\w.]){QUANTITY}")
 
 
