@@ -31,7 +31,7 @@ _OOM_WORD = re.compile(
 )
 _LABELS = (  # the first that stands next to an amount says what it is
     ("ignored", r"checkpoint|saved?|file|data ?set|download|params?|parameters|weights|disk|batch"),
-    ("total_bytes", r"total|capacity|limit|budget|max allowed|/"),
+    ("total_bytes", r"total|capacity|limit|budget|max allowed"),
     ("free_bytes", r"free|available|avail"),
     ("peak_bytes", r"peak|max(?:imum)?(?:_\w+)?|high[- ]water"),
     ("reserved_bytes", r"\w*reserved\w*|cached?|pool"),
@@ -42,7 +42,9 @@ _BEFORE = [(name, re.compile(rf"(?:^|[\W_])(?:{words})[\W_]*$", re.I)) for name,
 _ANYWHERE = [
     (name, re.compile(rf"(?:^|[\W_])(?:{words})(?![a-z])", re.I)) for name, words in _LABELS
 ]
-_AFTER = [(name, re.compile(rf"^\W{{0,3}}(?:{words})\b", re.I)) for name, words in _LABELS]
+_AFTER = [
+    (name, re.compile(rf"^\s?(?:is |already )?(?:{words})\b", re.I)) for name, words in _LABELS
+]
 _UNIT_IN_NAME = re.compile(
     r"(?P<name>[a-z][\w .]*?)[ _]?[(\[_]?(?P<unit>[kmgt]i?b|bytes)[)\]]?\s*[:=]\s*"
     r"(?P<number>\d[\d,]*\.?\d*)(?![\d,.]*\s*[KMGT]i?B)",
@@ -52,7 +54,7 @@ _COLUMN_UNIT = re.compile(r"[ _.\[(]+(?P<unit>[kmgt]i?b|bytes|b)[\])]?$", re.IGN
 _SHARE = re.compile(
     rf"(?<![\w./])(?P<part>{NUMBER})(?P<slash>\s*/\s*)(?={NUMBER}\s*(?P<unit>{UNIT}))"
 )
-_OF = re.compile(rf"(?P<unit>{UNIT})\s+(?:out )?of\s+(?={NUMBER}\s*{UNIT})")
+_OF = re.compile(rf"(?P<unit>{UNIT})\s*(?:\bout of\b|\bof\b|/)\s*(?={NUMBER}\s*{UNIT})")
 _KNOWN_NAMES = {  # of our own records
     "allocated_bytes": "allocated_bytes",
     "reserved_bytes": "reserved_bytes",
@@ -60,7 +62,8 @@ _KNOWN_NAMES = {  # of our own records
     "peak_reserved_bytes": "ignored",
     "process_peak_bytes": "process_peak_bytes",
 }
-_STEP_NAMES = ("step", "global_step", "iteration", "iter", "batch", "index", "seconds", "time")
+_DEVICE_NAMES = ("index", "gpu", "device", "rank")
+_STEP_NAMES = ("step", "global_step", "iteration", "iter", "batch", "seconds", "time")
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,9 @@ def read_log(text: str) -> LogContent:
     rows, form = _json_rows(text), "json"
     if not rows:
         rows, form = _csv_rows(text), "csv"
-    readings = [found for at, row in enumerate(rows) if (found := _from_row(at, row))]
+    readings = [
+        found for at, row in enumerate(_of_one_device(rows)) if (found := _from_row(at, row))
+    ]
     if readings:
         report = classify_oom(text)
         return LogContent(_in_order(readings), report, None, report is not None, form)
@@ -119,20 +124,22 @@ def _line_values(line: str) -> dict[str, int]:
         name = _label(_ANYWHERE, one["name"])
         if name not in (None, "ignored"):
             found[str(name)] = max(found.get(str(name), 0), to_bytes(one["number"], one["unit"]))
-    line = _SHARE.sub(r"\g<part> \g<unit> / ", line)  # 18.2/24 GB
-    line = _OF.sub(r"\g<unit> / ", line)  # 18.2 GB of 24 GB
+    line = _SHARE.sub(r"\g<part> \g<unit>, total ", line)  # 18.2/24 GB
+    line = _OF.sub(r"\g<unit>, total ", line)  # 18.2 GB of 24 GB, 18.2GB/24GB
     end = 0
     unnamed = []
     for amount in quantities(line):
         before = re.split(r"[,;|]", line[end : amount.start])[-1]
-        name = _label(_AFTER, line[amount.end : amount.end + 20].lstrip(" "))
-        name = name or _label(_BEFORE, before) or _label(_ANYWHERE, before)
         end = amount.end
+        name = _label(_BEFORE, before)
+        if name is None and (name := _label(_AFTER, line[end:])) is not None:
+            end += len(line[end:]) - len(re.sub(r"^\W*(?:(?:is|already) )?\w+", "", line[end:]))
+        name = name or _label(_ANYWHERE, before)
         if name is None:
             unnamed.append(amount.count_bytes)
         elif name != "ignored":
             found[name] = max(found.get(name, 0), amount.count_bytes)
-    if unnamed and not found:
+    if unnamed and not {"allocated_bytes", "peak_bytes"} & found.keys():
         found["allocated_bytes"] = unnamed[0]
     return found
 
@@ -204,6 +211,17 @@ def _csv_rows(text: str) -> list[Mapping[str, Any]]:
     if len(lines) < 2 or "," not in lines[0] or re.search(r"\d", lines[0].split(",")[0]):
         return []
     return [row for row in csv.DictReader(lines, skipinitialspace=True) if None not in row]
+
+
+def _of_one_device(rows: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the rows of the fullest device, where a table has several."""
+    column = next((name for name in _DEVICE_NAMES if rows and name in rows[0]), None)
+    if column is None or len({row.get(column) for row in rows}) < 2:
+        return rows
+    fullest = max(
+        rows, key=lambda row: found.allocated_bytes if (found := _from_row(0, row)) else 0
+    )
+    return [row for row in rows if row.get(column) == fullest[column]]
 
 
 def _from_row(number: int, row: Mapping[str, Any]) -> Reading | None:

@@ -78,7 +78,7 @@ def judge(readings: Sequence[Reading], ran_out: bool = False) -> Trend:
     """Return the verdict over readings in the order of their steps.
 
     Args:
-        readings: fewer than 4 say nothing.
+        readings: fewer than 4 say nothing, fewer than 2 if `ran_out`.
         ran_out: the series ends because memory did; a short rise then counts for more.
 
     """
@@ -128,6 +128,8 @@ class _Rise:
     def is_real(self) -> bool:
         """Significant, large enough to matter, and still going on."""
         n = len(self.values)
+        if self._ran_out and 2 <= n <= 3:
+            return bool(np.all(np.diff(self.values) > 0)) and self.growth >= 0.1 * self._scale
         few = n in SIGNIFICANCE_OF_FEW and not self._ran_out
         smallest = SMALLEST_RISE if n > EXACT_UP_TO else SMALLEST_RISE_OF_FEW if few else 0.1
         if n < 4 or self.growth < smallest * self._scale:
@@ -138,8 +140,9 @@ class _Rise:
     def accelerating(self) -> bool:
         """Whether the slope itself rises, significantly and by at least a quarter."""
         n = len(self.values)
-        if n < 5:
-            return False
+        if n <= 7:
+            rates = np.diff(self.values) / np.diff(self.steps)
+            return n >= 3 and bool(np.all(np.diff(rates) > 0)) and bool(rates[-1] > 1.5 * rates[0])
         early, late = slice(0, n // 2 + 1), slice(n // 2, n)
         before = sen_slope(self.steps[early], self.values[early])
         after = sen_slope(self.steps[late], self.values[late])
