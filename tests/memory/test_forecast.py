@@ -32,8 +32,8 @@ def test_the_line_is_continued() -> None:
     ("capacity", "action"),
     [
         (12.0, "halve_batch_and_checkpoint"),
-        (12.9, "mixed_precision"),
-        (12.88, "smaller_batch"),
+        (12.88, "mixed_precision"),
+        (12.855, "smaller_batch"),
         (14.0, "none"),
     ],
 )

@@ -5,6 +5,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 
+from expt.memory import significance
 from expt.memory.significance import (
     effective_count,
     parabola,
@@ -29,13 +30,15 @@ def test_the_exact_probability_counts_permutations() -> None:
     assert rising_probability(x, -np.arange(6.0)) == pytest.approx(1)
 
 
-def test_the_normal_curve_takes_over_from_the_count() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        y = rng.normal(size=10)
-        exact = rising_probability(np.arange(10.0), y)
-        tied = np.concatenate([y, [y[-1]]])  # one tie is enough for the other method
-        assert abs(rising_probability(np.arange(11.0), tied) - exact) < 0.35
+def test_the_normal_curve_takes_over_from_the_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, rng = np.arange(10.0), np.random.default_rng(0)
+    rising = [rng.normal(size=10) + 0.3 * x for _ in range(30)]
+    exact = np.array([rising_probability(x, y) for y in rising])
+    monkeypatch.setattr(significance, "EXACT_UP_TO", 5)
+    monkeypatch.setattr(significance, "effective_count", lambda x, y: float(len(y)))
+    normal = np.array([rising_probability(x, y) for y in rising])
+    assert np.abs(normal - exact).max() < 0.02
+    assert (normal != exact).all()
 
 
 def test_p_values_of_white_noise_are_uniform() -> None:

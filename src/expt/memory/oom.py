@@ -78,6 +78,13 @@ _WORDINGS: tuple[tuple[Kind | None, str], ...] = (
     (None, r"(?<!you )\bTried\s+to\s+allocate\s+[\d.]+\s+[KMGT]i?B\b"),
 )
 _PATTERNS = [(kind, re.compile(wording, re.MULTILINE)) for kind, wording in _WORDINGS]
+_HINT = re.compile(
+    r"[Oo]ut[ _-][Oo]f[ _-](?:\w+_)?memory|OUT_OF_\w*MEMORY|ut of Memory|OutOfMemory|to\s+allocate"
+    r"|t allocate|not enough memory|ALLOC\w*_FAILED|AllocFailed|[cm]alloc \w+|NVML_SUCCESS|bad_alloc"
+    r"|MemoryError|MemoryAllocation|memory_error|OOM when|oom[-_]kill|Errno 12|unable to mmap"
+    r"|buffer size|RESOURCE_EXHAUSTED"
+)
+"""What every wording has in it."""
 _IN_PROSE = re.compile(
     r"\b(?:no|not|never|without|avoid\w*|prevent\w*|if|when|whether|should|could|would|may|might"
     r"|can|fix\w*|handle\w*|in case of)\b[^.:;]*$",
@@ -177,6 +184,8 @@ def _classify_exception(error: BaseException) -> OomReport | None:
 
 
 def _classify_text(text: str) -> OomReport | None:
+    if len(text) > _MESSAGE_LENGTH:
+        text = _near_hints(text)
     for kind, pattern in _PATTERNS:
         for found in pattern.finditer(text):
             line_start = text.rfind("\n", 0, found.start()) + 1
@@ -195,6 +204,18 @@ def _classify_text(text: str) -> OomReport | None:
 
 _MESSAGE_LENGTH = 1500
 """Characters after its first words in which a message gives its figures."""
+
+
+def _near_hints(text: str) -> str:
+    """Return the parts of a long text in which a report could be, so that a log is read fast."""
+    parts: list[str] = []
+    end = 0
+    for hint in _HINT.finditer(text):
+        start = max(text.rfind("\n", 0, max(hint.start() - 200, 0)) + 1, hint.start() - 1000, end)
+        if hint.end() > end:
+            end = hint.end() + _MESSAGE_LENGTH
+            parts.append(text[start:end])
+    return "".join(parts)
 
 
 def _report(kind: Kind, message: str, evidence: str) -> OomReport:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from expt.memory.quantities import NUMBER, UNIT, to_bytes
+from expt.units import GIB
 
 Cause = Literal[
     "full",  # tensors fill the device
@@ -27,6 +28,9 @@ FRAGMENTED = 0.2
 to 30 %)."""
 CROWDED = 0.2
 """Part of the device that is neither free nor this process's; its context takes about 0.5 GiB."""
+
+CONTEXT_BYTES = 3 * GIB // 2
+"""Most that a CUDA context and library workspaces add to what the allocator holds."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +107,8 @@ def read_figures(message: str) -> Figures:
     if others and values["process_bytes"] is None and allocated is not None:
         # In a container torch cannot tell which of the processes it is; the nearest one fits.
         held = values["reserved_bytes"] or allocated
-        own = min(others, key=lambda count: abs(count - held) if count >= 0.95 * held else count)
-        if own >= 0.95 * held:
+        own = min(others, key=lambda count: abs(count - held))
+        if 0.95 * held <= own <= held + max(held / 10, CONTEXT_BYTES):
             others.remove(own)
             values["process_bytes"] = own
     return Figures(other_processes_bytes=sum(others) if others else None, **values)

@@ -17,7 +17,7 @@ FACTORS: dict[str, int] = {
 }
 """Bytes in a unit, in lower case. GB is 10^9 and GiB 2^30; a bare G is what tools like `top` and
 `htop` mean by it, 2^30."""
-NUMBER = r"\d[\d,]*(?:\.\d*)?(?:[eE][+-]?\d+)?"
+NUMBER = r"\d[\d,]{0,20}(?:\.\d{0,20})?(?:[eE][+-]?\d+)?"
 UNIT = r"(?:[KMGTPE]i?B|[kmgtpe]i?b|[KMGTPE]|bytes?|B)"
 QUANTITY = rf"(?P<number>{NUMBER})\s*(?P<unit>{UNIT})(?!\w|/\s*s)"
 _FOUND = re.compile(rf"(?<![\w.]){QUANTITY}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,12 +20,15 @@ from expt.memory.oom import OomReport, classify_oom
 from expt.memory.quantities import FACTORS, NUMBER, UNIT, quantities, to_bytes
 from expt.memory.trend import Reading
 
+LONGEST_LINE = 2000
+"""Characters of a line that are looked at."""
 _STEP = re.compile(
     r"\b(?:global[_ ]?|train(?:ing)?[_ ]?)?(?:steps?|iter(?:ation)?s?|it|batch)\b\s*[\"']?\s*"
     r"[:=#]?\s*\[?\s*(?P<step>\d[\d,]*)(?!\.?\d*\s*(?:[KMGT]i?B|s\b))",
     re.IGNORECASE,
 )
 _BRACKETED = re.compile(r"\[\s*(?P<step>\d+)\s*/\s*\d+\s*\]")
+_UNIT = re.compile(r"[KMGTkmgt]i?[Bb]?\b|bytes", re.ASCII)
 _EPOCH = re.compile(r"\bepochs?\b\s*[:=#]?\s*\[?\s*(?P<step>\d+)", re.IGNORECASE)
 _OOM_WORD = re.compile(
     r"(?<!no )(?<!0 )\b(?:OOM\b|(?:CUDA )?[Oo]ut of memory)(?![-_ ](?:events|er))"
@@ -98,23 +102,30 @@ def _read_lines(text: str) -> LogContent:
     ran_out_at: float | None = None
     word = False
     for line in text.splitlines():
+        line = line[:LONGEST_LINE]
         named = _STEP.search(line) or _BRACKETED.search(line)
-        step = float(named["step"].replace(",", "")) if named else step
+        step = _count(named) if named else step
         if _OOM_WORD.search(line) and (classify_oom(line) is not None or (named and not word)):
             word, ran_out_at = True, step if ran_out_at is None else ran_out_at
             continue  # its amounts are those of the message
-        epoch = _EPOCH.search(line)
+        if _UNIT.search(line) is None:
+            continue
+        epoch = None if named else _EPOCH.search(line)
         if named or epoch:
             values = _line_values(line)
-            if values.get("allocated_bytes") is not None or values.get("peak_bytes") is not None:
+            if {"allocated_bytes", "peak_bytes"} & values.keys():
                 into, found = (readings, named) if named else (epochs, epoch)
-                assert found is not None
-                into.append(_reading(float(found["step"].replace(",", "")), values))
+                into.append(_reading(_count(found), values))
     report = classify_oom(text)
     chosen = _in_order(readings if len(readings) >= len(epochs) else epochs)
     if report is None and not word:
         ran_out_at = None
     return LogContent(chosen, report, ran_out_at, word or report is not None, "log")
+
+
+def _count(found: re.Match[str] | None) -> float:
+    assert found is not None
+    return float(found["step"].replace(",", ""))
 
 
 def _line_values(line: str) -> dict[str, int]:
@@ -247,9 +258,10 @@ def _from_row(number: int, row: Mapping[str, Any]) -> Reading | None:
 
 def _number(value: Any) -> float | None:
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError):
         return None
+    return number if math.isfinite(number) else None
 
 
 def _amount(value: Any, unit: str | None) -> int | None:
