@@ -165,9 +165,10 @@ def test_a_wording_is_known(text: str, kind: str) -> None:
     assert report is not None
     assert report.kind == kind
     assert report.evidence
-    logged = classify_oom(f"step 3 loss 0.1\n{text}\nstep 4 loss 0.1")
+    line = "step 3 loss 0.1\n"
+    logged = classify_oom(f"{line * 300}{text}\n{line * 300}")
     assert logged is not None
-    assert logged.kind == kind
+    assert (logged.kind, logged.figures) == (kind, report.figures)
 
 
 @pytest.mark.parametrize("text", DECOYS)

@@ -80,9 +80,9 @@ _WORDINGS: tuple[tuple[Kind | None, str], ...] = (
 _PATTERNS = [(kind, re.compile(wording, re.MULTILINE)) for kind, wording in _WORDINGS]
 _HINT = re.compile(
     r"[Oo]ut[ _-][Oo]f[ _-](?:\w+_)?memory|OUT_OF_\w*MEMORY|ut of Memory|OutOfMemory|to\s+allocate"
-    r"|t allocate|not enough memory|ALLOC\w*_FAILED|AllocFailed|[cm]alloc \w+|NVML_SUCCESS|bad_alloc"
-    r"|MemoryError|MemoryAllocation|memory_error|OOM when|oom[-_]kill|Errno 12|unable to mmap"
-    r"|buffer size|RESOURCE_EXHAUSTED"
+    r"|t allocate|not enough memory|ALLOC\w*_FAILED|AllocFailed|[cm]alloc \w+|NVML_SUCCESS"
+    r"|bad_alloc|MemoryError|MemoryAllocation|memory_error|OOM when|oom[-_]kill|Errno 12"
+    r"|unable to mmap|buffer size|RESOURCE_EXHAUSTED"
 )
 """What every wording has in it."""
 _IN_PROSE = re.compile(

@@ -54,6 +54,7 @@ _UNIT_IN_NAME = re.compile(
     r"(?P<number>\d[\d,]*\.?\d*)(?![\d,.]*\s*[KMGT]i?B)",
     re.IGNORECASE,
 )
+_NAMED_UNIT = re.compile(r"[_(\[ ](?:[kmgt]i?b|bytes)[)\]]?\s*[:=]", re.IGNORECASE)
 _COLUMN_UNIT = re.compile(r"[ _.\[(]+(?P<unit>[kmgt]i?b|bytes|b)[\])]?$", re.IGNORECASE)
 _SHARE = re.compile(
     rf"(?<![\w./])(?P<part>{NUMBER})(?P<slash>\s*/\s*)(?={NUMBER}\s*(?P<unit>{UNIT}))"
@@ -131,7 +132,8 @@ def _count(found: re.Match[str] | None) -> float:
 def _line_values(line: str) -> dict[str, int]:
     """Return the amounts of a line by what they are; the largest of several of a kind."""
     found: dict[str, int] = {}
-    for one in _UNIT_IN_NAME.finditer(line):
+    named_units = _UNIT_IN_NAME.finditer(line) if _NAMED_UNIT.search(line) else ()
+    for one in named_units:
         name = _label(_ANYWHERE, one["name"])
         if name not in (None, "ignored"):
             found[str(name)] = max(found.get(str(name), 0), to_bytes(one["number"], one["unit"]))

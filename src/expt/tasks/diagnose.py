@@ -17,7 +17,7 @@ from expt.files import write_json
 from expt.memory.diagnosis import Diagnosis, diagnose
 
 DIAGNOSIS_NAME = "diagnosis.json"
-MOST_BYTES = 16 * 1024**2
+MOST_BYTES = 8 * 1024**2
 """Of a longer file the end is read: that is where memory ran out."""
 MOST_GARBLED = 0.05
 """Characters that are no text, as a part of all, from which on a file is taken to be binary."""
