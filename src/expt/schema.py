@@ -217,6 +217,13 @@ class ReplayConfig:
 
 
 @dataclass
+class DiagnoseConfig:
+    """Node of the task `diagnose`."""
+
+    log: str | None = None  # an error message, a log, a CSV of readings, or a history.json
+
+
+@dataclass
 class Config:
     """The whole configuration; stored as the base that `conf/config.yaml` fills."""
 
@@ -228,6 +235,7 @@ class Config:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
+    diagnose: DiagnoseConfig = field(default_factory=DiagnoseConfig)
 
 
 MAX_SEED = 2**32 - 1

@@ -1,0 +1,64 @@
+"""Readings of a run of any length in bounded room: when it is full, every other one goes."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+
+from expt.memory.trend import Reading
+
+COLUMNS = ("allocated_bytes", "reserved_bytes", "other_bytes", "peak_bytes", "total_bytes")
+
+
+class History:
+    """At most `room` readings, evenly spread from the first to the last."""
+
+    def __init__(self, room: int) -> None:
+        self.readings: list[Reading] = []
+        self.last: Reading | None = None
+        self.count = 0
+        self._room = room
+        self._stride = 1
+        self._sum = 0
+        self._most = 0
+
+    def add(self, reading: Reading) -> None:
+        """Take a reading into the figures, and keep it if it is its turn."""
+        if self.count % self._stride == 0:
+            if len(self.readings) >= self._room:
+                del self.readings[1::2]
+                self._stride *= 2
+            if self.count % self._stride == 0:
+                self.readings.append(reading)
+        self.last = reading
+        self.count += 1
+        self._sum += reading.allocated_bytes
+        self._most = max(self._most, reading.allocated_bytes, reading.peak_bytes or 0)
+
+    def statistics(self) -> dict[str, int]:
+        """Return count, last, mean and largest bytes allocated; empty without readings."""
+        if self.last is None:
+            return {}
+        return {
+            "readings": self.count,
+            "allocated_bytes": self.last.allocated_bytes,
+            "mean_allocated_bytes": round(self._sum / self.count),
+            "peak_allocated_bytes": self._most,
+            **(
+                {}
+                if self.last.reserved_bytes is None
+                else {"reserved_bytes": self.last.reserved_bytes}
+            ),
+        }
+
+
+def to_csv(histories: Mapping[str, Sequence[Reading]]) -> str:
+    """Return a table of several devices' readings; `expt.memory.reading` reads it back."""
+    buffer = io.StringIO()
+    table = csv.writer(buffer, lineterminator="\n")
+    table.writerow(("step", "device", *COLUMNS))
+    for device, readings in histories.items():
+        for reading in readings:
+            table.writerow((f"{reading.step:g}", device, *(getattr(reading, c) for c in COLUMNS)))
+    return buffer.getvalue()

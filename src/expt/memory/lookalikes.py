@@ -1,0 +1,98 @@
+"""Errors that are taken for a lack of memory and are something else, with what to do instead."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Lookalike:
+    """A problem that is not out of memory."""
+
+    name: str
+    pattern: re.Pattern[str]
+    advice: str
+
+
+def _of(name: str, pattern: str, advice: str) -> Lookalike:
+    return Lookalike(name, re.compile(pattern, re.IGNORECASE), advice)
+
+
+LOOKALIKES = (
+    _of(
+        "a kernel's tile does not fit the GPU's shared memory (on-chip, not the card's memory)",
+        r"out of resources?: shared memory|uses too much shared data",
+        "smaller block sizes or fewer num_stages in the Triton kernel; another attention kernel",
+    ),
+    _of(
+        "a kernel asks for more registers or threads than the GPU has",
+        r"too many resources requested for launch",
+        "fewer threads a block; for a kernel of torch's own, report it to PyTorch",
+    ),
+    _of(
+        "a kernel read or wrote where it must not",
+        r"illegal memory access|misaligned address|out[- ]of[- ]bounds",
+        "run again with CUDA_LAUNCH_BLOCKING=1 to see which operator, and check its indices",
+    ),
+    _of(
+        "an assertion inside a kernel failed, mostly a label or an index out of range",
+        r"device-side assert",
+        "run the same batch with trainer.device=cpu: the CPU says which index",
+    ),
+    _of(
+        "the shared memory of data-loading processes (/dev/shm) is too small",
+        r"out of shared memory|insufficient shared memory|killed by signal: bus error"
+        r"|unable to (?:open|allocate|write to) (?:file|shared memory)",
+        "fewer loader workers, or a larger /dev/shm (docker run --shm-size=8g)",
+    ),
+    _of(
+        "the disk is full",
+        r"no space left on device|disk quota exceeded",
+        "free some space, or choose another folder with hydra.run.dir=FOLDER",
+    ),
+    _of(
+        "too many files are open",
+        r"too many open files",
+        "raise the limit (ulimit -n), or fewer loader workers",
+    ),
+    _of(
+        "the compiler has given up specialising a function whose shapes keep changing",
+        r"recompile_limit|cache_size_limit",
+        "pad inputs to a few fixed shapes, or mark the changing dimension as dynamic",
+    ),
+    _of(
+        "cuDNN has no kernel for this layout or type",
+        r"CUDNN_STATUS_NOT_SUPPORTED",
+        "make the input contiguous, or set torch.backends.cudnn.enabled = False to see it",
+    ),
+    _of(
+        "a kernel of a library failed",
+        r"CUBLAS_STATUS_(?:EXECUTION_FAILED|NOT_INITIALIZED|INTERNAL_ERROR|INVALID_VALUE)",
+        "run again with CUDA_LAUNCH_BLOCKING=1; if the card was nearly full, try a smaller batch",
+    ),
+    _of(
+        "a tensor that already is on the GPU was to be pinned",
+        r"cannot pin",
+        "pin_memory=False where the data set returns CUDA tensors",
+    ),
+    _of(
+        "ranks lost each other",
+        r"NCCL (?:error|timeout|watchdog)|nccl\w*Error|unhandled cuda error",
+        "run again with NCCL_DEBUG=INFO and look for the first rank that failed",
+    ),
+    _of(
+        "the driver cannot be asked about the GPU",
+        r"can't initialize NVML|Driver/library version mismatch",
+        "compare nvidia-smi with the installed driver; a restart after an update often helps",
+    ),
+)
+
+
+def find_lookalike(text: str) -> tuple[Lookalike, str] | None:
+    """Return the first of these problems in a text, with the line that says so."""
+    for line in text.splitlines():
+        for lookalike in LOOKALIKES:
+            if lookalike.pattern.search(line):
+                return lookalike, " ".join(line.split())[:400]
+    return None

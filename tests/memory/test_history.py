@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+from expt.memory.history import History
+from expt.memory.trend import Reading
+
+
+def test_a_long_run_keeps_its_whole_span() -> None:
+    history = History(16)
+    for at in range(1000):
+        history.add(Reading(float(at), 100 + at))
+    steps = [reading.step for reading in history.readings]
+    assert 8 <= len(steps) <= 16
+    assert steps[0] == 0
+    assert steps[-1] >= 1000 - 1000 / 8
+    gaps = {b - a for a, b in pairwise(steps)}
+    assert len(gaps) == 1, "evenly spread"
+    assert history.last is not None
+    assert history.last.step == 999
+
+
+def test_figures_are_of_all_readings_not_of_those_kept() -> None:
+    history = History(8)
+    assert history.statistics() == {}
+    for at in range(100):
+        history.add(Reading(float(at), at, peak_bytes=5000 if at == 51 else 0, reserved_bytes=7))
+    assert history.statistics() == {
+        "readings": 100,
+        "allocated_bytes": 99,
+        "mean_allocated_bytes": 50,
+        "peak_allocated_bytes": 5000,
+        "reserved_bytes": 7,
+    }
