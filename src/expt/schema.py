@@ -13,6 +13,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from expt.units import budget_problem
+
 
 class Precision(Enum):
     """Arithmetic of the forward and backward pass; `auto` is bf16 on CUDA, else fp32."""
@@ -49,6 +51,13 @@ class Preset(Enum):
     minimal = "minimal"
 
 
+class Fallback(Enum):
+    """What to do when recovery has nothing left to try."""
+
+    none = "none"  # the run has failed
+    preset = "preset"  # a new run with the next smaller preset; after minimal, the model phase1
+
+
 @dataclass
 class TaskConfig:
     """Group `task`: the function that `python -m expt` runs."""
@@ -65,9 +74,20 @@ class MemoryConfig:
     gradient_accumulation: int = 1  # micro-batches per optimizer step; the batch stays the same
     activation_checkpointing: bool = False  # recompute repeated blocks in the backward pass
 
+    budget: Any = None  # 200MiB, 6GiB, 6GB, 80%, bytes, auto (what is free now); None: no limit
+    recover: bool = True  # when memory runs out, do the same step again with techniques that save
+    max_recoveries: int = 100  # in a run
+    max_recoveries_per_step: int = 12
+    fallback: Fallback = Fallback.none  # what to do when recovery has nothing left to try
+
     def problems(self) -> list[str]:
         """Return one message per value out of range."""
-        return at_least("memory", self, gradient_accumulation=1)
+        found = at_least(
+            "memory", self, gradient_accumulation=1, max_recoveries=1, max_recoveries_per_step=1
+        )
+        if self.budget is not None:
+            found += [] if (problem := budget_problem(self.budget)) is None else [problem]
+        return found
 
 
 @dataclass

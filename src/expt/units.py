@@ -16,6 +16,7 @@ FACTORS = {
 }
 """Bytes in a unit, in lower case: GiB is 2^30 and GB is 10^9."""
 BYTES_FORMS = "200MiB, 6GiB, 6GB (10^9) or a number of bytes"
+_PERCENT = re.compile(r"(?P<number>[+-]?\d+(?:\.\d*)?)\s*%")
 _BYTES = re.compile(r"\+?(?P<number>\d+(?:\.\d*)?(?:e\+?\d+)?)\s*(?P<unit>[a-z]*)", re.IGNORECASE)
 
 
@@ -41,6 +42,27 @@ def parse_bytes(value: object) -> int:
     if not math.isfinite(count) or count < 1:
         raise ValueError(f"must be at least one byte; write {BYTES_FORMS}")
     return int(count) if not found["number"].isdigit() else int(found["number"]) * FACTORS[unit]
+
+
+def parse_percent(text: str) -> float | None:
+    """Return the number of a text like ``80%``, whatever it is; None for other texts."""
+    found = _PERCENT.fullmatch(text)
+    return None if found is None else float(found["number"])
+
+
+def budget_problem(value: object, name: str = "memory.budget") -> str | None:
+    """Return what is wrong with a memory budget on any device, None if nothing."""
+    text = str(value).strip()
+    percent = parse_percent(text)
+    if text.lower() == "auto" or (percent is not None and 0 < percent <= 100):
+        return None
+    if percent is not None:
+        return f"{name}={text}: a share must be above 0% and at most 100% of the device's memory"
+    try:
+        parse_bytes(value)
+    except ValueError as error:
+        return f"{name}={text} {error}; a budget may also be 80% (of the device) or auto (free now)"
+    return None
 
 
 def format_allocation(count: int) -> str:

@@ -14,7 +14,6 @@ bytes of tensor storages, by `expt.memory.budget_ledger`, without scratch inside
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,15 +21,12 @@ from typing import TYPE_CHECKING
 
 from expt.errors import ConfigError
 from expt.memory.device_memory import free_bytes, total_bytes
-from expt.units import BYTES_FORMS, format_bytes, parse_bytes
+from expt.units import budget_problem, format_bytes, parse_bytes, parse_percent
 
 if TYPE_CHECKING:
     import torch
 
     from expt.memory.budget_ledger import BudgetLedger
-
-FORMS = f"{BYTES_FORMS}, 80%, or auto (what is free)"
-_SHARE = re.compile(r"(?P<number>[+-]?\d+(?:\.\d*)?)\s*%")
 
 
 @dataclass(frozen=True)
@@ -58,11 +54,11 @@ class Budget:
             raise ConfigError(problem)
         text = str(value).strip()
         total = total_bytes(device)
-        share = _SHARE.fullmatch(text)
+        share = parse_percent(text)
         if text.lower() == "auto":
             count = free_bytes(device)
         elif share is not None:
-            count = int(total * float(share["number"]) / 100)
+            count = int(total * share / 100)
         else:
             count = parse_bytes(value)
         if count > total:
@@ -91,23 +87,6 @@ class Budget:
 
         with BudgetLedger(self.bytes) as ledger:
             yield ledger
-
-
-def budget_problem(value: object, name: str = "memory.budget") -> str | None:
-    """Return what is wrong with a budget whatever the device, None if nothing; needs no torch."""
-    text = str(value).strip()
-    if text.lower() == "auto":
-        return None
-    share = _SHARE.fullmatch(text)
-    if share is not None:
-        if 0 < float(share["number"]) <= 100:
-            return None
-        return f"{name}={text}: a share must be above 0% and at most 100% of the device's memory"
-    try:
-        parse_bytes(value)
-    except ValueError as error:
-        return f"{name}={text} {error}; allowed are {FORMS}"
-    return None
 
 
 @contextmanager

@@ -135,7 +135,7 @@ def descend(
         ladder: the rungs, in the order in which they are tried.
 
     """
-    skipped = []
+    skipped: list[Skipped] = []
     now: int | None = None
     for rung in ladder:
         candidate = rung.change(techniques, situation)

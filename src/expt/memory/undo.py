@@ -79,8 +79,9 @@ class StepUndo:
             own |= {id(weight): weight for weight in group["params"]}
         self.weights = list(own.values())
         self._small, large = _by_size(list(model.buffers()))
-        self._fixed = [*self.weights, *large]
-        self._copies: list[tuple[int, Tensor]] = []  # (version, copy) of every small buffer
+        self._fixed: list[Tensor] = [*self.weights, *large]
+        # (version, copy) of every small buffer; none has the version -1
+        self._copies = [(-1, buffer) for buffer in self._small]
 
     def note(self) -> None:
         """Note what is there now; call it before a step."""
@@ -93,17 +94,15 @@ class StepUndo:
         self._groups = [_settings(group) for group in self.optimizer.param_groups]
         with torch.no_grad():
             self._copies = [
-                kept if kept is not None and kept[0] == buffer._version else _copy(buffer)
-                for kept, buffer in zip(
-                    self._copies or [None] * len(self._small), self._small, strict=True
-                )
+                kept if kept[0] == buffer._version else (buffer._version, buffer.detach().clone())
+                for kept, buffer in zip(self._copies, self._small, strict=True)
             ]
 
     def undo(self, phase: str) -> bool:
         """Put back what can be, gradients to None; return whether that was all there was."""
         self.random.restore()
-        for weight in self.weights:
-            weight.grad = None
+        for trained in self.weights:
+            trained.grad = None
         if self.scaler is not None:
             # A gradient is unscaled once per step; torch has no public way to begin one again.
             self.scaler._per_optimizer_states.clear()
@@ -144,7 +143,9 @@ class StepUndo:
 
 def _by_size(buffers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Part buffers into those small enough to copy, all together, and the others."""
-    small, large, left = [], [], SMALL_BYTES
+    small: list[Tensor] = []
+    large: list[Tensor] = []
+    left = SMALL_BYTES
     for buffer in sorted(buffers, key=lambda tensor: tensor.nbytes):
         left -= buffer.nbytes
         (small if left >= 0 else large).append(buffer)
@@ -157,9 +158,3 @@ def _tensors(entries: dict[str, Any]) -> Iterator[Tensor]:
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name != "params"}
-
-
-def _copy(buffer: Tensor) -> tuple[int, Tensor]:
-    return buffer._version, buffer.detach().clone()
-
-
