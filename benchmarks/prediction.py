@@ -152,7 +152,7 @@ def measure_ours(overrides: list[str]) -> dict[str, Any]:
 def measure_foreign(
     foreign: ForeignModel, precision: str, size: int, optimizer_fn: Callable[..., Any]
 ) -> dict[str, Any]:
-    from expt.memory.plan import plan
+    from expt.memory.planning import plan
 
     predicted = plan(
         foreign.model,

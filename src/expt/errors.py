@@ -7,6 +7,8 @@
     │   ├── ConfigError       a key, value or combination in the configuration
     │   ├── ModelError        a model that does not return what the data asks for
     │   └── DataError         a data file that is absent or not what it should be
+    ├── RecoveryError         memory ran out and nothing was left to try
+    │   └── BrokenStepError   memory ran out in the middle of an optimizer's step
     └── StorageError          the output disk refused a write; what was saved before is intact
 
 A bug, or a fault in a user's own model, is any other exception: exit 1 with its traceback.
@@ -49,6 +51,17 @@ class ModelError(UserError):
 
 class DataError(UserError):
     """A data file is absent, unreadable, or does not hold what it should."""
+
+
+class RecoveryError(ExptError):
+    """Memory ran out, and there was nothing left to try, or trying was not wanted."""
+
+
+class BrokenStepError(RecoveryError):
+    """Memory ran out while the optimizer was writing: the weights are neither old nor new.
+
+    The techniques one rung down are in force already; load a checkpoint and go on from there.
+    """
 
 
 class StorageError(ExptError):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from expt.construction import Settings, build
 from expt.memory.checkpointing import checkpoint_activations
-from expt.memory.plan import Plan, Target, plan
+from expt.memory.planning import Plan, Target, plan
 from expt.protocols import Batch, DataSet
 from expt.schema import Precision
 

@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from expt.errors import nearest
+from expt.units import budget_problem
 
 
 class Precision(Enum):
@@ -51,6 +52,13 @@ class Preset(Enum):
     minimal = "minimal"
 
 
+class Fallback(Enum):
+    """What to do when recovery has nothing left to try."""
+
+    none = "none"  # the run has failed
+    preset = "preset"  # a new run with the next smaller preset; after minimal, the model phase1
+
+
 @dataclass
 class TaskConfig:
     """Group `task`: the function that `python -m expt` runs."""
@@ -74,6 +82,12 @@ class MemoryConfig:
     forward_chunks: int = 1  # slices of a batch in evaluation, one after the other
     forward_chunks_in_training: bool = False  # also in training, where it saves little
 
+    budget: Any = None  # 200MiB, 6GiB, 6GB, 80%, bytes, auto (what is free now); None: no limit
+    recover: bool = True  # when memory runs out, do the same step again with techniques that save
+    max_recoveries: int = 100  # in a run
+    max_recoveries_per_step: int = 12
+    fallback: Fallback = Fallback.none  # what to do when recovery has nothing left to try
+
     def problems(self) -> list[str]:
         """Return one message per value out of range, and per contradiction."""
         found = at_least(
@@ -83,7 +97,11 @@ class MemoryConfig:
             forward_chunks=1,
             attention_window=1,
             attention_top_k=1,
+            max_recoveries=1,
+            max_recoveries_per_step=1,
         )
+        if self.budget is not None and (problem := budget_problem(self.budget)) is not None:
+            found.append(problem)
         found += _checkpointing_problems(self.activation_checkpointing)
         found += self._attention_problems()
         if self.forward_chunks_in_training and self.forward_chunks == 1:

@@ -2,8 +2,78 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 GIB = 1024**3
 MIB = 1024**2
+KIB = 1024
+FACTORS = {
+    "": 1,
+    "b": 1,
+    **{f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)},
+    **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)},
+}
+"""Bytes in a unit, in lower case: GiB is 2^30 and GB is 10^9."""
+BYTES_FORMS = "200MiB, 6GiB, 6GB (10^9) or a number of bytes"
+_PERCENT = re.compile(r"(?P<number>[+-]?\d+(?:\.\d*)?)\s*%")
+_BYTES = re.compile(r"\+?(?P<number>\d+(?:\.\d*)?(?:e\+?\d+)?)\s*(?P<unit>[a-z]*)", re.IGNORECASE)
+
+
+def parse_bytes(value: object) -> int:
+    """Return the bytes that a setting stands for: ``200MiB``, ``6GB``, ``1.5 GiB``, ``1048576``.
+
+    Raises:
+        ValueError: why it stands for none, without the name of the setting.
+
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"is not an amount of memory; write {BYTES_FORMS}")
+    found = _BYTES.fullmatch(str(value).strip())
+    if found is None:
+        below = isinstance(value, int | float) or str(value).strip().startswith("-")
+        why = "must be a positive number of bytes" if below else "is not an amount of memory"
+        raise ValueError(f"{why}; write {BYTES_FORMS}")
+    unit = found["unit"].lower()
+    if unit not in FACTORS:
+        meant = f"{unit.upper()}iB or {unit.upper()}B" if len(unit) == 1 else "MiB, GiB or GB"
+        raise ValueError(f"has an unknown unit {found['unit']!r} (meant: {meant}?)")
+    count = float(found["number"]) * FACTORS[unit]
+    if not math.isfinite(count) or count < 1:
+        raise ValueError(f"must be at least one byte; write {BYTES_FORMS}")
+    return int(count) if not found["number"].isdigit() else int(found["number"]) * FACTORS[unit]
+
+
+def parse_percent(text: str) -> float | None:
+    """Return the number of a text like ``80%``, whatever it is; None for other texts."""
+    found = _PERCENT.fullmatch(text)
+    return None if found is None else float(found["number"])
+
+
+def budget_problem(value: object, name: str = "memory.budget") -> str | None:
+    """Return what is wrong with a memory budget on any device, None if nothing."""
+    text = str(value).strip()
+    percent = parse_percent(text)
+    if text.lower() == "auto" or (percent is not None and 0 < percent <= 100):
+        return None
+    if percent is not None:
+        return f"{name}={text}: a share must be above 0% and at most 100% of the device's memory"
+    try:
+        parse_bytes(value)
+    except ValueError as error:
+        return f"{name}={text} {error}; a budget may also be 80% (of the device) or auto (free now)"
+    return None
+
+
+def format_allocation(count: int) -> str:
+    """Return `count` bytes as torch's allocators write them: ``20.00 MiB``, ``512 bytes``.
+
+    Source: format_size in c10/cuda/CUDACachingAllocator.cpp.
+    """
+    for unit, factor in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count} bytes"
 
 
 def format_bytes(count: int | None) -> str:

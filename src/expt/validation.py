@@ -49,6 +49,7 @@ def validated(cfg: DictConfig, overridden: Collection[str] = ()) -> Settings:
         raise ConfigError(str(error).splitlines()[0]) from error
     problems += memory.problems() + trainer.problems() + tracking.problems()
     problems += _device_problems(trainer.device.value)
+    problems += _budget_problems(memory, trainer.device.value)
     arguments: dict[str, Mapping[str, Any]] = {}
     for group, node in open_groups.items():
         arguments[group], found = _checked_arguments(group, node, overridden)
@@ -194,6 +195,25 @@ def _device_problems(name: str) -> list[str]:
     if available[name]:
         return []
     return [f"trainer.device={name}: no such device here; try trainer.device=auto"]
+
+
+def _budget_problems(memory: MemoryConfig, name: str) -> list[str]:
+    """Refuse a budget larger than the device; torch is imported only where there is a budget."""
+    if memory.budget is None or memory.problems():
+        return []
+    import torch
+
+    from expt.memory.budget import Budget
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        return []
+    try:
+        Budget.parse(memory.budget, torch.device(name))
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
 def _type_hints(factory: Callable[..., Any]) -> dict[str, Any]:

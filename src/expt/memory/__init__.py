@@ -1,4 +1,4 @@
-"""Memory: measure it, save it, watch it, and say what went wrong when it ran out.
+"""Memory: predict it, limit it, save it, measure it, and go on when it runs out.
 
 What other code may call from its own training loop is offered here and imported when it is first
 asked for, so that ``import expt.memory`` stays without torch.
@@ -10,9 +10,13 @@ from importlib import import_module
 from typing import Any
 
 PUBLIC = {
+    "Budget": "expt.memory.budget",
     "MemoryManager": "expt.memory.manager",
     "OomReport": "expt.memory.oom",
     "classify_oom": "expt.memory.oom",
+    "Plan": "expt.memory.planning",
+    "plan": "expt.memory.planning",
+    "recover": "expt.memory.recovered_step",
 }
 """Module by public name."""
 

@@ -1,0 +1,280 @@
+"""Recovery from a lack of memory: the same work again, one rung down, and nothing lost.
+
+When a step fails, memory is released, what the step had changed is put back
+(`expt.memory.undo`), the next rung of `expt.memory.ladder` is put on the model, and the same step
+is taken again: same batch, same random numbers, same effective batch. All of it happens after
+the `except` block (`expt.memory.attempt`).
+
+`recover`, in `expt.memory.recovered_step`, is this for any training loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from expt.errors import BrokenStepError, RecoveryError
+from expt.memory.attempt import Failure, Success, attempt, release
+from expt.memory.footing import Apply, Footing
+from expt.memory.ladder import Move, Predict, Skipped
+from expt.memory.oom_event import PHASES, OomEvent
+from expt.memory.shortage import OomFigures, Shortage, shortage
+from expt.memory.techniques import Techniques
+from expt.memory.thrash import Thrashing
+from expt.memory.undo import RandomState, StepUndo
+
+T = TypeVar("T")
+NOTHING = Move(None, None, ())
+RETRIES = Shortage("allocation_retries", None, None)
+
+
+@dataclass
+class Trouble:
+    """How often one piece of work failed, and whether releasing memory was tried for it."""
+
+    failures: int = 0
+    released: bool = False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Whether a run may recover, and how often: in one step, and in all."""
+
+    enabled: bool = True
+    per_step: int = 12
+    per_run: int = 100
+
+
+class Recovery:
+    """Runs work, and runs it again one rung down when memory ran out.
+
+    Args:
+        techniques: those to begin with.
+        device: where the work runs.
+        apply: see `expt.memory.footing.Apply`.
+        limits: see `Limits`.
+        budget_bytes: recorded with every event.
+        predict: peak in bytes with other techniques, to skip rungs that will not help.
+        classify: returns the figures of a lack of memory, None for any other error.
+        on_event: called with every event, before the work is done again.
+        collect: called with an event's number, from 1, while the failed work's tensors are
+            alive; returns files that show what was held.
+
+    """
+
+    def __init__(
+        self,
+        techniques: Techniques,
+        device: torch.device,
+        *,
+        apply: Apply | None = None,
+        limits: Limits | None = None,
+        budget_bytes: int | None = None,
+        predict: Predict = lambda techniques: None,
+        classify: Callable[[BaseException], OomFigures | None] = shortage,
+        on_event: Callable[[OomEvent], None] = lambda event: None,
+        collect: Callable[[int], list[Path]] = lambda number: [],
+    ) -> None:
+        self.footing = Footing(techniques, device.type, apply, predict)
+        self.device = device
+        self.limits = limits or Limits()
+        self.budget_bytes = budget_bytes
+        self.on_event = on_event
+        self.collect = collect
+        self.events: list[Mapping[str, Any]] = []
+        self.evaluation_batch_size: int | None = None
+        """The largest batch that evaluation takes, once memory ran out there."""
+        self.phase = "step"
+        """What is under way; a step function may say so."""
+        self.position = (0, 0)
+        """Optimizer step and epoch under way, for the record."""
+        self._classify = classify
+        self._undo: StepUndo | None = None
+        self._step_trouble, self._failed_step = Trouble(), -1
+        self._evaluation_trouble = Trouble()
+        self._thrashing = Thrashing(self._retries) if device.type == "cuda" else None
+
+    @property
+    def techniques(self) -> Techniques:
+        """The techniques in force."""
+        return self.footing.techniques
+
+    def attach(self, model: nn.Module, optimizer: Optimizer, scaler: Any = None) -> None:
+        """Take charge of a model that has the techniques, its optimizer, and fp16's scaler."""
+        self.footing.attach(model, optimizer)
+        self._undo = StepUndo(model, optimizer, self.device, scaler)
+
+    def step(self, work: Callable[[], T], samples: int) -> T:
+        """Take one optimizer step, as often as it needs; return what `work` returns.
+
+        Args:
+            work: the whole step: forward and backward passes, the optimizer's step, gradients
+                to None. It reads `techniques` each time it is called.
+            samples: in the step's batch.
+
+        Raises:
+            RecoveryError: nothing is left to try.
+            BrokenStepError: the optimizer had begun to write.
+
+        """
+        assert self._undo is not None, "attach a model first"
+        self._undo.note()
+        if self.position[0] != self._failed_step:  # a broken step goes on counting when replayed
+            self._step_trouble = Trouble()
+        trouble = self._step_trouble
+        while True:
+            outcome = self._attempt(work, "step", trouble)
+            if isinstance(outcome, Success):
+                self._watch_thrashing(samples)
+                return outcome.value
+            whole = self._undo.undo(self.phase)
+            release(self.device)
+            self._failed_step = self.position[0]
+            reason = self._forbidden(trouble)
+            move = NOTHING if reason else self.footing.down(self.phase, samples, trouble.released)
+            trouble.released = trouble.released or move.rung == "release"
+            self._record(outcome, move, reason, replayed=not whole)
+            if not whole:
+                raise BrokenStepError(
+                    f"{self._where()} the optimizer had written part of the weights; load the "
+                    "last checkpoint and go on from there"
+                )
+
+    def evaluation(self, work: Callable[[int], object], batch_size: int) -> bool:
+        """Do one batch of evaluation; return False if it has to be asked for again, smaller.
+
+        Args:
+            work: takes the number of samples to do.
+            batch_size: samples wanted; it gets fewer once memory ran out.
+
+        Raises:
+            RecoveryError: not even a single sample can be evaluated.
+
+        """
+        size = min(batch_size, self.evaluation_batch_size or batch_size)
+        before, trouble = RandomState(self.device), self._evaluation_trouble
+        outcome = self._attempt(lambda: work(size), "evaluation", trouble)
+        if isinstance(outcome, Success):
+            self._evaluation_trouble = Trouble()
+            return True
+        before.restore()
+        release(self.device)
+        reason = self._forbidden(trouble)
+        move = NOTHING
+        if size > 1 and reason is None:
+            self.evaluation_batch_size = -(-size // 2)
+            move = Move("halve_evaluation_batch", self.techniques, ())
+        elif reason is None:
+            single = "it is a single sample already"
+            move = self._release_once("halve_evaluation_batch", single, trouble)
+        self._record(outcome, move, reason)
+        return False
+
+    def once_more(self, work: Callable[[], T], phase: str) -> T:
+        """Do work on which no rung acts (building, loading); a second time if memory ran out.
+
+        Raises:
+            RecoveryError: it ran out again.
+
+        """
+        trouble = Trouble()
+        while True:
+            outcome = self._attempt(work, phase, trouble)
+            if isinstance(outcome, Success):
+                return outcome.value
+            release(self.device)
+            reason = self._forbidden(trouble)
+            move = NOTHING
+            if reason is None:
+                move = self._release_once("ladder", "its rungs act on steps only", trouble)
+            self._record(outcome, move, reason)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps, as plain values."""
+        return {
+            **self.footing.state(),
+            "evaluation_batch_size": self.evaluation_batch_size,
+            "events": [dict(event) for event in self.events],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where a checkpoint was; what happened since is not forgotten."""
+        if not state:
+            return  # a checkpoint from before there was recovery
+        self.footing.restore(state)
+        self.evaluation_batch_size = self.evaluation_batch_size or state["evaluation_batch_size"]
+        if len(state["events"]) > len(self.events):
+            self.events = list(state["events"])
+
+    def _attempt(self, work: Callable[[], T], phase: str, trouble: Trouble) -> Success[T] | Failure:
+        self.phase = phase
+        outcome = attempt(work, self._classify, lambda: self.collect(len(self.events) + 1))
+        trouble.failures += isinstance(outcome, Failure)
+        return outcome
+
+    def _release_once(self, rung: str, reason: str, trouble: Trouble) -> Move:
+        """Return the rung that does no more than release, if it was not taken before."""
+        skipped = (Skipped(rung, reason),)
+        if trouble.released:
+            return Move(None, None, skipped)
+        trouble.released = True
+        return Move("release", self.techniques, skipped)
+
+    def _forbidden(self, trouble: Trouble) -> str | None:
+        """Return why nothing may be tried, whatever there is."""
+        limits = self.limits
+        if not limits.enabled:
+            return "memory.recover=false, so nothing was tried"
+        if len(self.events) >= limits.per_run:
+            return f"that was so often in this run already: memory.max_recoveries={limits.per_run}"
+        if trouble.failures > limits.per_step:
+            return f"that was so often: memory.max_recoveries_per_step={limits.per_step}"
+        return None
+
+    def _record(
+        self, failure: Failure, move: Move, reason: str | None, replayed: bool = False
+    ) -> None:
+        """Enter what happened; raise RecoveryError if nothing was, or could be, done."""
+        if reason is None and move.techniques is None:
+            tried = "; ".join(f"{skipped.rung}: {skipped.reason}" for skipped in move.skipped)
+            reason = f"nothing is left to try ({tried})"
+        event = OomEvent(
+            self.phase,
+            *self.position,
+            failure.figures.cause,
+            failure.figures.bytes_requested,
+            failure.figures.bytes_free,
+            self.budget_bytes,
+            move.rung,
+            [dict(vars(skipped)) for skipped in move.skipped],
+            dict(vars(self.techniques)),
+            self.evaluation_batch_size,
+            replayed and reason is None,
+            [path.name for path in failure.evidence],
+        )
+        self.events.append(event.as_dict())
+        self.on_event(event)
+        if reason is not None:
+            raise RecoveryError(f"{self._where()} {reason}")
+
+    def _where(self) -> str:
+        return f"memory ran out {PHASES[self.phase]} (step {self.position[0]}), and"
+
+    def _watch_thrashing(self, samples: int) -> None:
+        """Go one rung down before memory runs out, if the allocator retries all the time."""
+        if self._thrashing is None or not self._thrashing.after_step():
+            return
+        if self._forbidden(Trouble()) is not None:
+            return
+        self.phase = "thrashing"
+        release(self.device)
+        self._record(Failure(RETRIES), self.footing.down(self.phase, samples, False), None)
+
+    def _retries(self) -> int:
+        return int(torch.cuda.memory_stats(self.device).get("num_alloc_retries", 0))

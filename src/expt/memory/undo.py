@@ -1,0 +1,160 @@
+"""What a training step that was broken off has to put back, so that it can be taken again.
+
+Copying weights and optimizer state before every step would cost as much memory as it saves.
+Instead every tensor's version counter is noted, which torch raises with every write in place:
+
+- Nothing but gradients was written, the usual case. Random generators, small buffers (batch
+  normalisation), and what the optimizer had begun to set up are put back, and the step can be
+  taken again.
+- A weight or its optimizer state was written: the optimizer's step was broken off half way. Then
+  `undo` says so, and only an earlier copy, a checkpoint, helps.
+
+An optimizer outside torch, or a fused one, may write past the counters: broken off in its step it
+counts as the second case.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from expt.memory.one_by_one import bare_optimizer
+
+SMALL_BYTES = 1024**2
+"""Buffers up to this size, together, are copied when they changed; larger ones are compared."""
+STEPPING = ("optimizer_step", "step")
+"""Phases in which the optimizer may be at work; ``step`` is a step that names none."""
+
+
+class RandomState:
+    """The generators that a step on `device` may draw from, as they are now."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.python = random.getstate()
+        self.numpy = np.random.get_state(legacy=True)
+        self.host = torch.get_rng_state()
+        self.accelerator: Tensor | None = None
+        if device.type == "cuda":
+            self.accelerator = torch.cuda.get_rng_state(device)
+        elif device.type == "mps":
+            self.accelerator = torch.mps.get_rng_state()
+
+    def restore(self) -> None:
+        """Set them back."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.host)
+        if self.accelerator is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(self.accelerator, self.device)
+        elif self.accelerator is not None:
+            torch.mps.set_rng_state(self.accelerator)
+
+
+class StepUndo:
+    """Notes the state before a step, and puts it back after a failed one.
+
+    Args:
+        model: its weights and buffers.
+        optimizer: with or without Fabric's wrapper.
+        device: whose generator is kept.
+        scaler: of fp16, whose account of the step is forgotten; None without one.
+
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, device: torch.device, scaler: Any = None
+    ) -> None:
+        self.optimizer = bare_optimizer(optimizer)
+        self.device = device
+        self.scaler = scaler
+        own = {id(weight): weight for weight in model.parameters()}
+        for group in self.optimizer.param_groups:
+            own |= {id(weight): weight for weight in group["params"]}
+        self.weights = list(own.values())
+        self._small, large = _by_size(list(model.buffers()))
+        self._fixed: list[Tensor] = [*self.weights, *large]
+        # (version, copy) of every small buffer; none has the version -1
+        self._copies = [(-1, buffer) for buffer in self._small]
+
+    def note(self) -> None:
+        """Note what is there now; call it before a step."""
+        self.random = RandomState(self.device)
+        self._versions = [tensor._version for tensor in self._fixed]
+        self._state = {
+            weight: (dict(entries), [value._version for value in _tensors(entries)])
+            for weight, entries in self.optimizer.state.items()
+        }
+        self._groups = [_settings(group) for group in self.optimizer.param_groups]
+        with torch.no_grad():
+            self._copies = [
+                kept if kept[0] == buffer._version else (buffer._version, buffer.detach().clone())
+                for kept, buffer in zip(self._copies, self._small, strict=True)
+            ]
+
+    def undo(self, phase: str) -> bool:
+        """Put back what can be, gradients to None; return whether that was all there was."""
+        self.random.restore()
+        for trained in self.weights:
+            trained.grad = None
+        if self.scaler is not None:
+            # A gradient is unscaled once per step; torch has no public way to begin one again.
+            self.scaler._per_optimizer_states.clear()
+        whole = not (self._written() or self._may_have_written(phase))
+        state = self.optimizer.state
+        for weight in list(state):
+            if weight not in self._state:
+                del state[weight]
+            else:
+                state[weight].clear()
+                state[weight].update(self._state[weight][0])
+        for group, settings in zip(self.optimizer.param_groups, self._groups, strict=True):
+            group.update(settings)
+        with torch.no_grad():
+            for buffer, (version, copy) in zip(self._small, self._copies, strict=True):
+                if buffer._version != version:
+                    buffer.copy_(copy)
+        return whole
+
+    def _written(self) -> bool:
+        """Tell whether a weight, its state or a large buffer was written since `note`."""
+        if [tensor._version for tensor in self._fixed] != self._versions:
+            return True
+        return any(
+            [value._version for value in _tensors(entries)] != versions
+            for entries, versions in self._state.values()
+        )
+
+    def _may_have_written(self, phase: str) -> bool:
+        """Tell whether the optimizer was at work, and is one that counters do not follow."""
+        inner = getattr(self.optimizer, "inner", None)  # one that steps in the backward pass
+        stepping = phase in STEPPING or (inner is not None and phase == "backward")
+        optimizer = self.optimizer if inner is None else inner
+        known = type(optimizer).__module__.startswith("torch.optim")
+        fused = any(group.get("fused") for group in optimizer.param_groups)
+        return stepping and (fused or not known)
+
+
+def _by_size(buffers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Part buffers into those small enough to copy, all together, and the others."""
+    small: list[Tensor] = []
+    large: list[Tensor] = []
+    left = SMALL_BYTES
+    for buffer in sorted(buffers, key=lambda tensor: tensor.nbytes):
+        left -= buffer.nbytes
+        (small if left >= 0 else large).append(buffer)
+    return small, large
+
+
+def _tensors(entries: dict[str, Any]) -> Iterator[Tensor]:
+    return (value for value in entries.values() if isinstance(value, Tensor))
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}
