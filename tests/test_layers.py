@@ -27,7 +27,7 @@ ROOT = Path(expt.__file__).parent
 LAYERS = {  # from the top; a name stands for a module or a package under `expt`
     "cli": {"__main__", "composition", "dispatch", "explanation"},
     "tasks": {"tasks", "construction", "validation", "foresight"},
-    "orchestration": {"grid", "report", "sweep"},
+    "orchestration": {"grid", "report", "plan_tables", "sweep"},
     "loop": {
         "training",
         "evaluation",

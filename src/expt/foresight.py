@@ -1,30 +1,58 @@
 """The plan of a configured training: what `task=plan` prints and every training checks first.
 
-Joins settings, data and model to `expt.memory.plan`, which knows none of them.
+Joins settings, data and model to `expt.memory.plan`, which knows none of them. A change to the
+memory settings is predicted like the settings themselves, so that advice is never a rule of
+thumb.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from expt.construction import Settings, build
-from expt.memory.checkpointing import checkpoint_activations
+from expt.construction import Settings, build, techniques_of
+from expt.errors import ConfigError
+from expt.memory.budget import Budget
 from expt.memory.planning import Plan, Target, plan
+from expt.memory.techniques import Techniques, apply, problems
 from expt.protocols import Batch, DataSet
-from expt.schema import Precision
+from expt.schema import Device, Precision, TrainerConfig
+from expt.units import parse_bytes
+
+MAX_SAVINGS = 3
 
 
-def plan_training(settings: Settings, data: DataSet, target: Target) -> Plan:
+@dataclass(frozen=True)
+class Saving:
+    """A change to the command line, and the peak it is predicted to have."""
+
+    change: str
+    peak_bytes: int
+
+
+def plan_training(
+    settings: Settings,
+    data: DataSet,
+    target: Target,
+    techniques: Techniques | None = None,
+    precision: Precision | None = None,
+    batch_size: int | None = None,
+) -> Plan:
     """Predict the peak of a configured training on `target`, evaluation included.
 
-    `data` stays where it is; nothing is trained and no weight is allocated.
+    `data` stays where it is; nothing is trained and no weight is allocated. The last three
+    arguments take the place of what is configured; `batch_size` is of the optimizer step.
+
+    Raises:
+        ConfigError: the model or a technique refuses its settings.
+
     """
-    accumulation = settings.memory.gradient_accumulation
-    micro_batch = -(-data.batch_size // accumulation)
+    techniques = techniques or techniques_of(settings.memory)
+    micro_batch = -(-(batch_size or data.batch_size) // techniques.gradient_accumulation)
 
     def batch_fn() -> tuple[Batch, Tensor]:
         indices = torch.arange(micro_batch)
@@ -38,25 +66,110 @@ def plan_training(settings: Settings, data: DataSet, target: Target) -> Plan:
         batch = data.gather("val", torch.arange(size))
         data.metrics().update(forward(**batch.inputs), batch)
 
+    def optimizer_fn(parameters: list[nn.Parameter]) -> Any:
+        optimizer = build(settings, "optimizer", params=parameters)
+        if not techniques.optimizer_in_backward:
+            return optimizer
+        from expt.memory.optimizer_in_backward import OptimizerInBackward
+
+        return OptimizerInBackward(optimizer)
+
     def prepare(model: nn.Module) -> None:
-        if settings.memory.activation_checkpointing:
-            checkpoint_activations(model)
+        apply(model, techniques)
 
     return plan(
         lambda: build(settings, "model", **data.model_arguments()),
         batch_fn,
-        lambda parameters: build(settings, "optimizer", params=parameters),
+        optimizer_fn,
         loss_fn,
         target=target,
-        precision=_precision(settings.memory.precision, target),
-        micro_batches=accumulation,
+        precision=arithmetic(precision or settings.memory.precision, target),
+        micro_batches=techniques.gradient_accumulation,
         clip_norm=settings.trainer.gradient_clip_norm,
         evaluation_fn=evaluation_fn,
         prepare=prepare,
+        resident=list(_resident(vars(data))),
     )
 
 
-def _precision(precision: Precision, target: Target) -> Literal["fp32", "bf16", "fp16"]:
+def savings(settings: Settings, data: DataSet, planned: Plan) -> list[Saving]:
+    """Return the changes that would save most, each traced like the plan itself."""
+    now = techniques_of(settings.memory)
+    found = []
+    for change, techniques, precision in _changes(settings, data, planned.target):
+        try:
+            then = plan_training(settings, data, planned.target, techniques or now, precision)
+        except ConfigError:
+            continue  # this model has nothing the technique could apply to
+        if then.peak_bytes < planned.peak_bytes:
+            found.append(Saving(change, then.peak_bytes))
+    return sorted(found, key=lambda saving: saving.peak_bytes)[:MAX_SAVINGS]
+
+
+def _changes(
+    settings: Settings, data: DataSet, target: Target
+) -> Iterator[tuple[str, Techniques | None, Precision | None]]:
+    now = techniques_of(settings.memory)
+    parts = 4 * now.gradient_accumulation
+    if parts <= data.batch_size and not now.optimizer_in_backward:
+        change = f"memory.gradient_accumulation={parts}"
+        yield change, replace(now, gradient_accumulation=parts), None
+    if now.activation_checkpointing is not True:
+        change = "memory.activation_checkpointing=true"
+        yield change, replace(now, activation_checkpointing=True), None
+    if arithmetic(settings.memory.precision, target) == "fp32":
+        yield "memory.precision=bf16", None, Precision.bf16
+    if now.forward_chunks == 1:
+        change = "memory.forward_chunks=4"
+        yield change, replace(now, forward_chunks=4), None
+    if now.attention_kernel == "math":
+        yield "memory.attention_kernel=fused", replace(now, attention_kernel="fused"), None
+
+
+def refusal(model: nn.Module, techniques: Techniques) -> str | None:
+    """Return why techniques cannot be put on a model, or None."""
+    found = problems(model, techniques)
+    return "; ".join(found) or None
+
+
+def arithmetic(precision: Precision, target: Target) -> Literal["fp32", "bf16", "fp16"]:
+    """Return the arithmetic that a precision means on a device."""
     if precision is Precision.auto:
         return "bf16" if target == "cuda" else "fp32"
     return cast(Literal["fp32", "bf16", "fp16"], precision.value)
+
+
+def target_of(trainer: TrainerConfig, asked: str | None) -> Target:
+    """Return the device to plan for: the one asked for, the run's, or else CUDA."""
+    if asked is not None:
+        return cast(Target, asked)
+    return "cpu" if trainer.device in (Device.cpu, Device.mps) else "cuda"
+
+
+def budget_bytes(value: object, target: Target) -> int | None:
+    """Return the bytes of a budget on a device that need not be here.
+
+    Raises:
+        ConfigError: a share or `auto` of a card that is not here.
+
+    """
+    if value is None:
+        return None
+    if target == "cpu" or torch.cuda.is_available():
+        return Budget.parse(value, torch.device(target)).bytes
+    try:
+        return parse_bytes(value)
+    except ValueError as error:
+        raise ConfigError(
+            f"memory.budget={value} depends on the card, and there is none here; give an amount, "
+            "like memory.budget=24GiB, or memory.target=cpu"
+        ) from error
+
+
+def _resident(values: Any) -> Iterator[Tensor]:
+    """Yield the tensors that a data set keeps."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, dict):
+        for value in values.values():
+            yield from _resident(value)

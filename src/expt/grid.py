@@ -7,6 +7,7 @@ jobs run on other machines. At the end the parent gets the table that is printed
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from expt.files import write_text
 from expt.protocols import Tracker
-from expt.results import FILE_NAME, RunResult, load_result
+from expt.results import FILE_NAME, PLAN_NAME, RunResult, load_result
 from expt.schema import TrackingConfig
 from expt.tracking.null import NullTracker
 from expt.tracking.opening import open_tracker
@@ -66,7 +67,17 @@ class Grid(Callback):
         if children:
             print_table(comparison_table(children))
             print(f"files: {directory}")
+        plans = child_plans(directory) if directory.is_dir() and not children else {}
+        if plans:
+            from expt import plan_tables
+
+            print_table(plan_tables.comparison_table(plans))
+            write_text(directory / TABLE_NAME, plan_tables.comparison_markdown(plans))
         if self._tracker is None:
+            return
+        if plans:
+            self._tracker.artifact(directory / TABLE_NAME)
+            self._tracker.finish("FINISHED" if self._whole else "FAILED")
             return
         if children:
             write_text(directory / TABLE_NAME, comparison_markdown(children))
@@ -88,6 +99,13 @@ def child_results(directory: Path) -> dict[str, RunResult]:
         result = load_result(path.parent)
         if result is not None:
             found[path.parent.name] = result
+    return dict(sorted(found.items(), key=lambda item: (len(item[0]), item[0])))
+
+
+def child_plans(directory: Path) -> dict[str, dict[str, Any]]:
+    """Return the plans under a sweep's directory by job, in job order."""
+    paths = directory.glob(f"*/{PLAN_NAME}")
+    found = {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
     return dict(sorted(found.items(), key=lambda item: (len(item[0]), item[0])))
 
 

@@ -12,6 +12,7 @@ from expt.files import write_json
 
 FILE_NAME = "result.json"
 LAUNCH_NAME = "launch.json"
+PLAN_NAME = "plan.json"
 Status = Literal["completed", "failed", "stopped"]
 
 METRIC_NAMES = (

@@ -44,6 +44,14 @@ class Schedule(Enum):
     step = "step"
 
 
+class OnOverflow(Enum):
+    """What a run does that is predicted not to fit its budget."""
+
+    refuse = "refuse"
+    adapt = "adapt"  # with techniques that make it fit
+    train = "train"  # all the same; recovery is there if it does run out
+
+
 class Preset(Enum):
     """Rows of the size tables in `conf/model` and `conf/data`."""
 
@@ -83,6 +91,9 @@ class MemoryConfig:
     forward_chunks_in_training: bool = False  # also in training, where it saves little
 
     budget: Any = None  # 200MiB, 6GiB, 6GB, 80%, bytes, auto (what is free now); None: no limit
+    plan: bool = True  # predict the peak before training; never a reason to fail
+    target: str | None = None  # cuda or cpu: what to plan for; None: the run's device, else cuda
+    on_overflow: OnOverflow = OnOverflow.refuse  # what to do when the plan exceeds the budget
     recover: bool = True  # when memory runs out, do the same step again with techniques that save
     max_recoveries: int = 100  # in a run
     max_recoveries_per_step: int = 12
@@ -102,6 +113,8 @@ class MemoryConfig:
         )
         if self.budget is not None and (problem := budget_problem(self.budget)) is not None:
             found.append(problem)
+        if self.target not in (None, "cuda", "cpu"):
+            found.append(f"memory.target={self.target!r} must be cuda, cpu or null")
         found += _checkpointing_problems(self.activation_checkpointing)
         found += self._attention_problems()
         if self.forward_chunks_in_training and self.forward_chunks == 1:

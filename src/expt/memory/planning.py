@@ -22,7 +22,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -41,6 +41,21 @@ CATEGORIES = (
     "parameters", "gradients", "optimizer_state", "activations", "temporaries", "inputs",
     "workspaces",
 )  # fmt: skip
+INTERVALS: Mapping[Target, tuple[float, float]] = {"cpu": (0.95, 1.05), "cuda": (0.95, 1.08)}
+"""The bounds over the predicted peak. For the CPU: every row of benchmarks/prediction.py lies
+inside. For CUDA: an assumption until benchmarks/gpu_memory.py has been run on a card."""
+SLACK: Mapping[Target, int] = {"cpu": 2**18, "cuda": 64 * 2**20}
+"""Bytes added to the upper bound: packing in matrix products; larger library workspaces."""
+CUBLAS_WORKSPACE = 8519680
+"""cuBLAS's default, CUBLAS_WORKSPACE_CONFIG=:4096:2:16:8 (32 MiB on Hopper is in the slack)."""
+CUBLAS_SEGMENT = 20 * 2**20
+NOTES: Mapping[Target, tuple[str, ...]] = {
+    "cpu": (),
+    "cuda": (
+        "block rounding to 512 bytes, a fused attention kernel without a dropout mask, and "
+        "CUDA's autocast rules are in the trace; recurrent layers are traced without cuDNN",
+    ),
+}
 MODULE_DEPTH = 3
 """Levels of a module's name that the breakdown by module keeps."""
 
@@ -63,7 +78,6 @@ class Plan:
     corrections: Mapping[str, int]
     method: Literal["trace", "estimate"]
     seconds: float
-    by_phase: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -92,6 +106,7 @@ def plan(
     clip_norm: float | None = None,
     evaluation_fn: Callable[[Callable[..., Any]], Any] | None = None,
     prepare: Callable[[nn.Module], None] = lambda model: None,
+    resident: Iterable[Tensor] = (),
 ) -> Plan:
     """Predict the peak of one optimizer step, and of an evaluation batch if one is given.
 
@@ -107,6 +122,7 @@ def plan(
         clip_norm: clip gradients by their global norm, as training will.
         evaluation_fn: runs one evaluation batch, without gradients.
         prepare: puts memory techniques on the model.
+        resident: tensors that are on the device throughout, like a data set kept there.
 
     Raises:
         UserError: the model's own constructor or forward refuses its arguments.
@@ -116,7 +132,7 @@ def plan(
     trace = trace_step(
         model_fn, batch_fn, optimizer_fn, loss_fn, target=target, precision=precision,
         micro_batches=micro_batches, clip_norm=clip_norm, evaluation_fn=evaluation_fn,
-        prepare=prepare,
+        prepare=prepare, resident=resident,
     )  # fmt: skip
     return _read(trace, target, time.perf_counter() - started)
 
@@ -133,6 +149,7 @@ def trace_step(
     clip_norm: float | None,
     evaluation_fn: Callable[[Callable[..., Any]], Any] | None,
     prepare: Callable[[nn.Module], None],
+    resident: Iterable[Tensor],
 ) -> StorageTrace:
     """Run the step on fake tensors and return the record; see `plan` for the arguments."""
     mode = fake_mode()
@@ -143,6 +160,7 @@ def trace_step(
     with target_rules(target, precision), mode, trace, trace.naming(model):
         parameters = list(model.parameters())
         trace.enter([*parameters, *model.buffers()], "parameters")
+        trace.enter(resident, "inputs")
         optimizer = optimizer_fn(parameters)
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         _make_state(trace, optimizer, trained, target)
@@ -154,7 +172,7 @@ def trace_step(
                 loss = loss_fn(forward, batch)
             _mark(trace, "forward", "activations")
             with trace.phase("backward"):
-                loss.backward()
+                torch.autograd.backward(loss)  # not its method, inside which casting is off
         gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
         trace.enter(gradients, "gradients")
         del gradients
@@ -231,19 +249,28 @@ def _read(trace: StorageTrace, target: Target, seconds: float) -> Plan:
         by_category[_category(storage)] += count
         by_module[_module(storage)] += count
     corrections = dict(peak.scratch)
+    reserved = None
+    if target == "cuda":
+        allocator = _served(trace)
+        exact = sum(peak.alive.values())
+        corrections["blocks not split"] = max(0, allocator.peak_allocated_bytes - exact)
+        corrections["cuBLAS workspace"] = CUBLAS_WORKSPACE
+        reserved = allocator.peak_reserved_bytes + CUBLAS_SEGMENT
     by_category["workspaces"] = sum(corrections.values())
     total = sum(by_category.values())
+    low, high = INTERVALS[target]
     return Plan(
         target=target,
         peak_bytes=total,
-        reserved_bytes=_reserved(trace) if target == "cuda" else None,
-        interval_bytes=(total, total),
+        reserved_bytes=reserved,
+        interval_bytes=(int(total * low), int(total * high) + SLACK[target]),
         phase=peak.phase,
         by_category=by_category,
         by_module=dict(sorted(by_module.items(), key=lambda item: -item[1])),
         corrections=corrections,
         method="trace",
         seconds=seconds,
+        notes=NOTES[target],
     )
 
 
@@ -259,8 +286,8 @@ def _module(storage: Any) -> str:
     return f"({storage.category or storage.phase})"
 
 
-def _reserved(trace: StorageTrace) -> int:
-    """Return what the caching allocator reserves for the trace's requests."""
+def _served(trace: StorageTrace) -> CachingAllocator:
+    """Return the caching allocator after it served the trace's requests."""
     allocator = CachingAllocator()
     live: dict[int, int] = defaultdict(int)
     for number, change, _ in trace.events:
@@ -269,4 +296,4 @@ def _reserved(trace: StorageTrace) -> int:
         live[number] += change
         if live[number]:
             allocator.allocate(number, live[number])
-    return allocator.peak_reserved_bytes
+    return allocator
