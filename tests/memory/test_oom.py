@@ -139,6 +139,8 @@ DECOYS = [
     "checked that model does not run out of memory: ok",
     "test_out_of_memory.py::test_recovers PASSED",
     "If you see CUDA out of memory, lower the batch size.",
+    "If you see 'CUDA out of memory', lower the batch size.",
+    "hint: this shows when CUBLAS_STATUS_ALLOC_FAILED is returned by another library",
     "INFO: to avoid CUDA out of memory errors, gradient checkpointing is on",
     "memory budget 8 GiB, 0 out of memory events",
     "NCCL error: unhandled cuda error, NCCL version 2.21.5\nCuda failure 1 'invalid argument'",

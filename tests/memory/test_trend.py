@@ -130,8 +130,8 @@ def test_somebody_else_takes_the_device(arrives: object) -> None:
 
 def test_the_highest_so_far_of_noise_is_no_leak() -> None:
     rng = np.random.default_rng(7)
-    for _ in range(50):
-        records = np.maximum.accumulate(18 + rng.normal(size=60))
+    for _ in range(200):
+        records = np.maximum.accumulate(18 + 3 * rng.normal(size=20))
         assert judge(log(records, high_water=True)).verdict == "steady"
     growing = np.maximum.accumulate(18 + 0.1 * np.arange(60) + 0.02 * rng.normal(size=60))
     assert judge(log(growing, high_water=True)).verdict == "leak"
