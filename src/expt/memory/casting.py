@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
@@ -98,3 +99,15 @@ def autocast(precision: str) -> AbstractContextManager[Any]:
     """Return the autocast region of a forward pass in fp32, bf16 or fp16."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     return torch.autocast("cpu", dtype=dtype, enabled=precision != "fp32")
+
+
+def backward(loss: Tensor) -> None:
+    """Run the backward pass with the rules in force, which recomputed blocks need.
+
+    `loss.backward()` would be handed to the modes, and a mode is off while it handles a call;
+    hence the engine is called as `torch.autograd.backward` calls it.
+    """
+    _engine_run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (),
+        allow_unreachable=True, accumulate_grad=True,
+    )  # fmt: skip

@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_iter, tree_map
 
 from expt.memory.allocator import CachingAllocator, rounded
-from expt.memory.casting import autocast, target_rules
+from expt.memory.casting import autocast, backward, target_rules
 from expt.memory.fake import build_fake, fake_mode
 from expt.memory.scratch import cpu_scratch
 from expt.memory.trace import StorageTrace, find_peak
@@ -172,7 +172,7 @@ def trace_step(
                 loss = loss_fn(forward, batch)
             _mark(trace, "forward", "activations")
             with trace.phase("backward"):
-                torch.autograd.backward(loss)  # not its method, inside which casting is off
+                backward(loss)
         gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
         trace.enter(gradients, "gradients")
         del gradients
