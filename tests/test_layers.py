@@ -37,6 +37,7 @@ LAYERS = {  # from the top; a name stands for a module or a package under `expt`
         "interruption",
         "acceleration",
         "recording",
+        "stopping",
     },
     "parts": {"models", "data", "optim", "memory", "tracking"},
     "ground": {"", "schema", "protocols", "errors", "units", "files", "results"},
