@@ -110,8 +110,10 @@ def make_trainer(*overrides: str) -> Any:
     from expt.construction import assemble, build
     from expt.interruption import Interruption
     from expt.memory.meter import meter_for
+    from expt.memory.recovery import Recovery
     from expt.profiling import StepProfiler
     from expt.progress import SilentDisplay
+    from expt.tasks.room import techniques_of
     from expt.tracking.null import NullTracker
     from expt.training import Trainer
 
@@ -127,7 +129,7 @@ def make_trainer(*overrides: str) -> Any:
         optimizer=optimizer,
         data=data,
         settings=settings.trainer,
-        gradient_accumulation=settings.memory.gradient_accumulation,
+        recovery=Recovery(techniques_of(settings.memory), fabric.device),
         meter=meter_for(fabric.device),
         tracker=NullTracker(),
         display=SilentDisplay(),

@@ -38,6 +38,7 @@ LAYERS = {  # from the top; a name stands for a module or a package under `expt`
         "acceleration",
         "averaging",
         "recording",
+        "stopping",
     },
     "parts": {"models", "data", "optim", "memory", "tracking"},
     "ground": {"", "schema", "protocols", "errors", "units", "files", "results"},

@@ -19,6 +19,8 @@ from expt.errors import StorageError
 from expt.files import replace_atomically
 from expt.interruption import Interruption
 from expt.memory.meter import LedgerMeter
+from expt.memory.recovery import Recovery
+from expt.memory.techniques import Techniques
 from expt.profiling import StepProfiler
 from expt.progress import SilentDisplay
 from expt.protocols import Batch
@@ -109,7 +111,7 @@ def make(tmp_path: Path) -> Callable[..., Trainer]:
             optimizer=optimizer,
             data=Line(),
             settings=TrainerConfig(**{"epochs": 3, "log_every_steps": 1, **settings}),
-            gradient_accumulation=accumulation,
+            recovery=Recovery(Techniques(accumulation), fabric.device),
             meter=LedgerMeter(),
             tracker=NullTracker(),
             display=SilentDisplay(),
@@ -331,7 +333,8 @@ def test_a_full_disk_stops_with_the_last_checkpoint_intact(make, tmp_path, monke
 
         nonlocal writes
         writes += 1
-        replace_atomically(path, write if writes == 1 else fail, durable)
+        # The first is the state before the first step.
+        replace_atomically(path, write if writes <= 2 else fail, durable)
 
     monkeypatch.setattr(checkpoint, "replace_atomically", limited)
     with pytest.raises(StorageError, match=r"No space left.*intact"):

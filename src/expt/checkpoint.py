@@ -45,7 +45,8 @@ class Progress:
     """Where a run is; part of every checkpoint.
 
     `history` has one row per finished epoch; `epoch_loss` and `epoch_weight` are the sums of the
-    epoch under way, so that its mean survives a resume.
+    epoch under way, so that its mean survives a resume; `recovery` is what
+    `expt.memory.recovery.Recovery.state` returned, empty in checkpoints from before there was one.
     """
 
     step: int = 0
@@ -60,6 +61,7 @@ class Progress:
     peak_reserved_bytes: int | None = None
     run_id: str | None = None
     history: list[dict[str, float]] = field(default_factory=list)
+    recovery: dict[str, Any] = field(default_factory=dict)
 
 
 def save_last(

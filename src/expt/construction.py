@@ -40,6 +40,7 @@ class RunContext:
     parent_dir: Path | None = None
     overridden: frozenset[str] = frozenset()
     launch: Mapping[str, Any] = field(default_factory=dict)  # see `results.save_launch`
+    fallback_of: Mapping[str, str] = field(default_factory=dict)  # tags; see `tasks.fallback`
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from expt.memory.recovery import Recovery
 from expt.protocols import Batch, DataSet, MemoryMeter, Metrics, Split
 
 
@@ -20,30 +22,83 @@ def evaluate(
     meter: MemoryMeter,
     max_batches: int | None = None,
     interrupted: Callable[[], bool] = lambda: False,
+    recovery: Recovery | None = None,
 ) -> Metrics | None:
     """Return the metrics over every sample of `split`, none padded and none dropped.
 
     `max_batches` cuts it short for smoke tests; the figures are then of those batches only.
-    None means that `interrupted` became true on the way.
+    None means that `interrupted` became true on the way. With `recovery`, a batch that runs out
+    of memory is done again with half the samples; nothing is counted twice.
+
+    Raises:
+        RecoveryError: not even a single sample can be evaluated.
+
     """
-    metrics = data.metrics()
+    run = _SplitRun(model, data, split)
     model.eval()
-    indices = torch.arange(data.size(split), device=fabric.device)
-    for number, chunk in enumerate(indices.split(data.eval_batch_size)):
-        if max_batches is not None and number >= max_batches:
-            break
+    count = data.size(split)
+    if max_batches is not None:
+        count = min(count, max_batches * data.eval_batch_size)
+    indices = torch.arange(count, device=fabric.device)
+    while run.done < count:
         if interrupted():
             return None
         with meter.evaluation():
-            batch = data.gather(split, chunk)
-            metrics.update(model(**batch.inputs), batch)
+            score = partial(run.score, indices)
+            if recovery is None:
+                score(data.eval_batch_size)
+            elif not recovery.evaluation(score, data.eval_batch_size):
+                run.forget_half_counted()
     model.train()
-    return metrics
+    return run.metrics
+
+
+class _SplitRun:
+    """How far the evaluation of a split has come."""
+
+    def __init__(self, model: nn.Module, data: DataSet, split: Split) -> None:
+        self.model, self.data, self.split = model, data, split
+        self.metrics = data.metrics()
+        self.done = 0
+        self._counting = False
+
+    def score(self, indices: Tensor, size: int) -> None:
+        """Add the next `size` samples to the metrics."""
+        chunk = indices[self.done : self.done + size]
+        batch = self.data.gather(self.split, chunk)
+        prediction = self.model(**batch.inputs)
+        self._counting = True
+        self.metrics.update(prediction, batch)
+        self._counting = False
+        self.done += len(chunk)
+
+    def forget_half_counted(self) -> None:
+        """Begin again if the metrics were being changed; a new accumulator is the only undo."""
+        if self._counting:
+            self.metrics, self.done, self._counting = self.data.metrics(), 0, False
 
 
 @torch.no_grad()
-def predict(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the model's prediction for one batch, without gradients."""
+def predict(model: nn.Module, batch: Batch, recovery: Recovery | None = None) -> Tensor:
+    """Return the model's prediction for one batch, without gradients.
+
+    With `recovery`, in parts as small as it takes.
+
+    Raises:
+        RecoveryError: not even a single sample can be predicted.
+
+    """
     model.eval()
-    prediction: Tensor = model(**batch.inputs)
-    return prediction
+    count, parts = len(batch.target), list[Tensor]()
+
+    def extend(size: int) -> None:
+        start = sum(map(len, parts))
+        inputs = {name: value[start : start + size] for name, value in batch.inputs.items()}
+        parts.append(model(**inputs))
+
+    while sum(map(len, parts)) < count:
+        if recovery is None:
+            extend(count)
+        else:
+            recovery.evaluation(extend, count)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

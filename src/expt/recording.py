@@ -16,10 +16,12 @@ from expt import __version__, checkpoint
 from expt.checkpoint import Progress
 from expt.errors import StorageError
 from expt.files import write_json
+from expt.memory.oom_event import OomEvent
 from expt.protocols import MemoryMeter, Tracker
 from expt.results import RunResult, Status
 
 CONFIG_NAME, HISTORY_NAME = "config.yaml", "history.json"
+EVENTS_NAME = "oom_events.json"
 ENDINGS: dict[Status, Literal["FINISHED", "FAILED", "KILLED"]] = {
     "completed": "FINISHED",
     "failed": "FAILED",
@@ -35,6 +37,7 @@ class Recorder:
     tracker: Tracker
     result: RunResult
     started: bool = field(default=False, init=False)
+    _waiting: list[OomEvent] = field(default_factory=list, init=False)
 
     def start(self, name: str, parameters: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         """Open the run in the tracker; a second call does nothing."""
@@ -43,6 +46,7 @@ class Recorder:
             preset = {"preset": str(self.result.preset), "device": str(self.result.device)}
             origin = {"run_dir": str(self.run_dir), **_versions()}
             self.tracker.start(name, parameters, {**preset, **origin, **tags})
+            self._tell()
 
     def progress(self, progress: Progress, monitor: str, meter: MemoryMeter) -> None:
         """Take over how far training came, and the history's file."""
@@ -61,6 +65,26 @@ class Recorder:
             "peak_reserved_bytes": meter.peak_reserved_bytes(),
             "meter": meter.name,
         }
+
+    def oom(self, event: OomEvent) -> None:
+        """Take over one time that memory ran out; it is told once the run has begun."""
+        self.result.oom_events.append(event.as_dict())
+        self._waiting.append(event)
+        if self.started:
+            self._tell()
+
+    def _tell(self) -> None:
+        for event in self._waiting:
+            print(event.line(), flush=True)
+            for path in event.evidence:
+                self.tracker.artifact(Path(path), "memory")
+        if self._waiting:
+            count = len(self.result.oom_events)
+            last = self._waiting[-1]
+            self.tracker.metrics({"memory/oom_events": float(count)}, last.step)
+            self.tracker.tags({"oom_events": str(count), "oom_rung": last.rung or "none"})
+            write_json(self.run_dir / EVENTS_NAME, self.result.oom_events)
+        self._waiting.clear()
 
     def artifacts(self, plots: Sequence[Path]) -> None:
         """Record the files of a run that came to an end."""
@@ -91,6 +115,9 @@ class Recorder:
             "parent_run_id": tracker.parent_run_id,
         }
         result.save(self.run_dir)
+        if result.oom_events:
+            write_json(self.run_dir / EVENTS_NAME, result.oom_events)
+            tracker.artifact(self.run_dir / EVENTS_NAME)
         tracker.artifact(self.run_dir / "result.json")
         tracker.finish(ENDINGS[result.status])
 

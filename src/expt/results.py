@@ -33,6 +33,8 @@ class RunResult:
 
     `weights_sha256` is over the weights after the last step; the test figures are those of the
     best weights by validation. `metrics` are in mph, `seconds` cover all parts of a resumed run.
+    `oom_events` are `expt.memory.oom_event.OomEvent`; `fallback_run` is the directory of the
+    smaller run that took over.
     """
 
     status: Status
@@ -59,6 +61,7 @@ class RunResult:
         }
     )
     oom_events: list[Mapping[str, Any]] = field(default_factory=list)
+    fallback_run: str | None = None
     tracking: dict[str, str | None] = field(
         default_factory=lambda: {"uri": None, "run_id": None, "parent_run_id": None}
     )

@@ -3,7 +3,8 @@
 `Trainer.fit` runs epochs of `train_step`, validates, keeps the best weights, and stops for one
 of the reasons in `StopReason`. The batch of one optimizer step is cut into micro-batches whose
 summed losses are divided by the weight of the whole batch, so that gradient accumulation does
-not change the mathematics, whatever is masked.
+not change the mathematics, whatever is masked. A step that runs out of memory is taken again with
+techniques that save some (`expt.memory.recovery`).
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from lightning_fabric import Fabric
@@ -22,35 +23,25 @@ from torch.optim import Optimizer
 from expt import checkpoint
 from expt.averaging import average_for
 from expt.checkpoint import Progress
+from expt.errors import BrokenStepError, RecoveryError
 from expt.evaluation import evaluate
 from expt.interruption import Interruption
+from expt.memory.recovery import Recovery
 from expt.optim import schedules
 from expt.profiling import StepProfiler
 from expt.progress import Display, ProgressFile
 from expt.protocols import DataSet, MemoryMeter, Tracker
-from expt.results import Status
 from expt.schema import TrainerConfig
+from expt.stopping import Outcome, StopReason, limit_reached
 from expt.units import format_bytes, format_seconds
-
-StopReason = Literal[
-    "epochs", "max_steps", "time_limit", "early_stopping", "signal", "non_finite_loss"
-]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Why `fit` returned; `step` is the optimizer step at which it did."""
-
-    status: Status
-    reason: StopReason
-    step: int
 
 
 @dataclass
 class Trainer:
     """One run's loop; everything it needs is handed to it.
 
-    `model` and `optimizer` come from `fabric.setup`; `interruption` is read between steps.
+    `model` and `optimizer` come from `fabric.setup`, with `recovery.techniques` on them;
+    `interruption` is read between steps.
     """
 
     fabric: Fabric
@@ -58,7 +49,7 @@ class Trainer:
     optimizer: Optimizer
     data: DataSet
     settings: TrainerConfig
-    gradient_accumulation: int
+    recovery: Recovery
     meter: MemoryMeter
     tracker: Tracker
     display: Display
@@ -82,16 +73,17 @@ class Trainer:
             self.settings.step_factor,
         )
         self.average = average_for(self.model, self.settings.ema_decay)
+        self._scaler = getattr(self.fabric.strategy.precision, "scaler", None)
+        self.recovery.attach(self.model, self.optimizer, self._scaler)
         on_host = self.fabric.device.type == "cpu"
         self._read_loss_every = 1 if on_host else self.settings.log_every_steps
 
     def resume(self) -> int:
         """Restore the last checkpoint, if there is one; return the step to go on from."""
-        restored = checkpoint.load_last(
-            self.folder, self.fabric, self.model, self.optimizer, self.average
-        )
+        restored = self._load_last()
         if restored is not None:
             self.progress = restored
+            self.recovery.restore(restored.recovery)
             self.meter.restore(restored.peak_allocated_bytes, restored.peak_reserved_bytes)
         return self.progress.step
 
@@ -100,13 +92,18 @@ class Trainer:
         self._started = time.monotonic() - self.progress.seconds
         self.display.start(self.total_steps, self.progress.step)
         self.model.train()
+        if self.recovery.limits.enabled and self.progress.step == 0:
+            self._save_last()  # what a step that breaks before the first checkpoint goes back to
         try:
             while True:
                 # An epoch that is under way, or was when the run was killed, gets its validation.
                 under_way = self.progress.step_in_epoch > 0
-                reason = (None if under_way else self._reason_to_end()) or self._epoch()
+                reason = None if under_way else limit_reached(self.progress, self.settings)
+                reason = reason or self._epoch_or_replay()
                 if reason is not None:
-                    return self._outcome(reason)
+                    return Outcome.of(reason, self.progress.step)
+        except RecoveryError as error:
+            return Outcome.of("out_of_memory", self.progress.step, str(error))
         finally:
             self.display.stop()
             self.profiler.stop()
@@ -115,28 +112,49 @@ class Trainer:
         """Take one optimizer step on these samples [B]; return (mean loss, weight) on device."""
         weight = self.data.weight("train", indices)
         total = torch.zeros((), device=self.fabric.device)
-        for part in indices.tensor_split(min(self.gradient_accumulation, len(indices))):
+        parts = min(self.recovery.techniques.gradient_accumulation, len(indices))
+        for part in indices.tensor_split(parts):
+            self.recovery.phase = "forward"
             batch = self.data.gather("train", part)
             loss = self.data.loss(self.model(**batch.inputs), batch) / weight
+            self.recovery.phase = "backward"
             self.fabric.backward(loss)
             total += loss.detach()
         self._clip_gradients()
+        self.recovery.phase = "optimizer_step"
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total, weight
 
+    def _epoch_or_replay(self) -> StopReason | None:
+        """Run the rest of the epoch, or go back to the last checkpoint if a step was broken."""
+        try:
+            return self._epoch()
+        except BrokenStepError:
+            broken_at = self.progress.step
+        # Outside the handler, whose traceback holds what the step had made.
+        restored = self._load_last()
+        assert restored is not None, "fit saves one before the first step"
+        self.progress = restored
+        print(f"back at step {restored.step}: the steps up to {broken_at} are taken again")
+        return None
+
     def _epoch(self) -> StopReason | None:
         """Run the rest of the current epoch and validate; return why to stop, if so."""
         progress = self.progress
-        batches = self._order(progress.epoch).split(self.data.batch_size)
+        self.recovery.position = (progress.step, progress.epoch)
+        order = self.recovery.once_more(partial(self._order, progress.epoch), "epoch")
+        batches = order.split(self.data.batch_size)
         self.meter.start_epoch()
         loss_sum = torch.full((), progress.epoch_loss, device=self.fabric.device)
         weight_sum = torch.full((), progress.epoch_weight, device=self.fabric.device)
-        limit = self._reason_to_end(before_validation=True)
+        limit = limit_reached(progress, self.settings, before_validation=True)
         while progress.step_in_epoch < self.steps_per_epoch and limit is None:
             self._set_rate(progress.step / self.total_steps)
+            indices = batches[progress.step_in_epoch]
+            self.recovery.position = (progress.step, progress.epoch)
             with self.meter.step():
-                loss, weight = self.train_step(batches[progress.step_in_epoch])
+                loss, weight = self.recovery.step(partial(self.train_step, indices), len(indices))
             self.average.update()
             loss_sum += loss * weight
             weight_sum += weight
@@ -174,7 +192,7 @@ class Trainer:
             self._save_last()
         if signal:
             return "signal"
-        return self._reason_to_end(before_validation=True)
+        return limit_reached(progress, settings, before_validation=True)
 
     def _validate(self, loss_sum: float, weight_sum: float) -> StopReason | None:
         """Close the epoch: validate, record, keep the best, save; return why to stop."""
@@ -188,6 +206,7 @@ class Trainer:
                 self.meter,
                 self.settings.eval_batches,
                 lambda: self.interruption.received is not None,
+                self.recovery,
             )
         progress.seconds = time.monotonic() - self._started
         if metrics is None:
@@ -220,7 +239,9 @@ class Trainer:
                 checkpoint.save_best(self.folder, self.fabric, self.model, progress)
         self._save_last()
         self._report(row, figures, memory)
-        return "signal" if self.interruption.received is not None else self._reason_to_end()
+        if self.interruption.received is not None:
+            return "signal"
+        return limit_reached(progress, self.settings)
 
     def _report(
         self, row: dict[str, float], figures: dict[str, float], memory: dict[str, int]
@@ -246,26 +267,6 @@ class Trainer:
         self.display.epoch(line, row["val"], peak)
         self.progress_file.write(progress.step, progress.epoch, row["val"], force=True)
 
-    def _reason_to_end(self, before_validation: bool = False) -> StopReason | None:
-        """Return which limit is reached; early stopping is judged after validations only."""
-        progress, settings = self.progress, self.settings
-        if settings.max_steps is not None and progress.step >= settings.max_steps:
-            return "max_steps"
-        if progress.seconds >= (settings.time_limit_seconds or math.inf):
-            return "time_limit"
-        if before_validation:
-            return None
-        if progress.epoch >= settings.epochs:
-            return "epochs"
-        patience = settings.early_stopping_patience
-        if patience is not None and progress.epoch - progress.best_epoch >= patience:
-            return "early_stopping"
-        return None
-
-    def _outcome(self, reason: StopReason) -> Outcome:
-        statuses: dict[StopReason, Status] = {"signal": "stopped", "non_finite_loss": "failed"}
-        return Outcome(statuses.get(reason, "completed"), reason, self.progress.step)
-
     def _order(self, epoch: int) -> Tensor:
         """Return the epoch's order of samples, from seed and epoch alone, on the device."""
         epoch = 0 if self.settings.repeat_first_epoch else epoch
@@ -282,13 +283,24 @@ class Trainer:
         if self.settings.gradient_clip_norm is None:
             return
         # Fabric refuses to unscale for fused optimizers; torch's own scaler does not.
-        scaler = getattr(self.fabric.strategy.precision, "scaler", None)
-        if scaler is not None:
-            scaler.unscale_(getattr(self.optimizer, "optimizer", self.optimizer))
+        if self._scaler is not None:
+            self._scaler.unscale_(getattr(self.optimizer, "optimizer", self.optimizer))
         nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.gradient_clip_norm)
+
+    def _load_last(self) -> Progress | None:
+        load = partial(
+            checkpoint.load_last,
+            self.folder,
+            self.fabric,
+            self.model,
+            self.optimizer,
+            self.average,
+        )
+        return self.recovery.once_more(load, "resume")
 
     def _save_last(self) -> None:
         self.progress.run_id = self.tracker.run_id
+        self.progress.recovery = self.recovery.state()
         checkpoint.save_last(
             self.folder, self.fabric, self.model, self.optimizer, self.average, self.progress
         )

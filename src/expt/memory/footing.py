@@ -91,9 +91,8 @@ class Footing:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Stand where a checkpoint stood, unless that is further up, or settings changed since."""
-        changed = techniques_from(state["configured"]) != self.configured
-        if changed or self.techniques != self.configured:
+        """Stand where a checkpoint stood, unless other techniques are configured since."""
+        if techniques_from(state["configured"]) != self.configured:
             return
         self.techniques = techniques_from(state["techniques"])
         self._apply(self.techniques)

@@ -121,9 +121,31 @@ class LedgerMeter:
             yield
 
 
-def meter_for(device: torch.device) -> CudaMeter | LedgerMeter:
-    """Return the meter for a device."""
-    return CudaMeter(device) if device.type == "cuda" else LedgerMeter()
+class BudgetMeter(LedgerMeter):
+    """Reads the ledger that enforces a budget, and so is on all the time."""
+
+    name = "ledger of tensor storages over the whole run, which enforces the budget"
+
+    def __init__(self, ledger: StorageLedger) -> None:
+        super().__init__()
+        self._ledger = ledger
+
+    def step(self) -> AbstractContextManager[object]:
+        """Watch one optimizer step; the ledger is on."""
+        return nullcontext()
+
+    def evaluation(self) -> AbstractContextManager[object]:
+        """Watch one evaluation batch; the ledger is on."""
+        return nullcontext()
+
+
+def meter_for(
+    device: torch.device, enforcing: StorageLedger | None = None
+) -> CudaMeter | LedgerMeter:
+    """Return the meter for a device, where `enforcing` may be a ledger that is on already."""
+    if device.type == "cuda":
+        return CudaMeter(device)
+    return LedgerMeter() if enforcing is None else BudgetMeter(enforcing)
 
 
 def process_peak_bytes() -> int:

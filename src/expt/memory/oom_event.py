@@ -18,7 +18,6 @@ PHASES = {
     "backward": "in the backward pass",
     "optimizer_step": "in the optimizer's step",
     "evaluation": "in evaluation",
-    "prediction": "in a prediction",
     "thrashing": "almost: the allocator retries step after step,",
 }
 """Words for every phase in which memory may run out."""

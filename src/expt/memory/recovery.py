@@ -204,13 +204,12 @@ class Recovery:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where a checkpoint was; what happened since is not forgotten."""
+        """Go on where another process saved a checkpoint; its events come before ours."""
         if not state:
             return  # a checkpoint from before there was recovery
         self.footing.restore(state)
-        self.evaluation_batch_size = self.evaluation_batch_size or state["evaluation_batch_size"]
-        if len(state["events"]) > len(self.events):
-            self.events = list(state["events"])
+        self.evaluation_batch_size = state["evaluation_batch_size"]
+        self.events = [*state["events"], *self.events]
 
     def _attempt(self, work: Callable[[], T], phase: str, trouble: Trouble) -> Success[T] | Failure:
         self.phase = phase
@@ -256,7 +255,7 @@ class Recovery:
             dict(vars(self.techniques)),
             self.evaluation_batch_size,
             replayed and reason is None,
-            [path.name for path in failure.evidence],
+            [str(path) for path in failure.evidence],
         )
         self.events.append(event.as_dict())
         self.on_event(event)

@@ -17,21 +17,24 @@ from omegaconf import DictConfig, OmegaConf
 from expt import checkpoint
 from expt.acceleration import make_fabric
 from expt.construction import RunContext, Settings, assemble, build
-from expt.errors import ConfigError, UserError
+from expt.errors import ConfigError, RecoveryError, UserError
 from expt.evaluation import evaluate, predict
 from expt.files import write_text
 from expt.interruption import Interruption, Stopped
-from expt.memory.meter import meter_for
+from expt.memory.attempt import release
 from expt.profiling import StepProfiler, TraceProfiler
 from expt.progress import choose_display
 from expt.protocols import DataSet
 from expt.recording import CONFIG_NAME, Recorder, device_name
 from expt.report import plot_history, print_result
 from expt.results import RunResult, load_launch, load_result, save_launch
+from expt.stopping import Outcome
+from expt.tasks.fallback import folder, next_size, smaller_run
+from expt.tasks.room import ADVICE, Room
 from expt.tracking.journal import is_closed
 from expt.tracking.opening import open_tracker
 from expt.tracking.store import without_password
-from expt.training import Outcome, Trainer
+from expt.training import Trainer
 from expt.validation import validated
 
 
@@ -57,7 +60,15 @@ def run(cfg: DictConfig, context: RunContext) -> RunResult:
             return _completed(earlier, settings, context)
         fabric = make_fabric(settings.trainer.device, settings.memory.precision)
         data: DataSet = build(settings, "data")
-        return TrainJob(cfg, settings, context, fabric, data, interruption).run(resuming)
+        result = TrainJob(cfg, settings, context, fabric, data, interruption).run(resuming)
+    if result.fallback_run is None:
+        return result
+    del data
+    release(fabric.device)  # the smaller run needs the room
+    size = next_size(settings)
+    assert size is not None
+    print(f"memory.fallback=preset: {size} takes over, in {result.fallback_run}")
+    return run(*smaller_run(context, size, result))
 
 
 def _completed(result: RunResult, settings: Settings, context: RunContext) -> RunResult:
@@ -100,22 +111,15 @@ class TrainJob:
             ),
         )
 
+        self.room = Room(self.settings.memory, self.fabric.device, self.recorder)
+
     def run(self, resuming: bool) -> RunResult:
         """Build, fit, test, record; a fault is recorded before it is raised again."""
         recorder, run_dir = self.recorder, self.context.run_dir
         try:
-            trainer = self._build()
-            step = trainer.resume() if resuming else 0
-            recorder.result.resumed_from_step = step
-            self._start()
-            if resuming:
-                print(
-                    f"resuming {run_dir} at step {step}"
-                    if step
-                    else f"nothing to resume: no checkpoint in {run_dir} yet, starting afresh"
-                )
-            self._announce(trainer)
-            self._conclude(trainer, trainer.fit())
+            exhausted = self._run_within_budget(resuming)
+            if exhausted is not None:
+                self._give_up(exhausted)
         except BaseException as error:
             if isinstance(error, UserError) and not recorder.started:
                 raise  # found while building: nothing was started, so there is nothing to record
@@ -128,6 +132,51 @@ class TrainJob:
             raise Stopped(self.interruption.received)
         return recorder.result
 
+    def _run_within_budget(self, resuming: bool) -> str | None:
+        """Do all that takes memory; return what was tried if there was not enough of it."""
+        try:
+            with self.room.enforced() as self.meter:
+                trainer = self.room.recovery.once_more(self._build, "build")
+                step = trainer.resume() if resuming else 0
+                self._begin(trainer, step, resuming)
+                self._conclude(trainer, trainer.fit())
+                return None
+        except RecoveryError as error:
+            return str(error)
+
+    def _begin(self, trainer: Trainer, step: int, resuming: bool) -> None:
+        result, run_dir = self.recorder.result, self.context.run_dir
+        result.resumed_from_step = step
+        result.oom_events[:] = self.room.recovery.events  # also those before a resume
+        self._start()
+        if resuming:
+            print(
+                f"resuming {run_dir} at step {step}"
+                if step
+                else f"nothing to resume: no checkpoint in {run_dir} yet, starting afresh"
+            )
+        self._announce(trainer)
+
+    def _give_up(self, message: str) -> None:
+        """Say that memory is not enough, and which smaller run takes over, if one is wanted.
+
+        Raises:
+            ConfigError: the budget does not even hold the weights; nothing was started.
+
+        """
+        if not self.recorder.started:
+            refusal = self.room.too_small_for_weights(self.settings, self.data)
+            if refusal is not None:
+                raise ConfigError(refusal)
+        self._start()
+        print(f"{message}. {ADVICE}")
+        result = self.recorder.result
+        result.status, result.stop_reason = "failed", "out_of_memory"
+        size = next_size(self.settings)
+        if size is not None:
+            result.fallback_run = str(folder(self.context.run_dir, size))
+            self.recorder.tracker.tags({"fallback_run": result.fallback_run})
+
     def _start(self) -> None:
         """Say in the directory and the tracker that there is a run now; once."""
         if self.recorder.started:
@@ -138,7 +187,11 @@ class TrainJob:
         self.recorder.start(
             f"{name}-{self.context.run_dir.name}",
             {str(key): value for key, value in resolved.items() if key != "tracking"},
-            {"model": self._model_name(), "data.fingerprint": self.data.fingerprint()},
+            {
+                "model": self._model_name(),
+                "data.fingerprint": self.data.fingerprint(),
+                **self.context.fallback_of,
+            },
         )
         if load_launch(self.context.run_dir) is None:
             save_launch(self.context.run_dir, self.context.launch)
@@ -169,8 +222,8 @@ class TrainJob:
             optimizer=optimizer,
             data=self.data,
             settings=settings.trainer,
-            gradient_accumulation=settings.memory.gradient_accumulation,
-            meter=meter_for(fabric.device),
+            recovery=self.room.recovery,
+            meter=self.meter,
             tracker=self.recorder.tracker,
             display=choose_display(settings.trainer.progress),
             interruption=self.interruption,
@@ -188,6 +241,8 @@ class TrainJob:
         if outcome.status == "completed":
             outcome, more = self._test(trainer, outcome, folder)
             plots += more
+        elif outcome.reason == "out_of_memory":
+            self._give_up(str(outcome.message))
         elif outcome.reason == "non_finite_loss":
             print(
                 f"The loss is not finite at step {outcome.step}: the run diverged. The last "
@@ -207,13 +262,17 @@ class TrainJob:
             trainer.meter,
             trainer.settings.eval_batches,
             lambda: self.interruption.received is not None,
+            self.room.recovery,
         )
         self.recorder.memory(trainer.meter)
         if metrics is None:
             return Outcome("stopped", "signal", outcome.step), []
         figures = {f"test/{name}": value for name, value in metrics.compute().items()}
         self.recorder.result.metrics |= figures
-        plots = self.data.plots(lambda batch: predict(trainer.model, batch), metrics, folder)
+        recovery = self.room.recovery
+        plots = self.data.plots(
+            lambda batch: predict(trainer.model, batch, recovery), metrics, folder
+        )
         return outcome, list(plots)
 
     def _model_name(self) -> str:

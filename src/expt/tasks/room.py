@@ -1,0 +1,89 @@
+"""The memory that a run may take, and how it goes on when that is not enough."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+
+from expt.construction import Settings, build
+from expt.memory.applying import apply
+from expt.memory.budget import Budget
+from expt.memory.evidence import collect
+from expt.memory.meter import CudaMeter, LedgerMeter, meter_for
+from expt.memory.recovery import Limits, Recovery
+from expt.memory.techniques import Techniques
+from expt.protocols import DataSet
+from expt.recording import Recorder
+from expt.schema import MemoryConfig
+from expt.units import format_bytes
+
+log = logging.getLogger(__name__)
+
+ADVICE = (
+    "What would help: a smaller preset (memory=minimal, or memory.fallback=preset to have it "
+    "tried), a higher memory.budget, memory.precision=bf16, or another device"
+)
+
+
+class Room:
+    """A run's budget, if it has one, and its recovery, which tells `recorder` of every event."""
+
+    def __init__(self, memory: MemoryConfig, device: torch.device, recorder: Recorder) -> None:
+        self.device = device
+        self.budget = None if memory.budget is None else Budget.parse(memory.budget, device)
+        folder = recorder.run_dir / EVIDENCE
+        self.recovery = Recovery(
+            techniques_of(memory),
+            device,
+            apply=apply,
+            limits=Limits(memory.recover, memory.max_recoveries_per_step, memory.max_recoveries),
+            budget_bytes=self.budget.bytes if self.budget else None,
+            on_event=recorder.oom,
+            collect=lambda number: collect(device, folder, number),
+        )
+
+    @contextmanager
+    def enforced(self) -> Iterator[CudaMeter | LedgerMeter]:
+        """Enforce the budget inside; yield the meter that goes with it."""
+        with self.budget.enforce(self.device) if self.budget else nullcontext() as ledger:
+            yield meter_for(self.device, ledger)
+
+    def too_small_for_weights(self, settings: Settings, data: DataSet) -> str | None:
+        """Return that the budget does not even hold the model's weights, if so."""
+        weights = None if self.budget is None else weights_bytes(settings, data)
+        if self.budget is None or weights is None or weights <= self.budget.bytes:
+            return None
+        name = settings.arguments["model"]["_target_"].rpartition(".")[2]
+        return (
+            f"memory.budget={self.budget.text} is less than the weights of {name} take by "
+            f"themselves: {format_bytes(weights)} ({weights} bytes). Training needs as much again "
+            "for gradients, and the optimizer's state; raise the budget, or choose a smaller "
+            "preset (memory=minimal)"
+        )
+
+
+EVIDENCE = Path("memory")
+"""Folder in a run's directory for what was held when memory ran out."""
+
+
+def techniques_of(memory: MemoryConfig) -> Techniques:
+    """Return the memory techniques that a configuration asks for."""
+    return Techniques(
+        gradient_accumulation=memory.gradient_accumulation,
+        activation_checkpointing=memory.activation_checkpointing,
+    )
+
+
+def weights_bytes(settings: Settings, data: DataSet) -> int | None:
+    """Return what a model's weights take, without allocating them; None if it cannot be told."""
+    try:
+        with torch.device("meta"):
+            model: torch.nn.Module = build(settings, "model", **data.model_arguments())
+    except Exception:  # a user's constructor may look at its weights, which are not there
+        log.info("the weights cannot be counted without allocating them", exc_info=True)
+        return None
+    return sum(weight.nbytes for weight in model.parameters())
