@@ -89,6 +89,7 @@ def plan_training(
         evaluation_fn=evaluation_fn,
         prepare=prepare,
         resident=list(_resident(vars(data))),
+        averaged=settings.trainer.ema_decay is not None,
     )
 
 

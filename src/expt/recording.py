@@ -17,8 +17,9 @@ from expt.checkpoint import Progress
 from expt.errors import StorageError
 from expt.files import write_json
 from expt.memory.oom_event import OomEvent
+from expt.memory.planning import Plan
 from expt.protocols import MemoryMeter, Tracker
-from expt.results import RunResult, Status
+from expt.results import PLAN_NAME, RunResult, Status
 
 CONFIG_NAME, HISTORY_NAME = "config.yaml", "history.json"
 EVENTS_NAME = "oom_events.json"
@@ -38,6 +39,7 @@ class Recorder:
     result: RunResult
     started: bool = field(default=False, init=False)
     _waiting: list[OomEvent] = field(default_factory=list, init=False)
+    _planned: Plan | None = field(default=None, init=False)
 
     def start(self, name: str, parameters: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         """Open the run in the tracker; a second call does nothing."""
@@ -65,6 +67,17 @@ class Recorder:
             "peak_reserved_bytes": meter.peak_reserved_bytes(),
             "meter": meter.name,
         }
+        predicted, peak = self.result.memory["predicted_peak_bytes"], meter.peak_allocated_bytes()
+        # With other techniques than those planned for, the two are of different runs.
+        if predicted and peak and not self.result.oom_events:
+            self.result.memory["prediction_error"] = predicted / peak - 1
+
+    def plan(self, planned: Plan | None, budget_bytes: int | None) -> None:
+        """Take over what was predicted, and the limit."""
+        self.result.memory["budget_bytes"] = budget_bytes
+        self._planned = planned
+        if planned is not None:
+            self.result.memory["predicted_peak_bytes"] = planned.peak_bytes
 
     def oom(self, event: OomEvent) -> None:
         """Take over one time that memory ran out; it is told once the run has begun."""
@@ -106,6 +119,9 @@ class Recorder:
             for name, value in result.memory.items()
             if isinstance(value, int)
         }
+        error = result.memory["prediction_error"]
+        if error is not None:
+            figures["memory/prediction_error"] = error
         tracker.metrics({**figures, "seconds": result.seconds}, result.steps)
         tracker.tags({"status": result.status, "stop_reason": result.stop_reason})
         tracker.flush()
@@ -115,6 +131,9 @@ class Recorder:
             "parent_run_id": tracker.parent_run_id,
         }
         result.save(self.run_dir)
+        if self._planned is not None:
+            write_json(self.run_dir / PLAN_NAME, self._planned.as_dict())
+            tracker.artifact(self.run_dir / PLAN_NAME)
         if result.oom_events:
             write_json(self.run_dir / EVENTS_NAME, result.oom_events)
             tracker.artifact(self.run_dir / EVENTS_NAME)

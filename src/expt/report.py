@@ -35,6 +35,8 @@ def print_result(result: RunResult, run_dir: Path) -> None:
     if predicted is not None:
         table.add_row("predicted peak memory", format_bytes(predicted))
     table.add_row("peak allocated memory", format_bytes(memory["peak_allocated_bytes"]))
+    if (error := memory.get("prediction_error")) is not None:
+        table.add_row("prediction error", f"{100 * error:+.2f} %")
     if memory["peak_reserved_bytes"] is not None:
         table.add_row("peak reserved memory", format_bytes(memory["peak_reserved_bytes"]))
     table.add_row("time", format_seconds(result.seconds))

@@ -57,6 +57,7 @@ class RunResult:
             "peak_reserved_bytes": None,
             "predicted_peak_bytes": None,
             "budget_bytes": None,
+            "prediction_error": None,
             "meter": None,
         }
     )

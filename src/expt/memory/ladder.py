@@ -109,6 +109,11 @@ def offload_activations(techniques: Techniques, situation: Situation) -> Techniq
     return replace(techniques, saved_tensor_offload=True)
 
 
+def chunk_evaluation(techniques: Techniques, situation: Situation) -> Techniques | str:
+    """Evaluate a batch in twice as many slices."""
+    return replace(techniques, forward_chunks=2 * techniques.forward_chunks)
+
+
 LADDER = (
     Rung("fused_attention", fuse_attention),
     Rung("halve_micro_batch", halve_micro_batch),
@@ -116,6 +121,8 @@ LADDER = (
     Rung("lighter_optimizer", lighten_optimizer),
     Rung("saved_tensor_offload", offload_activations),
 )
+PLANNED_LADDER = (*LADDER, Rung("forward_chunks", chunk_evaluation))
+"""Before a run: recovery makes evaluation smaller by itself, but a plan has to say so."""
 
 
 def descend(

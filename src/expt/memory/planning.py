@@ -28,6 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map
 
 from expt.memory.allocator import CachingAllocator, rounded
@@ -71,7 +72,7 @@ class Plan:
     target: Target
     peak_bytes: int
     reserved_bytes: int | None
-    interval_bytes: tuple[int, int]
+    interval_bytes: tuple[int, int | None]
     phase: str
     by_category: Mapping[str, int]
     by_module: Mapping[str, int]
@@ -107,6 +108,7 @@ def plan(
     evaluation_fn: Callable[[Callable[..., Any]], Any] | None = None,
     prepare: Callable[[nn.Module], None] = lambda model: None,
     resident: Iterable[Tensor] = (),
+    averaged: bool = False,
 ) -> Plan:
     """Predict the peak of one optimizer step, and of an evaluation batch if one is given.
 
@@ -123,17 +125,19 @@ def plan(
         evaluation_fn: runs one evaluation batch, without gradients.
         prepare: puts memory techniques on the model.
         resident: tensors that are on the device throughout, like a data set kept there.
+        averaged: an average of the weights is kept beside them.
 
     Raises:
         UserError: the model's own constructor or forward refuses its arguments.
 
     """
     started = time.perf_counter()
-    trace = trace_step(
-        model_fn, batch_fn, optimizer_fn, loss_fn, target=target, precision=precision,
-        micro_batches=micro_batches, clip_norm=clip_norm, evaluation_fn=evaluation_fn,
-        prepare=prepare, resident=resident,
-    )  # fmt: skip
+    with _disable_current_modes():  # a ledger that is on would count what is not there
+        trace = trace_step(
+            model_fn, batch_fn, optimizer_fn, loss_fn, target=target, precision=precision,
+            micro_batches=micro_batches, clip_norm=clip_norm, evaluation_fn=evaluation_fn,
+            prepare=prepare, resident=resident, averaged=averaged,
+        )  # fmt: skip
     return _read(trace, target, time.perf_counter() - started)
 
 
@@ -150,6 +154,7 @@ def trace_step(
     evaluation_fn: Callable[[Callable[..., Any]], Any] | None,
     prepare: Callable[[nn.Module], None],
     resident: Iterable[Tensor],
+    averaged: bool,
 ) -> StorageTrace:
     """Run the step on fake tensors and return the record; see `plan` for the arguments."""
     mode = fake_mode()
@@ -161,6 +166,8 @@ def trace_step(
         parameters = list(model.parameters())
         trace.enter([*parameters, *model.buffers()], "parameters")
         trace.enter(resident, "inputs")
+        average = [torch.empty_like(p) for p in parameters if averaged and p.requires_grad]
+        trace.enter(average, "parameters")
         optimizer = optimizer_fn(parameters)
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         _make_state(trace, optimizer, trained, target)

@@ -27,11 +27,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from expt.memory.applying import apply as apply_techniques
 from expt.memory.footing import Apply
 from expt.memory.oom_event import OomEvent
 from expt.memory.recovery import Limits, Recovery
 from expt.memory.techniques import Techniques
+from expt.memory.techniques import apply as apply_techniques
 
 B = TypeVar("B")
 T = TypeVar("T")

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from expt.construction import Settings, build
-from expt.memory.applying import apply
+from expt.construction import Settings, build, techniques_of
 from expt.memory.budget import Budget
 from expt.memory.evidence import collect
+from expt.memory.ladder import Predict
 from expt.memory.meter import CudaMeter, LedgerMeter, meter_for
 from expt.memory.recovery import Limits, Recovery
-from expt.memory.techniques import Techniques
+from expt.memory.techniques import apply
 from expt.protocols import DataSet
 from expt.recording import Recorder
 from expt.schema import MemoryConfig
@@ -32,14 +32,22 @@ ADVICE = (
 class Room:
     """A run's budget, if it has one, and its recovery, which tells `recorder` of every event."""
 
-    def __init__(self, memory: MemoryConfig, device: torch.device, recorder: Recorder) -> None:
+    def __init__(
+        self,
+        memory: MemoryConfig,
+        budget: Budget | None,
+        device: torch.device,
+        recorder: Recorder,
+        predict: Predict,
+    ) -> None:
         self.device = device
-        self.budget = None if memory.budget is None else Budget.parse(memory.budget, device)
+        self.budget = budget
         folder = recorder.run_dir / EVIDENCE
         self.recovery = Recovery(
             techniques_of(memory),
             device,
             apply=apply,
+            predict=predict,
             limits=Limits(memory.recover, memory.max_recoveries_per_step, memory.max_recoveries),
             budget_bytes=self.budget.bytes if self.budget else None,
             on_event=recorder.oom,
@@ -52,30 +60,23 @@ class Room:
         with self.budget.enforce(self.device) if self.budget else nullcontext() as ledger:
             yield meter_for(self.device, ledger)
 
-    def too_small_for_weights(self, settings: Settings, data: DataSet) -> str | None:
-        """Return that the budget does not even hold the model's weights, if so."""
-        weights = None if self.budget is None else weights_bytes(settings, data)
-        if self.budget is None or weights is None or weights <= self.budget.bytes:
-            return None
-        name = settings.arguments["model"]["_target_"].rpartition(".")[2]
-        return (
-            f"memory.budget={self.budget.text} is less than the weights of {name} take by "
-            f"themselves: {format_bytes(weights)} ({weights} bytes). Training needs as much again "
-            "for gradients, and the optimizer's state; raise the budget, or choose a smaller "
-            "preset (memory=minimal)"
-        )
+
+def too_small_for_weights(budget: Budget, settings: Settings, data: DataSet) -> str | None:
+    """Return that a budget does not even hold the model's weights, if so."""
+    weights = weights_bytes(settings, data)
+    if weights is None or weights <= budget.bytes:
+        return None
+    name = settings.arguments["model"]["_target_"].rpartition(".")[2]
+    return (
+        f"memory.budget={budget.text} is less than the weights of {name} take by "
+        f"themselves: {format_bytes(weights)} ({weights} bytes). Training needs as much again "
+        "for gradients, and the optimizer's state; raise the budget, or choose a smaller "
+        "preset (memory=minimal)"
+    )
 
 
 EVIDENCE = Path("memory")
 """Folder in a run's directory for what was held when memory ran out."""
-
-
-def techniques_of(memory: MemoryConfig) -> Techniques:
-    """Return the memory techniques that a configuration asks for."""
-    return Techniques(
-        gradient_accumulation=memory.gradient_accumulation,
-        activation_checkpointing=memory.activation_checkpointing,
-    )
 
 
 def weights_bytes(settings: Settings, data: DataSet) -> int | None:

@@ -22,6 +22,8 @@ from expt.evaluation import evaluate, predict
 from expt.files import write_text
 from expt.interruption import Interruption, Stopped
 from expt.memory.attempt import release
+from expt.memory.budget import Budget
+from expt.memory.planning import Plan
 from expt.profiling import StepProfiler, TraceProfiler
 from expt.progress import choose_display
 from expt.protocols import DataSet
@@ -30,7 +32,8 @@ from expt.report import plot_history, print_result
 from expt.results import RunResult, load_launch, load_result, save_launch
 from expt.stopping import Outcome
 from expt.tasks.fallback import folder, next_size, smaller_run
-from expt.tasks.room import ADVICE, Room
+from expt.tasks.planned import Predictor, plan_before
+from expt.tasks.room import ADVICE, Room, too_small_for_weights
 from expt.tracking.journal import is_closed
 from expt.tracking.opening import open_tracker
 from expt.tracking.store import without_password
@@ -60,7 +63,16 @@ def run(cfg: DictConfig, context: RunContext) -> RunResult:
             return _completed(earlier, settings, context)
         fabric = make_fabric(settings.trainer.device, settings.memory.precision)
         data: DataSet = build(settings, "data")
-        result = TrainJob(cfg, settings, context, fabric, data, interruption).run(resuming)
+        memory = settings.memory
+        budget = None if memory.budget is None else Budget.parse(memory.budget, fabric.device)
+        refusal = None if budget is None else too_small_for_weights(budget, settings, data)
+        if refusal is not None:
+            raise ConfigError(refusal)
+        settings, planned = plan_before(
+            settings, data, fabric.device.type, budget.bytes if budget else None
+        )
+        job = TrainJob(cfg, settings, context, fabric, data, interruption, budget, planned)
+        result = job.run(resuming)
     if result.fallback_run is None:
         return result
     del data
@@ -96,6 +108,8 @@ class TrainJob:
     fabric: Fabric
     data: DataSet
     interruption: Interruption
+    budget: Budget | None
+    planned: Plan | None
 
     def __post_init__(self) -> None:
         preset = self.settings.memory.preset
@@ -110,8 +124,10 @@ class TrainJob:
                 precision=str(self.fabric.strategy.precision.precision),
             ),
         )
-
-        self.room = Room(self.settings.memory, self.fabric.device, self.recorder)
+        self.recorder.plan(self.planned, self.budget.bytes if self.budget else None)
+        device = self.fabric.device
+        predict = Predictor(self.settings, self.data, "cuda" if device.type == "cuda" else "cpu")
+        self.room = Room(self.settings.memory, self.budget, device, self.recorder, predict)
 
     def run(self, resuming: bool) -> RunResult:
         """Build, fit, test, record; a fault is recorded before it is raised again."""
@@ -158,16 +174,7 @@ class TrainJob:
         self._announce(trainer)
 
     def _give_up(self, message: str) -> None:
-        """Say that memory is not enough, and which smaller run takes over, if one is wanted.
-
-        Raises:
-            ConfigError: the budget does not even hold the weights; nothing was started.
-
-        """
-        if not self.recorder.started:
-            refusal = self.room.too_small_for_weights(self.settings, self.data)
-            if refusal is not None:
-                raise ConfigError(refusal)
+        """Say that memory is not enough, and which smaller run takes over, if one is wanted."""
         self._start()
         print(f"{message}. {ADVICE}")
         result = self.recorder.result

@@ -1,0 +1,153 @@
+"""What is predicted before a training, and what follows from it: go on, adapt, or refuse.
+
+A plan that cannot be made is said in a line and is never a reason not to train.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from expt.construction import Settings, techniques_of
+from expt.errors import ConfigError, ExptError
+from expt.foresight import plan_training, savings
+from expt.memory.ladder import PLANNED_LADDER, adapt, changes
+from expt.memory.planning import Plan, Target
+from expt.memory.techniques import Techniques
+from expt.protocols import DataSet
+from expt.schema import Fallback, OnOverflow
+from expt.units import format_bytes
+
+log = logging.getLogger(__name__)
+
+
+def plan_before(
+    settings: Settings, data: DataSet, device: str, budget_bytes: int | None
+) -> tuple[Settings, Plan | None]:
+    """Predict the peak on a device; return the settings to train with, and the plan.
+
+    Raises:
+        ConfigError: the run would not fit its budget, and memory.on_overflow does not allow it.
+
+    """
+    if not settings.memory.plan:
+        return settings, None
+    target: Target = "cuda" if device == "cuda" else "cpu"
+    try:
+        planned = plan_training(settings, data, target)
+    except ConfigError:
+        raise  # the run itself would be refused with the same words
+    except Exception as error:  # whatever a user's model does under fake tensors
+        log.info("planning failed", exc_info=True)
+        print(f"peak memory not predicted: {type(error).__name__}: {_first_line(error)}")
+        return settings, None
+    overflow = budget_bytes is not None and planned.peak_bytes > budget_bytes
+    smaller_run_wanted = settings.memory.fallback is not Fallback.none
+    if overflow and settings.memory.on_overflow is OnOverflow.refuse and not smaller_run_wanted:
+        raise ConfigError(_refusal(settings, data, planned, budget_bytes or 0))
+    if overflow and settings.memory.on_overflow is OnOverflow.adapt:
+        settings, planned = _adapted(settings, data, planned, budget_bytes or 0)
+    line = f"predicted peak: {_spelled_out(planned)}"
+    if budget_bytes is not None:
+        line += f"; the budget is {format_bytes(budget_bytes)}"
+        if planned.peak_bytes > budget_bytes:
+            line += ", and the run goes on all the same"
+    print(line)
+    return settings, planned
+
+
+class Predictor:
+    """Predicts once per set of techniques."""
+
+    def __init__(self, settings: Settings, data: DataSet, target: Target) -> None:
+        self._settings, self._data, self._target = settings, data, target
+        self._known: dict[Techniques, int | None] = {}
+
+    def __call__(self, techniques: Techniques) -> int | None:
+        """Return the predicted peak in bytes."""
+        if not self._settings.memory.plan:
+            return None
+        if techniques not in self._known:
+            try:
+                found = plan_training(self._settings, self._data, self._target, techniques)
+                self._known[techniques] = found.peak_bytes
+            except (ExptError, RuntimeError, TypeError, ValueError, NotImplementedError):
+                log.info("no prediction for %s", techniques, exc_info=True)
+                self._known[techniques] = None
+        return self._known[techniques]
+
+
+def _refusal(settings: Settings, data: DataSet, planned: Plan, budget_bytes: int) -> str:
+    """Say that a run does not fit, and what would."""
+    message = (
+        f"memory.budget={settings.memory.budget} ({format_bytes(budget_bytes)}) is predicted to be "
+        f"too small: the peak is {_spelled_out(planned)}"
+    )
+    fitting = [s for s in savings(settings, data, planned) if s.peak_bytes <= budget_bytes]
+    if fitting:
+        ways = " or ".join(f"{s.change} ({format_bytes(s.peak_bytes)})" for s in fitting)
+        message += f". What would fit: {ways}"
+    else:
+        found, _ = _descend(settings, data, planned.target, budget_bytes)
+        if found is not None:
+            message += f". What would fit: {_spelled(settings, found)}"
+        else:
+            message += ". No technique is predicted to fit; try a smaller preset (memory=minimal)"
+    return (
+        f"{message}; or memory.on_overflow=adapt to have it chosen, memory.on_overflow=train to "
+        "try all the same"
+    )
+
+
+def _adapted(
+    settings: Settings, data: DataSet, planned: Plan, budget_bytes: int
+) -> tuple[Settings, Plan]:
+    """Return settings that are predicted to fit.
+
+    Raises:
+        ConfigError: there are none.
+
+    """
+    found, reasons = _descend(settings, data, planned.target, budget_bytes)
+    if found is None:
+        raise ConfigError(
+            f"memory.budget={settings.memory.budget}: predicted peak "
+            f"{format_bytes(planned.peak_bytes)}, and nothing is left that would make it fit: "
+            f"{reasons}; try a smaller preset (memory=minimal)"
+        )
+    print(f"memory.on_overflow=adapt: going on with {_spelled(settings, found)}")
+    settings = replace(settings, memory=replace(settings.memory, **vars(found)))
+    return settings, plan_training(settings, data, planned.target)
+
+
+def _descend(
+    settings: Settings, data: DataSet, target: Target, budget_bytes: int
+) -> tuple[Techniques | None, str]:
+    """Go down the ladder by prediction; return what fits, or why nothing does."""
+    techniques = techniques_of(settings.memory)
+    micro_batch = -(-data.batch_size // techniques.gradient_accumulation)
+    predict = Predictor(settings, data, target)
+    found, moves = adapt(
+        techniques, micro_batch, budget_bytes, predict, target, ladder=PLANNED_LADDER
+    )
+    reasons = [f"{s.rung}: {s.reason}" for s in (moves[-1].skipped if moves else ())]
+    return found, "; ".join(reasons)
+
+
+def _spelled_out(planned: Plan) -> str:
+    low, high = planned.interval_bytes
+    upper = "an unknown amount" if high is None else format_bytes(high)
+    return (
+        f"{format_bytes(planned.peak_bytes)} ({format_bytes(low)} to {upper}), in "
+        f"{planned.phase.replace('_', ' ')}, mostly {planned.dominant.replace('_', ' ')}"
+    )
+
+
+def _spelled(settings: Settings, found: Techniques) -> str:
+    changed = changes(techniques_of(settings.memory), found)
+    return " ".join(f"memory.{name}={str(value).lower()}" for name, value in changed.items())
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else ""
