@@ -147,7 +147,8 @@ class TrainJob:
     def _begin(self, trainer: Trainer, step: int, resuming: bool) -> None:
         result, run_dir = self.recorder.result, self.context.run_dir
         result.resumed_from_step = step
-        result.oom_events[:] = self.room.recovery.events  # also those before a resume
+        self.recorder.earlier_oom_events(self.room.recovery.events)
+        self.room.recovery.events = list(result.oom_events)
         self._start()
         if resuming:
             print(
