@@ -112,6 +112,8 @@ class TrainJob:
         )
 
         self.room = Room(self.settings.memory, self.fabric.device, self.recorder)
+        if self.room.budget is not None:
+            self.recorder.result.memory["budget_bytes"] = self.room.budget.bytes
 
     def run(self, resuming: bool) -> RunResult:
         """Build, fit, test, record; a fault is recorded before it is raised again."""
@@ -165,7 +167,8 @@ class TrainJob:
             ConfigError: the budget does not even hold the weights; nothing was started.
 
         """
-        if not self.recorder.started:
+        size = next_size(self.settings)
+        if not self.recorder.started and size is None:
             refusal = self.room.too_small_for_weights(self.settings, self.data)
             if refusal is not None:
                 raise ConfigError(refusal)
@@ -173,7 +176,6 @@ class TrainJob:
         print(f"{message}. {ADVICE}")
         result = self.recorder.result
         result.status, result.stop_reason = "failed", "out_of_memory"
-        size = next_size(self.settings)
         if size is not None:
             result.fallback_run = str(folder(self.context.run_dir, size))
             self.recorder.tracker.tags({"fallback_run": result.fallback_run})
