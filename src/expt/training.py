@@ -197,6 +197,7 @@ class Trainer:
     def _validate(self, loss_sum: float, weight_sum: float) -> StopReason | None:
         """Close the epoch: validate, record, keep the best, save; return why to stop."""
         progress, monitor = self.progress, self.data.monitor
+        self.recovery.position = (progress.step, progress.epoch)
         with self.average.exchanged():
             metrics = evaluate(
                 self.fabric,

@@ -9,8 +9,10 @@ Instead every tensor's version counter is noted, which torch raises with every w
 - A weight or its optimizer state was written: the optimizer's step was broken off half way. Then
   `undo` says so, and only an earlier copy, a checkpoint, helps.
 
-An optimizer outside torch, or a fused one, may write past the counters: broken off in its step it
-counts as the second case.
+Operators on lists of tensors (``foreach``, ``fused``) and kernels outside torch write past the
+version counters. An optimizer that uses them counts as the second case when its step is broken
+off, except for Adam and AdamW while their own count of steps, the first thing that they write,
+is as it was.
 """
 
 from __future__ import annotations
@@ -24,10 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from expt.memory.one_by_one import bare_optimizer
+from expt.memory.one_by_one import bare_optimizer, steps_at_once
 
 SMALL_BYTES = 1024**2
 """Buffers up to this size, together, are copied when they changed; larger ones are compared."""
+COUNTING = (torch.optim.Adam, torch.optim.AdamW)
+"""Optimizers that raise the count of steps of all weights first (torch/optim/adam.py)."""
 STEPPING = ("optimizer_step", "step")
 """Phases in which the optimizer may be at work; ``step`` is a step that names none."""
 
@@ -91,6 +95,7 @@ class StepUndo:
             weight: (dict(entries), [value._version for value in _tensors(entries)])
             for weight, entries in self.optimizer.state.items()
         }
+        self._counts = self._step_counts()
         self._groups = [_settings(group) for group in self.optimizer.param_groups]
         with torch.no_grad():
             self._copies = [
@@ -106,7 +111,7 @@ class StepUndo:
         if self.scaler is not None:
             # A gradient is unscaled once per step; torch has no public way to begin one again.
             self.scaler._per_optimizer_states.clear()
-        whole = not (self._written() or self._may_have_written(phase))
+        whole = not (self._written() or self._written_unseen(phase))
         state = self.optimizer.state
         for weight in list(state):
             if weight not in self._state:
@@ -131,14 +136,29 @@ class StepUndo:
             for entries, versions in self._state.values()
         )
 
-    def _may_have_written(self, phase: str) -> bool:
-        """Tell whether the optimizer was at work, and is one that counters do not follow."""
+    def _written_unseen(self, phase: str) -> bool:
+        """Tell whether the optimizer may have written past the version counters."""
         inner = getattr(self.optimizer, "inner", None)  # one that steps in the backward pass
-        stepping = phase in STEPPING or (inner is not None and phase == "backward")
+        if phase not in STEPPING and not (inner is not None and phase == "backward"):
+            return False
         optimizer = self.optimizer if inner is None else inner
         known = type(optimizer).__module__.startswith("torch.optim")
-        fused = any(group.get("fused") for group in optimizer.param_groups)
-        return stepping and (fused or not known)
+        if known and not steps_at_once(optimizer):
+            return False
+        return self._counts is None or self._step_counts() != self._counts
+
+    def _step_counts(self) -> dict[Tensor, float] | None:
+        """Return how often each weight was stepped, where that tells more than versions do.
+
+        None where it does not, or where asking would make the host wait for the device.
+        """
+        if type(self.optimizer) not in COUNTING or not steps_at_once(self.optimizer):
+            return None
+        counts = {weight: entries.get("step") for weight, entries in self.optimizer.state.items()}
+        if any(not isinstance(count, Tensor) or count.is_cuda for count in counts.values()):
+            return None
+        # A weight that was never stepped counts as one whose state was only just set up.
+        return {weight: float(count) for weight, count in counts.items() if count and count > 0}
 
 
 def _by_size(buffers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
