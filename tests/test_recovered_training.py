@@ -15,12 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from expt.acceleration import make_fabric
 from expt.evaluation import evaluate, predict
 from expt.interruption import Interruption
-from expt.memory.techniques import apply
 from expt.memory.budget import Budget
 from expt.memory.meter import LedgerMeter, meter_for
 from expt.memory.oom_event import OomEvent
 from expt.memory.recovery import Limits, Recovery
-from expt.memory.techniques import Techniques
+from expt.memory.techniques import Techniques, apply
 from expt.profiling import StepProfiler
 from expt.progress import SilentDisplay
 from expt.protocols import Batch

@@ -155,7 +155,7 @@ class Trainer:
             self.recovery.position = (progress.step, progress.epoch)
             with self.meter.step():
                 loss, weight = self.recovery.step(partial(self.train_step, indices), len(indices))
-            self.average.update()
+            self.average.update(progress.step)
             loss_sum += loss * weight
             weight_sum += weight
             progress.step += 1
