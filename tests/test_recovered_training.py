@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,11 +37,13 @@ PHASES = ("forward", "backward", *OPTIMIZER_POINTS)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums in one order only."""
+def quick() -> Iterator[None]:
+    """One thread, and no garbage collection of everything that was imported, at every release."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    gc.freeze()
     yield
+    gc.unfreeze()
     torch.set_num_threads(threads)
 
 

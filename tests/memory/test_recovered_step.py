@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,6 +16,14 @@ from expt.memory.recovery import Limits
 from expt.memory.techniques import Techniques
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """No garbage collection of everything that was imported, at every release."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def net() -> nn.Sequential:
