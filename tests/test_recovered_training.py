@@ -323,13 +323,15 @@ def test_failures_again_and_again_in_one_step(tmp_path, plain):
     assert_the_same(run, plain)
 
 
-def test_dropout_draws_the_same_numbers_again_where_the_batch_is_not_cut(tmp_path):
+@pytest.mark.parametrize(
+    "point", [(2, "optimizer_start"), (5, "optimizer_middle"), (9, "optimizer_end")]
+)
+def test_dropout_draws_the_same_numbers_again_where_the_batch_is_not_cut(tmp_path, point):
     undisturbed = Run(tmp_path / "a", dropout=0.3)
     undisturbed.fit()
-    # Before the optimizer's step, all random numbers of the step have been drawn.
-    points = [(2, "optimizer_start"), (5, "optimizer_middle"), (9, "optimizer_end")]
-    run = Run(tmp_path / "b", Faults(*points), dropout=0.3)
+    run = Run(tmp_path / "b", Faults(point), dropout=0.3)
     run.fit()
+    assert run.recovery.techniques == Techniques()
     assert torch.equal(run.weights, undisturbed.weights)
 
 
