@@ -28,10 +28,12 @@ from torch.optim import Optimizer
 
 from expt.memory.one_by_one import bare_optimizer, steps_at_once
 
-SMALL_BYTES = 1024**2
-"""Buffers up to this size, together, are copied when they changed; larger ones are compared."""
+SMALL_BYTES = 4 * 1024**2
+"""Buffers up to this size, together, are copied for every step; larger ones are compared. (The
+kernel of batch normalisation writes its statistics past the version counters.)"""
 COUNTING = (torch.optim.Adam, torch.optim.AdamW)
 """Optimizers that raise the count of steps of all weights first (torch/optim/adam.py)."""
+NO_STEPS = torch.empty(0)
 STEPPING = ("optimizer_step", "step")
 """Phases in which the optimizer may be at work; ``step`` is a step that names none."""
 
@@ -84,8 +86,7 @@ class StepUndo:
         self.weights = list(own.values())
         self._small, large = _by_size(list(model.buffers()))
         self._fixed: list[Tensor] = [*self.weights, *large]
-        # (version, copy) of every small buffer; none has the version -1
-        self._copies = [(-1, buffer) for buffer in self._small]
+        self._copies = [torch.empty_like(buffer) for buffer in self._small]
 
     def note(self) -> None:
         """Note what is there now; call it before a step."""
@@ -95,13 +96,13 @@ class StepUndo:
             weight: (dict(entries), [value._version for value in _tensors(entries)])
             for weight, entries in self.optimizer.state.items()
         }
-        self._counts = self._step_counts()
         self._groups = [_settings(group) for group in self.optimizer.param_groups]
         with torch.no_grad():
-            self._copies = [
-                kept if kept[0] == buffer._version else (buffer._version, buffer.detach().clone())
-                for kept, buffer in zip(self._copies, self._small, strict=True)
-            ]
+            steps = self._steps()
+            # Copied together, on the device: reading them would make the host wait for it.
+            self._counts = torch.stack(steps) if steps else None if steps is None else NO_STEPS
+            if self._small:
+                torch._foreach_copy_(self._copies, self._small)
 
     def undo(self, phase: str) -> bool:
         """Put back what can be, gradients to None; return whether that was all there was."""
@@ -122,9 +123,8 @@ class StepUndo:
         for group, settings in zip(self.optimizer.param_groups, self._groups, strict=True):
             group.update(settings)
         with torch.no_grad():
-            for buffer, (version, copy) in zip(self._small, self._copies, strict=True):
-                if buffer._version != version:
-                    buffer.copy_(copy)
+            if self._small:
+                torch._foreach_copy_(self._small, self._copies)
         return whole
 
     def _written(self) -> bool:
@@ -145,20 +145,26 @@ class StepUndo:
         known = type(optimizer).__module__.startswith("torch.optim")
         if known and not steps_at_once(optimizer):
             return False
-        return self._counts is None or self._step_counts() != self._counts
+        return self._stepped()
 
-    def _step_counts(self) -> dict[Tensor, float] | None:
-        """Return how often each weight was stepped, where that tells more than versions do.
-
-        None where it does not, or where asking would make the host wait for the device.
-        """
+    def _steps(self) -> list[Tensor] | None:
+        """Return every weight's count of steps; None where that tells no more than versions do."""
         if type(self.optimizer) not in COUNTING or not steps_at_once(self.optimizer):
             return None
-        counts = {weight: entries.get("step") for weight, entries in self.optimizer.state.items()}
-        if any(not isinstance(count, Tensor) or count.is_cuda for count in counts.values()):
-            return None
-        # A weight that was never stepped counts as one whose state was only just set up.
-        return {weight: float(count) for weight, count in counts.items() if count and count > 0}
+        counts = [entries.get("step") for entries in self.optimizer.state.values()]
+        found = [count for count in counts if isinstance(count, Tensor)]
+        alike = len({count.device for count in found}) <= 1
+        return found if alike and len(found) == len(counts) else None
+
+    def _stepped(self) -> bool:
+        """Tell whether a count of steps is another than it was; waits for the device."""
+        counts = self._steps()
+        if counts is None or self._counts is None:
+            return True
+        before = self._counts.tolist()
+        # A weight that had no state was never stepped.
+        before += [0.0] * (len(counts) - len(before))
+        return [float(count) for count in counts] != before
 
 
 def _by_size(buffers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

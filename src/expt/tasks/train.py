@@ -243,7 +243,8 @@ class TrainJob:
         """Test if training ended as it should; the status is set when all of it went well."""
         recorder, result = self.recorder, self.recorder.result
         recorder.progress(trainer.progress, self.data.monitor, trainer.meter)
-        result.weights_sha256 = checkpoint.weights_sha256(trainer.model)
+        if outcome.reason != "out_of_memory":  # else they may be half of a step on
+            result.weights_sha256 = checkpoint.weights_sha256(trainer.model)
         folder = self.context.run_dir / "plots"
         plots = list(plot_history(trainer.progress.history, self.data.monitor, folder))
         if outcome.status == "completed":
