@@ -17,6 +17,7 @@ from expt import __version__, checkpoint
 from expt.checkpoint import Progress
 from expt.errors import StorageError
 from expt.files import write_json
+from expt.memory.manager import MemoryManager
 from expt.memory.oom_event import OomEvent
 from expt.memory.planning import Plan
 from expt.protocols import MemoryMeter, Tracker
@@ -24,6 +25,7 @@ from expt.results import PLAN_NAME, RunResult, Status
 
 CONFIG_NAME, HISTORY_NAME = "config.yaml", "history.json"
 EVENTS_NAME = "oom_events.json"
+READINGS_NAME = "memory.csv"
 ENDINGS: dict[Status, Literal["FINISHED", "FAILED", "KILLED"]] = {
     "completed": "FINISHED",
     "failed": "FAILED",
@@ -79,6 +81,18 @@ class Recorder:
         self._planned = planned
         if planned is not None:
             self.result.memory["predicted_peak_bytes"] = planned.peak_bytes
+
+    def watched(self, manager: MemoryManager) -> None:
+        """Take over the readings of the run's memory, and say what should be changed."""
+        if not any(history.readings for history in manager.histories.values()):
+            return
+        verdict = manager.leak().verdict
+        self.tracker.tags({"memory.verdict": verdict})
+        manager.write_csv(self.run_dir / READINGS_NAME)
+        self.tracker.artifact(self.run_dir / READINGS_NAME, "memory")
+        if verdict != "steady":
+            for suggestion in manager.suggestions():
+                print(f"memory: {suggestion}")
 
     def oom(self, event: OomEvent) -> None:
         """Take over one time that memory ran out; it is told once the run has begun."""

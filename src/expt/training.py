@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from expt.checkpoint import Progress
 from expt.errors import BrokenStepError, RecoveryError
 from expt.evaluation import evaluate
 from expt.interruption import Interruption
+from expt.memory.manager import MemoryManager
 from expt.memory.recovery import Recovery
 from expt.optim import schedules
 from expt.profiling import StepProfiler
@@ -56,6 +57,7 @@ class Trainer:
     interruption: Interruption
     profiler: StepProfiler
     run_dir: Path
+    manager: MemoryManager = field(default_factory=lambda: MemoryManager(monitoring=False))
 
     def __post_init__(self) -> None:
         self.progress = Progress()
@@ -183,6 +185,7 @@ class Trainer:
                 return "non_finite_loss"
         if seen is not None and progress.step % settings.log_every_steps == 0:
             self.tracker.metrics({"train/loss_step": seen}, progress.step)
+        self.manager.step()
         self.display.step(progress.step, seen)
         val = progress.history[-1]["val"] if progress.history else None
         self.progress_file.write(progress.step, progress.epoch, val)

@@ -33,7 +33,7 @@ from expt.results import RunResult, load_launch, load_result, save_launch
 from expt.stopping import Outcome
 from expt.tasks.fallback import folder, next_size, smaller_run
 from expt.tasks.planned import Predictor, plan_before
-from expt.tasks.room import ADVICE, Room, too_small_for_weights
+from expt.tasks.room import ADVICE, Room, manager_for, too_small_for_weights
 from expt.tracking.journal import is_closed
 from expt.tracking.opening import open_tracker
 from expt.tracking.store import without_password
@@ -126,6 +126,7 @@ class TrainJob:
         )
         self.recorder.plan(self.planned, self.budget.bytes if self.budget else None)
         device = self.fabric.device
+        self.manager = manager_for(self.settings.memory, device)
         predict = Predictor(self.settings, self.data, "cuda" if device.type == "cuda" else "cpu")
         self.room = Room(self.settings.memory, self.budget, device, self.recorder, predict)
 
@@ -235,6 +236,7 @@ class TrainJob:
             tracker=self.recorder.tracker,
             display=choose_display(settings.trainer.progress),
             interruption=self.interruption,
+            manager=self.manager,
             profiler=TraceProfiler(self.context.run_dir) if profile else StepProfiler(),
             run_dir=self.context.run_dir,
         )
@@ -257,6 +259,7 @@ class TrainJob:
                 f"The loss is not finite at step {outcome.step}: the run diverged. The last "
                 "checkpoint is from before; try a lower optimizer.lr, or memory.precision=fp32."
             )
+        recorder.watched(self.manager)
         recorder.artifacts(plots)
         result.status, result.stop_reason = outcome.status, outcome.reason
 
