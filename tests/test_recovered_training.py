@@ -476,6 +476,21 @@ def test_the_limits_hold(tmp_path, limits, count, word):
     assert len(run.recovery.events) == count
 
 
+def test_a_failure_between_two_steps_goes_back_to_the_checkpoint(tmp_path, plain):
+    run = Run(tmp_path, Faults((5, "between")), checkpoint_every_steps=2)
+    after_step = run.trainer._after_step
+
+    def fail(*arguments: Any) -> Any:
+        run.faults("between")
+        return after_step(*arguments)
+
+    run.trainer._after_step = fail
+    run.fit()
+    (event,) = run.recovery.events
+    assert (event["phase"], event["rung"], event["replayed"]) == ("loop", "halve_micro_batch", True)
+    assert_the_same(run, plain)
+
+
 def test_another_error_is_not_taken_for_a_lack_of_memory(tmp_path):
     run = Run(tmp_path, Faults((2, "backward"), kind=RuntimeError))
     with pytest.raises(RuntimeError, match="out of memory"):

@@ -131,7 +131,7 @@ class Trainer:
     def _epoch_or_replay(self) -> StopReason | None:
         """Run the rest of the epoch, or go back to the last checkpoint if a step was broken."""
         try:
-            return self._epoch()
+            return self.recovery.epoch(self._epoch, self.data.batch_size)
         except BrokenStepError:
             broken_at = self.progress.step
         # Outside the handler, whose traceback holds what the step had made.

@@ -33,7 +33,7 @@ def test_the_order_down_to_the_last_rung():
     halved = ["halve_micro_batch"] * 3
     down = ["fused_attention", *halved, "activation_checkpointing", "saved_tensor_offload"]
     assert taken == down
-    assert now == Techniques(8, True, "fused", True)
+    assert now == Techniques(8, True, "fused", saved_tensor_offload=True)
     assert [skipped.rung for skipped in move.skipped] == [rung.name for rung in LADDER]
 
 

@@ -38,7 +38,9 @@ def test_a_run_stays_inside_its_budget_and_ends_like_the_free_one(expt, home):
     assert expt(*settings, "hydra.run.dir=free")[0] == 0
     free = load_result(home / "free")
     limit = int(0.6 * free.memory["peak_allocated_bytes"])
-    code, out, err = expt(*settings, f"memory.budget={limit}", "hydra.run.dir=run")
+    # Without the prediction, which would have it adapted or refused beforehand.
+    budget = (f"memory.budget={limit}", "memory.plan=false")
+    code, out, err = expt(*settings, *budget, "hydra.run.dir=run")
     assert code == 0, err
     result = load_result(home / "run")
     assert result.memory["budget_bytes"] == limit
@@ -55,7 +57,8 @@ def test_a_run_stays_inside_its_budget_and_ends_like_the_free_one(expt, home):
 
 def test_without_recovery_a_lack_of_memory_is_exit_1_without_a_traceback(expt, home):
     settings = lacking(home, "lab_once", "Net.calls == 8")  # six steps, with a validation
-    code, out, err = expt(*settings, "memory.recover=false", "trainer.checkpoint_every_steps=2")
+    more = ("memory.plan=false", "memory.recover=false", "trainer.checkpoint_every_steps=2")
+    code, out, err = expt(*settings, *more)
     assert code == 1
     assert "Traceback" not in err
     assert "memory.recover=false" in out

@@ -97,7 +97,7 @@ class Recovery:
         self._classify = classify
         self._undo: StepUndo | None = None
         self._step_trouble, self._failed_step = Trouble(), -1
-        self._evaluation_trouble = Trouble()
+        self._evaluation_trouble, self._loop_trouble = Trouble(), Trouble()
         self._thrashing = Thrashing(self._retries) if device.type == "cuda" else None
 
     @property
@@ -145,6 +145,31 @@ class Recovery:
                     f"{self._where()} the optimizer had written part of the weights; load the "
                     "last checkpoint and go on from there"
                 )
+
+    def epoch(self, work: Callable[[], T], samples: int) -> T:
+        """Do a whole epoch, whose steps recover by themselves, and catch what is between them.
+
+        Args:
+            work: may be broken off anywhere; the caller can go back to a checkpoint.
+            samples: in the batch of a step.
+
+        Raises:
+            RecoveryError: nothing is left to try.
+            BrokenStepError: memory ran out; go back to the last checkpoint.
+
+        """
+        outcome = attempt(work, self._classify, lambda: self.collect(len(self.events) + 1))
+        if isinstance(outcome, Success):
+            return outcome.value
+        release(self.device)
+        self.phase = "loop"
+        trouble = self._loop_trouble
+        trouble.failures += 1
+        reason = self._forbidden(trouble)
+        move = NOTHING if reason else self.footing.down("loop", samples, trouble.releases)
+        trouble.releases += move.rung == "release"
+        self._record(outcome, move, reason, replayed=True)
+        raise BrokenStepError(f"{self._where()} the last checkpoint is the way back")
 
     def evaluation(self, work: Callable[[int], object], batch_size: int) -> bool:
         """Do one batch of evaluation; return False if it has to be asked for again, smaller.
