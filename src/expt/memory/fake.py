@@ -11,6 +11,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+
+REGISTRIES = frozenset(vars(nn.Module()))
+"""What every module keeps by itself: parameters, buffers, hooks, modules."""
 
 
 def fake_mode() -> FakeTensorMode:
@@ -59,5 +64,5 @@ def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
             if buffer is not None:
                 module._buffers[name] = fake(buffer)
         for name, value in list(vars(module).items()):
-            if isinstance(value, Tensor):
-                vars(module)[name] = fake(value)
+            if isinstance(value, Tensor | list | tuple | dict) and name not in REGISTRIES:
+                vars(module)[name] = tree_map_only(Tensor, fake, value)

@@ -82,7 +82,7 @@ def lstm_workspace(func: Any, args: tuple[Any, ...], result: Any) -> Any:
 
     Its size is linear in the number of steps, and asked of the real kernel on one and two.
     """
-    if func is not aten.mkldnn_rnn_layer.default or not args[15]:
+    if func is not aten.mkldnn_rnn_layer.default or not args[15] or result[3].numel():
         return result
     with no_dispatch():
         one, two = (_workspace_bytes(args, steps) for steps in (1, 2))

@@ -120,13 +120,19 @@ class StorageTrace(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
 
-    def enter(self, tensors: Iterable[Tensor], category: str) -> None:
-        """Enter tensors that are known to be of a category (parameters, gradients, …)."""
+    def enter(self, tensors: Iterable[Tensor], category: str, module: str = "") -> None:
+        """Enter tensors that are known to be of a category (parameters, gradients, …).
+
+        `module` is the name of the one they belong to, where that is known.
+        """
         for tensor in tensors:
+            if tensor.layout is not torch.strided:
+                continue
             self._enter(tensor, category, made=False)
             number = self._numbers.get(tensor.untyped_storage()._cdata)
             if number is not None:
-                self.storages[number].category = category
+                storage = self.storages[number]
+                storage.category, storage.module = category, module or storage.module
 
     def alive(self) -> list[int]:
         """Return the numbers of the storages that are alive now."""
