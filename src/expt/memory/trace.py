@@ -21,10 +21,12 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from expt.memory.in_place_sums import InPlaceSums
+from expt.memory.ledger import dense_parts
 from expt.memory.scratch import lstm_workspace
 
 DEVICE_OF = torch.ops.prim.device.default
@@ -125,9 +127,9 @@ class StorageTrace(TorchDispatchMode):
 
         `module` is the name of the one they belong to, where that is known.
         """
-        for tensor in tensors:
-            if tensor.layout is not torch.strided:
-                continue
+        with no_dispatch():
+            parts = [part for tensor in tensors for part in dense_parts(tensor)]
+        for tensor in parts:
             self._enter(tensor, category, made=False)
             number = self._numbers.get(tensor.untyped_storage()._cdata)
             if number is not None:
@@ -151,6 +153,8 @@ class StorageTrace(TorchDispatchMode):
 
     def _enter(self, tensor: Tensor, operator: str, made: bool) -> None:
         if tensor.layout is not torch.strided:
+            for part in dense_parts(tensor):
+                self._enter(part, operator, made)
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
