@@ -209,7 +209,8 @@ def _foreach_by_default(optimizer: Optimizer) -> bool:
     Most optimizers of torch do; Adafactor has the option and leaves it off.
     """
     bare = getattr(optimizer, "inner", optimizer)
-    return hasattr(sys.modules[type(bare).__module__], "_default_to_fused_or_foreach")
+    modules = [sys.modules[kind.__module__] for kind in type(bare).mro() if kind is not Optimizer]
+    return any(hasattr(module, "_default_to_fused_or_foreach") for module in modules)
 
 
 def _homes(model: nn.Module) -> dict[int, str]:
