@@ -58,7 +58,7 @@ def measured() -> Callable[..., int]:
             optimizer.zero_grad()
 
         step()
-        state = [value for value in tree_iter(list(optimizer.state.values()))]
+        state = tree_iter(list(optimizer.state.values()))
         tensors = [value for value in state if isinstance(value, Tensor)]
         return profiled_peak(step, [*model.parameters(), *model.buffers(), *tensors])
 

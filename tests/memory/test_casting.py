@@ -29,6 +29,12 @@ from expt.memory.checkpointing import checkpoint_activations
         lambda x: F.smooth_l1_loss(x, x),
         lambda x: F.cross_entropy(x, torch.zeros(4, dtype=torch.long)),
         lambda x: F.softplus(x),
+        lambda x: F.rms_norm(x, (8,)),
+        lambda x: torch.logsumexp(x, -1),
+        lambda x: F.huber_loss(x, x),
+        lambda x: F.interpolate(x[None, None], scale_factor=2),
+        lambda x: torch.linalg.vector_norm(x),
+        nn.RMSNorm(8),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -86,6 +92,18 @@ def test_attention_with_dropout_keeps_no_mask_on_cuda(positional) -> None:
         assert kept(attend, q) < scores
     with target_rules("cuda", "fp32"):
         assert kept(attend, q) < scores
+
+
+def test_torchs_own_attention_layer_keeps_no_mask_on_cuda_either() -> None:
+    x = torch.randn(1, 64, 8, requires_grad=True)
+    layer = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.5, batch_first=True)
+    scores = 2 * 64 * 64 * 4
+    assert kept(layer, x) > 2 * scores
+    with target_rules("cuda", "bf16"):
+        assert kept(layer, x) < scores
+    asked = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
+    with target_rules("cuda", "fp32"):
+        assert kept(lambda x: asked(x, x, x)[0], x) > 2 * scores, "weights that are returned"
 
 
 def test_backward_is_the_engines_own() -> None:
