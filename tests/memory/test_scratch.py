@@ -141,7 +141,7 @@ def test_the_workspace_of_an_lstm_is_what_the_real_kernel_asks_for() -> None:
     for measured, asked in mode.found[:2]:
         assert asked == measured > 0
     measured, asked = mode.found[2]
-    assert asked == pytest.approx(measured, rel=0.02)  # rounded to pages
+    assert asked == pytest.approx(measured, rel=0.05)  # rounded to pages
 
 
 def test_an_lstm_is_within_a_few_percent(measured) -> None:
