@@ -175,5 +175,5 @@ def test_a_budget_for_a_card_that_is_not_here(monkeypatch) -> None:
     assert budget_bytes("24GiB", "cuda") == 24 * 2**30
     assert budget_bytes("50%", "cpu") > 2**20
     for text in ("80%", "auto"):
-        with pytest.raises(ConfigError, match="memory.budget=.*24GiB"):
+        with pytest.raises(ConfigError, match=r"memory.budget=.*24GiB"):
             budget_bytes(text, "cuda")
