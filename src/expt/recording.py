@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -85,6 +86,21 @@ class Recorder:
         self._waiting.append(event)
         if self.started:
             self._tell()
+
+    def earlier_oom_events(self, restored: Sequence[Mapping[str, Any]]) -> None:
+        """Put the events of the run's earlier part first, also those after its last checkpoint.
+
+        Args:
+            restored: those of the checkpoint, then those of this process.
+
+        """
+        try:
+            stored = json.loads((self.run_dir / EVENTS_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            stored = []
+        own = len(self.result.oom_events)
+        earlier = max(stored, restored[: len(restored) - own], key=len)
+        self.result.oom_events[:0] = earlier
 
     def _tell(self) -> None:
         for event in self._waiting:

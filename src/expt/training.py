@@ -155,7 +155,7 @@ class Trainer:
             self.recovery.position = (progress.step, progress.epoch)
             with self.meter.step():
                 loss, weight = self.recovery.step(partial(self.train_step, indices), len(indices))
-            self.average.update()
+            self.average.update(progress.step)
             loss_sum += loss * weight
             weight_sum += weight
             progress.step += 1
@@ -197,6 +197,7 @@ class Trainer:
     def _validate(self, loss_sum: float, weight_sum: float) -> StopReason | None:
         """Close the epoch: validate, record, keep the best, save; return why to stop."""
         progress, monitor = self.progress, self.data.monitor
+        self.recovery.position = (progress.step, progress.epoch)
         with self.average.exchanged():
             metrics = evaluate(
                 self.fabric,

@@ -10,7 +10,7 @@ from expt.memory.techniques import Techniques
 from expt.units import format_bytes
 
 PHASES = {
-    "build": "while building the model",
+    "build": "while building the model and placing the data",
     "resume": "while loading the checkpoint",
     "epoch": "at the beginning of an epoch",
     "step": "in a step",

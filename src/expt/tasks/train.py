@@ -66,7 +66,7 @@ def run(cfg: DictConfig, context: RunContext) -> RunResult:
         memory = settings.memory
         budget = None if memory.budget is None else Budget.parse(memory.budget, fabric.device)
         refusal = None if budget is None else too_small_for_weights(budget, settings, data)
-        if refusal is not None:
+        if refusal is not None and next_size(settings) is None:
             raise ConfigError(refusal)
         settings, planned = plan_before(
             settings, data, fabric.device.type, budget.bytes if budget else None
@@ -163,7 +163,8 @@ class TrainJob:
     def _begin(self, trainer: Trainer, step: int, resuming: bool) -> None:
         result, run_dir = self.recorder.result, self.context.run_dir
         result.resumed_from_step = step
-        result.oom_events[:] = self.room.recovery.events  # also those before a resume
+        self.recorder.earlier_oom_events(self.room.recovery.events)
+        self.room.recovery.events = list(result.oom_events)
         self._start()
         if resuming:
             print(
@@ -175,11 +176,11 @@ class TrainJob:
 
     def _give_up(self, message: str) -> None:
         """Say that memory is not enough, and which smaller run takes over, if one is wanted."""
+        size = next_size(self.settings)
         self._start()
         print(f"{message}. {ADVICE}")
         result = self.recorder.result
         result.status, result.stop_reason = "failed", "out_of_memory"
-        size = next_size(self.settings)
         if size is not None:
             result.fallback_run = str(folder(self.context.run_dir, size))
             self.recorder.tracker.tags({"fallback_run": result.fallback_run})
@@ -242,7 +243,8 @@ class TrainJob:
         """Test if training ended as it should; the status is set when all of it went well."""
         recorder, result = self.recorder, self.recorder.result
         recorder.progress(trainer.progress, self.data.monitor, trainer.meter)
-        result.weights_sha256 = checkpoint.weights_sha256(trainer.model)
+        if outcome.reason != "out_of_memory":  # else they may be half of a step on
+            result.weights_sha256 = checkpoint.weights_sha256(trainer.model)
         folder = self.context.run_dir / "plots"
         plots = list(plot_history(trainer.progress.history, self.data.monitor, folder))
         if outcome.status == "completed":
