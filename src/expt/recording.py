@@ -79,7 +79,7 @@ class Recorder:
         """Take over what was predicted, and the limit."""
         self.result.memory["budget_bytes"] = budget_bytes
         self._planned = planned
-        if planned is not None:
+        if planned is not None and planned.interval_bytes[1] is not None:  # else a lower bound
             self.result.memory["predicted_peak_bytes"] = planned.peak_bytes
 
     def watched(self, manager: MemoryManager) -> None:
