@@ -26,8 +26,8 @@ import expt
 ROOT = Path(expt.__file__).parent
 LAYERS = {  # from the top; a name stands for a module or a package under `expt`
     "cli": {"__main__", "composition", "dispatch", "explanation"},
-    "tasks": {"tasks", "construction", "validation", "foresight"},
-    "orchestration": {"grid", "report", "plan_tables", "sweep"},
+    "tasks": {"tasks", "construction", "validation", "foresight", "batch_search", "fitting"},
+    "orchestration": {"grid", "report", "plan_tables", "cards_table", "sweep"},
     "loop": {
         "training",
         "evaluation",

@@ -19,7 +19,14 @@ from expt.errors import ConfigError, nearest
 from expt.memory.techniques import Techniques, apply
 from expt.memory.techniques import problems as technique_problems
 from expt.protocols import DataSet
-from expt.schema import MemoryConfig, TrackingConfig, TrainerConfig
+from expt.schema import (
+    AUTO,
+    CardsConfig,
+    FitConfig,
+    MemoryConfig,
+    TrackingConfig,
+    TrainerConfig,
+)
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -29,6 +36,11 @@ if TYPE_CHECKING:
 OFFLOAD_NEEDS_CUDA = (
     "memory.saved_tensor_offload=true moves what the backward pass needs to host memory, and a "
     "run on {device} has it there already: nothing to gain; set it to false"
+)
+
+AUTO_NOT_HERE = (
+    "data.batch_size=auto is found before a training (task=train) or by task=fit_batch; here give "
+    "a number, like data.batch_size=16"
 )
 
 
@@ -51,6 +63,13 @@ class Settings:
     memory: MemoryConfig
     tracking: TrackingConfig
     arguments: Mapping[str, Mapping[str, Any]]
+    fit: FitConfig = field(default_factory=FitConfig)
+    cards: CardsConfig = field(default_factory=CardsConfig)
+
+    @property
+    def batch_is_auto(self) -> bool:
+        """Whether the batch is still to be found; see `expt.tasks.auto_batch`."""
+        return bool(self.arguments["data"].get("batch_size") == AUTO)
 
     def target(self, group: str) -> Callable[..., Any]:
         """Return the class that an open group names."""
@@ -65,6 +84,8 @@ def build(settings: Settings, group: str, **provided: Any) -> Any:
 
     """
     arguments = settings.arguments[group]
+    if group == "data" and settings.batch_is_auto:
+        raise ConfigError(AUTO_NOT_HERE)
     parameters = inspect.signature(settings.target(group)).parameters
     handed = {
         name: value

@@ -271,6 +271,47 @@ class DiagnoseConfig:
 
 
 @dataclass
+class FitConfig:
+    """Node of the task `fit_batch` and of ``data.batch_size=auto``."""
+
+    margin: float = 0.9  # of the budget: what the predicted peak may take
+    confirm: bool = True  # two real steps with what was found, where the device is here
+    max_batch: int = 1024  # the largest batch to look for
+
+    def problems(self) -> list[str]:
+        """Return one message per value out of range."""
+        found = at_least("fit", self, max_batch=1)
+        if not 0 < self.margin <= 1:
+            found.append(
+                f"fit.margin must be above 0 and at most 1, got {self.margin}; try fit.margin=0.9"
+            )
+        return found
+
+
+@dataclass
+class CardsConfig:
+    """Node of the task `cards`."""
+
+    sizes_gib: list[float] = field(
+        default_factory=lambda: [8.0, 10.0, 12.0, 16.0, 24.0, 32.0, 40.0, 80.0, 141.0]
+    )
+    context_gib: float = 0.6  # of a card: what the CUDA context and libraries take
+
+    def problems(self) -> list[str]:
+        """Return one message per value out of range."""
+        if not (math.isfinite(self.context_gib) and self.context_gib >= 0):
+            return [f"cards.context_gib must not be negative, got {self.context_gib}"]
+        sizes = [f"{size:g}" for size in self.sizes_gib if not self.context_gib < size < math.inf]
+        if sizes or not self.sizes_gib:
+            return [
+                "cards.sizes_gib must be GiB of memory, each above "
+                f"cards.context_gib={self.context_gib:g}, like [8,12,24]; "
+                f"got {', '.join(sizes) or 'none'}"
+            ]
+        return []
+
+
+@dataclass
 class Config:
     """The whole configuration; stored as the base that `conf/config.yaml` fills."""
 
@@ -283,6 +324,8 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     diagnose: DiagnoseConfig = field(default_factory=DiagnoseConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
+    cards: CardsConfig = field(default_factory=CardsConfig)
 
 
 MAX_SEED = 2**32 - 1
@@ -291,6 +334,8 @@ ATTENTION_KERNELS = ("math", "fused", "sliding_window", "top_k")
 """Values of `memory.attention_kernel`; see `expt.models.attention_kernels`."""
 STORES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
 """Schemes of a tracking URI; MLflow's file store is no longer maintained."""
+AUTO = "auto"
+"""As `data.batch_size`: the largest that fits, found before a training."""
 OPEN_GROUPS = ("model", "data", "optimizer")
 """Groups whose keys are a `_target_` and its constructor's arguments."""
 

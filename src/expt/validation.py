@@ -21,12 +21,23 @@ from omegaconf.errors import OmegaConfBaseException
 from expt.construction import OFFLOAD_NEEDS_CUDA, Settings, locate, targets
 from expt.errors import ConfigError, nearest
 from expt.protocols import Checked
-from expt.schema import OPEN_GROUPS, Config, MemoryConfig, TrackingConfig, TrainerConfig
+from expt.schema import (
+    AUTO,
+    OPEN_GROUPS,
+    CardsConfig,
+    Config,
+    FitConfig,
+    MemoryConfig,
+    TrackingConfig,
+    TrainerConfig,
+)
 
 log = logging.getLogger(__name__)
 
 PROVIDED = {"optimizer": frozenset({"params"})}
 """Arguments that the framework passes itself; `DataSet.model_arguments` are more, for models."""
+FOR_ANY_DEVICE = tuple(f"expt.tasks.{name}.run" for name in ("plan", "fit_batch", "cards"))
+"""Tasks whose budget may be of a device that is not here; they judge it themselves."""
 
 
 def validated(cfg: DictConfig, overridden: Collection[str] = ()) -> Settings:
@@ -41,6 +52,8 @@ def validated(cfg: DictConfig, overridden: Collection[str] = ()) -> Settings:
         trainer = cast(TrainerConfig, OmegaConf.to_object(cfg.trainer))
         memory = cast(MemoryConfig, OmegaConf.to_object(cfg.memory))
         tracking = cast(TrackingConfig, OmegaConf.to_object(cfg.tracking))
+        fit = cast(FitConfig, OmegaConf.to_object(cfg.fit))
+        cards = cast(CardsConfig, OmegaConf.to_object(cfg.cards))
         open_groups = {
             group: cast(dict[str, Any], OmegaConf.to_container(cfg[group], resolve=True))
             for group in OPEN_GROUPS
@@ -48,8 +61,13 @@ def validated(cfg: DictConfig, overridden: Collection[str] = ()) -> Settings:
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     problems += memory.problems() + trainer.problems() + tracking.problems()
+    problems += fit.problems() + cards.problems()
     problems += _device_problems(trainer.device.value)
-    problems += _budget_problems(memory, trainer.device.value)
+    if cfg.task._target_ not in FOR_ANY_DEVICE:
+        problems += _budget_problems(memory, trainer.device.value)
+    automatic = open_groups["data"].get("batch_size") == AUTO
+    if automatic:
+        open_groups["data"]["batch_size"] = memory.gradient_accumulation  # judged like a number
     arguments: dict[str, Mapping[str, Any]] = {}
     for group, node in open_groups.items():
         arguments[group], found = _checked_arguments(group, node, overridden)
@@ -63,11 +81,13 @@ def validated(cfg: DictConfig, overridden: Collection[str] = ()) -> Settings:
             f"there are samples in a batch, data.batch_size={batch_size}"
         )
     problems += _technique_problems(memory, trainer, arguments["data"])
+    if automatic and "batch_size" in arguments["data"]:
+        arguments["data"] = {**arguments["data"], "batch_size": AUTO}
     if "optimizer" in sound:
         problems += _optimizer_problems(sound["optimizer"])
     if problems:
         raise ConfigError(problems)
-    return Settings(trainer, memory, tracking, arguments)
+    return Settings(trainer, memory, tracking, arguments, fit, cards)
 
 
 def _added_keys(cfg: DictConfig) -> list[str]:
@@ -116,6 +136,7 @@ def _checked_arguments(
             problems.append(f"{key} must be given, like {key}=VALUE")
         elif name in hints and not _conforms(value, hints[name]):
             expected = inspect.formatannotation(hints[name])
+            expected += f" or the word {AUTO}" if key == "data.batch_size" else ""
             problems.append(f"{key}={value!r}: expected {expected}, got {type(value).__name__}")
         else:
             kept[name] = value

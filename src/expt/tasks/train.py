@@ -31,6 +31,7 @@ from expt.recording import CONFIG_NAME, Recorder, device_name
 from expt.report import plot_history, print_result
 from expt.results import RunResult, load_launch, load_result, save_launch
 from expt.stopping import Outcome
+from expt.tasks.auto_batch import with_batch_found
 from expt.tasks.fallback import folder, next_size, smaller_run
 from expt.tasks.planned import Predictor, plan_before
 from expt.tasks.room import ADVICE, Room, manager_for, too_small_for_weights
@@ -62,6 +63,7 @@ def run(cfg: DictConfig, context: RunContext) -> RunResult:
         if earlier is not None and earlier.status == "completed":
             return _completed(earlier, settings, context)
         fabric = make_fabric(settings.trainer.device, settings.memory.precision)
+        cfg, settings, context = with_batch_found(cfg, settings, context, fabric.device)
         data: DataSet = build(settings, "data")
         memory = settings.memory
         budget = None if memory.budget is None else Budget.parse(memory.budget, fabric.device)
