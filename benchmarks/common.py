@@ -62,10 +62,10 @@ def load(name: str) -> dict[str, Any]:
         return {}
 
 
-def store(name: str, result: Mapping[str, Any], tables: str) -> None:
-    """Write ``results/NAME.json`` and ``.md``, and put the tables into the README's place."""
+def store(name: str, result: Mapping[str, Any], tables: str, more: str = "") -> None:
+    """Write ``results/NAME.json`` and ``.md``, and put the tables, not `more`, into the README."""
     write_json(RESULTS / f"{name}.json", dict(result))
-    write_text(RESULTS / f"{name}.md", tables)
+    write_text(RESULTS / f"{name}.md", f"{tables}\n{more}" if more else tables)
     text = README.read_text(encoding="utf-8")
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if begin in text:

@@ -101,7 +101,7 @@ def main() -> None:
         row = record["rows"][name] = json.loads(done.stdout.splitlines()[-1])
         print(f"{name}: {100 * error(row):+.2f} %, {row['seconds']:.2f} s", flush=True)
         record["made"] = provenance()
-        store("prediction", record, tables(record))
+        store("prediction", record, *tables(record))
 
 
 def measure(
@@ -226,7 +226,7 @@ def error(row: dict[str, Any]) -> float:
     return float(row["predicted_bytes"] / row["measured_bytes"] - 1)
 
 
-def tables(record: dict[str, Any]) -> str:
+def tables(record: dict[str, Any]) -> tuple[str, str]:
     """Return the README's summary and the table of all rows."""
     found = record["rows"]
     gaps = sorted(abs(error(row)) for row in found.values())
@@ -251,7 +251,7 @@ def tables(record: dict[str, Any]) -> str:
         )
         for name, row in found.items()
     ]
-    return summary + source_line(record, "prediction") + "\n" + markdown(columns, body)
+    return summary + source_line(record, "prediction"), markdown(columns, body)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,16 @@ from torch import nn
 
 from expt.averaging import NoAverage, WeightAverage, average_for
 
+FAR = 100_000
+"""A step from which on the decay is the one asked for."""
+
 
 def walk(model: nn.Module, steps: int, average: NoAverage) -> list[torch.Tensor]:
     seen = []
     for step in range(steps):
         with torch.no_grad():
             model.weight += float(step + 1)
-        average.update()
+        average.update(FAR + step)
         seen.append(model.weight.detach().clone())
     return seen
 
@@ -26,6 +29,16 @@ def test_the_average_is_the_exponential_one():
     for weight in walk(model, 5, average):
         expected = 0.9 * expected + 0.1 * weight
     torch.testing.assert_close(average.state_dict()["weight"], expected)
+
+
+def test_the_first_steps_are_followed_closely():
+    model = nn.Linear(2, 2)
+    average = WeightAverage(model, 0.9999)
+    before = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight += 1.0
+    average.update(0)
+    torch.testing.assert_close(average.state_dict()["weight"], before + 0.9)
 
 
 def test_inside_the_model_has_the_averaged_weights_and_afterwards_its_own():

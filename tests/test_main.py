@@ -46,7 +46,7 @@ def test_a_run_ends_with_its_table_and_its_record(expt, home):
     }
     assert all(value > 0 for value in result["metrics"].values())
     assert result["memory"]["peak_allocated_bytes"] > 1_000_000
-    assert result["memory"]["predicted_peak_bytes"] is None
+    assert abs(result["memory"]["prediction_error"]) < 0.02
     assert "ledger" in result["memory"]["meter"]
     assert result["oom_events"] == []
     assert len(result["weights_sha256"]) == 64
@@ -101,6 +101,20 @@ def test_a_run_ends_with_its_table_and_its_record(expt, home):
         (["trainer.seed=99999999999"], ["trainer.seed", "99999999999"]),
         (["tracking.uri=foo"], ["tracking.uri='foo'", "sqlite://"]),
         (["memory=lite,full"], ["add -m"]),
+        (["memory.budget=6 gigs"], ["memory.budget=6 gigs", "GiB", "80%", "auto"]),
+        (["memory.budget=-1"], ["memory.budget=-1", "positive"]),
+        (["memory.budget=0"], ["memory.budget=0", "at least one byte"]),
+        (["memory.budget=150%"], ["memory.budget=150%", "at most 100%"]),
+        (["memory.budget=abc"], ["memory.budget=abc", "200MiB"]),
+        (["memory.budget=nan"], ["memory.budget=nan", "200MiB"]),
+        (["memory.budget=true"], ["memory.budget=True", "200MiB"]),
+        (["memory.budget=900TiB"], ["memory.budget=900TiB", "cpu", "GiB", "100%"]),
+        (
+            ["memory.budget=9.5MB", "memory=full"],
+            ["memory.budget=9.5MB", "Alternating", "12.1 MiB"],
+        ),
+        (["memory.max_recoveries=0"], ["memory.max_recoveries", "at least 1"]),
+        (["memory.fallback=smaller"], ["memory.fallback", "preset"]),
         (["memory.gradient_accumulation=9"], ["gradient_accumulation=9", "batch_size=4"]),
         (["--config-dir=nowhere", "model=own"], ["nowhere", "no such folder"]),
         (["-m", "trainer.epochs=1,abc"], ["trainer.epochs=abc"]),
@@ -222,6 +236,7 @@ def test_a_pickle_with_anything_but_arrays_is_refused_unexecuted(expt, home):
     assert not (home / "planted").exists()
 
 
+REAL = "(type(speed).__name__ == 'Tensor')"
 MODULE = """
 import torch
 from torch import nn
@@ -265,7 +280,8 @@ def test_a_loss_that_is_not_finite_stops_with_a_verdict(expt, home):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_after_the_step_with_everything_saved(expt, home, number, code):
-    body = f"import signal; (time_of_day.numel() and signal.raise_signal({int(number)}))"
+    # Not while the plan calls the model with tensors that hold nothing.
+    body = f"import signal; {REAL} and signal.raise_signal({int(number)})"
     (home / f"lab_signal{code}.py").write_text(MODULE.format(body=body))
     got, _, _ = expt(f"model._target_=lab_signal{code}.Net", "hydra.run.dir=run")
     assert got == code
@@ -324,7 +340,9 @@ def test_a_full_disk_is_exit_1_and_what_was_saved_is_intact(home):
         return done.returncode, done.stderr
 
     (home / "lab_full.py").write_text(
-        MODULE.format(body="import os, signal; 'STOP' in os.environ and signal.raise_signal(15)")
+        MODULE.format(
+            body=f"import os, signal; 'STOP' in os.environ and {REAL} and signal.raise_signal(15)"
+        )
     )
     target = ("model._target_=lab_full.Net", "+model.width=4", "trainer.resume=true")
     os.environ["STOP"] = "1"
@@ -360,7 +378,7 @@ def test_help_text(expt, capfd):
     with pytest.raises(SystemExit):
         expt("--help", small=False)
     out = capfd.readouterr().out
-    assert out.count("  python -m expt") == 6
+    assert out.count("  python -m expt") == 9
     for word in ("full", "lite", "minimal", "experiment: ", "debug: ", "-sc install=bash"):
         assert word in out
 

@@ -45,6 +45,7 @@ def test_the_file_is_plain_json_with_every_field(tmp_path: Path) -> None:
         "predicted_peak_bytes",
         "budget_bytes",
         "meter",
+        "prediction_error",
     }
 
 

@@ -2,7 +2,15 @@ from __future__ import annotations
 
 import pytest
 
-from expt.units import GIB, MIB, format_bytes, format_seconds
+from expt.units import (
+    GIB,
+    MIB,
+    budget_problem,
+    format_allocation,
+    format_bytes,
+    format_seconds,
+    parse_bytes,
+)
 
 
 @pytest.mark.parametrize(
@@ -43,3 +51,71 @@ def test_the_units_are_binary() -> None:
 )
 def test_durations_for_a_reader(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "count"),
+    [
+        ("200MiB", 200 * MIB),
+        ("6GiB", 6 * GIB),
+        ("6gib", 6 * GIB),
+        ("6GB", 6 * 10**9),
+        ("1.5 GiB", 3 * GIB // 2),
+        ("2TiB", 2 * 1024 * GIB),
+        ("512KiB", 512 * 1024),
+        ("100 B", 100),
+        ("1048576", MIB),
+        (MIB, MIB),
+        (1e9, 10**9),
+        (2**62 + 1, 2**62 + 1),
+    ],
+)
+def test_amounts_of_memory(value: object, count: int) -> None:
+    assert parse_bytes(value) == count
+
+
+@pytest.mark.parametrize(
+    ("value", "word"),
+    [
+        ("6 gigs", "'gigs'"),
+        ("6G", "GiB or GB"),
+        ("abc", "not an amount"),
+        ("", "not an amount"),
+        ("nan", "not an amount"),
+        (float("nan"), "positive"),
+        (float("inf"), "positive"),
+        (-1, "positive"),
+        ("-6GiB", "positive"),
+        (0, "at least one byte"),
+        ("0GiB", "at least one byte"),
+        ("0.5", "at least one byte"),
+        ("1e999", "at least one byte"),
+        (True, "not an amount"),
+        (None, "not an amount"),
+        ([1], "not an amount"),
+        ("6GiB/s", "not an amount"),
+    ],
+)
+def test_what_is_no_amount_of_memory(value: object, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        parse_bytes(value)
+    assert word in str(budget_problem(value))
+
+
+@pytest.mark.parametrize("value", ["80%", "100 %", "0.5%", "auto", "AUTO", "6GiB"])
+def test_a_budget_may_be_a_share_or_what_is_free(value: str) -> None:
+    assert budget_problem(value) is None
+
+
+@pytest.mark.parametrize("value", ["150%", "0%", "-5%", "100.1%"])
+def test_a_share_is_of_the_device(value: str) -> None:
+    assert "at most 100%" in str(budget_problem(value, "limit"))
+    assert str(budget_problem(value, "limit")).startswith(f"limit={value}")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 bytes"), (1023, "1023 bytes"), (1024, "1.00 KiB"), (5 * GIB // 2, "2.50 GiB")],
+)
+def test_bytes_as_an_allocator_writes_them(count: int, text: str) -> None:
+    assert format_allocation(count) == text

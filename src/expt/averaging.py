@@ -18,7 +18,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 class NoAverage:
     """The weights as they are."""
 
-    def update(self) -> None:
+    def update(self, step: int) -> None:
         """Do nothing."""
 
     @contextmanager
@@ -41,15 +41,16 @@ class WeightAverage(NoAverage):
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self._average = get_ema_multi_avg_fn(decay)
+        self._decay = decay
         self._weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._averages = {name: p.detach().clone() for name, p in self._weights.items()}
 
-    def update(self) -> None:
-        """Move the average towards the weights."""
+    def update(self, step: int) -> None:
+        """Move the average towards the weights; in the first of `step`s it follows closely."""
         averages = list(self._averages.values())
         weights = [weight.detach() for weight in self._weights.values()]
-        self._average(averages, weights, 0)
+        decay = min(self._decay, (1 + step) / (10 + step))
+        get_ema_multi_avg_fn(decay)(averages, weights, step)
 
     @contextmanager
     def exchanged(self) -> Iterator[None]:

@@ -44,8 +44,8 @@ def headline(record: Mapping[str, Any]) -> str:
         f"mostly {record['dominant'].replace('_', ' ')}"
     )
     if record["budget_bytes"] is not None:
-        verdict = "fits" if record["fits"] else "does NOT fit"
-        line += f"; {verdict} the budget of {format_bytes(record['budget_bytes'])}"
+        verdict = {True: "fits", False: "does NOT fit", None: "may or may not fit"}
+        line += f"; {verdict[record['fits']]} the budget of {format_bytes(record['budget_bytes'])}"
     return line
 
 

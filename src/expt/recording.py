@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from expt import __version__, checkpoint
 from expt.checkpoint import Progress
 from expt.errors import StorageError
 from expt.files import write_json
+from expt.memory.manager import MemoryManager
 from expt.memory.oom_event import OomEvent
 from expt.memory.planning import Plan
 from expt.protocols import MemoryMeter, Tracker
@@ -23,6 +25,7 @@ from expt.results import PLAN_NAME, RunResult, Status
 
 CONFIG_NAME, HISTORY_NAME = "config.yaml", "history.json"
 EVENTS_NAME = "oom_events.json"
+READINGS_NAME = "memory.csv"
 ENDINGS: dict[Status, Literal["FINISHED", "FAILED", "KILLED"]] = {
     "completed": "FINISHED",
     "failed": "FAILED",
@@ -76,8 +79,20 @@ class Recorder:
         """Take over what was predicted, and the limit."""
         self.result.memory["budget_bytes"] = budget_bytes
         self._planned = planned
-        if planned is not None:
+        if planned is not None and planned.interval_bytes[1] is not None:  # else a lower bound
             self.result.memory["predicted_peak_bytes"] = planned.peak_bytes
+
+    def watched(self, manager: MemoryManager) -> None:
+        """Take over the readings of the run's memory, and say what should be changed."""
+        if not any(history.readings for history in manager.histories.values()):
+            return
+        verdict = manager.leak().verdict
+        self.tracker.tags({"memory.verdict": verdict})
+        manager.write_csv(self.run_dir / READINGS_NAME)
+        self.tracker.artifact(self.run_dir / READINGS_NAME, "memory")
+        if verdict != "steady":
+            for suggestion in manager.suggestions():
+                print(f"memory: {suggestion}")
 
     def oom(self, event: OomEvent) -> None:
         """Take over one time that memory ran out; it is told once the run has begun."""
@@ -85,6 +100,21 @@ class Recorder:
         self._waiting.append(event)
         if self.started:
             self._tell()
+
+    def earlier_oom_events(self, restored: Sequence[Mapping[str, Any]]) -> None:
+        """Put the events of the run's earlier part first, also those after its last checkpoint.
+
+        Args:
+            restored: those of the checkpoint, then those of this process.
+
+        """
+        try:
+            stored = json.loads((self.run_dir / EVENTS_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            stored = []
+        own = len(self.result.oom_events)
+        earlier = max(stored, restored[: len(restored) - own], key=len)
+        self.result.oom_events[:0] = earlier
 
     def _tell(self) -> None:
         for event in self._waiting:

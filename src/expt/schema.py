@@ -91,6 +91,11 @@ class MemoryConfig:
     forward_chunks_in_training: bool = False  # also in training, where it saves little
 
     budget: Any = None  # 200MiB, 6GiB, 6GB, 80%, bytes, auto (what is free now); None: no limit
+    watch: bool = True  # read memory once a second; warn at 90 %, tidy up above the thresholds
+    gpu_threshold: float = 0.85  # part of the device's memory
+    cpu_threshold: float = 0.80  # part of the host's
+    cleanup_interval_seconds: float = 30.0  # between two cleanups for a threshold
+    force_cleanup_every: int | None = None  # steps; None: only above a threshold
     plan: bool = True  # predict the peak before training; never a reason to fail
     target: str | None = None  # cuda or cpu: what to plan for; None: the run's device, else cuda
     on_overflow: OnOverflow = OnOverflow.refuse  # what to do when the plan exceeds the budget
@@ -110,7 +115,18 @@ class MemoryConfig:
             attention_top_k=1,
             max_recoveries=1,
             max_recoveries_per_step=1,
+            force_cleanup_every=1,
         )
+        found += [
+            f"memory.{name} must be above 0 and at most 1, like 0.85, got {getattr(self, name)}"
+            for name in ("gpu_threshold", "cpu_threshold")
+            if not 0 < getattr(self, name) <= 1
+        ]
+        if not self.cleanup_interval_seconds >= 0:
+            found.append(
+                "memory.cleanup_interval_seconds must not be negative, got "
+                f"{self.cleanup_interval_seconds}"
+            )
         if self.budget is not None and (problem := budget_problem(self.budget)) is not None:
             found.append(problem)
         if self.target not in (None, "cuda", "cpu"):

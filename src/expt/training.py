@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from expt.checkpoint import Progress
 from expt.errors import BrokenStepError, RecoveryError
 from expt.evaluation import evaluate
 from expt.interruption import Interruption
+from expt.memory.manager import MemoryManager
 from expt.memory.recovery import Recovery
 from expt.optim import schedules
 from expt.profiling import StepProfiler
@@ -56,6 +57,7 @@ class Trainer:
     interruption: Interruption
     profiler: StepProfiler
     run_dir: Path
+    manager: MemoryManager = field(default_factory=lambda: MemoryManager(monitoring=False))
 
     def __post_init__(self) -> None:
         self.progress = Progress()
@@ -129,7 +131,7 @@ class Trainer:
     def _epoch_or_replay(self) -> StopReason | None:
         """Run the rest of the epoch, or go back to the last checkpoint if a step was broken."""
         try:
-            return self._epoch()
+            return self.recovery.epoch(self._epoch, self.data.batch_size)
         except BrokenStepError:
             broken_at = self.progress.step
         # Outside the handler, whose traceback holds what the step had made.
@@ -155,7 +157,7 @@ class Trainer:
             self.recovery.position = (progress.step, progress.epoch)
             with self.meter.step():
                 loss, weight = self.recovery.step(partial(self.train_step, indices), len(indices))
-            self.average.update()
+            self.average.update(progress.step)
             loss_sum += loss * weight
             weight_sum += weight
             progress.step += 1
@@ -183,6 +185,7 @@ class Trainer:
                 return "non_finite_loss"
         if seen is not None and progress.step % settings.log_every_steps == 0:
             self.tracker.metrics({"train/loss_step": seen}, progress.step)
+        self.manager.step()
         self.display.step(progress.step, seen)
         val = progress.history[-1]["val"] if progress.history else None
         self.progress_file.write(progress.step, progress.epoch, val)
@@ -197,6 +200,7 @@ class Trainer:
     def _validate(self, loss_sum: float, weight_sum: float) -> StopReason | None:
         """Close the epoch: validate, record, keep the best, save; return why to stop."""
         progress, monitor = self.progress, self.data.monitor
+        self.recovery.position = (progress.step, progress.epoch)
         with self.average.exchanged():
             metrics = evaluate(
                 self.fabric,

@@ -92,6 +92,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         num_stages=2,
         patch_sizes=[1, 2],
         cross_stage_attention=True,
+        sensor_dropout=0.0,
     ),
     "phase1": partial(Phase1, **SHAPES, **SMALL),
     "stid": partial(STID, **SHAPES, missing_value=-3.0, embed_dim=16, num_layers=3, dropout=0.0),

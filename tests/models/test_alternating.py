@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from expt.errors import ConfigError
-from expt.models.alternating import Alternating, Stage
+from expt.models.alternating import Alternating, Stage, hide_readings
 
 B, T, N, P, DAY = 3, 12, 5, 12, 288
 SHAPES = {"num_sensors": N, "input_steps": T, "horizon": P, "steps_per_day": DAY}
@@ -23,6 +23,7 @@ SMALL: dict[str, Any] = {
     "cross_stage_attention": True,
     "ffn_ratio": 2,
     "dropout": 0.1,
+    "sensor_dropout": 0.0,
 }
 PRESETS: dict[str, dict[str, Any]] = {  # guide A's table
     "full": {
@@ -268,3 +269,34 @@ def test_the_presets_grow() -> None:
     counts = [expected_parameters(207, **{**SMALL, **PRESETS[preset]}) for preset in PRESETS]
     assert counts == sorted(counts, reverse=True)
     assert len(set(counts)) == len(counts)
+
+
+def test_hidden_readings_are_stretches_of_some_sensors():
+    torch.manual_seed(0)
+    speed = torch.randn(64, 12, 29) + 5.0
+    observed = torch.ones(64, 12, 29, dtype=torch.bool)
+    observed[:, 3] = False
+    hidden_speed, kept = hide_readings(torch.where(observed, speed, 0.0), observed, 0.25)
+    assert not kept[:, 3].any()  # what was missing stays so
+    assert (hidden_speed[~kept] == 0).all()
+    assert torch.equal(hidden_speed[kept], speed[kept])
+    hidden = (~kept).clone()
+    hidden[:, 3] = hidden[:, 2] & hidden[:, 4]
+    touched = hidden.any(dim=1)
+    assert 0.2 < touched.float().mean() < 0.3
+    starts = hidden.int().diff(dim=1, prepend=torch.zeros(64, 1, 29, dtype=torch.int)) == 1
+    assert starts.sum(dim=1).max() == 1  # one stretch each
+    lengths = hidden.sum(dim=1)[touched]
+    assert lengths.min() <= 2
+    assert lengths.max() >= 11
+
+
+def test_readings_are_hidden_in_training_only():
+    model = Alternating(**SHAPES, **{**SMALL, "dropout": 0.0, "sensor_dropout": 0.9})
+    speed = torch.randn(B, T, N)
+    steps = torch.zeros(B, T, dtype=torch.int64)
+    inputs = (speed, torch.ones(B, T, N, dtype=torch.bool), steps, steps)
+    model.eval()
+    assert torch.equal(model(*inputs), model(*inputs))
+    model.train()
+    assert not torch.equal(model(*inputs), model(*inputs))

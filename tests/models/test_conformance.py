@@ -52,6 +52,7 @@ def alternating(
         num_stages=num_stages,
         patch_sizes=patch_sizes,
         cross_stage_attention=look,
+        sensor_dropout=0.0,
     )
 
 

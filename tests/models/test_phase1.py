@@ -103,6 +103,7 @@ def test_it_is_smaller_than_every_other_rung_of_the_ladder(width: int) -> None:
         num_stages=2,
         patch_sizes=[1],
         cross_stage_attention=False,
+        sensor_dropout=0.0,
     )
     sizes = [sum(p.numel() for p in net.parameters()) for net in (fallback, minimal)]
     assert sizes[0] < sizes[1]

@@ -2,7 +2,8 @@
 
 CPU autocast has other lists than CUDA's: on CUDA, normalisation, softmax, losses, powers and
 sums run in fp32 even from bf16 inputs, so that fp32 copies are kept for the backward pass.
-Source of the list: torch's documentation, "CUDA Ops that can autocast to float32".
+Source of the list: torch's documentation, "CUDA Ops that can autocast to float32", and
+AT_FORALL_FP32 in ATen/autocast_mode.h (torch 2.13), which has some more.
 Attention is traced as the kernel that will run: on CUDA dropout stays inside the fused kernel,
 which keeps a seed; the CPU's kernel would fall back to materialised weights.
 """
@@ -23,17 +24,20 @@ from torch.utils._pytree import tree_map
 FP32_NAMES = (
     "__pow__", "__rdiv__", "__rpow__", "acos", "asin", "binary_cross_entropy_with_logits", "cdist",
     "cosh", "cosine_embedding_loss", "cosine_similarity", "cross_entropy", "cumprod", "cumsum",
-    "dist", "erfinv", "exp", "expm1", "group_norm", "hinge_embedding_loss", "kl_div", "l1_loss",
-    "layer_norm", "log", "log10", "log1p", "log2", "log_softmax", "margin_ranking_loss",
-    "mse_loss", "multi_margin_loss", "multilabel_margin_loss", "nll_loss", "norm", "normalize",
-    "pdist", "poisson_nll_loss", "pow", "prod", "reciprocal", "renorm", "rsqrt", "sinh",
+    "dist", "erfinv", "exp", "expm1", "frobenius_norm", "group_norm", "hinge_embedding_loss",
+    "huber_loss", "interpolate", "kl_div", "l1_loss", "layer_norm", "log", "log10", "log1p", "log2",
+    "log_softmax", "logsumexp", "margin_ranking_loss", "matrix_norm", "mse_loss",
+    "multi_margin_loss", "multilabel_margin_loss", "nll_loss", "norm", "normalize", "nuclear_norm",
+    "pdist", "poisson_nll_loss", "pow", "prod", "reciprocal", "renorm", "rms_norm", "rsqrt", "sinh",
     "smooth_l1_loss", "soft_margin_loss", "softmax", "softmin", "softplus", "sum", "tan",
-    "triplet_margin_loss",
+    "triplet_margin_loss", "upsample", "vector_norm",
 )  # fmt: skip
+DROPOUT = 10
+"""Its position in the arguments of F.multi_head_attention_forward, where nn passes it."""
 
 
 def _fp32_functions() -> set[Any]:
-    places = (torch, F, Tensor, torch._C._nn, torch._C._VariableFunctions)
+    places = (torch, F, Tensor, torch.linalg, torch._C._nn, torch._C._VariableFunctions)
     found = {getattr(place, name, None) for place in places for name in FP32_NAMES}
     return found - {None}
 
@@ -76,6 +80,9 @@ class FusedAttention(TorchFunctionMode):
             if len(args) > 4:
                 args = (*args[:4], 0.0, *args[5:])
             kwargs.pop("dropout_p", None)
+        if func is F.multi_head_attention_forward and not kwargs.get("need_weights", True):
+            # What it calls is not seen: a mode is off while it handles a call.
+            args = (*args[:DROPOUT], 0.0, *args[DROPOUT + 1 :])
         return func(*args, **kwargs)
 
 

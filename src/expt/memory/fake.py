@@ -11,6 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+REGISTRIES = frozenset(vars(nn.Module()))
+"""What every module keeps by itself: parameters, buffers, hooks, modules."""
 
 
 def fake_mode() -> FakeTensorMode:
@@ -21,19 +25,23 @@ def fake_mode() -> FakeTensorMode:
 def build_fake(model_fn: Callable[[], nn.Module], mode: FakeTensorMode) -> nn.Module:
     """Build a model whose tensors are all fake, on the device `cpu`.
 
-    A model that cannot be built on `meta` (it reads values while it is built) is built for
-    real, and its tensors are replaced then.
+    A model that cannot be built on `meta` (it reads values while it is built, or keeps a sparse
+    tensor, whose size depends on them) is built for real, and its tensors are replaced then;
+    sparse ones stay real. The random state is the caller's to restore.
     """
-    state = torch.get_rng_state()
     try:
         with torch.device("meta"):
             model = model_fn()
     except (NotImplementedError, RuntimeError):
         model = model_fn()
-    finally:
-        torch.set_rng_state(state)
+    if any(tensor.layout is not torch.strided for tensor in _tensors(model)):
+        model = model_fn()
     make_fake(model, mode)
     return model
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
 
 
 def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
@@ -41,6 +49,8 @@ def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
     replaced: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:
+        if tensor.layout is not torch.strided:
+            return tensor
         if id(tensor) not in replaced:
             with mode:
                 new = torch.empty_strided(
@@ -59,5 +69,5 @@ def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
             if buffer is not None:
                 module._buffers[name] = fake(buffer)
         for name, value in list(vars(module).items()):
-            if isinstance(value, Tensor):
-                vars(module)[name] = fake(value)
+            if isinstance(value, Tensor | list | tuple | dict) and name not in REGISTRIES:
+                vars(module)[name] = tree_map_only(Tensor, fake, value)

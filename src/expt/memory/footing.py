@@ -14,6 +14,9 @@ from expt.memory.one_by_one import step_one_by_one, why_not
 from expt.memory.oom_event import techniques_from
 from expt.memory.techniques import Techniques
 
+MAX_RELEASES = 3
+"""How often a step is taken again on the lowest rung: what lacked may have been somebody else's."""
+
 
 class Apply(Protocol):
     """Puts techniques on a live model, in place, whatever it had before."""
@@ -52,13 +55,13 @@ class Footing:
         """Take charge of a model that has the techniques, and of its optimizer."""
         self._model, self._optimizer = model, optimizer
 
-    def down(self, phase: str, samples: int, released: bool) -> Move:
+    def down(self, phase: str, samples: int, releases: int) -> Move:
         """Go one rung down and return it; `Move.techniques` is None where nothing is left.
 
         Args:
             phase: in which memory ran out.
             samples: in the batch of the step.
-            released: memory was released in this step already, which is not tried twice.
+            releases: how often releasing memory was all that was tried in this step.
 
         """
         skipped: list[Skipped] = []
@@ -70,13 +73,13 @@ class Footing:
                 self._step_one_by_one()
                 return Move("one_by_one", self.techniques, ())
             skipped.append(Skipped("one_by_one", reason))
-            if not released:
+            if not releases:
                 return Move("release", self.techniques, tuple(skipped))
         parts = min(self.techniques.gradient_accumulation, samples)
         situation = Situation(-(-samples // parts), self._device)
         move = descend(self.techniques, situation, self._predict, self._refusal)
         rung, techniques = move.rung, move.techniques
-        if techniques is None and not released:
+        if techniques is None and releases < MAX_RELEASES:
             rung, techniques = "release", self.techniques
         self.techniques = techniques or self.techniques
         self._apply(self.techniques)  # what was refused or not worth it may have been tried on

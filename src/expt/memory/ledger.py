@@ -61,7 +61,7 @@ class StorageLedger(TorchDispatchMode):
 
     def _add_storage(self, tensor: Tensor) -> None:
         if tensor.layout is not torch.strided:
-            for part in _dense_parts(tensor):
+            for part in dense_parts(tensor):
                 self._add_storage(part)
             return
         storage = tensor.untyped_storage()
@@ -82,8 +82,13 @@ class StorageLedger(TorchDispatchMode):
         self.allocated_bytes -= self._live.pop(key)
 
 
-def _dense_parts(tensor: Tensor) -> list[Tensor]:
-    """Return the strided tensors that a sparse one is made of; opaque layouts have none."""
+def dense_parts(tensor: Tensor) -> list[Tensor]:
+    """Return the strided tensors that a tensor is made of: itself, or a sparse one's parts.
+
+    Opaque layouts have none.
+    """
+    if tensor.layout is torch.strided:
+        return [tensor]
     if tensor.layout is torch.sparse_coo:
         return [tensor._indices(), tensor._values()]
     return []

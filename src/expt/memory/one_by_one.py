@@ -48,6 +48,12 @@ def step_one_by_one(optimizer: Optimizer) -> None:
     bare.step = OneByOne(bare)  # type: ignore[method-assign, assignment]
 
 
+def steps_at_once(optimizer: Optimizer) -> bool:
+    """Tell whether all weights of a group are stepped in one go (``foreach`` or ``fused``)."""
+    groups = bare_optimizer(optimizer).param_groups
+    return any(group.get("fused") or _by_foreach(group) for group in groups)
+
+
 def why_not(optimizer: Optimizer) -> str | None:
     """Return why stepping one by one would not help or not be right; None: it would."""
     bare = bare_optimizer(optimizer)
@@ -56,13 +62,13 @@ def why_not(optimizer: Optimizer) -> str | None:
         return "weights are stepped one by one already"
     if type(bare).__module__.partition(".")[0] != "torch" or isinstance(bare, torch.optim.LBFGS):
         return f"{name} is not known to treat weights independently"
-    if not any(_all_at_once(group) for group in bare.param_groups):
+    if not any(_by_foreach(group) for group in bare.param_groups):
         return f"{name} has no temporaries as large as all weights here"
     return None
 
 
-def _all_at_once(group: dict[str, object]) -> bool:
-    """Tell whether a group is stepped in one go: torch's choice on CUDA unless told otherwise."""
+def _by_foreach(group: dict[str, object]) -> bool:
+    """Tell whether ``foreach`` is used: torch's choice on CUDA unless told otherwise."""
     if group.get("fused"):
         return False  # one kernel, without temporaries
     if group.get("foreach") is not None:

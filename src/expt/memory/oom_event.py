@@ -10,9 +10,10 @@ from expt.memory.techniques import Techniques
 from expt.units import format_bytes
 
 PHASES = {
-    "build": "while building the model",
+    "build": "while building the model and placing the data",
     "resume": "while loading the checkpoint",
     "epoch": "at the beginning of an epoch",
+    "loop": "between two steps",
     "step": "in a step",
     "forward": "in the forward pass",
     "backward": "in the backward pass",

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from expt.errors import BrokenStepError, RecoveryError
 from expt.memory.attempt import Failure, Success, attempt, release
-from expt.memory.footing import Apply, Footing
+from expt.memory.footing import MAX_RELEASES, Apply, Footing
 from expt.memory.ladder import Move, Predict, Skipped
 from expt.memory.oom_event import PHASES, OomEvent
 from expt.memory.shortage import OomFigures, Shortage, shortage
@@ -36,10 +36,10 @@ RETRIES = Shortage("allocation_retries", None, None)
 
 @dataclass
 class Trouble:
-    """How often one piece of work failed, and whether releasing memory was tried for it."""
+    """How often one piece of work failed, and was done again after no more than a release."""
 
     failures: int = 0
-    released: bool = False
+    releases: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Recovery:
         self._classify = classify
         self._undo: StepUndo | None = None
         self._step_trouble, self._failed_step = Trouble(), -1
-        self._evaluation_trouble = Trouble()
+        self._evaluation_trouble, self._loop_trouble = Trouble(), Trouble()
         self._thrashing = Thrashing(self._retries) if device.type == "cuda" else None
 
     @property
@@ -137,14 +137,39 @@ class Recovery:
             release(self.device)
             self._failed_step = self.position[0]
             reason = self._forbidden(trouble)
-            move = NOTHING if reason else self.footing.down(self.phase, samples, trouble.released)
-            trouble.released = trouble.released or move.rung == "release"
+            move = NOTHING if reason else self.footing.down(self.phase, samples, trouble.releases)
+            trouble.releases += move.rung == "release"
             self._record(outcome, move, reason, replayed=not whole)
             if not whole:
                 raise BrokenStepError(
                     f"{self._where()} the optimizer had written part of the weights; load the "
                     "last checkpoint and go on from there"
                 )
+
+    def epoch(self, work: Callable[[], T], samples: int) -> T:
+        """Do a whole epoch, whose steps recover by themselves, and catch what is between them.
+
+        Args:
+            work: may be broken off anywhere; the caller can go back to a checkpoint.
+            samples: in the batch of a step.
+
+        Raises:
+            RecoveryError: nothing is left to try.
+            BrokenStepError: memory ran out; go back to the last checkpoint.
+
+        """
+        outcome = attempt(work, self._classify, lambda: self.collect(len(self.events) + 1))
+        if isinstance(outcome, Success):
+            return outcome.value
+        release(self.device)
+        self.phase = "loop"
+        trouble = self._loop_trouble
+        trouble.failures += 1
+        reason = self._forbidden(trouble)
+        move = NOTHING if reason else self.footing.down("loop", samples, trouble.releases)
+        trouble.releases += move.rung == "release"
+        self._record(outcome, move, reason, replayed=True)
+        raise BrokenStepError(f"{self._where()} the last checkpoint is the way back")
 
     def evaluation(self, work: Callable[[int], object], batch_size: int) -> bool:
         """Do one batch of evaluation; return False if it has to be asked for again, smaller.
@@ -172,7 +197,7 @@ class Recovery:
             move = Move("halve_evaluation_batch", self.techniques, ())
         elif reason is None:
             single = "it is a single sample already"
-            move = self._release_once("halve_evaluation_batch", single, trouble)
+            move = self._no_more_than_release("halve_evaluation_batch", single, trouble)
         self._record(outcome, move, reason)
         return False
 
@@ -192,7 +217,8 @@ class Recovery:
             reason = self._forbidden(trouble)
             move = NOTHING
             if reason is None:
-                move = self._release_once("ladder", "its rungs act on steps only", trouble)
+                trouble.releases += MAX_RELEASES - 1  # only once: this is rarely by chance
+                move = self._no_more_than_release("ladder", "its rungs act on steps", trouble)
             self._record(outcome, move, reason)
 
     def state(self) -> dict[str, Any]:
@@ -217,12 +243,12 @@ class Recovery:
         trouble.failures += isinstance(outcome, Failure)
         return outcome
 
-    def _release_once(self, rung: str, reason: str, trouble: Trouble) -> Move:
-        """Return the rung that does no more than release, if it was not taken before."""
+    def _no_more_than_release(self, rung: str, reason: str, trouble: Trouble) -> Move:
+        """Return the rung that only releases memory, if it was not taken too often."""
         skipped = (Skipped(rung, reason),)
-        if trouble.released:
+        trouble.releases += 1
+        if trouble.releases > MAX_RELEASES:
             return Move(None, None, skipped)
-        trouble.released = True
         return Move("release", self.techniques, skipped)
 
     def _forbidden(self, trouble: Trouble) -> str | None:
@@ -273,7 +299,7 @@ class Recovery:
             return
         self.phase = "thrashing"
         release(self.device)
-        self._record(Failure(RETRIES), self.footing.down(self.phase, samples, False), None)
+        self._record(Failure(RETRIES), self.footing.down(self.phase, samples, 0), None)
 
     def _retries(self) -> int:
         return int(torch.cuda.memory_stats(self.device).get("num_alloc_retries", 0))

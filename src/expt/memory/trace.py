@@ -17,18 +17,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from expt.memory.in_place_sums import InPlaceSums
+from expt.memory.ledger import dense_parts
 from expt.memory.scratch import lstm_workspace
 
 DEVICE_OF = torch.ops.prim.device.default
 """Asked for by most Python code that touches a tensor; answered without dispatching further."""
+
+LIFTS = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default)
+"""Views by their schema, which on fake tensors make a tensor of their own from a constant."""
 
 ITEM_OF = torch.ops.aten._local_scalar_dense.default
 
@@ -63,6 +69,7 @@ class StorageTrace(TorchDispatchMode):
         self._scratch_of = scratch_of
         self._in_place_sums = InPlaceSums()
         self._numbers: dict[int, int] = {}  # storage's address -> number
+        self._holders: dict[int, int] = {}  # addresses by number, where there is more than one
         self._modules: list[str] = []
         self._names: dict[int, str] = {}
 
@@ -85,6 +92,8 @@ class StorageTrace(TorchDispatchMode):
         result = lstm_workspace(func, args, func(*args, **kwargs))
         if in_place and result.nbytes == args[0].nbytes:
             self._hand_over(args[0])
+        if args and getattr(func, "is_view", False) and func not in LIFTS:
+            self._share(args[0], result)
         self._enter_all(result, name, made=True)
         if self._scratch_of is not None and (found := self._scratch_of(func, args, result)):
             self.scratch.append((len(self.events) - 1, found[1], found[0]))
@@ -120,17 +129,23 @@ class StorageTrace(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
 
-    def enter(self, tensors: Iterable[Tensor], category: str) -> None:
-        """Enter tensors that are known to be of a category (parameters, gradients, …)."""
-        for tensor in tensors:
+    def enter(self, tensors: Iterable[Tensor], category: str, module: str = "") -> None:
+        """Enter tensors that are known to be of a category (parameters, gradients, …).
+
+        `module` is the name of the one they belong to, where that is known.
+        """
+        with no_dispatch():
+            parts = [part for tensor in tensors for part in dense_parts(tensor)]
+        for tensor in parts:
             self._enter(tensor, category, made=False)
             number = self._numbers.get(tensor.untyped_storage()._cdata)
             if number is not None:
-                self.storages[number].category = category
+                storage = self.storages[number]
+                storage.category, storage.module = category, module or storage.module
 
     def alive(self) -> list[int]:
         """Return the numbers of the storages that are alive now."""
-        return list(self._numbers.values())
+        return list(dict.fromkeys(self._numbers.values()))
 
     def _enter_all(self, tree: Any, operator: str, made: bool) -> None:
         for value in tree_iter(tree):
@@ -143,8 +158,24 @@ class StorageTrace(TorchDispatchMode):
         if key in self._numbers:
             self._leave(key)
 
+    def _share(self, base: Tensor, views: Any) -> None:
+        """Let fake views of a real tensor stand for its storage, instead of one of their own."""
+        if is_fake(base) or base.layout is not torch.strided:
+            return
+        number = self._numbers.get(base.untyped_storage()._cdata)
+        if number is None:
+            return
+        for view in tree_iter(views):
+            storage = view.untyped_storage()
+            if storage._cdata not in self._numbers:
+                self._numbers[storage._cdata] = number
+                self._holders[number] = self._holders.get(number, 1) + 1
+                weakref.finalize(storage, self._leave, storage._cdata, number).atexit = False
+
     def _enter(self, tensor: Tensor, operator: str, made: bool) -> None:
         if tensor.layout is not torch.strided:
+            for part in dense_parts(tensor):
+                self._enter(part, operator, made)
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -169,6 +200,9 @@ class StorageTrace(TorchDispatchMode):
         if number is not None and self._numbers.get(key) != number:
             return
         number = self._numbers.pop(key)
+        if self._holders.get(number, 1) > 1:
+            self._holders[number] -= 1
+            return
         self.events.append((number, -self.storages[number].bytes, len(self.phases) - 1))
 
 

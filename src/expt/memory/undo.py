@@ -9,8 +9,10 @@ Instead every tensor's version counter is noted, which torch raises with every w
 - A weight or its optimizer state was written: the optimizer's step was broken off half way. Then
   `undo` says so, and only an earlier copy, a checkpoint, helps.
 
-An optimizer outside torch, or a fused one, may write past the counters: broken off in its step it
-counts as the second case.
+Operators on lists of tensors (``foreach``, ``fused``) and kernels outside torch write past the
+version counters. An optimizer that uses them counts as the second case when its step is broken
+off, except for Adam and AdamW while their own count of steps, the first thing that they write,
+is as it was.
 """
 
 from __future__ import annotations
@@ -24,10 +26,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from expt.memory.one_by_one import bare_optimizer
+from expt.memory.one_by_one import bare_optimizer, steps_at_once
 
-SMALL_BYTES = 1024**2
-"""Buffers up to this size, together, are copied when they changed; larger ones are compared."""
+SMALL_BYTES = 4 * 1024**2
+"""Buffers up to this size, together, are copied for every step; larger ones are compared. (The
+kernel of batch normalisation writes its statistics past the version counters.)"""
+COUNTING = (torch.optim.Adam, torch.optim.AdamW)
+"""Optimizers that raise the count of steps of all weights first (torch/optim/adam.py)."""
+NO_STEPS = torch.empty(0)
 STEPPING = ("optimizer_step", "step")
 """Phases in which the optimizer may be at work; ``step`` is a step that names none."""
 
@@ -80,8 +86,7 @@ class StepUndo:
         self.weights = list(own.values())
         self._small, large = _by_size(list(model.buffers()))
         self._fixed: list[Tensor] = [*self.weights, *large]
-        # (version, copy) of every small buffer; none has the version -1
-        self._copies = [(-1, buffer) for buffer in self._small]
+        self._copies = [torch.empty_like(buffer) for buffer in self._small]
 
     def note(self) -> None:
         """Note what is there now; call it before a step."""
@@ -93,10 +98,11 @@ class StepUndo:
         }
         self._groups = [_settings(group) for group in self.optimizer.param_groups]
         with torch.no_grad():
-            self._copies = [
-                kept if kept[0] == buffer._version else (buffer._version, buffer.detach().clone())
-                for kept, buffer in zip(self._copies, self._small, strict=True)
-            ]
+            steps = self._steps()
+            # Copied together, on the device: reading them would make the host wait for it.
+            self._counts = torch.stack(steps) if steps else None if steps is None else NO_STEPS
+            if self._small:
+                torch._foreach_copy_(self._copies, self._small)
 
     def undo(self, phase: str) -> bool:
         """Put back what can be, gradients to None; return whether that was all there was."""
@@ -106,7 +112,7 @@ class StepUndo:
         if self.scaler is not None:
             # A gradient is unscaled once per step; torch has no public way to begin one again.
             self.scaler._per_optimizer_states.clear()
-        whole = not (self._written() or self._may_have_written(phase))
+        whole = not (self._written() or self._written_unseen(phase))
         state = self.optimizer.state
         for weight in list(state):
             if weight not in self._state:
@@ -117,9 +123,8 @@ class StepUndo:
         for group, settings in zip(self.optimizer.param_groups, self._groups, strict=True):
             group.update(settings)
         with torch.no_grad():
-            for buffer, (version, copy) in zip(self._small, self._copies, strict=True):
-                if buffer._version != version:
-                    buffer.copy_(copy)
+            if self._small:
+                torch._foreach_copy_(self._small, self._copies)
         return whole
 
     def _written(self) -> bool:
@@ -131,14 +136,35 @@ class StepUndo:
             for entries, versions in self._state.values()
         )
 
-    def _may_have_written(self, phase: str) -> bool:
-        """Tell whether the optimizer was at work, and is one that counters do not follow."""
+    def _written_unseen(self, phase: str) -> bool:
+        """Tell whether the optimizer may have written past the version counters."""
         inner = getattr(self.optimizer, "inner", None)  # one that steps in the backward pass
-        stepping = phase in STEPPING or (inner is not None and phase == "backward")
+        if phase not in STEPPING and not (inner is not None and phase == "backward"):
+            return False
         optimizer = self.optimizer if inner is None else inner
         known = type(optimizer).__module__.startswith("torch.optim")
-        fused = any(group.get("fused") for group in optimizer.param_groups)
-        return stepping and (fused or not known)
+        if known and not steps_at_once(optimizer):
+            return False
+        return self._stepped()
+
+    def _steps(self) -> list[Tensor] | None:
+        """Return every weight's count of steps; None where that tells no more than versions do."""
+        if type(self.optimizer) not in COUNTING or not steps_at_once(self.optimizer):
+            return None
+        counts = [entries.get("step") for entries in self.optimizer.state.values()]
+        found = [count for count in counts if isinstance(count, Tensor)]
+        alike = len({count.device for count in found}) <= 1
+        return found if alike and len(found) == len(counts) else None
+
+    def _stepped(self) -> bool:
+        """Tell whether a count of steps is another than it was; waits for the device."""
+        counts = self._steps()
+        if counts is None or self._counts is None:
+            return True
+        before = self._counts.tolist()
+        # A weight that had no state was never stepped.
+        before += [0.0] * (len(counts) - len(before))
+        return [float(count) for count in counts] != before
 
 
 def _by_size(buffers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -47,6 +47,8 @@ class Alternating(nn.Module):
         cross_stage_attention: let later stages attend to earlier ones.
         ffn_ratio: width of the feed-forward layer over D.
         dropout: on every residual branch.
+        sensor_dropout: share of sensors whose readings are hidden in training over a random
+            stretch of the window, as when a sensor fails; see `hide_readings`.
 
     Raises:
         ConfigError: with every impossible value among the above.
@@ -67,12 +69,14 @@ class Alternating(nn.Module):
         cross_stage_attention: bool,
         ffn_ratio: int,
         dropout: float,
+        sensor_dropout: float,
     ) -> None:
         super().__init__()
         problems = self.problems({key: value for key, value in locals().items() if key != "self"})
         if problems:
             raise ConfigError(problems)
         self.horizon = horizon
+        self.sensor_dropout = sensor_dropout
         self.embedding = WindowEmbedding(num_sensors, input_steps, steps_per_day, embed_dim)
         layer = {
             "embed_dim": embed_dim,
@@ -103,15 +107,18 @@ class Alternating(nn.Module):
                 f"try {width // heads * heads or heads} or {(width // heads + 1) * heads}"
             )
         found += patch_problems(arguments.get("patch_sizes"), arguments.get("input_steps"))
-        dropout = arguments.get("dropout", 0.0)
-        if not 0 <= dropout < 1:
-            found.append(f"model.dropout must be in [0, 1), got {dropout}")
+        for name in ("dropout", "sensor_dropout"):
+            share = arguments.get(name, 0.0)
+            if not 0 <= share < 1:
+                found.append(f"model.{name} must be in [0, 1), got {share}")
         return found
 
     def forward(
         self, speed: Tensor, observed: Tensor, time_of_day: Tensor, day_of_week: Tensor
     ) -> Tensor:
         """Forecast from speed [B,T,N], observed [B,T,N] bool, time [B,T], day [B,T] (int64)."""
+        if self.training and self.sensor_dropout:
+            speed, observed = hide_readings(speed, observed, self.sensor_dropout)
         tokens = self.embedding(speed, observed, time_of_day, day_of_week)
         earlier: list[Tensor] = []
         for stage in self.stages:
@@ -119,6 +126,21 @@ class Alternating(nn.Module):
             earlier.append(tokens)
         window = tokens.transpose(1, 2).flatten(2)  # [B, N, T*D]
         return self.head(window).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+def hide_readings(speed: Tensor, observed: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Hide the readings of a share of sensors over a stretch of the window, drawn per sensor.
+
+    Sensors fail for hours, in some months more often than in others; a model that has seen few
+    outages in training reads them wrongly later.
+    """
+    batch, steps, sensors = speed.shape
+    ends = torch.rand(2, batch, 1, sensors, device=speed.device) * steps
+    step = torch.arange(steps, device=speed.device).view(1, steps, 1)
+    inside = (step >= ends.amin(dim=0).floor()) & (step <= ends.amax(dim=0))
+    chosen = torch.rand(batch, 1, sensors, device=speed.device) < share
+    observed = observed & ~(inside & chosen)
+    return torch.where(observed, speed, 0.0), observed
 
 
 class Stage(nn.Module):

@@ -47,12 +47,15 @@ def plan_before(
         raise ConfigError(_refusal(settings, data, planned, budget_bytes or 0))
     if overflow and settings.memory.on_overflow is OnOverflow.adapt:
         settings, planned = _adapted(settings, data, planned, budget_bytes or 0)
-    line = f"predicted peak: {_spelled_out(planned)}"
+    kind = "" if planned.method == "trace" else " (estimate)"
+    line = f"predicted peak{kind}: {_spelled_out(planned)}"
     if budget_bytes is not None:
         line += f"; the budget is {format_bytes(budget_bytes)}"
         if planned.peak_bytes > budget_bytes:
             line += ", and the run goes on all the same"
     print(line)
+    if planned.method == "estimate":
+        print(f"note: {planned.notes[0]}")
     return settings, planned
 
 
@@ -70,7 +73,9 @@ class Predictor:
         if techniques not in self._known:
             try:
                 found = plan_training(self._settings, self._data, self._target, techniques)
-                self._known[techniques] = found.peak_bytes
+                # Without its activations a peak says nothing about what a technique saves.
+                bounded = found.interval_bytes[1] is not None
+                self._known[techniques] = found.peak_bytes if bounded else None
             except (ExptError, RuntimeError, TypeError, ValueError, NotImplementedError):
                 log.info("no prediction for %s", techniques, exc_info=True)
                 self._known[techniques] = None
@@ -131,7 +136,7 @@ def _descend(
         techniques, micro_batch, budget_bytes, predict, target, ladder=PLANNED_LADDER
     )
     reasons = [f"{s.rung}: {s.reason}" for s in (moves[-1].skipped if moves else ())]
-    return found, "; ".join(reasons)
+    return found, "; ".join(reasons) or "the peak with other techniques cannot be predicted"
 
 
 def _spelled_out(planned: Plan) -> str:

@@ -13,6 +13,7 @@ from expt.construction import Settings, build, techniques_of
 from expt.memory.budget import Budget
 from expt.memory.evidence import collect
 from expt.memory.ladder import Predict
+from expt.memory.manager import MemoryManager
 from expt.memory.meter import CudaMeter, LedgerMeter, meter_for
 from expt.memory.recovery import Limits, Recovery
 from expt.memory.techniques import apply
@@ -72,6 +73,18 @@ def too_small_for_weights(budget: Budget, settings: Settings, data: DataSet) -> 
         f"themselves: {format_bytes(weights)} ({weights} bytes). Training needs as much again "
         "for gradients, and the optimizer's state; raise the budget, or choose a smaller "
         "preset (memory=minimal)"
+    )
+
+
+def manager_for(memory: MemoryConfig, device: torch.device) -> MemoryManager:
+    """Return what watches a run's memory."""
+    return MemoryManager(
+        device if device.type == "cuda" else None,
+        gpu_threshold=memory.gpu_threshold,
+        cpu_threshold=memory.cpu_threshold,
+        interval=memory.cleanup_interval_seconds,
+        force_cleanup_every=memory.force_cleanup_every,
+        monitoring=memory.watch,
     )
 
 

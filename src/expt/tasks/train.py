@@ -34,7 +34,7 @@ from expt.stopping import Outcome
 from expt.tasks.auto_batch import with_batch_found
 from expt.tasks.fallback import folder, next_size, smaller_run
 from expt.tasks.planned import Predictor, plan_before
-from expt.tasks.room import ADVICE, Room, too_small_for_weights
+from expt.tasks.room import ADVICE, Room, manager_for, too_small_for_weights
 from expt.tracking.journal import is_closed
 from expt.tracking.opening import open_tracker
 from expt.tracking.store import without_password
@@ -68,7 +68,7 @@ def run(cfg: DictConfig, context: RunContext) -> RunResult:
         memory = settings.memory
         budget = None if memory.budget is None else Budget.parse(memory.budget, fabric.device)
         refusal = None if budget is None else too_small_for_weights(budget, settings, data)
-        if refusal is not None:
+        if refusal is not None and next_size(settings) is None:
             raise ConfigError(refusal)
         settings, planned = plan_before(
             settings, data, fabric.device.type, budget.bytes if budget else None
@@ -128,6 +128,7 @@ class TrainJob:
         )
         self.recorder.plan(self.planned, self.budget.bytes if self.budget else None)
         device = self.fabric.device
+        self.manager = manager_for(self.settings.memory, device)
         predict = Predictor(self.settings, self.data, "cuda" if device.type == "cuda" else "cpu")
         self.room = Room(self.settings.memory, self.budget, device, self.recorder, predict)
 
@@ -165,7 +166,8 @@ class TrainJob:
     def _begin(self, trainer: Trainer, step: int, resuming: bool) -> None:
         result, run_dir = self.recorder.result, self.context.run_dir
         result.resumed_from_step = step
-        result.oom_events[:] = self.room.recovery.events  # also those before a resume
+        self.recorder.earlier_oom_events(self.room.recovery.events)
+        self.room.recovery.events = list(result.oom_events)
         self._start()
         if resuming:
             print(
@@ -177,11 +179,11 @@ class TrainJob:
 
     def _give_up(self, message: str) -> None:
         """Say that memory is not enough, and which smaller run takes over, if one is wanted."""
+        size = next_size(self.settings)
         self._start()
         print(f"{message}. {ADVICE}")
         result = self.recorder.result
         result.status, result.stop_reason = "failed", "out_of_memory"
-        size = next_size(self.settings)
         if size is not None:
             result.fallback_run = str(folder(self.context.run_dir, size))
             self.recorder.tracker.tags({"fallback_run": result.fallback_run})
@@ -236,6 +238,7 @@ class TrainJob:
             tracker=self.recorder.tracker,
             display=choose_display(settings.trainer.progress),
             interruption=self.interruption,
+            manager=self.manager,
             profiler=TraceProfiler(self.context.run_dir) if profile else StepProfiler(),
             run_dir=self.context.run_dir,
         )
@@ -244,7 +247,8 @@ class TrainJob:
         """Test if training ended as it should; the status is set when all of it went well."""
         recorder, result = self.recorder, self.recorder.result
         recorder.progress(trainer.progress, self.data.monitor, trainer.meter)
-        result.weights_sha256 = checkpoint.weights_sha256(trainer.model)
+        if outcome.reason != "out_of_memory":  # else they may be half of a step on
+            result.weights_sha256 = checkpoint.weights_sha256(trainer.model)
         folder = self.context.run_dir / "plots"
         plots = list(plot_history(trainer.progress.history, self.data.monitor, folder))
         if outcome.status == "completed":
@@ -257,6 +261,7 @@ class TrainJob:
                 f"The loss is not finite at step {outcome.step}: the run diverged. The last "
                 "checkpoint is from before; try a lower optimizer.lr, or memory.precision=fp32."
             )
+        recorder.watched(self.manager)
         recorder.artifacts(plots)
         result.status, result.stop_reason = outcome.status, outcome.reason
 

@@ -1,0 +1,202 @@
+"""How right on a GPU: predicted against CUDA's own peak, allocated and reserved.
+
+    python benchmarks/gpu_memory.py [--minutes 25] [--again] [--only TEXT]
+
+The configurations of `benchmarks/prediction.py`, planned for CUDA before the card is touched and
+then measured by `torch.cuda.max_memory_allocated` and `max_memory_reserved`; and the guide's
+presets at 207 sensors, claimed, predicted, measured. Resumable: rows already in the result file
+are kept, and it stops by itself when the minutes are up. Needs a CUDA device, no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import load, make_trainer, markdown, provenance, settings_for, source_line, store
+from foreign_models import MODELS, ForeignModel
+from prediction import OPTIMIZERS, rows
+from torch import Tensor
+
+CLAIMED_GB = {"full": 30, "lite": 6, "minimal": 3}  # the guide's own estimates
+GIB, MIB = 1024**3, 1024**2
+
+
+def all_rows() -> dict[str, dict[str, Any]]:
+    """Return the configurations of the CPU benchmark for CUDA, after the guide's presets."""
+    found: dict[str, dict[str, Any]] = {}
+    for preset, precision in itertools.product(CLAIMED_GB, ("fp32", "bf16")):
+        found[f"guide {preset} {precision}"] = {
+            "overrides": [f"+memory={preset}", "data=metr_la_week", f"memory.precision={precision}"]
+        }
+    for name, row in rows().items():
+        if "overrides" in row:
+            row["overrides"] = [o for o in row["overrides"] if not o.startswith("trainer.device")]
+        found[name] = row
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=25.0)
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument("--row")
+    arguments = parser.parse_args()
+    if arguments.row:
+        print(json.dumps(measure(**all_rows()[arguments.row])))
+        return
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/gpu_memory.py measures a CUDA device, and there is none here")
+    ends = time.monotonic() + 60 * arguments.minutes
+    record = {"rows": {}, **load("gpu_memory")}
+    for name in all_rows():
+        if arguments.only not in name or (name in record["rows"] and not arguments.again):
+            continue
+        if time.monotonic() > ends:
+            print("the minutes are up; run it again to go on")
+            return
+        done = subprocess.run(
+            [sys.executable, __file__, "--row", name], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            print(f"{name}: not measured: {done.stderr.strip().splitlines()[-1]}", flush=True)
+            continue
+        row = record["rows"][name] = json.loads(done.stdout.splitlines()[-1])
+        print(f"{name}: {100 * error(row):+.2f} %", flush=True)
+        record["made"] = provenance()
+        store("gpu_memory", record, tables(record))
+
+
+def measure(
+    overrides: list[str] | None = None,
+    foreign: str = "",
+    precision: str = "fp32",
+    batch: int = 0,
+    optimizer: str = "",
+) -> dict[str, Any]:
+    """Return predicted and measured peaks of one configuration."""
+    if overrides is not None:
+        return measure_ours(overrides)
+    return measure_foreign(MODELS[foreign], precision, batch, OPTIMIZERS[optimizer])
+
+
+def measure_ours(overrides: list[str]) -> dict[str, Any]:
+    from expt.construction import build
+    from expt.foresight import plan_training
+
+    settings = settings_for(*overrides)
+    predicted = plan_training(settings, build(settings, "data"), "cuda")
+    trainer = make_trainer(*overrides, "trainer.device=cuda")
+    data = trainer.data
+    train = torch.arange(data.batch_size, device="cuda")
+    val = torch.arange(min(data.eval_batch_size, data.size("val")), device="cuda")
+
+    def step() -> None:
+        trainer.train_step(train)
+        trainer.model.eval()
+        with torch.no_grad():
+            batch = data.gather("val", val)
+            data.metrics().update(trainer.model(**batch.inputs), batch)
+        trainer.model.train()
+
+    return as_row(predicted, step)
+
+
+def measure_foreign(
+    foreign: ForeignModel, precision: str, size: int, optimizer_fn: Callable[..., Any]
+) -> dict[str, Any]:
+    from expt.memory.planning import plan
+
+    predicted = plan(
+        foreign.model,
+        lambda: foreign.batch(size),
+        optimizer_fn,
+        foreign.loss,
+        target="cuda",
+        precision=precision,  # type: ignore[arg-type]
+    )
+    model = foreign.model().cuda()
+    optimizer = optimizer_fn(list(model.parameters()))
+
+    def forward(x: Tensor) -> Any:
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+            output = model(x)
+        if isinstance(output, Tensor):
+            return output.float()
+        output.logits = output.logits.float()
+        return output
+
+    def step() -> None:
+        inputs, target = foreign.batch(size)
+        foreign.loss(forward, (inputs.cuda(), target.cuda())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return as_row(predicted, step)
+
+
+def as_row(predicted: Any, step: Callable[[], None]) -> dict[str, Any]:
+    """Measure a warm step; what is reserved is that of the whole process."""
+    for _ in range(2):
+        step()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return {
+        "predicted_bytes": predicted.peak_bytes,
+        "predicted_reserved_bytes": predicted.reserved_bytes,
+        "interval_bytes": list(predicted.interval_bytes),
+        "measured_bytes": torch.cuda.max_memory_allocated(),
+        "measured_reserved_bytes": torch.cuda.max_memory_reserved(),
+        "corrections": dict(predicted.corrections),
+        "seconds": predicted.seconds,
+    }
+
+
+def error(row: dict[str, Any]) -> float:
+    """Predicted over measured, less one."""
+    return float(row["predicted_bytes"] / row["measured_bytes"] - 1)
+
+
+def tables(record: dict[str, Any]) -> str:
+    """Return the summary, the guide's presets, and all rows."""
+    found = record["rows"]
+    gaps = sorted(abs(error(row)) for row in found.values())
+    summary = (
+        f"Predicted against measured peak on a GPU over {len(gaps)} configurations: median error "
+        f"{100 * statistics.median(gaps):.1f} %, worst {100 * gaps[-1]:.1f} %. "
+    )
+    guide = [
+        (preset, f"{claim} GB", *figures(found.get(f"guide {preset} bf16")))
+        for preset, claim in CLAIMED_GB.items()
+    ]
+    body = [(name, *figures(row), f"{100 * error(row):+.1f} %") for name, row in found.items()]
+    names = ("predicted", "measured", "reserved, predicted", "reserved, measured")
+    return "\n".join(
+        [
+            summary + source_line(record, "gpu_memory"),
+            markdown(("preset, bf16", "guide, claimed", *names), guide),
+            markdown(("configuration", *names, "error"), body),
+        ]
+    )
+
+
+def figures(row: dict[str, Any] | None) -> tuple[str, ...]:
+    if row is None:
+        return ("not measured",) * 4
+    keys = (
+        "predicted_bytes", "measured_bytes", "predicted_reserved_bytes", "measured_reserved_bytes",
+    )  # fmt: skip
+    return tuple(f"{row[key] / MIB:.0f} MiB" for key in keys)
+
+
+if __name__ == "__main__":
+    main()

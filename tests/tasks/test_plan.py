@@ -1,0 +1,168 @@
+"""`task=plan` from its command line: plan.json, what is printed and recorded, every mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from expt.memory.peak_plan import CATEGORIES
+from expt.tasks import plan as module
+from expt.tracking.null import NullTracker
+
+MIB = 2**20
+KEYS = {
+    "target", "peak_bytes", "reserved_bytes", "interval_bytes", "phase", "by_category", "by_module",
+    "corrections", "budget_bytes", "fits", "method", "seconds", "savings",
+}  # fmt: skip
+STID = ("task=plan", "model=stid", "hydra.run.dir=run")
+
+
+def written(home: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((home / "run/plan.json").read_text())
+    return record
+
+
+def test_a_plan_is_printed_and_written(expt, home) -> None:
+    code, out, err = expt(*STID)
+    assert code == 0, err
+    record = written(home)
+    assert record.keys() >= KEYS
+    assert tuple(record["by_category"]) == CATEGORIES
+    assert sum(record["by_category"].values()) == record["peak_bytes"]
+    low, high = record["interval_bytes"]
+    assert low < record["peak_bytes"] < high
+    assert (record["target"], record["method"], record["preset"]) == ("cuda", "trace", "minimal")
+    assert (record["budget_bytes"], record["fits"]) == (None, None)
+    assert record["reserved_bytes"] > record["peak_bytes"]
+    assert (
+        record["corrections"]["cuBLAS workspace"]
+        == record["by_category"]["workspaces"] - (record["corrections"]["blocks not split"])
+    )
+    for saving in record["savings"]:
+        assert saving["peak_bytes"] < record["peak_bytes"]
+        assert f"would save: {saving['change']}" in out
+    assert "predicted peak on cuda" in out
+    assert "note: " in out
+    assert "optimizer_state" in out
+    assert not (home / "run/checkpoints").exists(), "nothing is trained"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "target"),
+    [
+        (("trainer.device=cpu",), "cpu"),
+        (("memory.target=cpu",), "cpu"),
+        (("trainer.device=cpu", "memory.target=cuda"), "cuda"),
+    ],
+)
+def test_the_target(expt, home, arguments, target) -> None:
+    assert expt(*STID, *arguments)[0] == 0
+    record = written(home)
+    assert record["target"] == target
+    assert (record["reserved_bytes"] is None) == (target == "cpu")
+
+
+@pytest.mark.parametrize(("budget", "fits"), [("1GiB", True), ("1MiB", False)])
+def test_a_budget_is_compared_and_too_small_a_one_is_an_answer(expt, home, budget, fits) -> None:
+    code, out, _ = expt(*STID, f"memory.budget={budget}")
+    assert code == 0
+    record = written(home)
+    assert record["fits"] is fits
+    assert record["budget_bytes"] == (1024 * MIB if fits else MIB)
+    assert ("does NOT fit" in " ".join(out.split())) != fits
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("memory.target=tpu",), ["memory.target='tpu'", "cuda, cpu"]),
+        (("memory.budget=6 gigs",), ["memory.budget=6 gigs", "GiB"]),
+        (("memory.budget=80%", "memory.target=cuda"), ["memory.budget=80%", "24GiB", "target=cpu"]),
+        (("memory.budget=auto",), ["memory.budget=auto", "24GiB"]),
+        (("memory.budget=150%",), ["memory.budget=150%", "100%"]),
+        (("memory.budget=-1",), ["memory.budget=-1", "positive"]),
+        (("memory.budget=0",), ["memory.budget=0", "at least one byte"]),
+        (("memory.attention_kernel=fused",), ["attention_kernel=fused", "no module of STID"]),
+        (("memory.attention_kernel=fusd",), ["fusd", "'fused'"]),
+    ],
+)
+def test_a_mistake_is_one_clear_message(expt, home, monkeypatch, arguments, words) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, _, err = expt(*STID, *arguments)
+    assert code == 2
+    assert "Traceback" not in err
+    assert err.count("error:") == 1
+    for word in words:
+        assert word in err[err.index("error:") :]
+    assert not (home / "run").exists()
+
+
+def test_what_the_tracker_hears(expt, home, monkeypatch) -> None:
+    class Tracker(NullTracker):
+        heard: dict[str, Any] = {"artifacts": []}  # noqa: RUF012
+
+        def start(self, name, parameters, tags) -> None:
+            self.heard |= {"name": name, "tags": tags}
+
+        def metrics(self, figures, step) -> None:
+            self.heard |= figures
+
+        def artifact(self, path, folder=None) -> None:
+            self.heard["artifacts"].append(path.name)
+
+        def finish(self, status) -> None:
+            self.heard["status"] = status
+
+    monkeypatch.setattr(module, "open_tracker", lambda *arguments: Tracker())
+    assert expt(*STID)[0] == 0
+    record, heard = written(home), Tracker.heard
+    assert heard["plan/peak_bytes"] == record["peak_bytes"]
+    assert heard["plan/activations"] == record["by_category"]["activations"]
+    assert heard["artifacts"] == ["plan.json"]
+    assert heard["tags"]["kind"] == "plan"
+    assert heard["name"].startswith("plan-minimal")
+    assert heard["status"] == "FINISHED"
+
+
+def test_a_multirun_ends_in_one_table(expt, home) -> None:
+    code, out, err = expt(
+        "-m", "task=plan", "+memory=lite,minimal", "model=stid", "tracking=none",
+        "hydra.sweep.dir=sweep", small=False,
+    )  # fmt: skip
+    assert code == 0, err
+    table = out[out.rindex("preset") :]
+    assert out.count("predicted peak on cuda") == 2
+    assert "mostly" in table
+    assert table.index("lite") < table.index("minimal")
+    lines = (home / "sweep/comparison.md").read_text().splitlines()
+    assert len(lines) == 4
+    assert [line.split(" | ")[1] for line in lines[2:]] == ["lite", "minimal"]
+    plans = [json.loads((home / f"sweep/{n}/plan.json").read_text()) for n in (0, 1)]
+    assert [plan["preset"] for plan in plans] == ["lite", "minimal"]
+
+
+def test_a_model_that_cannot_be_traced_is_estimated(expt, home) -> None:
+    (home / "lab_branch.py").write_text(
+        """
+from expt.models.stid import STID
+
+
+class Net(STID):
+    def forward(self, **inputs):
+        output = super().forward(**inputs)
+        return output if output.sum() > 0 else -output
+"""
+    )
+    code, out, err = expt(*STID, "model._target_=lab_branch.Net", "memory.target=cpu")
+    assert code == 0, err
+    record = written(home)
+    assert record["method"] == "estimate"
+    assert "note: the model cannot be run on fake tensors" in out
+    assert "taken for real" in record["notes"][0]
+    assert expt("task=plan", "model=stid", "hydra.run.dir=other", "memory.target=cpu")[0] == 0
+    traced = json.loads((home / "other/plan.json").read_text())
+    assert record["peak_bytes"] == pytest.approx(traced["peak_bytes"], rel=0.03)

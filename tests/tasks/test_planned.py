@@ -1,0 +1,171 @@
+"""What a training does with its plan: told, refused, adapted, or on all the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from expt.results import load_result
+
+MODEL = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    \"\"\"Blocks over the past of every sensor: small weights, large activations.\"\"\"
+
+    def __init__(self, input_steps, horizon):
+        super().__init__()
+        self.first, self.last = nn.Linear(input_steps, 128), nn.Linear(128, horizon)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(128, 128), nn.GELU(), nn.Dropout(0.1)) for _ in range(8)
+        )
+
+    def forward(self, speed, **others):
+        x = self.first(speed.transpose(1, 2))
+        for block in self.blocks:
+            x = x + block(x)
+        output = self.last(x).transpose(1, 2)
+        {body}
+"""
+RUN = (
+    "memory=minimal", "debug=smoke", "tracking=none", "trainer.progress=false",
+    "trainer.device=cpu", "data.batch_size=256", "data.eval_batch_size=8", "trainer.epochs=1",
+    "trainer.steps_per_epoch=2", "trainer.max_steps=2", "model._target_=lab_planned.Net",
+)  # fmt: skip
+
+
+def lab(home: Path, name: str, body: str) -> str:
+    """Write a model of the user's own."""
+    (home / f"{name}.py").write_text(MODEL.format(body=body))
+    return f"model._target_={name}.Net"
+
+
+@pytest.fixture(autouse=True)
+def _own_model(home: Path) -> None:
+    lab(home, "lab_planned", "return output")
+
+
+def train(expt, home: Path, *arguments: str, to: str = "run") -> tuple[int, str, str, Any]:
+    """Run a training; an argument takes the place of one of `RUN`'s of the same name."""
+    names = {argument.partition("=")[0] for argument in arguments}
+    given = [line for line in RUN if line.partition("=")[0] not in names]
+    code, out, err = expt(*given, *arguments, f"hydra.run.dir={to}", small=False)
+    return code, out, err, load_result(home / to)
+
+
+def test_a_training_is_predicted_and_the_error_recorded(expt, home) -> None:
+    code, out, err, result = train(expt, home)
+    assert code == 0, err
+    assert out.count("predicted peak: ") == 1
+    memory = result.memory
+    assert memory["prediction_error"] == pytest.approx(0, abs=0.02)
+    assert memory["peak_allocated_bytes"] == pytest.approx(memory["predicted_peak_bytes"], rel=0.02)
+    planned = json.loads((home / "run/plan.json").read_text())
+    assert planned["peak_bytes"] == memory["predicted_peak_bytes"]
+
+
+def test_planning_changes_nothing_but_what_is_said(expt, home) -> None:
+    weights = []
+    for planned in ("true", "false"):
+        code, out, err, result = train(expt, home, f"memory.plan={planned}", to=f"plan-{planned}")
+        assert code == 0, err
+        assert ("predicted peak" in out) == (planned == "true")
+        weights.append(result.weights_sha256)
+    assert weights[0] == weights[1]
+
+
+@pytest.fixture
+def whole(expt, home) -> int:
+    """The predicted peak of the plain run, in bytes."""
+    assert train(expt, home, "task=plan", to="before")[0] == 0
+    return int(json.loads((home / "before/plan.json").read_text())["peak_bytes"])
+
+
+def test_what_would_not_fit_is_refused_with_what_would(expt, home, whole) -> None:
+    code, _, err, result = train(expt, home, f"memory.budget={whole * 6 // 10}")
+    assert code == 2
+    assert result is None
+    assert "Traceback" not in err
+    for word in ("predicted to be too small", "What would fit: ", "on_overflow=adapt"):
+        assert word in err
+    change = err.partition("What would fit: ")[2].split(" ")[0]
+    code, _, err, result = train(expt, home, f"memory.budget={whole * 6 // 10}", change)
+    assert code == 0, err
+    assert result.memory["peak_allocated_bytes"] <= whole * 6 // 10
+    assert result.oom_events == []
+
+
+def test_adapting_stays_inside_the_budget_as_measured(expt, home, whole) -> None:
+    budget = whole * 6 // 10
+    code, out, err, result = train(
+        expt, home, f"memory.budget={budget}", "memory.on_overflow=adapt"
+    )
+    assert code == 0, err
+    assert "memory.on_overflow=adapt: going on with memory." in out
+    assert result.status == "completed"
+    assert result.memory["peak_allocated_bytes"] <= budget
+    assert result.memory["predicted_peak_bytes"] <= budget
+    assert result.oom_events == [], "predicted, not found out"
+
+
+def test_adapting_to_what_nothing_fits_is_refused(expt, home) -> None:
+    code, _, err, result = train(expt, home, "memory.budget=11MiB", "memory.on_overflow=adapt")
+    assert code == 2
+    assert result is None
+    assert "nothing is left that would make it fit" in err
+    assert "lighter_optimizer: " in err
+
+
+def test_training_all_the_same_meets_the_budget_by_recovery(expt, home, whole) -> None:
+    budget = whole * 6 // 10
+    code, out, err, result = train(
+        expt, home, f"memory.budget={budget}", "memory.on_overflow=train"
+    )
+    assert code == 0, err
+    assert "goes on all the same" in out
+    assert result.oom_events
+    assert result.memory["peak_allocated_bytes"] <= budget
+
+
+def test_a_model_that_cannot_be_traced_is_estimated_and_trained(expt, home) -> None:
+    branch = lab(home, "lab_branching", "return output if output.sum() > 0 else -output")
+    code, out, err, result = train(expt, home, branch)
+    assert code == 0, err
+    assert "predicted peak (estimate): " in out
+    assert "note: the model cannot be run on fake tensors (DataDependentOutputException" in out
+    assert result.status == "completed"
+    assert result.memory["prediction_error"] == pytest.approx(0, abs=0.05)
+
+
+def test_without_an_upper_bound_no_prediction_is_recorded(expt, home, monkeypatch) -> None:
+    from expt.memory import estimate
+
+    monkeypatch.setattr(estimate, "MAX_REAL_BYTES", 0)
+    branch = lab(home, "lab_large", "return output if output.sum() > 0 else -output")
+    code, out, err, result = train(expt, home, branch, "memory.budget=1GiB")
+    assert code == 0, err
+    assert "to an unknown amount" in out
+    assert "activations are NOT included" in out
+    assert result.memory["predicted_peak_bytes"] is None
+    assert result.memory["prediction_error"] is None
+
+
+def test_the_users_own_error_is_said_by_the_plan_and_raised_by_the_training(expt, home) -> None:
+    wrong = lab(home, "lab_wrong", "return output @ torch.ones(3, 3)")
+    with pytest.raises(RuntimeError, match=r"Expected size|multiplied"):
+        train(expt, home, wrong)
+    assert load_result(home / "run").status == "failed"
+
+
+def test_the_plans_line_about_the_users_own_error(expt, home, capfd) -> None:
+    wrong = lab(home, "lab_wrong_too", "return output @ torch.ones(3, 3)")
+    with pytest.raises(RuntimeError):
+        train(expt, home, wrong)
+    said = capfd.readouterr()
+    assert "peak memory not predicted: RuntimeError: " in said.out
+    assert "failed while attempting to run meta" not in said.err
