@@ -83,7 +83,7 @@ def test_the_optimizer_in_backward_is_not_accumulated(composed) -> None:
     settings = validated(
         composed(
             "+memory=minimal", "model.embed_dim=16", "memory.optimizer_in_backward=true",
-            "trainer.gradient_clip_norm=null",
+            "trainer.gradient_clip_norm=null", "data.eval_batch_size=8",
         )
     )  # fmt: skip
     found = fit(settings, build(settings, "data"), "cpu", 20 * MIB, batch_size=64)
@@ -100,8 +100,8 @@ def test_the_optimizer_in_backward_is_not_accumulated(composed) -> None:
             ["not even a micro-batch of one", "it takes memory.budget=", "What would help", "bf16"],
         ),
         (
-            ["memory.budget=15MiB", "data.eval_batch_size=400"],
-            ["in evaluation", "data.eval_batch_size=400", "memory.forward_chunks="],
+            ["memory.budget=20MiB", "data.eval_batch_size=64"],
+            ["in evaluation", "data.eval_batch_size=64", "memory.forward_chunks=2"],
         ),
         (["memory.target=cuda"], ["memory.budget is not set", "memory.budget=24GiB"]),
         (["memory.target=cuda", "memory.budget=80%"], ["depends on the card"]),
