@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 from expt.memory.planning import Plan
 
-MAX_TRACES = 12
+MAX_TRACES = 18
 """A search that has not come to its end by then returns the largest size known to fit."""
+GUESSES = 8
+"""Traces after which what is left is halved, for peaks that are far from a line."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,12 @@ def largest(
             high = at
         demands = {size: limit.demand(one) for size, one in plans.items()}
         meeting = _meeting_point(demands, limit.budget_bytes)
-        guess = (low + high) // 2 if meeting is None else bisect_right(sizes, meeting) - 1
-        if low >= 0 and high < len(sizes) and fitted[-1] == fitted[-2]:
+        if meeting is None or len(plans) > GUESSES:
+            guess = (low + high) // 2
+        else:
+            guess = bisect_right(sizes, meeting) - 1
+        creeping = low >= 0 and high < len(sizes) and fitted[-1] == fitted[-2]
+        if creeping and len(plans) <= GUESSES:
             # The line misses on one side: go twice as far, lest it creeps towards the end.
             step = 2 * (at - before)
             guess = min(guess, at + step) if step < 0 else max(guess, at + step)
