@@ -108,7 +108,9 @@ def test_settings_go_into_the_plan(given: Given) -> None:
     no_clipping = "trainer.gradient_clip_norm=null"
     early = peaks(given, *base, "memory.optimizer_in_backward=true", no_clipping)
     assert early.by_category["gradients"] == 0
-    stateless = peaks(given, *base, "optimizer=sgd", "optimizer.momentum=0")
+    stateless = peaks(
+        given, *base, "optimizer=sgd", "optimizer.momentum=0", "optimizer.nesterov=false"
+    )
     assert stateless.by_category["optimizer_state"] == 0
 
 

@@ -33,9 +33,6 @@ from expt.memory.scratch import lstm_workspace
 DEVICE_OF = torch.ops.prim.device.default
 """Asked for by most Python code that touches a tensor; answered without dispatching further."""
 
-LIFTS = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default)
-"""Views by their schema, which on fake tensors make a tensor of their own from a constant."""
-
 ITEM_OF = torch.ops.aten._local_scalar_dense.default
 
 
@@ -92,7 +89,7 @@ class StorageTrace(TorchDispatchMode):
         result = lstm_workspace(func, args, func(*args, **kwargs))
         if in_place and result.nbytes == args[0].nbytes:
             self._hand_over(args[0])
-        if args and getattr(func, "is_view", False) and func not in LIFTS:
+        if args and getattr(func, "is_view", False):
             self._share(args[0], result)
         self._enter_all(result, name, made=True)
         if self._scratch_of is not None and (found := self._scratch_of(func, args, result)):
