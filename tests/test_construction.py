@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from expt.acceleration import make_fabric
+from expt.averaging import NoAverage
 from expt.checkpoint import Progress, load_last, save_last
 from expt.construction import assemble, build, techniques_of
 from expt.errors import ConfigError
@@ -162,8 +163,8 @@ def test_a_checkpoint_of_one_way_to_step_goes_on_with_the_other(composed, home, 
     expected = [step(*whole) for _ in range(4)]
     begun = assembled(composed, *first)
     losses = [step(*begun, in_backward=bool(first)) for _ in range(2)]
-    save_last(home, begun[2], begun[0], begun[1], Progress(step=2))
+    save_last(home, begun[2], begun[0], begun[1], NoAverage(), Progress(step=2))
     resumed = assembled(composed, *(() if first else IN_BACKWARD))
-    assert load_last(home, resumed[2], resumed[0], resumed[1]).step == 2
+    assert load_last(home, resumed[2], resumed[0], resumed[1], NoAverage()).step == 2
     losses += [step(*resumed, in_backward=not first) for _ in range(2)]
     assert losses == expected

@@ -68,6 +68,8 @@ class StorageError(ExptError):
     """The output directory refused a write (full, read-only); earlier files are intact."""
 
 
+MIN_PART = 4
+"""Letters of a word from which on a name that contains it is a suggestion."""
 MAX_NAMES = 20
 """Names that a message lists before it only counts them."""
 
@@ -76,6 +78,8 @@ def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
     """Say which known names are close to `word`: ``did you mean 'lite'?`` or the whole list."""
     names = sorted(set(known))
     close = difflib.get_close_matches(word, names, n=count, cutoff=0.55)
+    if not close and len(word) >= MIN_PART:
+        close = [name for name in names if word.lower() in name.lower()][:count]
     if close:
         return "did you mean " + " or ".join(repr(name) for name in close) + "?"
     if not names:
