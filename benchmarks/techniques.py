@@ -19,7 +19,17 @@ import time
 from typing import Any
 
 import torch
-from common import load, make_trainer, markdown, provenance, source_line, store
+from common import (
+    load,
+    make_trainer,
+    markdown,
+    provenance,
+    settings_for,
+    source_line,
+    store,
+)
+
+from expt.errors import UserError
 
 COMMON = ("data=metr_la_week", "trainer.gradient_clip_norm=null")
 PRESETS = {
@@ -64,9 +74,14 @@ TIMED_STEPS = 2
 GIB = 1024**3
 
 
-def predicted_peak_bytes(*overrides: str) -> int | None:
-    """Return the peak that the plan predicts; None while there is no plan to ask."""
-    return None
+def predicted_peak_bytes(device: str, *overrides: str) -> int:
+    """Return the peak that the plan predicts for a training step."""
+    from expt.construction import build
+    from expt.foresight import plan_training
+
+    settings = settings_for(*overrides)
+    target: Any = device
+    return plan_training(settings, build(settings, "data"), target, evaluation=False).peak_bytes
 
 
 def main() -> None:
@@ -74,12 +89,24 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
     parser.add_argument("--again", action="store_true")
+    parser.add_argument("--predict", action="store_true", help="predict stored rows again")
     parser.add_argument("--row", nargs=2, metavar=("PRESET", "TECHNIQUE"))
     arguments = parser.parse_args()
     if arguments.row:
         print(json.dumps(measure(*arguments.row, arguments.device)))
         return
     record = {"rows": {}, **load("techniques")}
+    if arguments.predict:
+        for name, row in record["rows"].items():
+            try:
+                predicted = predicted_peak_bytes(row["device"], *row["overrides"])
+            except UserError as error:  # an optional package
+                print(f"{name}: not predicted: {error}")
+                continue
+            row["predicted_peak_bytes"] = predicted
+            print(name, f"{100 * (row['predicted_peak_bytes'] / row['peak_bytes'] - 1):+.2f} %")
+        store("techniques", record, tables(record))
+        return
     for preset in arguments.presets:
         for technique in ROWS:
             name = f"{preset} | {technique} | {arguments.device}"
@@ -130,8 +157,7 @@ def measure(preset: str, technique: str, device: str) -> dict[str, Any]:
     }
     if technique in EVALUATED:
         row["evaluation_peak_bytes"] = evaluation_peak_bytes(trainer)
-    if (predicted := predicted_peak_bytes(*overrides)) is not None:
-        row["predicted_peak_bytes"] = predicted
+    row["predicted_peak_bytes"] = predicted_peak_bytes(device, *overrides)
     return row
 
 

@@ -41,6 +41,7 @@ def plan_training(
     techniques: Techniques | None = None,
     precision: Precision | None = None,
     batch_size: int | None = None,
+    evaluation: bool = True,
 ) -> Plan:
     """Predict the peak of a configured training on `target`, evaluation included.
 
@@ -86,7 +87,7 @@ def plan_training(
         precision=arithmetic(precision or settings.memory.precision, target),
         micro_batches=techniques.gradient_accumulation,
         clip_norm=settings.trainer.gradient_clip_norm,
-        evaluation_fn=evaluation_fn,
+        evaluation_fn=evaluation_fn if evaluation else None,
         prepare=prepare,
         resident=list(_resident(vars(data))),
         averaged=settings.trainer.ema_decay is not None,
