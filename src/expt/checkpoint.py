@@ -99,6 +99,8 @@ def load_last(
     state: dict[str, Any] = {"model": model, "optimizer": optimizer}
     try:
         rest = fabric.load(path, state, weights_only=True)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise  # recovery's, not a damaged file
     except UNREADABLE as error:
         first_lines = " ".join(str(error).split())[:300]
         raise ConfigError(

@@ -7,6 +7,7 @@ thumb.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
@@ -18,10 +19,12 @@ from expt.construction import Settings, build, techniques_of
 from expt.errors import ConfigError
 from expt.memory.budget import Budget
 from expt.memory.planning import Plan, Target, plan
-from expt.memory.techniques import Techniques, apply, problems
+from expt.memory.techniques import Techniques, apply
 from expt.protocols import Batch, DataSet
 from expt.schema import Device, Precision, TrainerConfig
 from expt.units import parse_bytes
+
+log = logging.getLogger(__name__)
 
 MAX_SAVINGS = 3
 
@@ -101,8 +104,9 @@ def savings(settings: Settings, data: DataSet, planned: Plan) -> list[Saving]:
     for change, techniques, precision in _changes(settings, data, planned.target):
         try:
             then = plan_training(settings, data, planned.target, techniques or now, precision)
-        except ConfigError:
-            continue  # this model has nothing the technique could apply to
+        except Exception:  # the model may have nothing to apply it to, or not work with it
+            log.info("no prediction for %s", change, exc_info=True)
+            continue
         if then.peak_bytes < planned.peak_bytes:
             found.append(Saving(change, then.peak_bytes))
     return sorted(found, key=lambda saving: saving.peak_bytes)[:MAX_SAVINGS]
@@ -126,12 +130,6 @@ def _changes(
         yield change, replace(now, forward_chunks=4), None
     if now.attention_kernel == "math":
         yield "memory.attention_kernel=fused", replace(now, attention_kernel="fused"), None
-
-
-def refusal(model: nn.Module, techniques: Techniques) -> str | None:
-    """Return why techniques cannot be put on a model, or None."""
-    found = problems(model, techniques)
-    return "; ".join(found) or None
 
 
 def arithmetic(precision: Precision, target: Target) -> Literal["fp32", "bf16", "fp16"]:

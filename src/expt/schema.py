@@ -138,6 +138,11 @@ class MemoryConfig:
                 "memory.forward_chunks_in_training=true does nothing with "
                 "memory.forward_chunks=1; give the number of slices"
             )
+        if self.on_overflow is OnOverflow.adapt and not self.plan:
+            found.append(
+                "memory.on_overflow=adapt needs a prediction, and memory.plan=false makes none; "
+                "set memory.plan=true"
+            )
         if self.optimizer_in_backward and self.gradient_accumulation > 1:
             found.append(
                 "memory.optimizer_in_backward=true steps each weight in the backward pass, before "

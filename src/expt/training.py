@@ -144,6 +144,7 @@ class Trainer:
     def _epoch(self) -> StopReason | None:
         """Run the rest of the current epoch and validate; return why to stop, if so."""
         progress = self.progress
+        self.model.train()  # an evaluation may have broken off
         self.recovery.position = (progress.step, progress.epoch)
         order = self.recovery.once_more(partial(self._order, progress.epoch), "epoch")
         batches = order.split(self.data.batch_size)

@@ -131,6 +131,7 @@ def descend(
     predict: Predict = lambda techniques: None,
     refuse: Refuse = lambda techniques: None,
     ladder: Sequence[Rung] = LADDER,
+    min_saving: float = MIN_SAVING,
 ) -> Move:
     """Return the first rung that applies and is not predicted to be of no help.
 
@@ -140,6 +141,7 @@ def descend(
         predict: see `Predict`; without a prediction every rung that applies is worth a try.
         refuse: see `Refuse`.
         ladder: the rungs, in the order in which they are tried.
+        min_saving: part of the peak that a rung must be predicted to save.
 
     """
     skipped: list[Skipped] = []
@@ -150,7 +152,8 @@ def descend(
         if reason is None and isinstance(candidate, Techniques):
             now = predict(techniques) if now is None else now
             then = predict(candidate)
-            if now is None or then is None or then <= (1 - MIN_SAVING) * now:
+            helps = now is None or then is None or then < (1 - min_saving) * now
+            if helps:
                 return Move(rung.name, candidate, tuple(skipped))
             reason = f"predicted not to help: {format_bytes(then)} instead of {format_bytes(now)}"
         skipped.append(Skipped(rung.name, str(reason)))
@@ -185,7 +188,8 @@ def adapt(
     moves: list[Move] = []
     now: Techniques = techniques
     while (peak := predict(now)) is not None and peak > budget_bytes:
-        move = descend(now, Situation(micro_batch, device), predict, refuse, ladder)
+        # Two phases may be about as high: a rung that lowers one of them shows little by itself.
+        move = descend(now, Situation(micro_batch, device), predict, refuse, ladder, 0.0)
         moves.append(move)
         if move.techniques is None:
             return None, moves

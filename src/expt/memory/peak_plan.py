@@ -41,6 +41,11 @@ class Plan:
         """The category that takes most of the peak."""
         return max(self.by_category, key=lambda name: self.by_category[name])
 
+    @property
+    def demand_bytes(self) -> int:
+        """What a budget has to allow: reserved bytes where an allocator is what enforces it."""
+        return self.peak_bytes if self.reserved_bytes is None else self.reserved_bytes
+
     def fits(self, budget_bytes: int | None) -> bool | None:
         """Tell whether the predicted peak is inside a budget; None if that is not known.
 
@@ -48,7 +53,7 @@ class Plan:
         """
         if budget_bytes is None:
             return None
-        if self.peak_bytes > budget_bytes:
+        if self.demand_bytes > budget_bytes:
             return False
         return None if self.interval_bytes[1] is None else True
 

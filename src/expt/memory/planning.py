@@ -29,8 +29,14 @@ from torch.optim import Optimizer
 
 from expt.memory.breakdown import read
 from expt.memory.estimate import estimate, untraceable
+from expt.memory.leftovers import clear_leftovers
 from expt.memory.peak_plan import Plan, Precision, Target
 from expt.memory.traced_step import Step, trace_step
+
+LEFT = (
+    "{count} tensors without values are still held by code outside the model, a cache of its own "
+    "perhaps; clear it before training, or train in another process"
+)
 
 __all__ = ["Plan", "Precision", "Target", "plan"]
 
@@ -81,11 +87,16 @@ def plan(
         micro_batches=micro_batches, clip_norm=clip_norm, evaluation_fn=evaluation_fn,
         prepare=prepare, resident=tuple(resident), averaged=averaged,
     )  # fmt: skip
+    found, reason = None, ""
     try:
-        return read(trace_step(step), target, time.perf_counter() - started)
+        found = read(trace_step(step), target, time.perf_counter() - started)
     except Exception as error:
-        reason = untraceable(error)
-        if reason is None:
+        found_reason = untraceable(error)
+        if found_reason is None:
             raise
+        reason = found_reason
     # Outside the handler, whose traceback holds what the trace had made.
-    return replace(estimate(step, reason), seconds=time.perf_counter() - started)
+    left = clear_leftovers()
+    if found is None:
+        found = replace(estimate(step, reason), seconds=time.perf_counter() - started)
+    return replace(found, notes=(*found.notes, LEFT.format(count=left))) if left else found

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from expt.memory.oom import classify_oom
 from expt.units import parse_bytes
 
 _AMOUNT = r"(\d+(?:\.\d+)?\s*(?:bytes|[KMGT]iB))"
@@ -39,9 +40,10 @@ class Shortage:
 
 
 def shortage(error: BaseException) -> OomFigures | None:
-    """Return the figures of torch's or Python's own out-of-memory error, None for others."""
+    """Return the figures of an out-of-memory error of torch, Python or a library, else None."""
     if not isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return None
+        # Libraries and the host's allocator raise what could be anything but for its words.
+        return classify_oom(error) if isinstance(error, RuntimeError) else None
     text = str(error)
     return Shortage(
         "unknown" if isinstance(error, MemoryError) else "full",

@@ -41,10 +41,10 @@ def smaller_run(context: RunContext, size: str, first: RunResult) -> tuple[DictC
     """Compose the run that takes over from `first`, which ended for lack of memory."""
     run_dir = folder(context.run_dir, size)
     dropped = {"memory", "trainer.resume"}
-    lines = [line for line in context.launch["overrides"] if _key(line) not in dropped]
+    lines = [line for line in context.launch["overrides"] if key(line) not in dropped]
     if size == "phase1":
         # Settings of one model mean nothing to another.
-        lines = [line for line in lines if _key(line).partition(".")[0] != "model"]
+        lines = [line for line in lines if key(line).partition(".")[0] != "model"]
         lines += ["model=phase1", "+memory=minimal"]
     else:
         lines.append(f"+memory={size}")
@@ -53,7 +53,7 @@ def smaller_run(context: RunContext, size: str, first: RunResult) -> tuple[DictC
     smaller = replace(
         context,
         run_dir=run_dir,
-        overridden=frozenset(_key(line) for line in lines),
+        overridden=frozenset(key(line) for line in lines),
         launch={**context.launch, "overrides": lines},
         fallback_of={
             "fallback_of": str(context.run_dir),
@@ -63,5 +63,6 @@ def smaller_run(context: RunContext, size: str, first: RunResult) -> tuple[DictC
     return cfg, smaller
 
 
-def _key(override: str) -> str:
+def key(override: str) -> str:
+    """Return the dotted key of a command line's setting."""
     return override.partition("=")[0].lstrip("+~")

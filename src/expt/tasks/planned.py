@@ -5,10 +5,13 @@ A plan that cannot be made is said in a line and is never a reason not to train.
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import replace
 
-from expt.construction import Settings, techniques_of
+from omegaconf import DictConfig
+
+from expt.construction import RunContext, Settings, build, techniques_of
 from expt.errors import ConfigError, ExptError
 from expt.foresight import plan_training, savings
 from expt.memory.ladder import PLANNED_LADDER, adapt, changes
@@ -16,6 +19,7 @@ from expt.memory.planning import Plan, Target
 from expt.memory.techniques import Techniques
 from expt.protocols import DataSet
 from expt.schema import Fallback, OnOverflow
+from expt.tasks.fallback import key
 from expt.units import format_bytes
 
 log = logging.getLogger(__name__)
@@ -41,30 +45,70 @@ def plan_before(
         log.info("planning failed", exc_info=True)
         print(f"peak memory not predicted: {type(error).__name__}: {_first_line(error)}")
         return settings, None
-    overflow = budget_bytes is not None and planned.peak_bytes > budget_bytes
+    overflow = budget_bytes is not None and planned.demand_bytes > budget_bytes
     smaller_run_wanted = settings.memory.fallback is not Fallback.none
     if overflow and settings.memory.on_overflow is OnOverflow.refuse and not smaller_run_wanted:
         raise ConfigError(_refusal(settings, data, planned, budget_bytes or 0))
     if overflow and settings.memory.on_overflow is OnOverflow.adapt:
-        settings, planned = _adapted(settings, data, planned, budget_bytes or 0)
+        try:
+            settings, planned = _adapted(settings, data, planned, budget_bytes or 0)
+        except ConfigError:
+            if not smaller_run_wanted:
+                raise
     kind = "" if planned.method == "trace" else " (estimate)"
     line = f"predicted peak{kind}: {_spelled_out(planned)}"
     if budget_bytes is not None:
         line += f"; the budget is {format_bytes(budget_bytes)}"
-        if planned.peak_bytes > budget_bytes:
-            line += ", and the run goes on all the same"
+        if planned.demand_bytes > budget_bytes:
+            then = "memory.fallback takes over if it fails" if smaller_run_wanted else "recovery"
+            line += f", which is less; the run goes on all the same ({then})"
     print(line)
-    if planned.method == "estimate":
-        print(f"note: {planned.notes[0]}")
+    if planned.method == "estimate" or any("without values" in note for note in planned.notes):
+        print("\n".join(f"note: {note}" for note in planned.notes))
     return settings, planned
 
 
-class Predictor:
-    """Predicts once per set of techniques."""
+def with_techniques(
+    cfg: DictConfig, settings: Settings, context: RunContext
+) -> tuple[DictConfig, RunContext]:
+    """Return both with the techniques that are trained with, for the record and for a resume."""
+    changed = {
+        name: value
+        for name, value in vars(techniques_of(settings.memory)).items()
+        if cfg.memory[name] != value
+    }
+    if not changed:
+        return cfg, context
+    cfg = copy.deepcopy(cfg)
+    for name, value in changed.items():
+        cfg.memory[name] = value
+    given = [
+        line
+        for line in context.launch.get("overrides", ())
+        if key(line) not in {f"memory.{name}" for name in changed}
+    ]
+    given += [f"memory.{name}={str(value).lower()}" for name, value in changed.items()]
+    return cfg, replace(context, launch={**context.launch, "overrides": given})
 
-    def __init__(self, settings: Settings, data: DataSet, target: Target) -> None:
+
+class Predictor:
+    """Predicts once per set of techniques; `refused` says why there are none.
+
+    Args:
+        settings: the run's.
+        data: on the host; None reads it again when it is needed, for a run whose data is on CUDA.
+        target: the device to predict for.
+        evaluation: also predict evaluation, which recovery makes smaller by itself.
+
+    """
+
+    def __init__(
+        self, settings: Settings, data: DataSet | None, target: Target, evaluation: bool = True
+    ) -> None:
         self._settings, self._data, self._target = settings, data, target
+        self._evaluation = evaluation
         self._known: dict[Techniques, int | None] = {}
+        self._refused: dict[Techniques, str] = {}
 
     def __call__(self, techniques: Techniques) -> int | None:
         """Return the predicted peak in bytes."""
@@ -72,14 +116,30 @@ class Predictor:
             return None
         if techniques not in self._known:
             try:
-                found = plan_training(self._settings, self._data, self._target, techniques)
+                if self._data is None:
+                    self._data = build(self._settings, "data")
+                found = plan_training(
+                    self._settings,
+                    self._data,
+                    self._target,
+                    techniques,
+                    evaluation=self._evaluation,
+                )
                 # Without its activations a peak says nothing about what a technique saves.
                 bounded = found.interval_bytes[1] is not None
-                self._known[techniques] = found.peak_bytes if bounded else None
+                self._known[techniques] = found.demand_bytes if bounded else None
+            except ConfigError as error:
+                self._known[techniques] = None
+                self._refused[techniques] = str(error)
             except (ExptError, RuntimeError, TypeError, ValueError, NotImplementedError):
                 log.info("no prediction for %s", techniques, exc_info=True)
                 self._known[techniques] = None
         return self._known[techniques]
+
+    def refused(self, techniques: Techniques) -> str | None:
+        """Return why the model cannot have these techniques, None if it can."""
+        self(techniques)
+        return self._refused.get(techniques)
 
 
 def _refusal(settings: Settings, data: DataSet, planned: Plan, budget_bytes: int) -> str:
@@ -133,7 +193,13 @@ def _descend(
     micro_batch = -(-data.batch_size // techniques.gradient_accumulation)
     predict = Predictor(settings, data, target)
     found, moves = adapt(
-        techniques, micro_batch, budget_bytes, predict, target, ladder=PLANNED_LADDER
+        techniques,
+        micro_batch,
+        budget_bytes,
+        predict,
+        target,
+        refuse=predict.refused,
+        ladder=PLANNED_LADDER,
     )
     reasons = [f"{s.rung}: {s.reason}" for s in (moves[-1].skipped if moves else ())]
     return found, "; ".join(reasons) or "the peak with other techniques cannot be predicted"

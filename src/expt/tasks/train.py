@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ from expt.results import RunResult, load_launch, load_result, save_launch
 from expt.stopping import Outcome
 from expt.tasks.auto_batch import with_batch_found
 from expt.tasks.fallback import folder, next_size, smaller_run
-from expt.tasks.planned import Predictor, plan_before
+from expt.tasks.planned import Predictor, plan_before, with_techniques
 from expt.tasks.room import ADVICE, Room, manager_for, too_small_for_weights
 from expt.tracking.journal import is_closed
 from expt.tracking.opening import open_tracker
@@ -73,11 +74,12 @@ def run(cfg: DictConfig, context: RunContext) -> RunResult:
         settings, planned = plan_before(
             settings, data, fabric.device.type, budget.bytes if budget else None
         )
+        cfg, context = with_techniques(cfg, settings, context)
         job = TrainJob(cfg, settings, context, fabric, data, interruption, budget, planned)
         result = job.run(resuming)
     if result.fallback_run is None:
         return result
-    del data
+    del data, job, planned
     release(fabric.device)  # the smaller run needs the room
     size = next_size(settings)
     assert size is not None
@@ -129,7 +131,11 @@ class TrainJob:
         self.recorder.plan(self.planned, self.budget.bytes if self.budget else None)
         device = self.fabric.device
         self.manager = manager_for(self.settings.memory, device)
-        predict = Predictor(self.settings, self.data, "cuda" if device.type == "cuda" else "cpu")
+        predict = (
+            Predictor(self.settings, None, "cuda", evaluation=False)
+            if device.type == "cuda"
+            else Predictor(self.settings, self.data, "cpu", evaluation=False)
+        )
         self.room = Room(self.settings.memory, self.budget, device, self.recorder, predict)
 
     def run(self, resuming: bool) -> RunResult:
@@ -173,7 +179,7 @@ class TrainJob:
             print(
                 f"resuming {run_dir} at step {step}"
                 if step
-                else f"nothing to resume: no checkpoint in {run_dir} yet, starting afresh"
+                else f"nothing to resume: no step was saved in {run_dir} yet, starting afresh"
             )
         self._announce(trainer)
 
@@ -267,7 +273,8 @@ class TrainJob:
 
     def _test(self, trainer: Trainer, outcome: Outcome, folder: Path) -> tuple[Outcome, list[Path]]:
         """Test the best weights once; a signal stops it, and a resumed run tests again."""
-        checkpoint.load_best(trainer.folder, self.fabric, trainer.model)
+        load = partial(checkpoint.load_best, trainer.folder, self.fabric, trainer.model)
+        self.room.recovery.once_more(load, "resume")
         metrics = evaluate(
             self.fabric,
             trainer.model,
