@@ -18,7 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, ROOT, load, markdown, provenance, settings_for, source_line, store
+from common import (
+    RESULTS,
+    ROOT,
+    load,
+    markdown,
+    provenance,
+    settings_for,
+    source_line,
+    stamped,
+    store,
+)
 
 from expt.construction import build
 from expt.data.masked_errors import MaskedErrors
@@ -46,7 +56,9 @@ def main() -> None:
             run = train(model, seed, arguments.device)
             # Read again: another process may have added a run meanwhile.
             record = {"persistence": persistence(), "runs": {}, **load("accuracy")}
-            record["runs"][name] = {"model": model, "seed": seed, "device": arguments.device, **run}
+            record["runs"][name] = stamped(
+                {"model": model, "seed": seed, "device": arguments.device, **run}
+            )
             record["made"] = provenance()
             store("accuracy", record, tables(record))
             plot(record)

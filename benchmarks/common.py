@@ -44,6 +44,12 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def stamped(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row with its own date and commit, since others of its file may be older."""
+    made = provenance()
+    return {**row, "date": made["date"], "commit": made["commit"]}
+
+
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

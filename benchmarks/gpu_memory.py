@@ -21,7 +21,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import load, make_trainer, markdown, provenance, settings_for, source_line, store
+from common import (
+    load,
+    make_trainer,
+    markdown,
+    provenance,
+    settings_for,
+    source_line,
+    stamped,
+    store,
+)
 from foreign_models import MODELS, ForeignModel
 from prediction import OPTIMIZERS, rows
 from torch import Tensor
@@ -70,7 +79,7 @@ def main() -> None:
         if done.returncode:
             print(f"{name}: not measured: {done.stderr.strip().splitlines()[-1]}", flush=True)
             continue
-        row = record["rows"][name] = json.loads(done.stdout.splitlines()[-1])
+        row = record["rows"][name] = stamped(json.loads(done.stdout.splitlines()[-1]))
         print(f"{name}: {100 * error(row):+.2f} %", flush=True)
         record["made"] = provenance()
         store("gpu_memory", record, tables(record))

@@ -17,7 +17,16 @@ import time
 from typing import Any
 
 import torch
-from common import load, make_trainer, markdown, provenance, settings_for, source_line, store
+from common import (
+    load,
+    make_trainer,
+    markdown,
+    provenance,
+    settings_for,
+    source_line,
+    stamped,
+    store,
+)
 
 PRESETS = ("full", "lite", "minimal")
 CLAIMED_GB = {"full": 30, "lite": 6, "minimal": 3}  # the guide's own estimates
@@ -48,7 +57,7 @@ def main() -> None:
                 text=True,
                 check=True,
             )
-            record["rows"][name] = json.loads(done.stdout.splitlines()[-1])
+            record["rows"][name] = stamped(json.loads(done.stdout.splitlines()[-1]))
             record["guide"].setdefault(preset, guide_peak(preset))
             record["made"] = provenance()
             store("memory", record, tables(record))

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from common import load, make_trainer, markdown, provenance, source_line, store
+from common import load, make_trainer, markdown, provenance, source_line, stamped, store
 from foreign_models import MODELS, ForeignModel
 from torch import Tensor, nn
 
@@ -98,7 +98,7 @@ def main() -> None:
         if done.returncode:
             print(f"{name}: not measured: {done.stderr.strip().splitlines()[-1]}", flush=True)
             continue
-        row = record["rows"][name] = json.loads(done.stdout.splitlines()[-1])
+        row = record["rows"][name] = stamped(json.loads(done.stdout.splitlines()[-1]))
         print(f"{name}: {100 * error(row):+.2f} %, {row['seconds']:.2f} s", flush=True)
         record["made"] = provenance()
         store("prediction", record, *tables(record))
