@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from expt.memory.ledger import StorageLedger
-from expt.models import alternating, attention
+from expt.models import alternating, attention_kernels
 from expt.models.alternating import Alternating
 
 GUIDE_FFN_RATIO = 4
@@ -41,9 +41,9 @@ class LookBackOverAllTokens(alternating.LookBack):
 
 def traced_peak_bytes(sizes: Mapping[str, Any], batch_size: int, num_sensors: int) -> int:
     """Return the peak of two fp32 training steps on fake tensors: nothing is allocated."""
-    fused = nn.functional.scaled_dot_product_attention
+    fused = attention_kernels.fused
     look_back = alternating.LookBack
-    attention.F.scaled_dot_product_attention = materialised_attention
+    attention_kernels.fused = materialised_attention
     alternating.LookBack = LookBackOverAllTokens  # type: ignore[misc]
     try:
         with FakeTensorMode(), StorageLedger() as ledger:
@@ -59,5 +59,5 @@ def traced_peak_bytes(sizes: Mapping[str, Any], batch_size: int, num_sensors: in
                 optimizer.zero_grad()
             return ledger.peak_bytes
     finally:
-        attention.F.scaled_dot_product_attention = fused
+        attention_kernels.fused = fused
         alternating.LookBack = look_back  # type: ignore[misc]
