@@ -21,10 +21,11 @@ def clear_leftovers() -> int:
     if not _held():
         return 0
     for found in gc.get_objects():
-        if isinstance(found, functools._lru_cache_wrapper) and not str(
-            getattr(found, "__module__", "")
-        ).startswith(LIBRARIES):
-            found.cache_clear()
+        # By type: asking an object for its class may run code of its own.
+        if type(found) is functools._lru_cache_wrapper:
+            module = str(getattr(found, "__module__", ""))
+            if not module.startswith(LIBRARIES):
+                found.cache_clear()
     gc.collect()
     return _held()
 
