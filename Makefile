@@ -28,7 +28,7 @@ train-full: $(STAMP)  ## the main job with whole epochs, until validation stops 
 	$(BIN)/python -m expt +memory=lite
 
 test: $(STAMP)  ## all tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal
 
 check: $(STAMP)  ## style, types, layers
 	$(BIN)/ruff check src tests benchmarks
