@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from expt.construction import build
+from expt.foresight import Saving, plan_training
 from expt.results import load_result
+from expt.tasks import planned as module
+from expt.units import MIB
+from expt.validation import validated
 
 MODEL = """
 import torch
@@ -169,3 +175,17 @@ def test_the_plans_line_about_the_users_own_error(expt, home, capfd) -> None:
     said = capfd.readouterr()
     assert "peak memory not predicted: RuntimeError: " in said.out
     assert "failed while attempting to run meta" not in said.err
+
+
+def test_what_would_fit_is_told_by_what_the_budget_counts(composed, monkeypatch) -> None:
+    # On CUDA a budget is of reserved bytes: a way whose peak fits may still not.
+    settings = validated(composed("+memory=minimal", "model=stid", "memory.budget=10MiB"))
+    data = build(settings, "data")
+    found = plan_training(settings, data, "cuda")
+    large = replace(found, peak_bytes=12 * MIB, reserved_bytes=20 * MIB)
+    ways = [Saving("too=much", 4 * MIB, 12 * MIB), Saving("enough=true", 5 * MIB, 9 * MIB)]
+    monkeypatch.setattr(module, "savings", lambda *arguments: ways)
+    message = module._refusal(settings, data, large, 10 * MIB)
+    assert "bytes reserved by the allocator, which are 20.0 MiB" in message
+    assert "What would fit: enough=true (9.0 MiB)" in message
+    assert "too=much" not in message
