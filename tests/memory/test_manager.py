@@ -297,7 +297,8 @@ def test_a_resumed_run_goes_on_with_the_readings_of_the_first(
         second.step()
     second.write_csv(path)
     steps = [reading.step for reading in read_log(path.read_text()).readings]
-    assert steps == [1, 2, 3, 4, 5, 6, 7, 8], "6 and 7 are taken again"
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert len(path.read_text().splitlines()) == 1 + 8, "6 and 7 are taken again"
     assert len(second.histories["cuda:0"].readings) == 3, "a verdict is about one process"
     third = MemoryManager(gauges=[card], reading_seconds=0)
     third.resume(tmp_path / "none.csv", 5)
