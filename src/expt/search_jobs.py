@@ -238,9 +238,7 @@ def _group_problem(name: str, value: Any) -> str | None:
     return None
 
 
-def _argument_problem(
-    cfg: DictConfig, group: str, name: str, value: Any, line: str
-) -> str | None:
+def _argument_problem(cfg: DictConfig, group: str, name: str, value: Any, line: str) -> str | None:
     """Judge one argument of an open group's class."""
     if "." in name:
         return None  # inside of an argument, which the class judges

@@ -123,9 +123,7 @@ def told_line(trial: FrozenTrial, is_best: bool) -> str:
     line = f"trial {trial.number}: "
     if kind == "infeasible_predicted":
         peak, budget = attributes.get("predicted_peak_bytes"), attributes.get("budget_bytes")
-        return (
-            f"{line}not started, predicted peak {format_bytes(peak)} of {format_bytes(budget)}"
-        )
+        return f"{line}not started, predicted peak {format_bytes(peak)} of {format_bytes(budget)}"
     if kind == "duplicate":
         return f"{line}not started, the same as trial {attributes.get('duplicate_of')}"
     if trial.state is TrialState.COMPLETE:
