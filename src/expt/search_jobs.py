@@ -246,7 +246,7 @@ def _argument_problem(cfg: DictConfig, group: str, name: str, value: Any, line: 
     plain = _plain(value)
     found = argument_problems(group, {"_target_": node["_target_"], name: plain})
     if not found and name not in node and not line.startswith("+"):
-        return f"{group}.{name}: it is not set in the YAML file; in search.space, write +{group}.{name}"
+        return f"{group}.{name}: it is not set in the YAML file; write +{group}.{name}"
     return found[0] if found else None
 
 

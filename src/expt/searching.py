@@ -36,7 +36,7 @@ from expt.sweep.search import Search
 from expt.sweep.space import Space
 from expt.sweep.study import default_storage, open_storage, open_study
 from expt.sweep.summary import SweepSummary
-from expt.sweep.testing import test_winner
+from expt.sweep.testing import run_test
 from expt.sweep.winner import best_trial
 from expt.tracking.store import without_password
 from expt.units import format_bytes
@@ -114,7 +114,7 @@ def search(
         if winner is not None and node.test_winner:
             lines = jobs.lines(winner.number, space.lines(winner.params))
             folder = loop.trial_folder(winner.number)
-            test_winner(study, winner, reservations, runner, lines, folder, list(seeds))
+            run_test(study, winner, reservations, runner, lines, folder, list(seeds))
             records.told(winner, folder)
         status = "FINISHED"
     except KeyboardInterrupt:

@@ -62,7 +62,7 @@ def test_every_sampler_runs_a_study(make, name):
         node["_partial_"] = True
         space = {"x": "choice(0.1,0.2,0.3,0.4,0.5)", "width": "choice(8,16,32)"}
     if name in ("tpe", "gp"):
-        node["n_startup_trials"] = 3
+        node["n_startup_trials"] = 6
     search = make(fine, by_width, node, space=space, n_trials=8)
     summary = search.run()
     assert summary.finished == 8

@@ -190,16 +190,16 @@ def recorded(folder: Path, trial: FrozenTrial) -> bool:
     """Tell whether a trial's end is in its journal."""
     if read_header(folder) is None:
         return False
-    reader, told = Reader(folder), False
+    reader, told, closed = Reader(folder), False, False
     while lines := reader.read(1000):
         for record in (line.record for line in lines if line.record):
             if record["kind"] == "tags":
                 told = told or record["values"].get(f"{PREFIX}state") == trial.state.name
             elif record["kind"] == "start":
-                told = False
-            elif record["kind"] == "end" and told:
-                return True
-    return False
+                told = closed = False
+            elif record["kind"] == "end":
+                closed = told
+    return closed
 
 
 def _arrived(folder: Path) -> bool:

@@ -76,7 +76,7 @@ def run_id_in(run_dir: str | None) -> str | None:
     return state.run_id if state else None
 
 
-def test_figures(folder: Path) -> dict[str, float]:
+def figures_of_test(folder: Path) -> dict[str, float]:
     """Return the test figures in a run's folder; none if it was not tested."""
     result = load_result(folder)
     metrics = result.metrics if result is not None else {}
