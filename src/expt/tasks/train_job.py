@@ -196,7 +196,7 @@ class TrainJob:
             result.weights_sha256 = self.room.recovery.once_more(hashed, "conclusion")
         folder = self.context.run_dir / "plots"
         plots = list(plot_history(trainer.progress.history, self.data.monitor, folder))
-        if outcome.status == "completed":
+        if outcome.status == "completed" and trainer.settings.test:
             outcome, more = self._test(trainer, outcome, folder)
             plots += more
         elif outcome.reason == "out_of_memory":
