@@ -27,7 +27,16 @@ ROOT = Path(expt.__file__).parent
 LAYERS = {  # from the top; a name stands for a module or a package under `expt`
     "cli": {"__main__", "composition", "dispatch", "explanation"},
     "tasks": {"tasks", "construction", "validation", "foresight", "batch_search", "fitting"},
-    "orchestration": {"grid", "report", "plan_tables", "cards_table", "sweep"},
+    "orchestration": {
+        "grid",
+        "report",
+        "plan_tables",
+        "cards_table",
+        "sweep",
+        "expansion",
+        "child_process",
+        "reporting",
+    },
     "loop": {
         "training",
         "evaluation",
@@ -41,7 +50,18 @@ LAYERS = {  # from the top; a name stands for a module or a package under `expt`
         "stopping",
     },
     "parts": {"models", "data", "optim", "memory", "tracking"},
-    "ground": {"", "schema", "protocols", "errors", "units", "files", "results"},
+    "ground": {
+        "",
+        "schema",
+        "search_config",
+        "expand_config",
+        "report_config",
+        "protocols",
+        "errors",
+        "units",
+        "files",
+        "results",
+    },
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 CONFIGURATION = {"hydra", "omegaconf"}

@@ -14,7 +14,10 @@ from typing import Any
 from omegaconf import MISSING
 
 from expt.errors import nearest
-from expt.units import budget_problem, parse_bytes
+from expt.expand_config import ExpandConfig
+from expt.report_config import ReportConfig
+from expt.search_config import SearchConfig
+from expt.units import budget_problem
 
 
 class Precision(Enum):
@@ -97,6 +100,7 @@ class MemoryConfig:
     cleanup_interval_seconds: float = 30.0  # between two cleanups for a threshold
     force_cleanup_every: int | None = None  # steps; None: only above a threshold
     plan: bool = True  # predict the peak before training; never a reason to fail
+    plan_file: str | None = None  # a plan.json of this very run, instead of predicting again
     target: str | None = None  # cuda or cpu: what to plan for; None: the run's device, else cuda
     on_overflow: OnOverflow = OnOverflow.refuse  # what to do when the plan exceeds the budget
     recover: bool = True  # when memory runs out, do the same step again with techniques that save
@@ -197,6 +201,7 @@ class TrainerConfig:
     checkpoint_every_steps: int | None = 500  # also after every epoch; None: only then
     log_every_steps: int = 50
     resume: Any = False  # true: go on in hydra.run.dir; a path: go on there
+    test: bool = True  # test the best weights at the end; false: leave the test part alone
     progress: bool = True
     repeat_first_epoch: bool = False  # the same samples every epoch, to see a model overfit
     profile: bool = False  # torch.profiler over a few steps, written to the run's directory
@@ -245,7 +250,7 @@ class TrackingConfig:
     experiment: str = "expt"
     artifacts: str | None = None  # folder for artifacts, for a SQLite store only
     flush_seconds: float = 30.0
-    parent: str | None = None  # directory of the run to be nested under; a multirun sees to its own
+    parent: str | None = None  # folder of the run that this one is nested under
 
     def problems(self) -> list[str]:
         """Return one message per value out of range."""
@@ -318,75 +323,6 @@ class CardsConfig:
 
 
 @dataclass
-class ExpandConfig:
-    """Node of the task `expand`."""
-
-    steps: list[str] = field(default_factory=list)  # one setting each, tried in this order
-    probe_epochs: int | None = 2  # of each probe; None: trainer.epochs
-    probe_steps: int | None = 300  # optimizer steps in an epoch; None: trainer.steps_per_epoch
-    tolerance: float = 0.01  # by what part of the best validation error a step may be worse
-    probe_time_limit_seconds: float | None = None  # after which a probe is ended, and not kept
-
-    def problems(self) -> list[str]:
-        """Return one message per value out of range."""
-        found = at_least("expand", self, probe_epochs=1, probe_steps=1)
-        if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
-            found.append(
-                f"expand.tolerance must not be negative, got {self.tolerance}; 0.01 keeps a step "
-                "whose validation error is at most 1 % above the best one's"
-            )
-        limit = self.probe_time_limit_seconds
-        if limit is not None and not (math.isfinite(limit) and limit > 0):
-            found.append(
-                f"expand.probe_time_limit_seconds must be a positive number or null, got {limit}"
-            )
-        return found
-
-
-@dataclass
-class ClaimConfig:
-    """What a source says of one preset, and the settings it says it of."""
-
-    peak: str = MISSING  # as the source has it, like 30 GB
-    error: str = MISSING  # the same, like < 3.5
-    settings: dict[str, Any] = field(default_factory=dict)  # a run with others is not compared
-
-
-@dataclass
-class ReportConfig:
-    """Node of the task `report`."""
-
-    runs: Any = None  # folders or globs, or MLflow run ids; None: outputs
-    experiment: str | None = None  # an MLflow experiment of tracking.uri, instead of folders
-    filter: str | None = None  # which of an experiment's runs, in MLflow's words
-    metric: str = "val/mae"  # the lower the better
-    budget: Any = None  # to draw; None: the budget that all runs had
-    title: str | None = None
-    rows: int = 60  # of the table in the page; runs.csv holds all
-    claims: dict[str, ClaimConfig] = field(default_factory=dict)  # by preset
-
-    def problems(self) -> list[str]:
-        """Return one message per value out of range, and per contradiction."""
-        found = at_least("report", self, rows=1)
-        if self.filter is not None and self.experiment is None:
-            found.append(
-                f"report.filter={self.filter!r} chooses among the runs of an experiment; name it "
-                "with report.experiment=NAME"
-            )
-        if self.experiment is not None and self.runs is not None:
-            found.append(
-                f"report.experiment={self.experiment} and report.runs={self.runs} are two sources; "
-                "give one of them"
-            )
-        if self.budget is not None:
-            try:
-                parse_bytes(self.budget)
-            except ValueError as error:
-                found.append(f"report.budget={self.budget} {error}")
-        return found
-
-
-@dataclass
 class Config:
     """The whole configuration; stored as the base that `conf/config.yaml` fills."""
 
@@ -403,6 +339,7 @@ class Config:
     cards: CardsConfig = field(default_factory=CardsConfig)
     expand: ExpandConfig = field(default_factory=ExpandConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    search: SearchConfig | None = None
 
 
 MAX_SEED = 2**32 - 1

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from expt.construction import RunContext, Settings, build
 from expt.errors import ConfigError
+from expt.expand_config import ExpandConfig
 from expt.expansion import Probe, Step, expand, kept_changes, stored_probe
 from expt.files import write_json, write_text
 from expt.interruption import Interruption, Stopped
@@ -28,7 +29,6 @@ from expt.protocols import DataSet, Tracker
 from expt.report import print_table
 from expt.reporting.expansion import as_markdown, expansion_table, plot_expansion
 from expt.results import load_launch, save_launch
-from expt.schema import ExpandConfig
 from expt.tasks.expansion_steps import among, step_problems
 from expt.tasks.fallback import key
 from expt.tasks.probe import Prober, device_here

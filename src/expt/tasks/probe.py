@@ -20,11 +20,12 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from expt.child_process import Ended, run_apart
 from expt.construction import RunContext, Settings, build
 from expt.errors import ExptError
+from expt.expand_config import ExpandConfig
 from expt.expansion import Outcome, Probe
 from expt.foresight import plan_training
 from expt.memory.planning import Plan, Target
 from expt.results import RunResult, load_launch, load_result
-from expt.schema import Device, ExpandConfig, TrainerConfig
+from expt.schema import Device, TrainerConfig
 from expt.tasks.fallback import CONFIG_NAME
 from expt.tracking.journal import is_closed
 from expt.tracking.opening import open_tracker
@@ -39,6 +40,7 @@ FORCED = (
     "memory.recover=false",
     "memory.fallback=none",
     "trainer.progress=false",
+    "trainer.test=false",  # steps are chosen by validation
 )
 OUTPUT_NAME = "output.log"
 OUT_OF_MEMORY = ("out_of_memory", "RecoveryError", "OutOfMemoryError", "BrokenStepError")
