@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from expt.expansion import Step
+from expt.reporting.names import metric_words
 from expt.reporting.style import BLUE, GREEN, GREY, PALE, RED, byte_unit, draw, label_direct
 from expt.units import format_bytes, format_seconds
 
@@ -102,7 +103,7 @@ def _errors(axes: Axes, steps: Sequence[Step], metric: str) -> None:
                 step.probe.outcome.replace("_", " "), (number, 0.5), rotation=90, color=RED,
                 xycoords=("data", "axes fraction"), ha="center", va="center", fontsize=8,
             )  # fmt: skip
-    axes.set_ylabel(_spelled(metric))
+    axes.set_ylabel(metric_words(metric))
     axes.margins(y=0.25)
     axes.grid(axis="y")
     if others:
@@ -110,7 +111,7 @@ def _errors(axes: Axes, steps: Sequence[Step], metric: str) -> None:
 
 
 def _columns(metric: str) -> list[str]:
-    return [name.format(metric=_spelled(metric)) for name in COLUMNS]
+    return [name.format(metric=metric_words(metric)) for name in COLUMNS]
 
 
 def _cells(step: Step) -> tuple[str, ...]:
@@ -137,10 +138,3 @@ def _tick(step: Step) -> str:
     half = (len(words) + 1) // 2
     lines = [name] if len(name) <= 11 else ["_".join(words[:half]) + "_", "_".join(words[half:])]
     return "\n".join([*(line for line in lines if line), value])
-
-
-def _spelled(metric: str) -> str:
-    """Return ``validation MAE`` for ``val/mae``."""
-    split, _, name = metric.rpartition("/")
-    words = {"val": "validation", "test": "test", "": ""}.get(split, split)
-    return f"{words} {name.upper() if len(name) <= 4 else name.replace('_', ' ')}".strip()

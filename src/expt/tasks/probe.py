@@ -24,6 +24,7 @@ from expt.expand_config import ExpandConfig
 from expt.expansion import Outcome, Probe
 from expt.foresight import plan_training
 from expt.memory.planning import Plan, Target
+from expt.reporting.folders import state_of
 from expt.results import RunResult, load_launch, load_result
 from expt.schema import Device, TrainerConfig
 from expt.tasks.fallback import CONFIG_NAME
@@ -43,8 +44,6 @@ FORCED = (
     "trainer.test=false",  # steps are chosen by validation
 )
 OUTPUT_NAME = "output.log"
-OUT_OF_MEMORY = ("out_of_memory", "RecoveryError", "OutOfMemoryError", "BrokenStepError")
-"""Beginnings of a run's `stop_reason` that mean that memory was not enough."""
 
 
 def device_here(trainer: TrainerConfig) -> Target:
@@ -194,8 +193,9 @@ class Prober:
             if error is None or not math.isfinite(error):
                 return "failed", "the validation error is not a finite number"
             return "completed", ""
-        if result.stop_reason.startswith(OUT_OF_MEMORY):
-            return "out_of_memory", "ran out of memory"
+        state, said = state_of(result)
+        if state == "out_of_memory":
+            return "out_of_memory", said
         if result.stop_reason == "non_finite_loss":
             return "failed", "the loss is not finite: the probe diverged"
         return "failed", result.stop_reason

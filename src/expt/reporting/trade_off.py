@@ -1,0 +1,186 @@
+"""Error against peak memory: the front of runs that no other beats in both, and its figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from expt.reporting.names import metric_words
+from expt.reporting.records import RunRecord
+from expt.reporting.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    RED,
+    byte_unit,
+    draw,
+    label_direct,
+)
+from expt.units import format_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MOST_LABELS = 12
+"""Runs in a figure up to which each is called by its name there."""
+WIDE = 12.0
+"""Ratio of the largest to the smallest peak from which on the axis is logarithmic."""
+ENDED_BADLY = {
+    "out_of_memory": (RED, "x", "ran out of memory"),
+    "predicted_over": (ORANGE, "+", "predicted over budget, not run"),
+    "pruned": (GREY, "|", "pruned"),
+}
+"""States without an error whose peak is known; they are drawn along the upper edge."""
+
+
+def front(records: Sequence[RunRecord]) -> list[RunRecord]:
+    """Return the runs that no other run beats in both error and peak, from the smallest peak.
+
+    Of runs that are equal in both, one is returned.
+    """
+    found: list[RunRecord] = []
+    known = [r for r in records if r.error is not None and r.demand_bytes is not None]
+    for record in sorted(known, key=lambda r: (r.demand_bytes or 0, r.error or 0.0)):
+        if not found or _error(record) < _error(found[-1]):
+            found.append(record)
+    return found
+
+
+def best_run(records: Sequence[RunRecord], budget_bytes: int | None) -> RunRecord | None:
+    """Return the run with the smallest error inside the budget, None if there is none."""
+    fitting = [record for record in records if record.fits(budget_bytes)]
+    return min(fitting, key=_error, default=None)
+
+
+def plot_trade_off(
+    records: Sequence[RunRecord], metric: str, budget_bytes: int | None, folder: Path
+) -> list[Path]:
+    """Draw every run, the front and the budget; return the files, none without a measured run."""
+    known = [r for r in records if r.error is not None and r.demand_bytes is not None]
+    if not known:
+        return []
+    others = [r for r in records if r.state in ENDED_BADLY and _peak(r) is not None]
+    peaks = [peak for r in (*known, *others) if (peak := _peak(r)) is not None]
+    unit, factor = byte_unit([*peaks, budget_bytes])
+
+    def onto(figure: Figure) -> None:
+        axes = figure.subplots()
+        wide = max(peaks) > WIDE * min(peaks)
+        if wide:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(_plain)
+        inside = [r for r in known if r.fits(budget_bytes)]
+        over = [r for r in known if not r.fits(budget_bytes)]
+        _points(axes, inside, factor, color=BLUE, label="inside the budget" if over else "run")
+        _points(axes, over, factor, edgecolor=BLUE, facecolor="white", label="over the budget")
+        best_of_all = front(known)
+        _stairs(axes, best_of_all, factor)
+        axes.margins(x=0.1, y=0.14)
+        _bounds(axes, known)
+        _upper_edge(axes, others, factor)
+        if budget_bytes is not None:
+            _budget(axes, budget_bytes, factor)
+        named = known if len(known) <= MOST_LABELS else []
+        best = best_run(known, budget_bytes)
+        for record in named:
+            if record is not best:
+                label_direct(axes, _name(record), _at(record, factor), color=GREY)
+        if best is not None:
+            axes.scatter(
+                *_at(best, factor), marker="*", s=170, color=GREEN, edgecolor="white", zorder=5
+            )
+            text = f"best: {_name(best)}, {_error(best):.3f}"
+            label_direct(
+                axes, text, _at(best, factor), offset=(7, -13), color=GREEN, fontweight="bold"
+            )
+        reserved = any(r.peak_reserved_bytes is not None for r in known)
+        axes.set_xlabel(f"peak memory, {'reserved' if reserved else 'allocated'} ({unit})")
+        axes.set_ylabel(metric_words(metric))
+        axes.grid(True)
+        handles, _ = axes.get_legend_handles_labels()
+        if len(handles) > 1:
+            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, columnspacing=1.4)
+
+    return draw(folder, "trade_off", 4.0, onto)
+
+
+def _points(axes: Axes, records: Sequence[RunRecord], factor: int, **look: object) -> None:
+    if records:
+        at = [_at(record, factor) for record in records]
+        axes.scatter(*zip(*at, strict=True), s=34, zorder=3, linewidth=1.0, **look)  # type: ignore[arg-type]
+
+
+def _stairs(axes: Axes, best: Sequence[RunRecord], factor: int) -> None:
+    """Draw what can be had: from every point of the front to the right, until a better one."""
+    if len(best) > 1:
+        x, y = zip(*(_at(record, factor) for record in best), strict=True)
+        axes.step(x, y, where="post", color=INK, linewidth=1.1, zorder=2, label="Pareto front")
+
+
+def _bounds(axes: Axes, known: Sequence[RunRecord]) -> None:
+    """Keep a run that diverged from squeezing all others into one line."""
+    errors = sorted(_error(record) for record in known)
+    if len(errors) >= 8:
+        middle = errors[len(errors) // 2]
+        top = middle + 4 * (middle - errors[0])
+        if top < errors[-1]:
+            low, _ = axes.get_ylim()
+            hidden = sum(error > top for error in errors)
+            bottom = errors[0] - 0.08 * (top - errors[0])
+            axes.set_ylim(max(low, bottom) if low < bottom else bottom, top)
+            axes.annotate(
+                f"{hidden} more above", (1, 0.985), xycoords="axes fraction", ha="right", va="top",
+                fontsize=7.5, color=GREY,
+            )  # fmt: skip
+
+
+def _upper_edge(axes: Axes, records: Sequence[RunRecord], factor: int) -> None:
+    for state, (colour, marker, label) in ENDED_BADLY.items():
+        peaks = [_peak(record) for record in records if record.state == state]
+        if peaks:
+            axes.scatter(
+                [peak / factor for peak in peaks if peak is not None],
+                [0.965] * len(peaks),
+                transform=axes.get_xaxis_transform(),
+                marker=marker, color=colour, s=34, linewidth=1.3, label=label, zorder=4,
+            )  # fmt: skip
+
+
+def _budget(axes: Axes, budget_bytes: int, factor: int) -> None:
+    at = budget_bytes / factor
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, max(high, at * 1.08))
+    axes.axvline(at, color=RED, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
+    axes.axvspan(at, axes.get_xlim()[1], color=RED, alpha=0.06, linewidth=0, zorder=0)
+    axes.annotate(
+        f"budget {format_bytes(budget_bytes)}", (at, 0.02), xycoords=("data", "axes fraction"),
+        textcoords="offset points", xytext=(-4, 0), rotation=90, ha="right", va="bottom",
+        fontsize=8, color=RED,
+    )  # fmt: skip
+
+
+def _plain(value: float, position: object = None) -> str:
+    return f"{value:g}"
+
+
+def _at(record: RunRecord, factor: int) -> tuple[float, float]:
+    return (record.demand_bytes or 0) / factor, _error(record)
+
+
+def _peak(record: RunRecord) -> int | None:
+    """Return the measured peak, and the predicted one for a run that has none or ran out."""
+    if record.state == "completed" or record.state == "over_budget":
+        return record.demand_bytes
+    return record.predicted_peak_bytes or record.demand_bytes
+
+
+def _name(record: RunRecord) -> str:
+    return record.preset if record.preset and record.trial is None else record.name
+
+
+def _error(record: RunRecord) -> float:
+    return float("inf") if record.error is None else record.error
