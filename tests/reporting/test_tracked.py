@@ -55,10 +55,17 @@ def test_no_number_is_no_number() -> None:
 
 
 def test_only_trainings_are_taken_in_the_order_of_their_starts(monkeypatch) -> None:
-    found = [stored("late", started=9), stored("plan", parameters={}), stored("early", started=2)]
+    spared = {"kind": "trial", "trial.kind": "infeasible_predicted", "trial.number": "3"}
+    found = [
+        stored("late", started=9),
+        stored("plan", parameters={}, tags={"kind": "plan"}),
+        stored("spared", started=5, parameters={"model.dropout": "0.1"}, tags=spared),
+        stored("again", started=6, tags=spared | {"trial.kind": "duplicate"}),
+        stored("early", started=2),
+    ]
     monkeypatch.setattr(tracked, "runs_under", lambda uri, run_id: found)
     runs = runs_by_id("sqlite:///x.db", [ID, ID], "val/mae")
-    assert [r.name for r in runs.records] == ["early", "late"], "each of them once"
+    assert [r.name for r in runs.records] == ["early", "trial 3", "late"], "once each"
     monkeypatch.setattr(tracked, "runs_under", lambda uri, run_id: found[1:2])
     with pytest.raises(ConfigError, match="there is no training run"):
         runs_by_id("sqlite:///x.db", [ID], "val/mae")

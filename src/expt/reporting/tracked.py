@@ -63,7 +63,7 @@ def _given(uri: str | None) -> str:
 
 def _as_set(found: Sequence[StoredRun], source: str, metric: str) -> RunSet:
     """Keep what is a training, in the order of their starts."""
-    trainings = {run.run_id: run for run in found if "model._target_" in run.parameters}
+    trainings = {run.run_id: run for run in found if _is_training(run)}
     if not trainings:
         raise ConfigError(
             f"{source}: there is no training run ({len(found)} of other kinds); give another "
@@ -71,6 +71,13 @@ def _as_set(found: Sequence[StoredRun], source: str, metric: str) -> RunSet:
         )
     records = [as_record(run, metric) for run in trainings.values()]
     return RunSet(tuple(sorted(records, key=lambda record: record.started)), source)
+
+
+def _is_training(run: StoredRun) -> bool:
+    """Tell a training, or a trial that would have been one, from everything else."""
+    if run.tags.get("trial.kind") == "duplicate":
+        return False
+    return "model._target_" in run.parameters or run.tags.get("kind") == "trial"
 
 
 def as_record(run: StoredRun, metric: str) -> RunRecord:
