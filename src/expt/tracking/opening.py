@@ -11,18 +11,13 @@ from expt.schema import TrackingConfig
 def open_tracker(
     config: TrackingConfig, directory: Path, parent_directory: Path | None = None
 ) -> Tracker:
-    """Return the tracker of the run in `directory`, nested under the run of its parent's.
-
-    The parent is `parent_directory`, or else the one that the configuration names.
-    """
+    """Return the tracker of the run in `directory`, nested under the run of its parent's."""
     if config.uri is None:
         from expt.tracking.null import NullTracker
 
         return NullTracker()
     from expt.tracking.mlflow import MlflowTracker
 
-    if parent_directory is None and config.parent is not None:
-        parent_directory = Path(config.parent)
     return MlflowTracker(
         uri=config.uri,
         experiment=config.experiment,
