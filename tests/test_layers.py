@@ -25,7 +25,14 @@ import expt
 
 ROOT = Path(expt.__file__).parent
 LAYERS = {  # from the top; a name stands for a module or a package under `expt`
-    "cli": {"__main__", "composition", "dispatch", "explanation"},
+    "cli": {
+        "__main__",
+        "composition",
+        "dispatch",
+        "explanation",
+        "search_jobs",
+        "searching",
+    },
     "tasks": {"tasks", "construction", "validation", "foresight", "batch_search", "fitting"},
     "orchestration": {
         "grid",

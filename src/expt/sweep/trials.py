@@ -12,6 +12,8 @@ but the study; the same are tags of its run in the tracker, with the prefix ``tr
 ``run_dir``, ``run_id``   its folder and its run in the tracker
 ``error``                 one line, where something went wrong
 ``attempts``              how often it was started
+``started``               true once its process was, whatever became of it
+``worker``                which process sees to it
 ``values_by_seed``, ``spread``  with `search.repeats`: each seed's value and their deviation
 ``duplicate_of``          the number of the trial with the same values
 """
@@ -37,7 +39,7 @@ Kind = Literal[
     "duplicate",
 ]
 State = Literal["COMPLETE", "PRUNED", "FAIL"]
-KIND, WORKER, CONSTRAINT = "kind", "worker", "peak_memory"
+KIND, WORKER, STARTED, CONSTRAINT = "kind", "worker", "started", "peak_memory"
 STATES: dict[Kind, State] = {
     "complete": "COMPLETE",
     "infeasible_measured": "COMPLETE",
