@@ -63,6 +63,13 @@ def test_trials_are_joined_with_their_runs(swept) -> None:
     assert runs.parameters[1] == {"model.dropout": 0.1, "data.batch_size": 32}
 
 
+def test_runs_from_elsewhere_stay(swept, tmp_path, put_run) -> None:
+    put_run(tmp_path / "alone", 2.0, started=1.0)
+    runs = runs_in_folders([str(swept), str(tmp_path / "alone")], "val/mae")
+    assert [r.name for r in runs.records] == ["alone", "trial 0", "trial 1", "trial 3"]
+    assert runs.study is None
+
+
 def test_a_journal_is_read_as_well(tmp_path) -> None:
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend

@@ -30,7 +30,7 @@ def test_columns_hold_what_is_known_and_no_column_is_empty(record) -> None:
     cells = run_table(runs, "val/mae", [Claim("lite", "6 GB", "< 4.0", settings)])
     assert cells.columns == (
         "run", "preset", "state", "validation MAE", "claimed", "test MAE", "peak, claimed",
-        "predicted", "measured", "error", "time", "embed_dim",
+        "predicted", "measured", "prediction error", "time", "embed_dim",
     )  # fmt: skip
     assert cells.rows[0] == (
         "a", "lite", "completed", "3.000", "< 4.0", "3.400", "6 GB", "1.00 GiB", "1.00 GiB",

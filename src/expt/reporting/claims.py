@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expt.reporting.records import RunRecord
-from expt.reporting.style import BLUE, GREY, PALE, PURPLE, draw, label_direct
+from expt.reporting.style import BLUE, GREY, PALE, PURPLE, draw, label_direct, plain_log
 from expt.units import GIB, format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -111,8 +111,7 @@ def plot_claims(found: Sequence[Claimed], folder: Path) -> list[Path]:
                     axes, format_bytes(max(measured)), (max(measured) / GIB, place),
                     offset=(0, 8), ha="center", color=BLUE,
                 )  # fmt: skip
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        plain_log(axes, "x")
         axes.margins(x=0.12)
         axes.set_yticks(range(len(shown)), [entry.claim.preset for entry in shown])
         axes.set_ylim(len(shown) - 0.5, -0.6)

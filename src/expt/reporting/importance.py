@@ -34,6 +34,8 @@ class Importance:
 def importance(runs: RunSet) -> Importance:
     """Return what each setting had to do with getting among the best runs."""
     done = [record for record in runs.records if record.error is not None]
+    if runs.space:
+        done = [record for record in done if record.trial is not None]
     if len(done) < LEAST_RUNS:
         return Importance({}, len(done), f"it takes {LEAST_RUNS} finished runs; {len(done)} are")
     values, space = _from_study(runs, done) if runs.space else _from_settings(done)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from expt.reporting.records import RunRecord
-from expt.reporting.style import BLUE, GREY, INK, PALE, byte_unit, draw
+from expt.reporting.style import BLUE, GREY, INK, PALE, byte_unit, draw, plain_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,8 +72,8 @@ def _against(axes: Axes, known: Sequence[RunRecord]) -> None:
     x, y = [p / factor for p in predicted], [m / factor for m in measured]
     low, high = min(*x, *y), max(*x, *y)
     if high > 12 * low:
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        plain_log(axes, "x")
+        plain_log(axes, "y")
         low, high = low / 1.4, high * 1.4
     else:
         margin = 0.08 * (high - low) or 0.1 * high

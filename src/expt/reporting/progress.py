@@ -64,6 +64,7 @@ def plot_progress(
                     places, [0.02] * len(places), transform=axes.get_xaxis_transform(),
                     marker="|", s=46, color=colour, label=label, zorder=4,
                 )  # fmt: skip
+        axes.set_xlim(0.4, len(records) + 0.6)
         axes.set(xlabel="run, in the order of starting", ylabel=metric_words(metric))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(True)

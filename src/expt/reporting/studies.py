@@ -25,7 +25,8 @@ class StudyError(Exception):
 def with_study(runs: RunSet, folder: Path, metric: str) -> RunSet:
     """Return the trials of the study in `folder`, with what is known of the runs they trained.
 
-    Trials that were never started are there too; one that repeats another is left out.
+    Trials that were never started are there too; one that repeats another is left out. Runs from
+    elsewhere stay as they are.
 
     Raises:
         StudyError: the study is not where ``sweep.json`` says.
@@ -50,8 +51,18 @@ def with_study(runs: RunSet, folder: Path, metric: str) -> RunSet:
         parameters[trial.number] = trial.params
     if not records:
         raise StudyError(f"the study {summary.study} has no trials yet")
+    home = folder.resolve()
+    others = [
+        record
+        for record in runs.records
+        if record.run_dir and not Path(record.run_dir).resolve().is_relative_to(home)
+    ]
     return replace(
-        runs, records=tuple(records), study=summary.study, space=space, parameters=parameters
+        runs,
+        records=tuple(sorted([*records, *others], key=lambda record: record.started)),
+        study=None if others else summary.study,
+        space=space,
+        parameters=parameters,
     )
 
 

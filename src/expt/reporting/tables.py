@@ -60,9 +60,7 @@ def run_table(
     names = list(settings) if settings is not None else varied(records)[:MOST_SETTINGS]
     short = short_names(names)
     said = [claim_of(record, claims) for record in records]
-    test = next(
-        (m for m in ("test/mae",) if m != metric and any(m in r.metrics for r in records)), ""
-    )
+    test = "" if metric == "test/mae" else "test/mae"
     columns: list[tuple[str, bool, list[str]]] = [
         ("run", False, [record.name for record in records]),
         ("preset", False, [record.preset or "" for record in records]),
@@ -74,7 +72,7 @@ def run_table(
         ("predicted", True, [_bytes(r.predicted_peak_bytes) for r in records]),
         ("measured", True, [_bytes(r.peak_allocated_bytes) for r in records]),
         ("reserved", True, [_bytes(r.peak_reserved_bytes) for r in records]),
-        ("error", True, [_percent(r.prediction_error) for r in records]),
+        ("prediction error", True, [_percent(r.prediction_error) for r in records]),
         ("time", True, [_time(r.seconds) for r in records]),
         *(
             (short[name], True, [r.settings.get(name, "") for r in records])
@@ -124,7 +122,8 @@ def as_csv(records: Sequence[RunRecord], metric: str) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*fixed, *figures, *settings])
     for r in records:
-        started = datetime.fromtimestamp(r.started).isoformat(timespec="seconds")
+        at = datetime.fromtimestamp(r.started)
+        started = at.isoformat(timespec="seconds") if r.started else None
         writer.writerow(
             [
                 r.name, r.trial, r.state, r.preset, r.error, r.predicted_peak_bytes,

@@ -18,6 +18,7 @@ from expt.reporting.style import (
     byte_unit,
     draw,
     label_direct,
+    plain_log,
 )
 from expt.units import format_bytes
 
@@ -64,15 +65,16 @@ def plot_trade_off(
     if not known:
         return []
     others = [r for r in records if r.state in ENDED_BADLY and _peak(r) is not None]
-    peaks = [peak for r in (*known, *others) if (peak := _peak(r)) is not None]
+    measured = [r.demand_bytes for r in known if r.demand_bytes is not None]
+    # What is far beyond all that can be had is drawn at the edge.
+    edge = int(1.6 * max(*measured, budget_bytes or 0))
+    peaks = [*measured, *(min(_peak(r) or 0, edge) for r in others)]
     unit, factor = byte_unit([*peaks, budget_bytes])
 
     def onto(figure: Figure) -> None:
         axes = figure.subplots()
-        wide = max(peaks) > WIDE * min(peaks)
-        if wide:
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(_plain)
+        if max(peaks) > WIDE * min(peaks):
+            plain_log(axes, "x")
         inside = [r for r in known if r.fits(budget_bytes)]
         over = [r for r in known if not r.fits(budget_bytes)]
         _points(axes, inside, factor, color=BLUE, label="inside the budget" if over else "run")
@@ -81,7 +83,8 @@ def plot_trade_off(
         _stairs(axes, best_of_all, factor)
         axes.margins(x=0.1, y=0.14)
         _bounds(axes, known)
-        _upper_edge(axes, others, factor)
+        axes.update_datalim([(peak / factor, _error(known[0])) for peak in peaks])
+        _upper_edge(axes, others, edge, factor)
         if budget_bytes is not None:
             _budget(axes, budget_bytes, factor)
         named = known if len(known) <= MOST_LABELS else []
@@ -124,26 +127,22 @@ def _stairs(axes: Axes, best: Sequence[RunRecord], factor: int) -> None:
 def _bounds(axes: Axes, known: Sequence[RunRecord]) -> None:
     """Keep a run that diverged from squeezing all others into one line."""
     errors = sorted(_error(record) for record in known)
-    if len(errors) >= 8:
-        middle = errors[len(errors) // 2]
-        top = middle + 4 * (middle - errors[0])
-        if top < errors[-1]:
-            low, _ = axes.get_ylim()
-            hidden = sum(error > top for error in errors)
-            bottom = errors[0] - 0.08 * (top - errors[0])
-            axes.set_ylim(max(low, bottom) if low < bottom else bottom, top)
-            axes.annotate(
-                f"{hidden} more above", (1, 0.985), xycoords="axes fraction", ha="right", va="top",
-                fontsize=7.5, color=GREY,
-            )  # fmt: skip
+    low, middle = errors[0], errors[len(errors) // 2]
+    top = middle + 4 * (middle - low)
+    if len(errors) >= 8 and low < top < errors[-1]:
+        axes.set_ylim(low - 0.08 * (top - low), top)
+        axes.annotate(
+            f"{sum(error > top for error in errors)} more above", (1, 1), ha="right", va="bottom",
+            xycoords="axes fraction", fontsize=7.5, color=GREY,
+        )  # fmt: skip
 
 
-def _upper_edge(axes: Axes, records: Sequence[RunRecord], factor: int) -> None:
+def _upper_edge(axes: Axes, records: Sequence[RunRecord], edge_bytes: int, factor: int) -> None:
     for state, (colour, marker, label) in ENDED_BADLY.items():
-        peaks = [_peak(record) for record in records if record.state == state]
+        peaks = [min(_peak(record) or 0, edge_bytes) for record in records if record.state == state]
         if peaks:
             axes.scatter(
-                [peak / factor for peak in peaks if peak is not None],
+                [peak / factor for peak in peaks],
                 [0.965] * len(peaks),
                 transform=axes.get_xaxis_transform(),
                 marker=marker, color=colour, s=34, linewidth=1.3, label=label, zorder=4,
@@ -161,10 +160,6 @@ def _budget(axes: Axes, budget_bytes: int, factor: int) -> None:
         textcoords="offset points", xytext=(-4, 0), rotation=90, ha="right", va="bottom",
         fontsize=8, color=RED,
     )  # fmt: skip
-
-
-def _plain(value: float, position: object = None) -> str:
-    return f"{value:g}"
 
 
 def _at(record: RunRecord, factor: int) -> tuple[float, float]:
