@@ -80,22 +80,22 @@ def run_apart(
                 late = time_limit_seconds is not None and now - started > time_limit_seconds
                 if asked_at is None and (late or stopped()):
                     asked_at, timed_out = now, late
-                    _signal(process, signal.SIGTERM)
+                    process.terminate()  # it alone: it ends what it started as it likes
                 elif asked_at is not None and now - asked_at > GRACE_SECONDS:
-                    _signal(process, signal.SIGKILL)
+                    _kill(process)
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(POLL_SECONDS)
         finally:
             if process.poll() is None:  # a second Ctrl-C came through here
-                _signal(process, signal.SIGKILL)
+                _kill(process)
                 process.wait()
     return Ended(process.returncode, time.monotonic() - started, timed_out)
 
 
-def _signal(process: subprocess.Popen[bytes], number: int) -> None:
-    """Signal a process and all it started."""
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and all it started."""
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _die_with_parent() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from expt.child_process import Ended
+from expt.memory.planning import Plan
 from expt.results import RunResult, load_launch
 from expt.tasks import probe as module
 
@@ -51,6 +52,18 @@ class Processes:
 def processes(monkeypatch) -> Processes:
     processes = Processes()
     monkeypatch.setattr(module, "run_apart", processes)
+    return processes
+
+
+@pytest.fixture
+def quick(processes, monkeypatch) -> Processes:
+    """The same, and peaks are predicted and drawn in no time."""
+
+    def made_up(*arguments: object) -> Plan:
+        return Plan("cpu", MIB, None, (MIB, MIB), "forward", {}, {}, {}, "trace", 0.0)
+
+    monkeypatch.setattr(module, "plan_training", made_up)
+    monkeypatch.setattr("expt.tasks.expand.plot_expansion", lambda *arguments: [])
     return processes
 
 
@@ -113,12 +126,12 @@ def test_what_is_predicted_over_the_budget_is_not_run(expt, home, processes) -> 
     ],
 )
 def test_what_ends_a_probe_costs_that_step_only(
-    expt, home, processes, ending, status, outcome, reason
+    expt, home, quick, ending, status, outcome, reason
 ) -> None:
     if ending:
-        processes.endings["model.embed_dim=48"] = ending
+        quick.endings["model.embed_dim=48"] = ending
     if status:
-        processes.statuses["model.embed_dim=48"] = status
+        quick.statuses["model.embed_dim=48"] = status
     code, _, err = expt(*STID, STEPS)
     assert code == 0, err
     start, wide, batch = written(home)["steps"]
@@ -128,38 +141,38 @@ def test_what_ends_a_probe_costs_that_step_only(
     assert "model.embed_dim=48" not in batch["changes"]
 
 
-def test_it_goes_on_where_it_was_stopped_and_repeats_nothing(expt, home, processes) -> None:
+def test_it_goes_on_where_it_was_stopped_and_repeats_nothing(expt, home, quick) -> None:
     assert expt(*STID, STEPS)[0] == 0
     stored = written(home)
     stored["steps"].pop()  # killed before this one was told
     stored["finished"] = False
     (home / "run/expand.json").write_text(json.dumps(stored))
-    processes.lines.clear()
+    quick.lines.clear()
     code, _, err = expt(f"trainer.resume={home}/run", small=False)
     assert code == 0, err
-    (lines,) = processes.lines
+    (lines,) = quick.lines
     assert "data.batch_size=8" in lines and lines[-1] == "trainer.resume=true", "in its folder"
     assert len(written(home)["steps"]) == 3
     assert not (home / "run/step_02_2").exists()
 
 
-def test_other_probes_are_run_again_beside_the_earlier(expt, home, processes) -> None:
+def test_other_probes_are_run_again_beside_the_earlier(expt, home, quick) -> None:
     assert expt(*STID, STEPS)[0] == 0
-    processes.lines.clear()
+    quick.lines.clear()
     assert expt(f"trainer.resume={home}/run", "expand.probe_steps=5", small=False)[0] == 0
-    assert len(processes.lines) == 3
+    assert len(quick.lines) == 3
     assert load_launch(home / "run/step_01") != load_launch(home / "run/step_01_2")
-    processes.lines.clear()
+    quick.lines.clear()
     assert expt(f"trainer.resume={home}/run", "expand.probe_steps=5", small=False)[0] == 0
-    assert processes.lines == []
+    assert quick.lines == []
 
 
-def test_tolerance_is_judged_anew_without_running_again(expt, home, processes) -> None:
+def test_tolerance_is_judged_anew_without_running_again(expt, home, quick) -> None:
     assert expt(*STID, STEPS)[0] == 0
-    processes.lines.clear()
+    quick.lines.clear()
     assert expt(f"trainer.resume={home}/run", "expand.tolerance=0.2", small=False)[0] == 0
     assert written(home)["kept"] == ["model.embed_dim=48", "data.batch_size=8"]
-    assert processes.lines == []
+    assert quick.lines == []
 
 
 def test_a_starting_point_that_does_not_fit_ends_it(expt, home, processes) -> None:
@@ -181,18 +194,16 @@ def test_a_starting_point_that_does_not_fit_ends_it(expt, home, processes) -> No
         (("model=stid",), "model.num_stages=3"),  # the shipped list is of another model
     ],
 )
-def test_mistakes_are_one_message_and_leave_nothing(
-    expt, home, processes, arguments, words
-) -> None:
+def test_mistakes_are_one_message_and_leave_nothing(expt, home, quick, arguments, words) -> None:
     code, _, err = expt(*STID, *arguments)
     assert code == 2
     assert words in err
     assert "Traceback" not in err
     assert not (home / "run").exists()
-    assert processes.lines == []
+    assert quick.lines == []
 
 
-def test_a_folder_with_an_expansion_is_not_overwritten(expt, home, processes) -> None:
+def test_a_folder_with_an_expansion_is_not_overwritten(expt, home, quick) -> None:
     assert expt(*STID, STEPS)[0] == 0
     before = (home / "run/expand.json").read_text()
     code, _, err = expt(*STID, STEPS)

@@ -29,7 +29,7 @@ def test_a_grid_of_real_runs(expt, grid) -> None:
     code, out, err = expt(*REPORT, "report.runs=sweep", *tracking, small=False)
     assert code == 0, err
     record = json.loads((grid / "page/report.json").read_text())
-    rows = list(csv.DictReader((grid / "page/runs.csv").open()))
+    rows = list(csv.DictReader((grid / "page/runs.csv").read_text().splitlines()))
     results = [json.loads((grid / f"sweep/{n}/result.json").read_text()) for n in (0, 1)]
     assert record["runs"] == len(rows) == 2
     best = min(results, key=lambda result: result["metrics"]["val/mae"])

@@ -67,8 +67,9 @@ def _memory(axes: Axes, steps: Sequence[Step], budget_bytes: int | None) -> None
             axes.bar(number, count / factor, width=0.55, color=colour, zorder=2)
     known = [(number, count / factor) for number, count in enumerate(predicted) if count]
     if known:
+        x, y = zip(*known, strict=True)
         axes.scatter(
-            *zip(*known, strict=True), marker="_", s=420, color=GREY, linewidth=1.6, zorder=3,
+            x, y, marker="_", s=420, color=GREY, linewidth=1.6, zorder=3,
             label="predicted",
         )  # fmt: skip
     axes.bar(0, 0, color=BLUE, label="measured, kept")

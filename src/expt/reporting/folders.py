@@ -9,7 +9,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from expt.errors import ConfigError
 from expt.reporting.records import RunRecord, RunSet, State, flattened

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from expt.reporting.records import RunRecord
-from expt.reporting.style import BLUE, GREY, INK, PALE, byte_unit, draw, plain_log
+from expt.reporting.style import BLUE, GREY, INK, PALE, byte_unit, draw, plain_log, whole_numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,6 +98,6 @@ def _over_runs(axes: Axes, known: Sequence[RunRecord]) -> None:
     axes.set(ylim=(-reach, reach), xlabel="run, in the order of starting")
     axes.set_ylabel("error of the prediction (%)")
     axes.set_xlim(0.4, len(errors) + 0.6)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    whole_numbers(axes.xaxis)
     axes.grid(axis="y")
     axes.set_title(f"half are within ±{middle:.2f} %", fontsize=8.5, fontweight="normal")

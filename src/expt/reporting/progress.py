@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from expt.reporting.names import metric_words
 from expt.reporting.records import RunRecord
-from expt.reporting.style import BLUE, GREEN, GREY, ORANGE, RED, draw
+from expt.reporting.style import BLUE, GREEN, GREY, ORANGE, RED, draw, whole_numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,13 +42,16 @@ def plot_progress(
 
     def onto(figure: Figure) -> None:
         axes = figure.subplots()
-        for inside, look in (
-            (True, {"color": BLUE, "label": "inside the budget" if budget_bytes else "run"}),
+        label = "run" if budget_bytes is None else "inside the budget"
+        kinds: tuple[tuple[bool, dict[str, Any]], ...] = (
+            (True, {"color": BLUE, "label": label}),
             (False, {"facecolor": "white", "edgecolor": BLUE, "label": "over the budget"}),
-        ):
+        )
+        for inside, look in kinds:
             chosen = [(p, r.error) for p, r in points if r.fits(budget_bytes) is inside]
             if chosen:
-                axes.scatter(*zip(*chosen, strict=True), s=22, linewidth=1, zorder=3, **look)
+                x, y = zip(*chosen, strict=True)
+                axes.scatter(x, y, s=22, linewidth=1, zorder=3, **look)
         best = best_so_far(records, budget_bytes)
         if best:
             x, y = zip(*best, (len(records), best[-1][1]), strict=True)
@@ -66,7 +69,7 @@ def plot_progress(
                 )  # fmt: skip
         axes.set_xlim(0.4, len(records) + 0.6)
         axes.set(xlabel="run, in the order of starting", ylabel=metric_words(metric))
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        whole_numbers(axes.xaxis)
         axes.grid(True)
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, columnspacing=1.4)
 

@@ -39,7 +39,9 @@ def with_study(runs: RunSet, folder: Path, metric: str) -> RunSet:
     by_folder = {
         str(Path(record.run_dir).resolve()): record for record in runs.records if record.run_dir
     }
-    records, space, parameters = [], {}, {}
+    records: list[RunRecord] = []
+    space: dict[str, Any] = {}
+    parameters: dict[int, dict[str, Any]] = {}
     for trial in study.get_trials(deepcopy=False):
         kind = trial.user_attrs.get(KIND)
         if kind == "duplicate":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from expt.reporting.names import metric_words
 from expt.reporting.records import RunRecord
@@ -111,10 +111,10 @@ def plot_trade_off(
     return draw(folder, "trade_off", 4.0, onto)
 
 
-def _points(axes: Axes, records: Sequence[RunRecord], factor: int, **look: object) -> None:
+def _points(axes: Axes, records: Sequence[RunRecord], factor: int, **look: Any) -> None:
     if records:
-        at = [_at(record, factor) for record in records]
-        axes.scatter(*zip(*at, strict=True), s=34, zorder=3, linewidth=1.0, **look)  # type: ignore[arg-type]
+        x, y = zip(*(_at(record, factor) for record in records), strict=True)
+        axes.scatter(x, y, s=34, zorder=3, linewidth=1.0, **look)
 
 
 def _stairs(axes: Axes, best: Sequence[RunRecord], factor: int) -> None:
@@ -152,7 +152,7 @@ def _upper_edge(axes: Axes, records: Sequence[RunRecord], edge_bytes: int, facto
 def _budget(axes: Axes, budget_bytes: int, factor: int) -> None:
     at = budget_bytes / factor
     low, high = axes.get_xlim()
-    axes.set_xlim(low, max(high, at * 1.08))
+    axes.set_xlim(min(low, 0.9 * at), max(high, 1.08 * at))
     axes.axvline(at, color=RED, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
     axes.axvspan(at, axes.get_xlim()[1], color=RED, alpha=0.06, linewidth=0, zorder=0)
     axes.annotate(

@@ -26,19 +26,21 @@ def step_problems(base: Sequence[str], steps: Sequence[str]) -> list[str]:
             """'expand.steps=["model.num_stages=3","data.batch_size=24"]'"""
         ]
     found = []
+    plain = compose(CONFIG_NAME, overrides=list(base))
     for number, step in enumerate(steps):
-        problem = _problem(base, steps[:number], step)
+        problem = _problem(plain, base, steps[:number], step)
         if problem is not None:
             found.append(f"expand.steps: {step}: {problem}")
     return found
 
 
-def _problem(base: Sequence[str], before: Sequence[str], step: str) -> str | None:
+def _problem(
+    plain: DictConfig, base: Sequence[str], before: Sequence[str], step: str
+) -> str | None:
     if "=" not in step:
         return "a step is one setting, like model.num_stages=3"
     if among(key(step), NO_STEPS):
         return f"{key(step)} is not part of what is trained, so it is no step"
-    plain = compose(CONFIG_NAME, overrides=list(base))
     try:
         cfg = compose(CONFIG_NAME, overrides=[*base, step])
     except (HydraException, OmegaConfBaseException) as error:

@@ -61,8 +61,10 @@ def run(cfg: DictConfig, context: RunContext) -> RunResult:
                 f"{context.run_dir} already holds a run; to go on with it, give "
                 f"trainer.resume=true, else another folder as hydra.run.dir"
             )
-        if earlier is not None and earlier.status == "completed" and not _untested(
-            earlier, settings
+        if (
+            earlier is not None
+            and earlier.status == "completed"
+            and not _untested(earlier, settings)
         ):
             return _completed(earlier, settings, context)
         fabric = make_fabric(settings.trainer.device, settings.memory.precision)
