@@ -64,8 +64,11 @@ def test_runs_that_all_failed_still_make_a_page(record, tmp_path) -> None:
 
 
 def test_a_long_table_is_cut_and_says_so(record, tmp_path) -> None:
-    runs = RunSet(tuple(record(str(n), 3.0 + n) for n in range(9)), "here")
+    runs = RunSet(
+        tuple(record(str(n), 3.0 + n, settings={"model.width": str(n)}) for n in range(9)), "here"
+    )
     found = contents(runs, wanted(rows=4), tmp_path)
     assert len(found.page.table.rows) == 4
     assert len(found.table.rows) == 9
+    assert found.page.table.columns[-1] == "width", "settings that differ have a column"
     assert found.page.table_words.startswith("The first 4 of 9 runs")

@@ -25,10 +25,10 @@ def runs_of(record, count: int, **settings) -> RunSet:
 
 def test_what_decides_the_error_comes_first(record) -> None:
     found = importance(runs_of(record, 60))
-    assert next(iter(found.shares)) == "lr"
-    assert found.shares["lr"] > 0.6
+    assert next(iter(found.shares)) == "optimizer.lr"
+    assert found.shares["optimizer.lr"] > 0.6
     assert sum(found.shares.values()) == pytest.approx(1)
-    assert set(found.shares) == {"lr", "dropout", "kind"}
+    assert set(found.shares) == {"optimizer.lr", "model.dropout", "model.kind"}
     assert (found.runs, found.reason) == (60, "")
 
 
@@ -46,8 +46,8 @@ def test_a_study_brings_its_own_space(record) -> None:
         for r in runs.records
     }
     found = importance(RunSet(runs.records, "here", space=space, parameters=parameters))
-    assert set(found.shares) == {"lr", "kind"}
-    assert found.shares["lr"] > 0.6
+    assert set(found.shares) == {"optimizer.lr", "model.kind"}
+    assert found.shares["optimizer.lr"] > 0.6
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from typing import get_args
 
 import pytest
 
-from expt.reporting.names import STATES, metric_words
+from expt.reporting.names import STATES, metric_header, metric_words
 from expt.reporting.records import KIND_STATES, State
 from expt.sweep.trials import Kind
 
@@ -20,6 +20,7 @@ from expt.sweep.trials import Kind
 )
 def test_a_metric_in_words(metric, words) -> None:
     assert metric_words(metric) == words
+    assert metric_header("val/mae") == "val MAE"
 
 
 def test_every_state_and_every_end_of_a_trial_has_words() -> None:

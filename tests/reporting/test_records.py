@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from expt.reporting.records import RunRecord, RunSet, flattened, short_names, varied
+from expt.reporting.records import RunRecord, RunSet, flattened, labels, short_names, varied
 
 GIB = 2**30
 
@@ -51,6 +51,15 @@ def test_flattened_is_what_a_tracker_has() -> None:
 def test_short_names_stay_different() -> None:
     names = ["model.dropout", "model.sensor_dropout", "a.lr", "b.lr"]
     assert list(short_names(names).values()) == ["dropout", "sensor_dropout", "a.lr", "b.lr"]
+
+
+def test_runs_are_called_by_what_tells_them_apart(record) -> None:
+    def of(*runs: tuple[str, str | None]) -> list[str]:
+        return labels([record(name, 1.0, preset=preset) for name, preset in runs])
+
+    assert of(("0", "full"), ("1", "lite")) == ["full", "lite"]
+    assert of(("x/0", "lite"), ("x/1", "lite")) == ["0", "1"]
+    assert of(("x/0", "lite"), ("y/0", None)) == ["x/0", "y/0"]
 
 
 def test_the_model_is_named_without_its_module(record) -> None:

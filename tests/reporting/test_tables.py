@@ -27,10 +27,10 @@ def test_columns_hold_what_is_known_and_no_column_is_empty(record) -> None:
         record("a", 3.0, preset="lite", settings=settings, metrics={"test/mae": 3.4}),
         record("b", None, None, state="out_of_memory", settings={"model.embed_dim": "96"}),
     ]
-    cells = run_table(runs, "val/mae", [Claim("lite", "6 GB", "< 4.0", settings)])
+    cells = run_table(runs, "val/mae", [Claim("lite", "6 GB", "< 4.0", settings)], [*settings])
     assert cells.columns == (
-        "run", "preset", "state", "validation MAE", "claimed", "test MAE", "peak, claimed",
-        "predicted", "measured", "prediction error", "time", "embed_dim",
+        "run", "preset", "state", "val MAE", "claimed", "test MAE", "peak claimed",
+        "predicted", "measured", "off by", "time", "embed_dim",
     )  # fmt: skip
     assert cells.rows[0] == (
         "a", "lite", "completed", "3.000", "< 4.0", "3.400", "6 GB", "1.00 GiB", "1.00 GiB",
@@ -44,7 +44,7 @@ def test_columns_hold_what_is_known_and_no_column_is_empty(record) -> None:
 def test_markdown_and_console_have_the_same_cells(record, capsys) -> None:
     cells = run_table([record("a|b", 3.0)], "val/mae", [])
     lines = as_markdown(cells).splitlines()
-    assert lines[0].startswith("| run | state | validation MAE |")
+    assert lines[0].startswith("| run | state | val MAE |")
     assert lines[1].startswith("|---|---|---:|")
     assert "a\\|b" in lines[2]
     Console(width=120).print(console_table(cells))

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expt.reporting.records import RunRecord
-from expt.reporting.style import BLUE, GREY, PALE, PURPLE, draw, label_direct, plain_log
+from expt.reporting.style import (
+    BLUE,
+    GREY,
+    PALE,
+    PURPLE,
+    draw,
+    label_direct,
+    legend_above,
+    plain_log,
+)
 from expt.units import GIB, format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -119,6 +128,6 @@ def plot_claims(found: Sequence[Claimed], folder: Path) -> list[Path]:
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.grid(axis="x")
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+        legend_above(axes)
 
     return draw(folder, "claims", 1.1 + 0.55 * len(shown), onto)

@@ -16,12 +16,14 @@ from expt.reporting.names import STATES, metric_words
 from expt.reporting.page import Card, Page, Picture
 from expt.reporting.prediction import accuracy, plot_prediction
 from expt.reporting.progress import plot_progress
-from expt.reporting.records import RunRecord, RunSet
+from expt.reporting.records import RunRecord, RunSet, labels, varied
 from expt.reporting.tables import Cells, ordered, run_table
 from expt.reporting.trade_off import best_run, front, plot_trade_off
 from expt.units import format_bytes, format_seconds
 
 MOST_PROBLEMS = 12
+MOST_SETTINGS = 6
+"""Columns of settings in the page and on the console; runs.csv has all that differ."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,8 @@ def contents(runs: RunSet, wanted: Wanted, folder: Path) -> Contents:
         "runs (PED-ANOVA)" + (f"; the study {runs.study}." if runs.study else "."),
     )
     rows = ordered(records, budget)
+    # The settings that mattered first, then the others that differ.
+    columns = list(dict.fromkeys([*shares.shares, *varied(records)]))[:MOST_SETTINGS]
     shown = rows[: wanted.rows]
     page = Page(
         title=wanted.title or (f"Search {runs.study}" if runs.study else "Runs compared"),
@@ -99,7 +103,7 @@ def contents(runs: RunSet, wanted: Wanted, folder: Path) -> Contents:
         lead=_lead(records, best, metric, budget),
         cards=_cards(records, best, metric, budget),
         pictures=pictures,
-        table=run_table(shown, metric, wanted.claims),
+        table=run_table(shown, metric, wanted.claims, columns),
         table_words=_table_words(len(shown), len(rows), metric),
         marked=[n for n, record in enumerate(shown) if record is best],
         dimmed=[n for n, record in enumerate(shown) if not record.fits(budget)],
@@ -108,7 +112,7 @@ def contents(runs: RunSet, wanted: Wanted, folder: Path) -> Contents:
         footer=_footer(records),
         command=wanted.command,
     )
-    table = run_table(rows, metric, wanted.claims)
+    table = run_table(rows, metric, wanted.claims, columns)
     return Contents(page, figures, table, best, best_of_all, shares)
 
 
@@ -121,11 +125,11 @@ def _lead(
         known = [peak for peak in peaks if peak is not None]
         seen = f"; the smallest peak seen is {format_bytes(min(known))}" if known else ""
         return f"No run finished{inside}{seen}."
-    text = (
-        f"The best of {len(records)} runs{inside} is {best.name}: "
-        if len(records) > 1
-        else (f"One run{inside}, {best.name}: ")
-    )
+    name = labels(records)[list(records).index(best)]
+    name += f" (run {best.name})" if name == best.preset else ""
+    text = f"The best of {len(records)} runs{inside} is {name}: "
+    if len(records) == 1:
+        text = f"One run{inside}, {name}: "
     text += f"{metric_words(metric)} {best.error:.3f}"
     if best.demand_bytes is not None:
         text += f" at a peak of {format_bytes(best.demand_bytes)}"

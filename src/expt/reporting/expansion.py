@@ -11,7 +11,17 @@ from rich.table import Table
 
 from expt.expansion import Step
 from expt.reporting.names import metric_words
-from expt.reporting.style import BLUE, GREEN, GREY, PALE, RED, byte_unit, draw, label_direct
+from expt.reporting.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    PALE,
+    RED,
+    byte_unit,
+    draw,
+    label_direct,
+    legend_above,
+)
 from expt.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -20,6 +30,8 @@ if TYPE_CHECKING:
 
 COLUMNS = ("step", "change", "kept", "predicted", "measured", "{metric}", "time", "why")
 START = "start"
+OUTCOMES = {"over_budget": "not run: predicted over"}
+"""Words in the figure for an end that its name does not say."""
 
 
 def expansion_table(steps: Sequence[Step], metric: str) -> Table:
@@ -77,13 +89,13 @@ def _memory(axes: Axes, steps: Sequence[Step], budget_bytes: int | None) -> None
     if budget_bytes is not None:
         axes.axhline(budget_bytes / factor, color=RED, linewidth=1.2, linestyle=(0, (5, 3)))
         label_direct(
-            axes, f"budget {format_bytes(budget_bytes)}", (-0.55, budget_bytes / factor),
+            axes, f"budget {budget_bytes / factor:.4g} {unit}", (-0.55, budget_bytes / factor),
             offset=(0, 4), color=RED,
         )  # fmt: skip
     axes.set_ylabel(f"peak memory ({unit})")
     axes.set_ylim(0, 1.22 * axes.get_ylim()[1])
     axes.grid(axis="y")
-    axes.legend(loc="upper center", ncols=3, bbox_to_anchor=(0.5, 1.16), borderpad=0)
+    legend_above(axes)
 
 
 def _errors(axes: Axes, steps: Sequence[Step], metric: str) -> None:
@@ -100,8 +112,10 @@ def _errors(axes: Axes, steps: Sequence[Step], metric: str) -> None:
         label_direct(axes, f"{error:.3f}", (number, error), offset=(0, 7), ha="center")
     for number, step in enumerate(steps):
         if step.probe.error is None:
+            outcome = step.probe.outcome
             axes.annotate(
-                step.probe.outcome.replace("_", " "), (number, 0.5), rotation=90, color=RED,
+                OUTCOMES.get(outcome, outcome.replace("_", " ")), (number, 0.5),
+                rotation=90, color=RED,
                 xycoords=("data", "axes fraction"), ha="center", va="center", fontsize=8,
             )  # fmt: skip
     axes.set_ylabel(metric_words(metric))

@@ -47,15 +47,14 @@ def importance(runs: RunSet) -> Importance:
     shares = _shares(values, errors, space)
     if not shares:
         return Importance({}, len(done), "the best runs are no different from the others")
-    names = short_names(shares)
-    return Importance({names[name]: share for name, share in shares.items()}, len(done))
+    return Importance(shares, len(done))
 
 
 def plot_importance(found: Importance, folder: Path) -> list[Path]:
     """Draw a bar per setting; return the files, none where there is nothing to say."""
     if not found.shares:
         return []
-    names, shares = list(found.shares), list(found.shares.values())
+    names, shares = list(short_names(found.shares).values()), list(found.shares.values())
 
     def onto(figure: Figure) -> None:
         axes = figure.subplots()

@@ -15,8 +15,13 @@ STATES = {
 }
 
 
+def metric_header(metric: str) -> str:
+    """Return ``val MAE`` for ``val/mae``, for the head of a column."""
+    split, _, name = metric.rpartition("/")
+    return f"{split} {name.upper() if len(name) <= 4 else name.replace('_', ' ')}".strip()
+
+
 def metric_words(metric: str) -> str:
     """Return ``validation MAE`` for ``val/mae``."""
     split, _, name = metric.rpartition("/")
-    words = name.upper() if len(name) <= 4 else name.replace("_", " ")
-    return f"{SPLITS.get(split, split)} {words}".strip()
+    return metric_header(f"{SPLITS.get(split, split)}/{name}")

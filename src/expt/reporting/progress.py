@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from expt.reporting.names import metric_words
 from expt.reporting.records import RunRecord
-from expt.reporting.style import BLUE, GREEN, GREY, ORANGE, RED, draw, whole_numbers
+from expt.reporting.style import BLUE, GREEN, GREY, ORANGE, RED, draw, legend_above, whole_numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 LEAST_RUNS = 5
 """Below which the table says it all."""
 TICKS = {
-    "predicted_over": (ORANGE, "predicted over budget, not run"),
-    "out_of_memory": (RED, "ran out of memory"),
+    "predicted_over": (ORANGE, "predicted over"),
+    "out_of_memory": (RED, "out of memory"),
     "failed": (GREY, "failed"),
 }
 
@@ -42,10 +42,10 @@ def plot_progress(
 
     def onto(figure: Figure) -> None:
         axes = figure.subplots()
-        label = "run" if budget_bytes is None else "inside the budget"
+        label = "run" if budget_bytes is None else "inside budget"
         kinds: tuple[tuple[bool, dict[str, Any]], ...] = (
             (True, {"color": BLUE, "label": label}),
-            (False, {"facecolor": "white", "edgecolor": BLUE, "label": "over the budget"}),
+            (False, {"facecolor": "white", "edgecolor": BLUE, "label": "over budget"}),
         )
         for inside, look in kinds:
             chosen = [(p, r.error) for p, r in points if r.fits(budget_bytes) is inside]
@@ -71,6 +71,6 @@ def plot_progress(
         axes.set(xlabel="run, in the order of starting", ylabel=metric_words(metric))
         whole_numbers(axes.xaxis)
         axes.grid(True)
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, columnspacing=1.4)
+        legend_above(axes)
 
     return draw(folder, "progress", 3.2, onto)

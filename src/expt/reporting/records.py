@@ -109,6 +109,15 @@ class RunSet:
         return budgets.pop() if len(budgets) == 1 else None
 
 
+def labels(records: Sequence[RunRecord]) -> list[str]:
+    """Return what to call runs: by their presets where that tells them apart, else by name."""
+    presets = [record.preset for record in records]
+    if len(set(presets)) == len(presets) and all(presets):
+        return [str(preset) for preset in presets]
+    names = [record.name.rpartition("/")[2] for record in records]
+    return names if len(set(names)) == len(names) else [record.name for record in records]
+
+
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Return nested settings as dotted keys and text, as a tracker has them."""
     flat: dict[str, str] = {}

@@ -102,7 +102,23 @@ def whole_numbers(axis: Axis) -> None:
     """Put ticks at whole numbers only."""
     from matplotlib.ticker import MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+
+
+def legend_above(axes: Axes) -> None:
+    """Put a legend of one row above the axes, if there is more than one thing to tell apart."""
+    handles, labels = axes.get_legend_handles_labels()
+    if len(handles) > 1:
+        axes.legend(
+            handles,
+            labels,
+            loc="lower center",
+            bbox_to_anchor=(0.5, 1.0),
+            ncols=len(handles),
+            columnspacing=1.1,
+            handletextpad=0.4,
+            handlelength=1.5,
+        )
 
 
 def label_direct(

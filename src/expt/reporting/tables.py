@@ -12,12 +12,10 @@ from rich import box
 from rich.table import Table
 
 from expt.reporting.claims import Claim, claim_of
-from expt.reporting.names import STATES, metric_words
+from expt.reporting.names import STATES, metric_header
 from expt.reporting.records import RunRecord, short_names, varied
 from expt.units import format_bytes, format_seconds
 
-MOST_SETTINGS = 6
-"""Columns of settings in the page and on the console; the CSV has all that differ."""
 NOTHING = "–"  # noqa: RUF001 (a dash is meant)
 CONSOLE_COLUMNS = 10
 
@@ -46,7 +44,7 @@ def run_table(
     records: Sequence[RunRecord],
     metric: str,
     claims: Sequence[Claim],
-    settings: Sequence[str] | None = None,
+    settings: Sequence[str] = (),
 ) -> Cells:
     """Return a row per run, in the order given; a column that would be empty is left out.
 
@@ -54,10 +52,10 @@ def run_table(
         records: the rows.
         metric: that `error` is.
         claims: of presets, for the columns of what was claimed.
-        settings: columns of settings, None for the first few that differ.
+        settings: dotted names of those that get a column.
 
     """
-    names = list(settings) if settings is not None else varied(records)[:MOST_SETTINGS]
+    names = [name for name in settings if name != "memory.preset"]
     short = short_names(names)
     said = [claim_of(record, claims) for record in records]
     test = "" if metric == "test/mae" else "test/mae"
@@ -65,20 +63,16 @@ def run_table(
         ("run", False, [record.name for record in records]),
         ("preset", False, [record.preset or "" for record in records]),
         ("state", False, [STATES[record.state] for record in records]),
-        (metric_words(metric), True, [_decimal(record.error) for record in records]),
+        (metric_header(metric), True, [_decimal(record.error) for record in records]),
         ("claimed", True, [claim.error if claim else "" for claim in said]),
-        (metric_words(test), True, [_decimal(r.metrics.get(test)) for r in records]),
-        ("peak, claimed", True, [claim.peak if claim else "" for claim in said]),
+        (metric_header(test), True, [_decimal(r.metrics.get(test)) for r in records]),
+        ("peak claimed", True, [claim.peak if claim else "" for claim in said]),
         ("predicted", True, [_bytes(r.predicted_peak_bytes) for r in records]),
         ("measured", True, [_bytes(r.peak_allocated_bytes) for r in records]),
         ("reserved", True, [_bytes(r.peak_reserved_bytes) for r in records]),
-        ("prediction error", True, [_percent(r.prediction_error) for r in records]),
+        ("off by", True, [_percent(r.prediction_error) for r in records]),
         ("time", True, [_time(r.seconds) for r in records]),
-        *(
-            (short[name], True, [r.settings.get(name, "") for r in records])
-            for name in names
-            if name != "memory.preset"
-        ),
+        *((short[name], True, [r.settings.get(name, "") for r in records]) for name in names),
     ]
     kept = [column for column in columns if any(column[2])]
     return Cells(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expt.reporting.names import metric_words
-from expt.reporting.records import RunRecord
+from expt.reporting.records import RunRecord, labels
 from expt.reporting.style import (
     BLUE,
     GREEN,
@@ -18,9 +18,9 @@ from expt.reporting.style import (
     byte_unit,
     draw,
     label_direct,
+    legend_above,
     plain_log,
 )
-from expt.units import format_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,9 +30,11 @@ MOST_LABELS = 12
 """Runs in a figure up to which each is called by its name there."""
 WIDE = 12.0
 """Ratio of the largest to the smallest peak from which on the axis is logarithmic."""
+MOSTLY_RIGHT = 0.6
+"""Part of the axis from which on a word is written to the left of its point."""
 ENDED_BADLY = {
-    "out_of_memory": (RED, "x", "ran out of memory"),
-    "predicted_over": (ORANGE, "+", "predicted over budget, not run"),
+    "out_of_memory": (RED, "x", "out of memory"),
+    "predicted_over": (ORANGE, "+", "predicted over, not run"),
     "pruned": (GREY, "|", "pruned"),
 }
 """States without an error whose peak is known; they are drawn along the upper edge."""
@@ -77,8 +79,14 @@ def plot_trade_off(
             plain_log(axes, "x")
         inside = [r for r in known if r.fits(budget_bytes)]
         over = [r for r in known if not r.fits(budget_bytes)]
-        _points(axes, inside, factor, color=BLUE, label="inside the budget" if over else "run")
-        _points(axes, over, factor, edgecolor=BLUE, facecolor="white", label="over the budget")
+        _points(
+            axes,
+            inside,
+            factor,
+            color=BLUE,
+            label="run" if budget_bytes is None else "inside budget",
+        )
+        _points(axes, over, factor, edgecolor=BLUE, facecolor="white", label="over budget")
         best_of_all = front(known)
         _stairs(axes, best_of_all, factor)
         axes.margins(x=0.1, y=0.14)
@@ -86,27 +94,24 @@ def plot_trade_off(
         axes.update_datalim([(peak / factor, _error(known[0])) for peak in peaks])
         _upper_edge(axes, others, edge, factor)
         if budget_bytes is not None:
-            _budget(axes, budget_bytes, factor)
-        named = known if len(known) <= MOST_LABELS else []
+            _budget(axes, budget_bytes, unit, factor)
         best = best_run(known, budget_bytes)
-        for record in named:
-            if record is not best:
-                label_direct(axes, _name(record), _at(record, factor), color=GREY)
+        for record, name in zip(known, labels(known), strict=True):
+            if record is best:
+                best_name = name
+            elif len(known) <= MOST_LABELS:
+                _beside(axes, record, factor, name, 5, color=GREY)
         if best is not None:
             axes.scatter(
                 *_at(best, factor), marker="*", s=170, color=GREEN, edgecolor="white", zorder=5
             )
-            text = f"best: {_name(best)}, {_error(best):.3f}"
-            label_direct(
-                axes, text, _at(best, factor), offset=(7, -13), color=GREEN, fontweight="bold"
-            )
+            text = f"best: {best_name}, {_error(best):.3f}"
+            _beside(axes, best, factor, text, -13, color=GREEN, fontweight="bold")
         reserved = any(r.peak_reserved_bytes is not None for r in known)
         axes.set_xlabel(f"peak memory, {'reserved' if reserved else 'allocated'} ({unit})")
         axes.set_ylabel(metric_words(metric))
         axes.grid(True)
-        handles, _ = axes.get_legend_handles_labels()
-        if len(handles) > 1:
-            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, columnspacing=1.4)
+        legend_above(axes)
 
     return draw(folder, "trade_off", 4.0, onto)
 
@@ -149,17 +154,25 @@ def _upper_edge(axes: Axes, records: Sequence[RunRecord], edge_bytes: int, facto
             )  # fmt: skip
 
 
-def _budget(axes: Axes, budget_bytes: int, factor: int) -> None:
+def _budget(axes: Axes, budget_bytes: int, unit: str, factor: int) -> None:
     at = budget_bytes / factor
     low, high = axes.get_xlim()
-    axes.set_xlim(min(low, 0.9 * at), max(high, 1.08 * at))
+    axes.set_xlim(min(low, 0.9 * at), max(high, 1.12 * at))
     axes.axvline(at, color=RED, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
     axes.axvspan(at, axes.get_xlim()[1], color=RED, alpha=0.06, linewidth=0, zorder=0)
     axes.annotate(
-        f"budget {format_bytes(budget_bytes)}", (at, 0.02), xycoords=("data", "axes fraction"),
-        textcoords="offset points", xytext=(-4, 0), rotation=90, ha="right", va="bottom",
-        fontsize=8, color=RED,
+        f"budget\n{at:.4g} {unit}", (at, 0), xycoords=("data", "axes fraction"),
+        textcoords="offset points", xytext=(4, 5), ha="left", va="bottom", fontsize=8, color=RED,
     )  # fmt: skip
+
+
+def _beside(axes: Axes, record: RunRecord, factor: int, text: str, up: float, **look: Any) -> None:
+    """Write beside a run, on the side where there is more room."""
+    at = _at(record, factor)
+    place, _ = axes.transAxes.inverted().transform(axes.transData.transform(at))
+    right = place > MOSTLY_RIGHT
+    side = {"ha": "right"} if right else {"ha": "left"}
+    label_direct(axes, text, at, offset=(-7 if right else 7, up), **side, **look)
 
 
 def _at(record: RunRecord, factor: int) -> tuple[float, float]:
@@ -171,10 +184,6 @@ def _peak(record: RunRecord) -> int | None:
     if record.state == "completed" or record.state == "over_budget":
         return record.demand_bytes
     return record.predicted_peak_bytes or record.demand_bytes
-
-
-def _name(record: RunRecord) -> str:
-    return record.preset if record.preset and record.trial is None else record.name
 
 
 def _error(record: RunRecord) -> float:
