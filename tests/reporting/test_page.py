@@ -10,7 +10,7 @@ import pytest
 from expt.reporting.page import Card, Page, Picture, render
 from expt.reporting.tables import Cells
 
-VOID = {"meta", "img", "br", "hr"}
+VOID = {"meta", "img", "wbr"}
 NASTY = '<script>alert("x")</script> & more'
 
 
@@ -42,7 +42,7 @@ def page(tmp_path: Path) -> Page:
         lead="The best is a.",
         cards=[Card("3.1", "best", good=True), Card("2", "runs")],
         pictures=[Picture("A picture", tmp_path / "a.png", f"what it shows {NASTY}")],
-        table=Cells(("run", "error"), (False, True), (("a", "3.1"), (NASTY, "4"))),
+        table=Cells(("run", "the_error"), (False, True), (("a", "3.1"), (NASTY, "4"))),
         table_words="All runs.",
         marked=[0],
         dimmed=[1],

@@ -41,6 +41,15 @@ def test_columns_hold_what_is_known_and_no_column_is_empty(record) -> None:
     assert "claimed" not in without.columns and "preset" not in without.columns
 
 
+def test_a_sampled_number_is_shown_with_the_digits_that_count(record) -> None:
+    texts = ["0.0060350992997", "0.001", "[1, 2, 4, 8, 16]", "1e-05", "123456789"]
+    runs = [record(text, 1.0, settings={"optimizer.lr": text}) for text in texts]
+    cells = run_table(runs, "val/mae", [], ["optimizer.lr"])
+    assert [row[-1] for row in cells.rows] == [
+        "0.006035", "0.001", "[1, 2, 4, 8, 16]", "1e-05", "1.235e+08",
+    ]  # fmt: skip
+
+
 def test_markdown_and_console_have_the_same_cells(record, capsys) -> None:
     cells = run_table([record("a|b", 3.0)], "val/mae", [])
     lines = as_markdown(cells).splitlines()

@@ -111,7 +111,7 @@ def _picture(picture: Picture) -> str:
 def _table(page: Page) -> str:
     marks = [' class="n"' if numeric else "" for numeric in page.table.numeric]
     head = "".join(
-        f"<th{mark}>{escape(name)}</th>"
+        f"<th{mark}>{escape(name).replace('_', '_<wbr>')}</th>"  # a long name may be two lines
         for mark, name in zip(marks, page.table.columns, strict=True)
     )
     rows = []

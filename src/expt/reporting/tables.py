@@ -18,6 +18,7 @@ from expt.units import format_bytes, format_seconds
 
 NOTHING = "–"  # noqa: RUF001 (a dash is meant)
 CONSOLE_COLUMNS = 10
+MOST_DIGITS = 7
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,10 @@ def run_table(
         ("reserved", True, [_bytes(r.peak_reserved_bytes) for r in records]),
         ("off by", True, [_percent(r.prediction_error) for r in records]),
         ("time", True, [_time(r.seconds) for r in records]),
-        *((short[name], True, [r.settings.get(name, "") for r in records]) for name in names),
+        *(
+            (short[name], True, [_setting(r.settings.get(name, "")) for r in records])
+            for name in names
+        ),
     ]
     kept = [column for column in columns if any(column[2])]
     return Cells(
@@ -89,7 +93,7 @@ def console_table(cells: Cells) -> Table:
     """Return the first columns as a table for the console."""
     table = Table(box=box.SIMPLE_HEAD)
     for name, numeric in list(zip(cells.columns, cells.numeric, strict=True))[:CONSOLE_COLUMNS]:
-        table.add_column(name, justify="right" if numeric else "left")
+        table.add_column(name, justify="right" if numeric else "left", no_wrap=True)
     for row in cells.rows:
         table.add_row(*row[:CONSOLE_COLUMNS])
     return table
@@ -129,6 +133,14 @@ def as_csv(records: Sequence[RunRecord], metric: str) -> str:
             ]
         )  # fmt: skip
     return out.getvalue()
+
+
+def _setting(text: str) -> str:
+    """Return a number of many digits with four that count, and any other text as it is."""
+    try:
+        return f"{float(text):.4g}" if len(text) > MOST_DIGITS else text
+    except ValueError:
+        return text
 
 
 def _escaped(cell: str) -> str:
