@@ -238,9 +238,7 @@ def _group_problem(name: str, value: Any) -> str | None:
     return None
 
 
-def _argument_problem(
-    cfg: DictConfig, group: str, name: str, value: Any, line: str
-) -> str | None:
+def _argument_problem(cfg: DictConfig, group: str, name: str, value: Any, line: str) -> str | None:
     """Judge one argument of an open group's class."""
     if "." in name:
         return None  # inside of an argument, which the class judges
@@ -248,7 +246,7 @@ def _argument_problem(
     plain = _plain(value)
     found = argument_problems(group, {"_target_": node["_target_"], name: plain})
     if not found and name not in node and not line.startswith("+"):
-        return f"{group}.{name}: it is not set in the YAML file; in search.space, write +{group}.{name}"
+        return f"{group}.{name}: it is not set in the YAML file; write +{group}.{name}"
     return found[0] if found else None
 
 

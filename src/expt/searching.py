@@ -24,25 +24,25 @@ from expt.composition import key
 from expt.errors import ConfigError
 from expt.schema import TrackingConfig
 from expt.search_config import Pruner, SearchConfig
-from expt.search_jobs import TrialJobs, base_facts, checker, check_presets, preset_values
+from expt.search_jobs import TrialJobs, base_facts, check_presets, checker, preset_values
 from expt.sweep.launched import PRUNED_LATE, LauncherRunner
 from expt.sweep.plots import draw
 from expt.sweep.processes import Worker, WorkerError, prepare_server, visible_devices
 from expt.sweep.records import Records
 from expt.sweep.reservation import Reservations
 from expt.sweep.running import ProcessRunner, Runner
-from expt.sweep.samplers import make_pruner, make_sampler
+from expt.sweep.samplers import make_pruner, make_sampler, seed_of
 from expt.sweep.search import Search
 from expt.sweep.space import Space
 from expt.sweep.study import default_storage, open_storage, open_study
 from expt.sweep.summary import SweepSummary
-from expt.sweep.testing import test_winner
+from expt.sweep.testing import run_test
 from expt.sweep.winner import best_trial
 from expt.tracking.store import without_password
 from expt.units import format_bytes
 
 TRAINING = "expt.tasks.train.run"
-ENQUEUED = "expt.enqueued"
+ENQUEUED, WORKERS = "expt.enqueued", "expt.workers"
 PRELOADED = ("expt.__main__", "expt.dispatch", "expt.tasks.train", "expt.search_jobs", "hydra.main")
 PRELOADED_FOR_TRACKING = ("mlflow", "mlflow.store.tracking.sqlalchemy_store")
 
@@ -114,7 +114,7 @@ def search(
         if winner is not None and node.test_winner:
             lines = jobs.lines(winner.number, space.lines(winner.params))
             folder = loop.trial_folder(winner.number)
-            test_winner(study, winner, reservations, runner, lines, folder, list(seeds))
+            run_test(study, winner, reservations, runner, lines, folder, list(seeds))
             records.told(winner, folder)
         status = "FINISHED"
     except KeyboardInterrupt:
@@ -218,7 +218,11 @@ def _open(
             {"space": space.as_json(), "memory.budget": None if budget is None else str(budget),
              "repeats": node.repeats},
         )  # fmt: skip
-        reservations.study = study
+        worker = int(study.user_attrs.get(WORKERS, 0))
+        study.set_user_attr(WORKERS, worker + 1)
+        seed = seed_of(sampler, node.seed, worker)
+        study.sampler = make_sampler(request.sampler, space, seed, len(node.objectives))
+        reservations.study, reservations.seed = study, seed
         # `auto` and shares are what they were when the study was begun.
         known = study.user_attrs.get("expt.budget_bytes")
         if known is None and jobs.budget_bytes is not None:

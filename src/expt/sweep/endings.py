@@ -109,7 +109,9 @@ def _measured(result: RunResult, ending: Ending, run_id: str | None) -> dict[str
 
 def _validation(metrics: Mapping[str, float | None]) -> float | None:
     """Return the figure that training minimised: ``val/mae``, or the data's own."""
-    own = [value for name, value in metrics.items() if name.startswith("val/") and value is not None]
+    own = [
+        value for name, value in metrics.items() if name.startswith("val/") and value is not None
+    ]
     value = metrics.get("val/mae")
     return value if value is not None else own[0] if own else None
 

@@ -99,8 +99,8 @@ def _memory(done: list[FrozenTrial], budget_bytes: int | None, name: str) -> Fig
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    canvas = FigureCanvasAgg(figure)
+    FigureCanvasAgg(figure)
     replace_atomically(
-        path, lambda temporary: canvas.print_png(str(temporary), dpi=150), durable=False
+        path, lambda temporary: figure.savefig(temporary, format="png", dpi=150), durable=False
     )
     return path

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
@@ -25,6 +25,9 @@ from expt.sweep.summary import FILE_NAME, SweepSummary
 from expt.sweep.trials import CONSTRAINT, KIND
 from expt.tracking.journal import JOURNAL, Reader, read_header
 from expt.tracking.null import NullTracker
+
+if TYPE_CHECKING:
+    from expt.tracking.deferred import DeferredTracker
 
 STATUSES: dict[TrialState, Literal["FINISHED", "FAILED", "KILLED"]] = {
     TrialState.COMPLETE: "FINISHED",
@@ -124,9 +127,7 @@ class Records:
         self.parent.metrics(figures, summary.finished)
         self._send(self.folder)
 
-    def close(
-        self, status: Literal["FINISHED", "FAILED", "KILLED"], summary: SweepSummary
-    ) -> None:
+    def close(self, status: Literal["FINISHED", "FAILED", "KILLED"], summary: SweepSummary) -> None:
         """Close the parent run, with the winner and the files, and send what is left."""
         best = summary.best
         if best is not None:
@@ -145,7 +146,7 @@ class Records:
         if self._deliveries is not None:
             self._deliveries.close(self.tracking.flush_seconds)
 
-    def _tracker(self, folder: Path, parent: Path | None) -> Tracker:
+    def _tracker(self, folder: Path, parent: Path | None) -> DeferredTracker:
         from expt.tracking.deferred import DeferredTracker
 
         assert self.tracking.uri is not None
@@ -189,16 +190,16 @@ def recorded(folder: Path, trial: FrozenTrial) -> bool:
     """Tell whether a trial's end is in its journal."""
     if read_header(folder) is None:
         return False
-    reader, told = Reader(folder), False
+    reader, told, closed = Reader(folder), False, False
     while lines := reader.read(1000):
         for record in (line.record for line in lines if line.record):
             if record["kind"] == "tags":
                 told = told or record["values"].get(f"{PREFIX}state") == trial.state.name
             elif record["kind"] == "start":
-                told = False
-            elif record["kind"] == "end" and told:
-                return True
-    return False
+                told = closed = False
+            elif record["kind"] == "end":
+                closed = told
+    return closed
 
 
 def _arrived(folder: Path) -> bool:
@@ -206,4 +207,3 @@ def _arrived(folder: Path) -> bool:
     from expt.tracking.journal import is_closed
 
     return not (folder / JOURNAL).exists() or is_closed(folder)
-

@@ -225,9 +225,7 @@ def combined(outcomes: Sequence[TrialOutcome], seeds: Sequence[int]) -> TrialOut
         run_id=None,
         extra={
             **last.extra,
-            "values_by_seed": {
-                str(seed): value for seed, value in zip(seeds, values, strict=True)
-            },
+            "values_by_seed": {str(seed): value for seed, value in zip(seeds, values, strict=True)},
             "spread": statistics.stdev(values),
         },
     )

@@ -16,9 +16,11 @@ from expt.search_config import Pruner
 from expt.sweep.space import Space, choices
 
 ALLOWED = ("hydra_plugins.hydra_optuna_sweeper.*", "optuna.samplers.*")
-WARM_UP_EPOCHS = 1
-"""Before the end of the second epoch no trial is compared with others."""
+FIRST_COMPARED_EPOCH = 2
+"""At the end of the first epoch the median of others says little."""
 SINGLE_OBJECTIVE = (samplers.CmaEsSampler,)
+ONE_SEQUENCE = (samplers.QMCSampler, samplers.GridSampler)
+"""Samplers whose workers draw from one sequence, which the seed names."""
 
 
 def make_sampler(
@@ -64,6 +66,18 @@ def make_sampler(
     return made
 
 
+def seed_of(sampler: samplers.BaseSampler, seed: int, worker: int) -> int:
+    """Return the seed of the n-th worker of a study, so that no two draw the same numbers.
+
+    Args:
+        sampler: its kind decides whether workers share a sequence.
+        seed: of the search.
+        worker: 0 for the first, also after a restart.
+
+    """
+    return seed if isinstance(sampler, ONE_SEQUENCE) else seed + 7919 * worker
+
+
 def make_pruner(kind: Pruner, epochs: int) -> pruners.BasePruner:
     """Return a pruner that compares trials at the ends of epochs.
 
@@ -73,7 +87,7 @@ def make_pruner(kind: Pruner, epochs: int) -> pruners.BasePruner:
 
     """
     if kind is Pruner.median:
-        return pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=WARM_UP_EPOCHS)
+        return pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=FIRST_COMPARED_EPOCH)
     if kind is Pruner.hyperband:
         return pruners.HyperbandPruner(min_resource=1, max_resource=epochs, reduction_factor=3)
     if kind is Pruner.asha:

@@ -10,6 +10,7 @@ and in the trials' folders, so that it can be killed at any point and started ag
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,9 +148,7 @@ class Search:
 
     def summary(self) -> SweepSummary:
         """Write ``sweep.json`` and return what it says."""
-        found = summarize(
-            self.study, self.config.n_trials, self.jobs.budget_bytes, self.storage
-        )
+        found = summarize(self.study, self.config.n_trials, self.jobs.budget_bytes, self.storage)
         self.records.summary(found)
         return found
 
@@ -224,9 +223,7 @@ class Search:
         folder.mkdir(parents=True, exist_ok=True)
         self.records.start(trial.number, folder, own_process=len(self.seeds) == 1)
         running = self.runner.start(job)
-        self.under_way.append(
-            UnderWay(trial, running, job, prediction, attempts, time.monotonic())
-        )
+        self.under_way.append(UnderWay(trial, running, job, prediction, attempts, time.monotonic()))
 
     def _poll(self) -> bool:
         """Look after what runs; return whether anything ended."""
@@ -337,7 +334,10 @@ class Search:
 
     def _finish(self, trial: Trial, state: TrialState, values: list[float] | None) -> None:
         try:
-            self.study.tell(trial, values, state)
+            with warnings.catch_warnings():
+                # CMA-ES says at every trial that it does not use constraints.
+                warnings.filterwarnings("ignore", "Constraints have been set", UserWarning)
+                self.study.tell(trial, values, state)
         except (RuntimeError, KeyError):
             # The grid's sampler wants to end a loop of Optuna's own; the trial is told by then.
             if not isinstance(self.study.sampler, GridSampler):
@@ -398,4 +398,3 @@ class Search:
             time.sleep(POLL_SECONDS)
         self.summary()
         raise Stopped(number)
-

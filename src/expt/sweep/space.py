@@ -65,7 +65,9 @@ class Space:
                 problems += error.problems
                 continue
             wrong = [check(line(name, value)) for value in _samples(found[name])]
-            problems += list(dict.fromkeys(f"search.space: {problem}" for problem in wrong if problem))
+            problems += list(
+                dict.fromkeys(f"search.space: {problem}" for problem in wrong if problem)
+            )
         if problems:
             raise ConfigError(problems)
         return cls(found)

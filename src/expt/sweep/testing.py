@@ -16,12 +16,12 @@ from expt.results import PLAN_NAME
 from expt.sweep.reservation import Reservations
 from expt.sweep.running import Job, Runner
 from expt.sweep.trials import TrialOutcome
-from expt.sweep.winner import TESTED, test_figures
+from expt.sweep.winner import TESTED, figures_of_test
 
 POLL_SECONDS = 0.05
 
 
-def test_winner(
+def run_test(
     study: Study,
     winner: FrozenTrial,
     reservations: Reservations,
@@ -49,7 +49,7 @@ def test_winner(
             plan = None
         job = Job(winner.number, lines, folder, seeds, plan, test=True)
         outcome = _run(runner, job)
-        runs = [test_figures(job.run_folder(index)) for index in range(len(seeds))]
+        runs = [figures_of_test(job.run_folder(index)) for index in range(len(seeds))]
         if outcome.kind not in ("complete", "infeasible_measured") or not all(runs):
             say(f"the winner could not be tested: {outcome.error or outcome.kind}")
             return

@@ -76,7 +76,7 @@ def run_id_in(run_dir: str | None) -> str | None:
     return state.run_id if state else None
 
 
-def test_figures(folder: Path) -> dict[str, float]:
+def figures_of_test(folder: Path) -> dict[str, float]:
     """Return the test figures in a run's folder; none if it was not tested."""
     result = load_result(folder)
     metrics = result.metrics if result is not None else {}
@@ -123,9 +123,7 @@ def told_line(trial: FrozenTrial, is_best: bool) -> str:
     line = f"trial {trial.number}: "
     if kind == "infeasible_predicted":
         peak, budget = attributes.get("predicted_peak_bytes"), attributes.get("budget_bytes")
-        return (
-            f"{line}not started, predicted peak {format_bytes(peak)} of {format_bytes(budget)}"
-        )
+        return f"{line}not started, predicted peak {format_bytes(peak)} of {format_bytes(budget)}"
     if kind == "duplicate":
         return f"{line}not started, the same as trial {attributes.get('duplicate_of')}"
     if trial.state is TrialState.COMPLETE:

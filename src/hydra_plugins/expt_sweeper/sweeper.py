@@ -32,6 +32,5 @@ class ExptSweeper(Sweeper):
         """Run the search; `arguments` are the command line's settings."""
         from expt.searching import search
 
-        return search(
-            self.config, arguments, self.sampler, self.hydra_context, self.task_function
-        )
+        assert self.config is not None and self.hydra_context is not None
+        return search(self.config, arguments, self.sampler, self.hydra_context, self.task_function)
