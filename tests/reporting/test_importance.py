@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
@@ -67,6 +68,14 @@ def test_why_there_is_none(record, tmp_path, count, fixed, reason) -> None:
     assert found.shares == {}
     assert reason in found.reason
     assert plot_importance(found, tmp_path) == []
+
+
+def test_equal_errors_say_nothing_about_settings(record) -> None:
+    runs = runs_of(record, 20)
+    equal = tuple(replace(run, error=3.0) for run in runs.records)
+    found = importance(RunSet(equal, "here"))
+    assert found.shares == {}
+    assert found.reason == "the best runs are no different from the others"
 
 
 def test_it_is_drawn(record, tmp_path) -> None:

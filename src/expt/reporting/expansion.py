@@ -81,9 +81,9 @@ def _memory(axes: Axes, steps: Sequence[Step], budget_bytes: int | None) -> None
     if known:
         x, y = zip(*known, strict=True)
         axes.scatter(
-            x, y, marker="_", s=420, color=GREY, linewidth=1.6, zorder=3,
-            label="predicted",
+            x, y, marker="_", s=420, color=GREY, linewidth=1.6, zorder=3
         )  # fmt: skip
+        axes.plot([], [], color=GREY, linewidth=1.6, label="predicted")
     axes.bar(0, 0, color=BLUE, label="measured, kept")
     axes.bar(0, 0, color=PALE, label="measured, not kept")
     if budget_bytes is not None:
@@ -121,8 +121,7 @@ def _errors(axes: Axes, steps: Sequence[Step], metric: str) -> None:
     axes.set_ylabel(metric_words(metric))
     axes.margins(y=0.25)
     axes.grid(axis="y")
-    if others:
-        axes.legend(loc="upper right", ncols=2)
+    legend_above(axes)
 
 
 def _columns(metric: str) -> list[str]:
