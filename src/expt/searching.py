@@ -8,6 +8,7 @@ with the winner: tested once, drawn, and told as a command line.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -328,7 +329,8 @@ def _conclude(summary: SweepSummary, request: Request, space: Space) -> None:
             f"best: trial {best['trial']}, val MAE {best['val/mae']:.4f}{test}, peak "
             f"{format_bytes(best['peak_allocated_bytes'])}"
         )
-        kept = [line for line in request.given if key(line).partition(".")[0] != "search"]
-        lines = [repr(line) if " " in line else line for line in space.lines(best["params"])]
-        print(f"again: python -m expt {' '.join([*kept, *lines])}")
+        kept = [line for line in request.given if not key(line).startswith("search.")]
+        own = [f"--config-dir={request.own}"] if request.own else []
+        lines = [*own, *kept, f"search.trial={best['trial']}", *space.lines(best["params"])]
+        print(f"again: python -m expt {shlex.join(lines)}")
     print(f"files: {request.folder}")
