@@ -34,7 +34,16 @@ LAYERS = {  # from the top; a name stands for a module or a package under `expt`
         "searching",
     },
     "tasks": {"tasks", "construction", "validation", "foresight", "batch_search", "fitting"},
-    "orchestration": {"grid", "report", "plan_tables", "cards_table", "sweep"},
+    "orchestration": {
+        "grid",
+        "report",
+        "plan_tables",
+        "cards_table",
+        "sweep",
+        "expansion",
+        "child_process",
+        "reporting",
+    },
     "loop": {
         "training",
         "evaluation",
@@ -48,7 +57,18 @@ LAYERS = {  # from the top; a name stands for a module or a package under `expt`
         "stopping",
     },
     "parts": {"models", "data", "optim", "memory", "tracking"},
-    "ground": {"", "schema", "search_config", "protocols", "errors", "units", "files", "results"},
+    "ground": {
+        "",
+        "schema",
+        "search_config",
+        "expand_config",
+        "report_config",
+        "protocols",
+        "errors",
+        "units",
+        "files",
+        "results",
+    },
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 CONFIGURATION = {"hydra", "omegaconf"}

@@ -14,6 +14,8 @@ from typing import Any
 from omegaconf import MISSING
 
 from expt.errors import nearest
+from expt.expand_config import ExpandConfig
+from expt.report_config import ReportConfig
 from expt.search_config import SearchConfig
 from expt.units import budget_problem
 
@@ -335,6 +337,8 @@ class Config:
     diagnose: DiagnoseConfig = field(default_factory=DiagnoseConfig)
     fit: FitConfig = field(default_factory=FitConfig)
     cards: CardsConfig = field(default_factory=CardsConfig)
+    expand: ExpandConfig = field(default_factory=ExpandConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
     search: SearchConfig | None = None
 
 

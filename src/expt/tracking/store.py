@@ -1,4 +1,4 @@
-"""What this package asks of MLflow, and MLflow's limits. The only file that imports mlflow.
+"""What this package asks of MLflow, and MLflow's limits. Only this file and `search` import mlflow.
 
 It is imported when a store is opened: the import takes 1.5 s, a new SQLite store 7 s. A metric
 that is not finite needs no care: MLflow's SQL stores mark NaN and clip the infinities.
@@ -63,7 +63,7 @@ class MlflowStore:
     """An open MLflow store or server. Every method raises what MLflow raises, or the two above."""
 
     def __init__(self, uri: str) -> None:
-        self._client = _connect(uri)
+        self._client = connect(uri)
 
     def open_run(
         self,
@@ -185,7 +185,8 @@ def reason(error: BaseException) -> str:
     return without_password(text[0][:300]) if text else type(told).__name__
 
 
-def _connect(uri: str) -> MlflowClient:
+def connect(uri: str) -> MlflowClient:
+    """Open a store or server, making the tables of a SQLite store that is not there yet."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
