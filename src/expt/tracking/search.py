@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from expt.tracking.store import PARENT_TAG, connect, reason, sqlite_path, without_password
+from expt.tracking.store import PARENT_TAG, connect, reason
+from expt.tracking.uri import sqlite_path, without_password
 
 PAGE_SIZE = 1000
 
