@@ -11,8 +11,8 @@ cheap (element-wise work and normalisation).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from expt.memory.block_randomness import Pair, next_pair
 from expt.memory.techniques import Checkpointing
 from expt.memory.wrapping import layer_of, unwrap, wrap
 
@@ -107,20 +108,40 @@ class Checkpointed:
         """Run the block; what it saves for the backward pass is computed again then."""
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
+        own = next_pair()
+        if own is not None:  # inside a capture, which lets nobody read the random state
+            kwargs |= {"preserve_rng_state": False, "context_fn": partial(_joined, own, _no_pair)}
+            kwargs["early_stop"] = False  # the repetition draws exactly as much as the first run
         if not self.selective:
             return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        selective = partial(create_selective_checkpoint_contexts, _policy)
+        kwargs["context_fn"] = selective if own is None else partial(_joined, own, selective)
         return checkpoint(
-            partial(_with_own_casts, forward),
-            *args,
-            use_reentrant=False,
-            context_fn=partial(create_selective_checkpoint_contexts, _policy),
-            **kwargs,
+            partial(_with_own_casts, forward), *args, use_reentrant=False, **kwargs
         )
 
     def release(self) -> None:
         """Let the block's modules work in place again."""
         for part in self.in_place:
             part.inplace = True  # type: ignore[assignment]
+
+
+def _no_pair() -> Pair:
+    return nullcontext(), nullcontext()
+
+
+def _joined(own: Pair, more: Callable[[], Pair]) -> Pair:
+    """Return contexts that enter both pairs'."""
+    first, second = (_both(*contexts) for contexts in zip(own, more(), strict=True))
+    return first, second
+
+
+@contextmanager
+def _both(*contexts: AbstractContextManager[object]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
 
 
 def _in_place(part: nn.Module) -> bool:

@@ -94,6 +94,8 @@ class Recovery:
         """What is under way; a step function may say so."""
         self.position = (0, 0)
         """Optimizer step and epoch under way, for the record."""
+        self.give_way: Callable[[], bool] = lambda: False
+        """Gives back memory that only makes steps faster; returns whether there was any."""
         self._classify = classify
         self._undo: StepUndo | None = None
         self._step_trouble, self._failed_step = Trouble(), -1
@@ -137,8 +139,7 @@ class Recovery:
             release(self.device)
             self._failed_step = self.position[0]
             reason = self._forbidden(trouble)
-            move = NOTHING if reason else self.footing.down(self.phase, samples, trouble.releases)
-            trouble.releases += move.rung == "release"
+            move = NOTHING if reason else self._down(samples, trouble)
             self._record(outcome, move, reason, replayed=not whole)
             if not whole:
                 raise BrokenStepError(
@@ -166,8 +167,7 @@ class Recovery:
         trouble = self._loop_trouble
         trouble.failures += 1
         reason = self._forbidden(trouble)
-        move = NOTHING if reason else self.footing.down("loop", samples, trouble.releases)
-        trouble.releases += move.rung == "release"
+        move = NOTHING if reason else self._down(samples, trouble)
         self._record(outcome, move, reason, replayed=True)
         raise BrokenStepError(f"{self._where()} the last checkpoint is the way back")
 
@@ -192,7 +192,9 @@ class Recovery:
         release(self.device)
         reason = self._forbidden(trouble)
         move = NOTHING
-        if size > 1 and reason is None:
+        if reason is None and self.give_way():
+            move = Move("eager", self.techniques, ())
+        elif size > 1 and reason is None:
             self.evaluation_batch_size = -(-size // 2)
             move = Move("halve_evaluation_batch", self.techniques, ())
         elif reason is None:
@@ -200,6 +202,16 @@ class Recovery:
             move = self._no_more_than_release("halve_evaluation_batch", single, trouble)
         self._record(outcome, move, reason)
         return False
+
+    def capture(self, work: Callable[[], T]) -> T | None:
+        """Do work that only makes later steps faster; None if there is no memory for it."""
+        outcome = self._attempt(work, "capture", Trouble())
+        if isinstance(outcome, Success):
+            return outcome.value
+        release(self.device)
+        self.phase = "capture"
+        self._record(outcome, Move("eager", self.techniques, ()), None)
+        return None
 
     def once_more(self, work: Callable[[], T], phase: str) -> T:
         """Do work on which no rung acts (building, loading); a second time if memory ran out.
@@ -242,6 +254,14 @@ class Recovery:
         outcome = attempt(work, self._classify, lambda: self.collect(len(self.events) + 1))
         trouble.failures += isinstance(outcome, Failure)
         return outcome
+
+    def _down(self, samples: int, trouble: Trouble) -> Move:
+        """Give up what only makes steps faster, if there is any, or go one rung down."""
+        if self.give_way():
+            return Move("eager", self.techniques, ())
+        move = self.footing.down(self.phase, samples, trouble.releases)
+        trouble.releases += move.rung == "release"
+        return move
 
     def _no_more_than_release(self, rung: str, reason: str, trouble: Trouble) -> Move:
         """Return the rung that only releases memory, if it was not taken too often."""
@@ -299,7 +319,7 @@ class Recovery:
             return
         self.phase = "thrashing"
         release(self.device)
-        self._record(Failure(RETRIES), self.footing.down(self.phase, samples, 0), None)
+        self._record(Failure(RETRIES), self._down(samples, Trouble()), None)
 
     def _retries(self) -> int:
         return int(torch.cuda.memory_stats(self.device).get("num_alloc_retries", 0))
