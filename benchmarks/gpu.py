@@ -25,6 +25,7 @@ from typing import Any
 
 from common import ROOT, load, provenance, stamped, store
 from gpu_sections import NEEDED, SECTIONS, Plan, version
+from gpu_tables import draw, tables
 
 from expt.files import write_json, write_text
 
@@ -40,8 +41,11 @@ def main() -> None:
         for item, row in rows(plan, arguments.section, arguments.items):
             print(json.dumps({"item": item, "row": row}), flush=True)
         return
-    check(plan)
     record: dict[str, Any] = {} if plan.smoke else load("gpu")
+    if arguments.tables:
+        store("gpu", record, tables(record))
+        return
+    check(plan)
     for name in arguments.sections:
         found = record.setdefault(name, {})
         wanted = [
@@ -105,8 +109,6 @@ def rows(plan: Plan, section: str, wanted: list[str]) -> Iterator[tuple[str, dic
 
 
 def keep(plan: Plan, record: dict[str, Any]) -> None:
-    from gpu_tables import draw, tables
-
     record["made"] = provenance()
     if plan.smoke:
         folder = ROOT / "outputs" / "benchmarks"
@@ -154,6 +156,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--only", default="", help="items whose name holds this")
+    parser.add_argument("--tables", action="store_true", help="write the tables of what is stored")
     parser.add_argument("--again", action="store_true", help="measure what is stored already")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--smoke", action="store_true", help="tiny; stores no result")

@@ -1,7 +1,7 @@
 """Is the fast path right: against eager steps, against the CPU, and without waiting for the device.
 
 Distances are relative, over all weights together: |a - b| / |b|. Steps that are equal to rounding
-drift apart slowly, since rounding errors are trained on; `seconds` of nothing are measured here.
+drift apart slowly, since rounding errors are trained on.
 """
 
 from __future__ import annotations
@@ -121,5 +121,7 @@ def order(trainer: Any, steps: int) -> list[Tensor]:
 
 def distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
     """Return |ours - theirs| / |theirs| over all weights."""
-    one, other = (torch.cat([part.double().flatten() for part in parts]) for parts in (ours, theirs))
+    one, other = (
+        torch.cat([part.double().flatten() for part in parts]) for parts in (ours, theirs)
+    )
     return float((one - other).norm() / other.norm())

@@ -1,4 +1,4 @@
-"""What `benchmarks/gpu.py` measures: per section, items by name, each a function that returns a row."""
+"""What `benchmarks/gpu.py` measures: sections of items, each a function that returns a row."""
 
 from __future__ import annotations
 
@@ -156,9 +156,7 @@ def accuracy(plan: Plan) -> dict[str, Item]:
 def budgeted(plan: Plan, train: Any, *arguments: Any) -> Mapping[str, Any]:
     """Train for the seconds that are left."""
     model, series, seed, *small = arguments
-    found: Mapping[str, Any] = train(
-        model, series, seed, plan.device, plan.seconds_left, *small
-    )
+    found: Mapping[str, Any] = train(model, series, seed, plan.device, plan.seconds_left, *small)
     return found
 
 

@@ -100,9 +100,7 @@ def floor(preset: str, precision: str, device: str, *overrides: str) -> dict[str
     with FlopCounterMode(display=False) as counter:
         trainer.train_step(indices)
     parameters = sum(weight.numel() for weight in trainer.model.parameters())
-    moved = (
-        PASSES_OVER_ACTIVATIONS * plan.by_category["activations"] + MOMENTS_BYTES * parameters
-    )
+    moved = PASSES_OVER_ACTIVATIONS * plan.by_category["activations"] + MOMENTS_BYTES * parameters
     measured = rates(trainer.fabric.device, precision, small=bool(overrides))
     arithmetic = counter.get_total_flops() / measured["operations_per_second"]
     traffic = moved / measured["bytes_per_second"]

@@ -40,9 +40,7 @@ def recovery(preset: str, device: str, steps: int, *overrides: str) -> dict[str,
     ]  # fmt: skip
     settings = settings_for(*given)
     target: Any = device
-    demand = plan_training(
-        settings, build(settings, "data"), target, evaluation=False
-    ).demand_bytes
+    demand = plan_training(settings, build(settings, "data"), target, evaluation=False).demand_bytes
     budget = Budget.parse(int(SHARE * demand), torch.device(device))
     given.append(f"trainer.device={device}")
     free = run(given, steps, None)
@@ -140,4 +138,3 @@ def state(folder: Path, model: str, data: str, seed: int, seconds: float) -> dic
         "history": [{key: row[key] for key in ("epoch", "seconds", "val")} for row in history],
         "seconds_this_time": seconds,
     }
-

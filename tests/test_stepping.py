@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from importlib.resources import files
 from typing import Any
 
 import pytest
@@ -54,7 +53,16 @@ class Waits(TorchDispatchMode):
 
 def make(tmp_path: Any, precision: Precision = Precision.fp32, **settings: Any) -> Trainer:
     data = TrafficData(
-        str(files("expt.data") / "files" / "metr_la_week.npz"), None, "", 207, 12, 12, 2, 2, 0.7, 0.2
+        "expt://metr_la_week.npz",
+        None,
+        "",
+        207,
+        12,
+        12,
+        2,
+        2,
+        0.7,
+        0.2,
     )
     fabric = make_fabric(Device.cpu, precision)
     fabric.seed_everything(0, verbose=False)

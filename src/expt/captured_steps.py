@@ -116,9 +116,7 @@ class CapturedSteps(Steps):
         """Start over with the techniques in force, unless they cannot be captured."""
         self._drop()
         self._techniques, self._taken = self.recovery.techniques, 0
-        reason = why_not_captured(
-            self._optimizer, self._techniques, self._scaler, self._processes
-        )
+        reason = why_not_captured(self._optimizer, self._techniques, self._scaler, self._processes)
         if reason is not None:
             self._stay_eager(reason)
 

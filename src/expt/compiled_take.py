@@ -77,8 +77,7 @@ class CompiledTake:
             # The user's own mistakes are made again in eager mode, and seen there.
             if shortage(error) is not None or self._recovery.phase == "optimizer_step":
                 raise
-            lines = str(error).strip().splitlines() or [""]
-            reason = f"{type(error).__name__}: {lines[0][:200]}"
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         # Outside the handler, whose traceback holds what the step had made.
         for weight in self._model.parameters():
             weight.grad = None

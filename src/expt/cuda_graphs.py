@@ -89,7 +89,7 @@ class CudaGraphs:
         """
         broken, self._broken = self._broken, None
         with suppress(Exception):  # not public, and not needed where the capture was ended
-            torch._C._cuda_endAllocateToPool(self.device.index or 0, broken.pool())  # type: ignore[attr-defined]
+            torch._C._cuda_endAllocateToPool(self.device.index or 0, broken.pool())
         del broken
         try:
             torch.cuda.synchronize(self.device)
@@ -136,5 +136,6 @@ def watched(found: list[str]) -> Iterator[None]:
 
 def host_random_state() -> tuple[Any, ...]:
     """Return the states of the host's generators, to be compared."""
-    name, keys, *rest = np.random.get_state(legacy=True)
-    return random.getstate(), name, bytes(keys), rest, bytes(torch.get_rng_state().numpy())
+    legacy: Any = np.random.get_state(legacy=True)
+    drawn = (legacy[1].tobytes(), *legacy[2:])
+    return random.getstate(), drawn, torch.get_rng_state().numpy().tobytes()

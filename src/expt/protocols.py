@@ -139,7 +139,7 @@ class MemoryMeter(Protocol):
         """Watch one evaluation batch."""
 
     def captured(self, captured: bool) -> None:
-        """Note that a step keeps its memory from now on, out of the allocator's sight, or no more."""
+        """Note that a step keeps its memory to itself from now on, or no more."""
 
     def start_epoch(self) -> None:
         """Begin a new peak for the epoch."""

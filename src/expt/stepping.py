@@ -80,7 +80,7 @@ def steps_for(
         if device.type != "cuda":
             return Steps(take, recovery)
     if device.type != "cuda":
-        say(f"trainer.compile={how.value}: steps stay eager, since {device.type} has no CUDA graphs")
+        say(f"trainer.compile={how.value}: {device.type} has no CUDA graphs, so steps stay eager")
         return Steps(take, recovery)
     from expt.captured_steps import CapturedSteps
     from expt.cuda_graphs import CudaGraphs

@@ -116,9 +116,7 @@ class Checkpointed:
             return checkpoint(forward, *args, use_reentrant=False, **kwargs)
         selective = partial(create_selective_checkpoint_contexts, _policy)
         kwargs["context_fn"] = selective if own is None else partial(_joined, own, selective)
-        return checkpoint(
-            partial(_with_own_casts, forward), *args, use_reentrant=False, **kwargs
-        )
+        return checkpoint(partial(_with_own_casts, forward), *args, use_reentrant=False, **kwargs)
 
     def release(self) -> None:
         """Let the block's modules work in place again."""
