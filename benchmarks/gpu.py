@@ -29,6 +29,7 @@ from gpu_tables import draw, tables
 
 from expt.files import write_json, write_text
 
+SCRATCH = ROOT / "outputs" / "benchmarks"
 ANSWER = '{"item"'
 """How a line of a section's process begins that holds a row."""
 
@@ -68,6 +69,7 @@ def measure(plan: Plan, section: str, wanted: list[str], record: dict[str, Any])
             record[section][item] = stamped(row)
             print(f"{section}: {item}: {brief(row)}", flush=True)
             keep(plan, record)
+        draw(record, SCRATCH if plan.smoke else None)
         if not apart:
             return
 
@@ -111,13 +113,10 @@ def rows(plan: Plan, section: str, wanted: list[str]) -> Iterator[tuple[str, dic
 def keep(plan: Plan, record: dict[str, Any]) -> None:
     record["made"] = provenance()
     if plan.smoke:
-        folder = ROOT / "outputs" / "benchmarks"
-        write_json(folder / "gpu-smoke.json", record)
-        write_text(folder / "gpu-smoke.md", tables(record))
-        draw(record, folder)
+        write_json(SCRATCH / "gpu-smoke.json", record)
+        write_text(SCRATCH / "gpu-smoke.md", tables(record))
     else:
         store("gpu", record, tables(record))
-        draw(record, None)
 
 
 def check(plan: Plan) -> None:

@@ -16,11 +16,9 @@ NEEDED = ("torch", "hydra-core", "omegaconf", "lightning-fabric", "numpy")
 WELCOME = ("triton", "pytorch-lightning", "matplotlib", "mlflow", "optuna", "bitsandbytes")
 TINY = (
     "model.embed_dim=8", "model.num_heads=2", "model.num_layers=1", "model.num_stages=1",
-    "model.patch_sizes=[1]", "data.batch_size=4", "data.eval_batch_size=8",
+    "model.patch_sizes=[1]", "data.batch_size=2", "data.eval_batch_size=4",
 )  # fmt: skip
 SERIES = "EXPT_METR_LA"
-MEMORY_ROWS = ("guide ",)
-"""Names of `benchmarks/gpu_memory.py`'s rows that belong here; it measures the others itself."""
 Item = Callable[[], Mapping[str, Any]]
 
 
@@ -36,6 +34,11 @@ class Plan:
     def small(self) -> tuple[str, ...]:
         """Settings that make everything tiny, for `--smoke`."""
         return TINY if self.smoke else ()
+
+    @property
+    def presets(self) -> tuple[str, ...]:
+        """Presets to measure; tiny ones are all alike."""
+        return PRESETS[-1:] if self.smoke else PRESETS
 
     @property
     def seconds_left(self) -> float:
@@ -70,7 +73,7 @@ def environment(plan: Plan) -> dict[str, Item]:
 def correctness(plan: Plan) -> dict[str, Item]:
     from gpu_correctness import CASES, against_cpu, against_eager, waiting, with_dropout
 
-    steps = 4 if plan.smoke else 200
+    steps = 3 if plan.smoke else 200
     items: dict[str, Item] = {"no waiting": partial(waiting, plan.device, steps, *plan.small)}
     for how in hows(plan):
         for case in CASES:
@@ -88,7 +91,7 @@ def steps(plan: Plan) -> dict[str, Item]:
     saving = "memory.activation_checkpointing=true"
     seconds = 0.05 if plan.smoke else 3.0
     items: dict[str, Item] = {}
-    for preset in PRESETS:
+    for preset in plan.presets:
         kinds = [(p, how, ()) for how in ("off", *hows(plan)) for p in ("bf16", "fp32")]
         kinds += [("bf16", how, (saving,)) for how in ("off", hows(plan)[0])]
         for precision, how, extra in kinds:
@@ -104,7 +107,7 @@ def loops(plan: Plan) -> dict[str, Item]:
     from gpu_steps import rivals
 
     rounds, count = (1, 2) if plan.smoke else (5, 60)
-    return {p: partial(rivals, p, plan.device, rounds, count, *plan.small) for p in PRESETS}
+    return {p: partial(rivals, p, plan.device, rounds, count, *plan.small) for p in plan.presets}
 
 
 def floors(plan: Plan) -> dict[str, Item]:
@@ -112,18 +115,19 @@ def floors(plan: Plan) -> dict[str, Item]:
 
     return {
         f"{preset}, {precision}": partial(floor, preset, precision, plan.device, *plan.small)
-        for preset in PRESETS
+        for preset in plan.presets
         for precision in ("bf16", "fp32")
     }
 
 
 def memory(plan: Plan) -> dict[str, Item]:
+    """Return the presets' rows of `benchmarks/gpu_memory.py`, which has many more."""
     from gpu_memory import all_rows, measure_ours
 
     return {
         name: partial(measure_ours, [*row["overrides"], *plan.small], plan.device)
         for name, row in all_rows().items()
-        if name.startswith(MEMORY_ROWS)
+        if name.startswith(tuple(f"guide {preset} " for preset in plan.presets))
     }
 
 
@@ -131,8 +135,9 @@ def recovery(plan: Plan) -> dict[str, Item]:
     from gpu_trials import recovery as recover
 
     count = 6 if plan.smoke else 30
-    small = (*plan.small, "data.batch_size=32", "model.embed_dim=16") if plan.smoke else ()
-    return {p: partial(recover, p, plan.device, count, *last(small)) for p in ("lite", "full")}
+    small = (*plan.small, "data.batch_size=16", "model.embed_dim=16") if plan.smoke else ()
+    presets = [preset for preset in plan.presets if preset != "minimal"]
+    return {p: partial(recover, p, plan.device, count, *last(small)) for p in presets}
 
 
 def accuracy(plan: Plan) -> dict[str, Item]:

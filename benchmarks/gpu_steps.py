@@ -49,7 +49,7 @@ def step(preset: str, device: str, seconds: float, *overrides: str) -> dict[str,
             trainer.steps(indices)
     warm_seconds = now(trainer.fabric.device) - started
     count, start = 0, now(trainer.fabric.device)
-    while count < 5 or time.perf_counter() - start < seconds:
+    while count < 3 or time.perf_counter() - start < seconds:
         trainer.steps(batches[count % len(batches)])
         count += 1
         if count % 50 == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,6 +99,8 @@ def accuracy(
         f"trainer.device={device}", "trainer.resume=true", "trainer.progress=false",
         f"hydra.run.dir='{folder}'", "tracking=none", *overrides,
     ]  # fmt: skip
+    if "debug=smoke" in overrides:
+        shutil.rmtree(folder, ignore_errors=True)  # to see it train, every time
     started = time.monotonic()
     folder.parent.mkdir(parents=True, exist_ok=True)
     output = folder.parent / f"{folder.name}.log"

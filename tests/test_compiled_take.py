@@ -91,6 +91,7 @@ def test_two_hundred_compiled_steps_are_those_of_eager_mode(techniques):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")  # the compiler's own imports
 def test_the_default_backend_gives_the_same_weights():
     expected = Run(False).steps(12)
     run = Run(True)
