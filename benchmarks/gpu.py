@@ -79,14 +79,16 @@ def answers(plan: Plan, section: str, wanted: list[str]) -> Iterator[tuple[str, 
     command = [sys.executable, __file__, "--device", plan.device, "--section", section]
     command += ["--until", str(plan.until), *(["--smoke"] if plan.smoke else [])]
     left = list(wanted)
-    process = subprocess.Popen([*command, "--items", *left], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith(ANSWER):
-            answer = json.loads(line)
-            left.remove(answer["item"])
-            yield answer["item"], answer["row"]
-    if process.wait() != 0:
+    with subprocess.Popen(
+        [*command, "--items", *left], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(ANSWER):
+                answer = json.loads(line)
+                left.remove(answer["item"])
+                yield answer["item"], answer["row"]
+    if process.returncode != 0:
         if plan.smoke or not left:
             sys.exit(f"{section}: the process ended with {process.returncode}")
         yield left[0], {"error": f"the process ended with {process.returncode}"}

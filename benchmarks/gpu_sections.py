@@ -76,7 +76,7 @@ def correctness(plan: Plan) -> dict[str, Item]:
     steps = 3 if plan.smoke else 200
     items: dict[str, Item] = {"no waiting": partial(waiting, plan.device, steps, *plan.small)}
     for how in hows(plan):
-        for case in CASES:
+        for case in list(CASES)[-2 if plan.smoke else 0 :]:
             items[f"{how}, {case}"] = partial(
                 against_eager, how, case, plan.device, steps, *plan.small
             )
