@@ -25,7 +25,7 @@ from typing import Any
 
 from common import ROOT, load, provenance, stamped, store
 from gpu_sections import NEEDED, SECTIONS, Plan, version
-from gpu_tables import draw, tables
+from gpu_tables import details, draw, tables
 
 from expt.files import write_json, write_text
 
@@ -44,7 +44,7 @@ def main() -> None:
         return
     record: dict[str, Any] = {} if plan.smoke else load("gpu")
     if arguments.tables:
-        store("gpu", record, tables(record))
+        store("gpu", record, tables(record), details(record))
         return
     check(plan)
     for name in arguments.sections:
@@ -116,9 +116,9 @@ def keep(plan: Plan, record: dict[str, Any]) -> None:
     record["made"] = provenance()
     if plan.smoke:
         write_json(SCRATCH / "gpu-smoke.json", record)
-        write_text(SCRATCH / "gpu-smoke.md", tables(record))
+        write_text(SCRATCH / "gpu-smoke.md", tables(record) + details(record))
     else:
-        store("gpu", record, tables(record))
+        store("gpu", record, tables(record), details(record))
 
 
 def check(plan: Plan) -> None:

@@ -55,11 +55,18 @@ class Draw(nn.Module):
 
 
 class Net(nn.Module):
+    """Blocks that draw in the middle, and one that draws last, after all that backward needs."""
+
     def __init__(self, generator: Generator) -> None:
         super().__init__()
         self.draws = [Draw(generator) for _ in range(3)]
+        first, second, third = self.draws
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(2, 2), draw, nn.Tanh()) for draw in self.draws
+            [
+                nn.Sequential(nn.Linear(2, 2), first, nn.Tanh()),
+                nn.Sequential(nn.Linear(2, 2), second, nn.Tanh()),
+                nn.Sequential(nn.Linear(2, 2), nn.Tanh(), third),
+            ]
         )
 
     def forward(self, x: Tensor) -> Tensor:
