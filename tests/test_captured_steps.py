@@ -166,10 +166,10 @@ class Net(nn.Module):
         self.hook: Callable[[], None] = lambda: None
 
     def forward(self, x: Tensor, observed: Tensor) -> Tensor:
-        self.hook()
         x = self.first(x)
         for block in self.blocks:
             x = x + block(x)
+        self.hook()
         return self.last(x).squeeze(1)
 
 
