@@ -38,7 +38,9 @@ def step(preset: str, device: str, seconds: float, *overrides: str) -> dict[str,
         f"+memory={preset}", "data=metr_la_week", f"trainer.device={device}", *overrides,
         apply=apply,
     )  # fmt: skip
-    trainer.steps._say = said.append  # why it stays eager, if it does
+    for part in (trainer.steps, trainer.steps.take):  # why it stays eager, if it does
+        if hasattr(part, "_say"):
+            part._say = said.append
     trainer.model.train()
     batch = trainer.data.batch_size
     batches = [indices for indices in order(trainer, 200) if len(indices) == batch]

@@ -412,6 +412,14 @@ def test_what_cannot_be_captured_says_why(optimizer, techniques, scaler, process
     assert (reason is None) if words is None else (words in str(reason))
 
 
+def test_compiled_checkpoints_are_not_captured():
+    made = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], fused=True)
+    saving = Techniques(activation_checkpointing=True)
+    assert why_not_captured(made, saving) is None
+    assert why_not_captured(made, Techniques(), compiled=True) is None
+    assert "torch.compile" in str(why_not_captured(made, saving, compiled=True))
+
+
 def test_an_optimizer_that_cannot_be_captured_trains_eagerly(tmp_path):
     options = {"lr": 1e-2}
     eager = Run(tmp_path / "eager", captured=False, options=options).fit()

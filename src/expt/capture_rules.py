@@ -17,7 +17,11 @@ CAPTURABLE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
 def why_not_captured(
-    optimizer: Optimizer, techniques: Techniques, scaler: object = None, processes: int = 1
+    optimizer: Optimizer,
+    techniques: Techniques,
+    scaler: object = None,
+    processes: int = 1,
+    compiled: bool = False,
 ) -> str | None:
     """Return why a step with these cannot be captured; None: nothing speaks against it.
 
@@ -26,6 +30,7 @@ def why_not_captured(
         techniques: those in force.
         scaler: fp16's, None without one.
         processes: that train together.
+        compiled: the model runs as `torch.compile` makes it.
 
     """
     bare = bare_optimizer(optimizer)
@@ -34,6 +39,8 @@ def why_not_captured(
         return f"{processes} processes train together, which was not tried"
     if scaler is not None:
         return "fp16's scaler decides on the host whether to step; try memory.precision=bf16"
+    if compiled and techniques.activation_checkpointing is not False:
+        return "torch.compile repeats checkpointed blocks with random states of its own"
     if techniques.optimizer_in_backward:
         return "memory.optimizer_in_backward=true steps from hooks of the backward pass"
     if techniques.saved_tensor_offload:

@@ -68,6 +68,7 @@ class CapturedSteps(Steps):
         *,
         scaler: object = None,
         processes: int = 1,
+        compiled: bool = False,
         on_capture: Callable[[bool], None] = lambda captured: None,
         say: Callable[[str], None] = print,
     ) -> None:
@@ -75,7 +76,7 @@ class CapturedSteps(Steps):
         self._optimizer = optimizer
         self._batch_size = batch_size
         self._machinery = machinery
-        self._scaler, self._processes = scaler, processes
+        self._scaler, self._processes, self._compiled = scaler, processes, compiled
         self._on_capture, self._say = on_capture, say
         self._given_up = False
         self._taken = self._blocks = 0
@@ -116,7 +117,9 @@ class CapturedSteps(Steps):
         """Start over with the techniques in force, unless they cannot be captured."""
         self._drop()
         self._techniques, self._taken = self.recovery.techniques, 0
-        reason = why_not_captured(self._optimizer, self._techniques, self._scaler, self._processes)
+        reason = why_not_captured(
+            self._optimizer, self._techniques, self._scaler, self._processes, self._compiled
+        )
         if reason is not None:
             self._stay_eager(reason)
 

@@ -71,6 +71,9 @@ class CudaGraphs:
                 ),
             ):
                 outputs = work()
+        except torch.OutOfMemoryError:
+            self._broken = None  # it was ended as it should, and its memory is wanted back
+            raise
         finally:
             if collecting:
                 gc.enable()

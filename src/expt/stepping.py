@@ -93,6 +93,7 @@ def steps_for(
         CudaGraphs(torch.device(device)),
         scaler=scaler,
         processes=processes,
+        compiled=how is Compile.compile,
         on_capture=on_capture,
         say=say,
     )

@@ -85,7 +85,7 @@ class Trainer:
             self.model,
             self.optimizer,
             self.recovery,
-            self.data.batch_size,
+            min(self.data.batch_size, self.data.size("train")),
             scaler=self._scaler,
             processes=self.fabric.world_size,
             on_capture=self.meter.captured,

@@ -108,7 +108,7 @@ class Checkpointed:
         """Run the block; what it saves for the backward pass is computed again then."""
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        own = next_pair()
+        own = None if torch.compiler.is_compiling() else next_pair()
         if own is not None:  # inside a capture, which lets nobody read the random state
             kwargs |= {"preserve_rng_state": False, "context_fn": partial(_joined, own, _no_pair)}
             kwargs["early_stop"] = False  # the repetition draws exactly as much as the first run
