@@ -61,23 +61,22 @@ def main() -> None:
 
 def measure(plan: Plan, section: str, wanted: list[str], record: dict[str, Any]) -> None:
     """Measure a section's items, and store each as it comes."""
-    # A smoke run saves itself the processes, but for one.
-    apart = not plan.smoke or section == "environment"
+    source = rows if plan.smoke else answers  # a smoke run saves itself the processes
     while wanted and plan.seconds_left > 0:
-        for item, row in answers(plan, section, wanted) if apart else rows(plan, section, wanted):
+        for item, row in source(plan, section, wanted):
             wanted.remove(item)
             record[section][item] = stamped(row)
             print(f"{section}: {item}: {brief(row)}", flush=True)
             keep(plan, record)
         draw(record, SCRATCH if plan.smoke else None)
-        if not apart:
+        if plan.smoke:
             return
 
 
 def answers(plan: Plan, section: str, wanted: list[str]) -> Iterator[tuple[str, Any]]:
     """Yield items and rows from a process of its own; the one that ended it is an error."""
     command = [sys.executable, __file__, "--device", plan.device, "--section", section]
-    command += ["--until", str(plan.until), *(["--smoke"] if plan.smoke else [])]
+    command += ["--until", str(plan.until)]
     left = list(wanted)
     with subprocess.Popen(
         [*command, "--items", *left], stdout=subprocess.PIPE, text=True
@@ -89,7 +88,7 @@ def answers(plan: Plan, section: str, wanted: list[str]) -> Iterator[tuple[str, 
                 left.remove(answer["item"])
                 yield answer["item"], answer["row"]
     if process.returncode != 0:
-        if plan.smoke or not left:
+        if not left:
             sys.exit(f"{section}: the process ended with {process.returncode}")
         yield left[0], {"error": f"the process ended with {process.returncode}"}
 
