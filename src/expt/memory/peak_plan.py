@@ -49,6 +49,13 @@ class Plan:
         """What a budget has to allow: reserved bytes where an allocator is what enforces it."""
         return self.peak_bytes if self.reserved_bytes is None else self.reserved_bytes
 
+    @property
+    def demand_words(self) -> str:
+        """What `demand_bytes` counts, for a reader."""
+        if self.reserved_bytes is None:
+            return "bytes allocated to tensors"
+        return "bytes reserved by the allocator"
+
     def fits(self, budget_bytes: int | None) -> bool | None:
         """Tell whether the predicted peak is inside a budget; None if that is not known.
 

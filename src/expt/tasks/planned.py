@@ -163,9 +163,12 @@ def _refusal(settings: Settings, data: DataSet, planned: Plan, budget_bytes: int
         f"memory.budget={settings.memory.budget} ({format_bytes(budget_bytes)}) is predicted to be "
         f"too small: the peak is {_spelled_out(planned)}"
     )
-    fitting = [s for s in savings(settings, data, planned) if s.peak_bytes <= budget_bytes]
+    if planned.reserved_bytes is not None:
+        message += f", and the budget is of {planned.demand_words}"
+        message += f", which are {format_bytes(planned.demand_bytes)}"
+    fitting = [s for s in savings(settings, data, planned) if s.demand_bytes <= budget_bytes]
     if fitting:
-        ways = " or ".join(f"{s.change} ({format_bytes(s.peak_bytes)})" for s in fitting)
+        ways = " or ".join(f"{s.change} ({format_bytes(s.demand_bytes)})" for s in fitting)
         message += f". What would fit: {ways}"
     else:
         found, _ = _descend(settings, data, planned.target, budget_bytes)
@@ -191,8 +194,9 @@ def _adapted(
     found, reasons = _descend(settings, data, planned.target, budget_bytes)
     if found is None:
         raise ConfigError(
-            f"memory.budget={settings.memory.budget}: predicted peak "
-            f"{format_bytes(planned.peak_bytes)}, and nothing is left that would make it fit: "
+            f"memory.budget={settings.memory.budget}: predicted to take "
+            f"{format_bytes(planned.demand_bytes)} ({planned.demand_words}), and nothing is left "
+            "that would make it fit: "
             f"{reasons}; try a smaller preset (memory=minimal)"
         )
     print(f"memory.on_overflow=adapt: going on with {_spelled(settings, found)}")

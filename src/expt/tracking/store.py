@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import urlsplit
 
 from expt.tracking.journal import Lock
+from expt.tracking.uri import sqlite_path, without_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -171,31 +171,6 @@ class MlflowStore:
         if found.lifecycle_stage == "deleted":
             self._client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)
-
-
-def absolute_uri(uri: str) -> str:
-    """Return a SQLite URI with the path made absolute, so that a later chdir changes nothing."""
-    database = sqlite_path(uri)
-    if database is None:
-        return uri
-    _, mark, query = uri.partition("?")
-    return f"sqlite:///{database.absolute()}{mark}{query}"
-
-
-def sqlite_path(uri: str) -> Path | None:
-    """Return the database file of a ``sqlite:///`` URI, None for any other store."""
-    path = uri.removeprefix("sqlite:///").partition("?")[0]
-    return Path(path) if path != uri and path not in ("", ":memory:") else None
-
-
-def is_server(uri: str) -> bool:
-    """Tell whether a server, not this process, decides where artifacts go."""
-    return urlsplit(uri).scheme in ("http", "https", "databricks", "databricks-uc", "uc")
-
-
-def without_password(uri: str) -> str:
-    """Return the URI as it may be shown."""
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", uri)
 
 
 def reason(error: BaseException) -> str:
