@@ -55,6 +55,12 @@ LAYERS = {  # from the top; a name stands for a module or a package under `expt`
         "averaging",
         "recording",
         "stopping",
+        "stepping",
+        "capture_rules",
+        "captured_steps",
+        "cuda_graphs",
+        "compiled_take",
+        "loss_reading",
     },
     "parts": {"models", "data", "optim", "memory", "tracking"},
     "ground": {

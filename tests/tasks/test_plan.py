@@ -16,7 +16,8 @@ from expt.tracking.null import NullTracker
 MIB = 2**20
 KEYS = {
     "target", "peak_bytes", "reserved_bytes", "interval_bytes", "phase", "by_category", "by_module",
-    "corrections", "budget_bytes", "fits", "method", "seconds", "savings",
+    "corrections", "captured_reserved_bytes", "budget_bytes", "fits", "method", "seconds",
+    "savings",
 }  # fmt: skip
 STID = ("task=plan", "model=stid", "hydra.run.dir=run")
 

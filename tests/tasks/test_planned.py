@@ -177,6 +177,26 @@ def test_the_plans_line_about_the_users_own_error(expt, home, capfd) -> None:
     assert "failed while attempting to run meta" not in said.err
 
 
+def test_steps_stay_eager_where_a_captured_one_is_predicted_not_to_fit(capsys) -> None:
+    from expt.construction import Settings
+    from expt.memory.peak_plan import Plan
+    from expt.schema import Compile, MemoryConfig, TrackingConfig, TrainerConfig
+    from expt.tasks.planned import _without_capture
+
+    def decide(how: Compile, captured: int | None, budget: int | None) -> Compile:
+        planned = Plan("cuda", 50, 60, (40, 70), "backward", {}, {}, {}, "trace", 0.0, (), captured)
+        given = Settings(TrainerConfig(compile=how), MemoryConfig(), TrackingConfig(), {})
+        return _without_capture(given, planned, budget).trainer.compile
+
+    assert decide(Compile.auto, 100, 120) is Compile.auto
+    assert decide(Compile.auto, 100, None) is Compile.auto
+    assert decide(Compile.auto, None, 80) is Compile.auto
+    assert decide(Compile.graph, 100, 80) is Compile.graph
+    assert capsys.readouterr().out == ""
+    assert decide(Compile.auto, 100, 80) is Compile.off
+    assert "steps stay eager" in capsys.readouterr().out
+
+
 def test_what_would_fit_is_told_by_what_the_budget_counts(composed, monkeypatch) -> None:
     # On CUDA a budget is of reserved bytes: a way whose peak fits may still not.
     settings = validated(composed("+memory=minimal", "model=stid", "memory.budget=10MiB"))

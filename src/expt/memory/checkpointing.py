@@ -11,8 +11,8 @@ cheap (element-wise work and normalisation).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeGuard
 
@@ -26,6 +26,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from expt.memory.block_randomness import Pair, next_pair
 from expt.memory.repeated_blocks import repeated_blocks
 from expt.memory.techniques import Checkpointing
 from expt.memory.wrapping import layer_of, unwrap, wrap
@@ -99,23 +100,43 @@ class Checkpointed:
         """Run the block; what it saves for the backward pass is computed again then."""
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        if not self.selective and not self.counting:
+        own = None if torch.compiler.is_compiling() else next_pair()
+        if own is not None:  # inside a capture, which lets nobody read the random state
+            # And the repetition has to draw exactly as much as the first run.
+            kwargs |= {"preserve_rng_state": False, "early_stop": False}
+        elif not self.selective and not self.counting:
             return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        contexts = self._contexts if own is None else partial(self._contexts, own)
         work = partial(_with_own_casts, forward) if self.selective else forward
-        return checkpoint(work, *args, use_reentrant=False, context_fn=self._contexts, **kwargs)
+        return checkpoint(work, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
-    def _contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    def _contexts(
+        self, own: Pair | None = None
+    ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """Return what goes around the forward pass, and around computing it again."""
         first: AbstractContextManager[Any] = nullcontext()
         again: AbstractContextManager[Any] = nullcontext()
         if self.selective:
             first, again = create_selective_checkpoint_contexts(_policy)
-        return first, CountedOnce(again, self.counting) if self.counting else again
+        if self.counting:
+            again = CountedOnce(again, self.counting)
+        if own is None:
+            return first, again
+        return _both(own[0], first), _both(own[1], again)
 
     def release(self) -> None:
         """Let the block's modules work in place again."""
         for part in self.in_place:
             part.inplace = True  # type: ignore[assignment]
+
+
+@contextmanager
+def _both(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
+    """Enter all of them, one inside the other."""
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
 
 
 class CountedOnce:

@@ -24,11 +24,13 @@ PHASES = {
     "backward": "in the backward pass",
     "optimizer_step": "in the optimizer's step",
     "evaluation": "in evaluation",
+    "capture": "while capturing the step",
     "conclusion": "while the run was concluded",
     THRASHING: "almost: the allocator retries step after step,",
 }
 """Words for every phase in which memory may run out."""
 RUNGS = {
+    "eager": "the captured step is given up",
     "release": "what was held ready is released",
     "one_by_one": "the optimizer steps weights one by one",
     "fused_attention": "attention is fused",
@@ -112,7 +114,7 @@ class OomEvent:
             then = "nothing is left to try"
         else:
             then = RUNGS.get(self.rung, self.rung)
-            if self.phase != THRASHING:
+            if self.phase not in (THRASHING, "capture"):
                 then += ", and it is done again"
             then += " from the last checkpoint" if self.replayed else ""
         return f"out of memory {where} at step {self.step}{asked}: {then}"

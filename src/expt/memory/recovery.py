@@ -78,6 +78,8 @@ class Recovery:
         """What is under way; a step function may say so."""
         self.position = (0, 0)
         """Optimizer step and epoch under way, for the record."""
+        self.give_way: Callable[[], bool] = lambda: False
+        """Gives back memory that only makes steps faster; returns whether there was any."""
         self._classify = classify
         self._undo: StepUndo | None = None
         self._step_trouble, self._failed_step = Trouble(), -1
@@ -170,7 +172,9 @@ class Recovery:
         release(self.device)
         reason = self.limits.forbid(trouble, self.events)
         move = NOTHING
-        if size > 1 and reason is None:
+        if reason is None and self.give_way():
+            move = Move("eager", self.techniques, ())
+        elif size > 1 and reason is None:
             self.evaluation_batch_size = -(-size // 2)
             move = Move("halve_evaluation_batch", self.techniques, ())
         elif reason is None:
@@ -178,6 +182,16 @@ class Recovery:
             move = trouble.release_only(self.techniques, "halve_evaluation_batch", single)
         self._record(outcome, move, reason)
         return False
+
+    def capture(self, work: Callable[[], T]) -> T | None:
+        """Do work that only makes later steps faster; None if there is no memory for it."""
+        outcome = self._attempt(work, "capture", Trouble())
+        if isinstance(outcome, Success):
+            return outcome.value
+        release(self.device)
+        self.phase = "capture"
+        self._record(outcome, Move("eager", self.techniques, ()), None)
+        return None
 
     def once_more(self, work: Callable[[], T], phase: str) -> T:
         """Do work on which no rung acts (building, loading); a second time if memory ran out.
@@ -223,9 +237,16 @@ class Recovery:
     def _go_down(self, failure: Failure, trouble: Trouble, samples: int, replayed: bool) -> None:
         """Go one rung down after a step failed, and enter it; raise RecoveryError if none is."""
         reason = self.limits.forbid(trouble, self.events)
-        move = NOTHING if reason else self.footing.down(self.phase, samples, trouble.releases)
-        trouble.releases += move.rung == "release"
+        move = NOTHING if reason else self._down(samples, trouble)
         self._record(failure, move, reason, replayed)
+
+    def _down(self, samples: int, trouble: Trouble) -> Move:
+        """Give up what only makes steps faster, if there is any, or go one rung down."""
+        if self.give_way():
+            return Move("eager", self.techniques, ())
+        move = self.footing.down(self.phase, samples, trouble.releases)
+        trouble.releases += move.rung == "release"
+        return move
 
     def _record(
         self, failure: Failure, move: Move, reason: str | None, replayed: bool = False
@@ -260,4 +281,4 @@ class Recovery:
             return
         self.phase = THRASHING
         release(self.device)
-        self._record(Failure(RETRIES), self.footing.down(self.phase, samples, 0), None)
+        self._record(Failure(RETRIES), self._down(samples, Trouble()), None)

@@ -20,7 +20,7 @@ from expt.memory.ladder import PLANNED_LADDER, adapt, changes
 from expt.memory.planning import Plan, Target
 from expt.memory.techniques import Techniques
 from expt.protocols import DataSet
-from expt.schema import Fallback, OnOverflow
+from expt.schema import Compile, Fallback, OnOverflow
 from expt.tasks.fallback import key
 from expt.units import format_bytes
 
@@ -65,9 +65,24 @@ def plan_before(
             then = "memory.fallback takes over if it fails" if smaller_run_wanted else "recovery"
             line += f", which is less; the run goes on all the same ({then})"
     print(line)
+    settings = _without_capture(settings, planned, budget_bytes)
     if planned.method == "estimate" or any("without values" in note for note in planned.notes):
         print("\n".join(f"note: {note}" for note in planned.notes))
     return settings, planned
+
+
+def _without_capture(settings: Settings, planned: Plan, budget_bytes: int | None) -> Settings:
+    """Leave steps eager where there is no room for a captured one besides."""
+    captured = planned.captured_reserved_bytes
+    if settings.trainer.compile is not Compile.auto or captured is None or budget_bytes is None:
+        return settings
+    if captured <= budget_bytes:
+        return settings
+    print(
+        f"trainer.compile=auto: steps stay eager, since {format_bytes(captured)} would be reserved "
+        "with a captured one; trainer.compile=graph tries all the same"
+    )
+    return replace(settings, trainer=replace(settings.trainer, compile=Compile.off))
 
 
 def with_techniques(
