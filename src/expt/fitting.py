@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from expt.batch_search import Limit, largest
-from expt.construction import Settings, techniques_of
+from expt.construction import Settings, smaller_sizes, techniques_of
 from expt.errors import ConfigError, ExptError
 from expt.foresight import Saving, plan_training, savings
 from expt.memory.planning import Plan, Target
@@ -178,7 +178,8 @@ def _nothing_fits(settings: Settings, data: DataSet, smallest: Plan, limit: Limi
     one.batch_size = 1
     helping = savings(alone, one, smallest)
     ways = [f"{way.change} ({format_bytes(_taken(way, reserved))})" for way in helping]
-    return f"{message}. What would help: {', '.join([*ways, 'a smaller preset (memory=minimal)'])}"
+    ways.append(smaller_sizes(settings.memory))
+    return f"{message}. What would help: {', '.join(ways)}"
 
 
 def _taken(found: Plan | Saving, reserved: bool) -> int:

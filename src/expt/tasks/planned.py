@@ -13,7 +13,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from expt.construction import RunContext, Settings, build, techniques_of
+from expt.construction import RunContext, Settings, build, smaller_sizes, techniques_of
 from expt.errors import ConfigError, ExptError
 from expt.foresight import plan_training, savings
 from expt.memory.ladder import PLANNED_LADDER, adapt, changes
@@ -184,7 +184,7 @@ def _refusal(settings: Settings, data: DataSet, planned: Plan, budget_bytes: int
     if ways is not None:
         message += f". What would fit: {ways}"
     else:
-        message += ". No technique is predicted to fit; try a smaller preset (memory=minimal)"
+        message += f". No technique is predicted to fit; try {smaller_sizes(settings.memory)}"
     return (
         f"{message}; or memory.on_overflow=adapt to have it chosen, memory.on_overflow=train to "
         "try all the same"
@@ -215,7 +215,7 @@ def _adapted(
             f"memory.budget={settings.memory.budget}: predicted to take "
             f"{format_bytes(planned.demand_bytes)} ({planned.demand_words}), and nothing is left "
             "that would make it fit: "
-            f"{reasons}; try a smaller preset (memory=minimal)"
+            f"{reasons}; try {smaller_sizes(settings.memory)}"
         )
     print(f"memory.on_overflow=adapt: going on with {_spelled(settings, found)}")
     settings = replace(settings, memory=replace(settings.memory, **vars(found)))
