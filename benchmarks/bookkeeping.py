@@ -2,9 +2,10 @@
 
 One run with everything on (an existing MLflow database, the meter, the bar of a terminal) has
 each call into them timed. Costs per step are taken times the steps of a true epoch; what happens
-once a run (the ledger's steps, on devices without an allocator to ask) is counted whole against
-that one epoch, as in a run of one epoch. Threads in the background count with their CPU time,
-since it is taken from the training where cores are scarce. Checkpoints are reported beside it.
+once a run (the plan; the ledger's steps, on devices without an allocator to ask) is counted whole
+against that one epoch, as in a run of one epoch. Threads in the background count with their CPU
+time, since it is taken from the training where cores are scarce. Checkpoints are reported beside
+it.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import make_trainer
+from common import make_trainer, settings_for
 from rich.console import Console
 from rival_loops import now
 
+from expt.foresight import plan_training, target_of
 from expt.memory.meter import LEDGER_STEPS
 from expt.progress import BarDisplay
+from expt.tasks.room import manager_for
 from expt.tracking.mlflow import MlflowTracker
 
 WARM_STEPS = 3
@@ -55,15 +58,21 @@ class Stopwatch:
 
 def measure(preset: str, device: str, steps: int, *overrides: str) -> dict[str, Any]:
     """Train `steps` steps and one evaluation batch; return every cost and its share of an epoch."""
+    lines = (
+        f"+memory={preset}",
+        f"trainer.device={device}",
+        f"trainer.max_steps={steps}",
+        "trainer.eval_batches=1",
+        *overrides,
+    )
+    settings = settings_for(*lines)
     with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as sink:
-        trainer = make_trainer(
-            f"+memory={preset}",
-            f"trainer.device={device}",
-            f"trainer.max_steps={steps}",
-            "trainer.eval_batches=1",
-            *overrides,
-        )
+        trainer = make_trainer(*lines)
+        planning = time.perf_counter()
+        plan_training(settings, trainer.data, target_of(settings.trainer, device))
+        plan_seconds = time.perf_counter() - planning
         trainer.tracker = tracker = open_tracker(Path(folder))
+        trainer.manager = manager_for(settings.memory, trainer.fabric.device)
         trainer.display = BarDisplay(Console(file=sink, force_terminal=True, width=120))
         for batch in trainer._order(0).split(trainer.data.batch_size)[:WARM_STEPS]:
             trainer.train_step(batch)
@@ -72,6 +81,7 @@ def measure(preset: str, device: str, steps: int, *overrides: str) -> dict[str, 
         watch.wrap("display", trainer.display, "step", "epoch")
         watch.wrap("progress file", trainer.progress_file, "write")
         watch.wrap("meter", trainer.meter, "step", "evaluation", "start_epoch", "epoch")
+        watch.wrap("memory manager", trainer.manager, "step")
         background = background_at_stop(trainer)
         trainer.fit()
         saving = time.perf_counter()
@@ -84,6 +94,7 @@ def measure(preset: str, device: str, steps: int, *overrides: str) -> dict[str, 
     epoch_seconds = true_steps * step
     parts = {name: seconds / steps / step for name, seconds in watch.seconds.items()}
     parts |= {name: seconds / steps / step for name, seconds in background.items()}
+    parts["plan, once a run"] = plan_seconds / epoch_seconds
     if trainer.meter.name.startswith("ledger"):
         parts["ledger, once a run"] = max(watched, 0.0) / epoch_seconds
     return {

@@ -1,17 +1,20 @@
 """Seconds per optimizer step: our loop, a bare PyTorch loop, lightning's Trainer.
 
 All train the same model on the same windows with the same batch size, loss, optimizer, clipping
-and schedule, in one process and in rounds that alternate between them, so that a busy machine
-slows all alike. Set-up and the first steps of a round are not counted. Ours runs as in a real
-run, but for the tracker, whose cost is a measurement of its own (`bookkeeping`).
+and schedule, each in a process of its own, as a user's would be, and in rounds that alternate
+between them, so that a busy machine slows all alike. Set-up and the first steps of a round are
+not counted. Ours runs as in a real run, but for the tracker, whose cost is a measurement of its
+own (`bookkeeping`). `speed.py` calls `measure`; run as a program, this file is one contender's
+round.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
-from collections.abc import Callable
+import subprocess
+import sys
 from itertools import cycle, islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,29 +23,51 @@ from rival_loops import WARM_STEPS, Rivals, bare_seconds, lightning_seconds, now
 
 from expt.progress import LineDisplay
 
+OURS, BARE, LIGHTNING = "ours", "bare loop", "lightning"
 
-def measure(preset: str, device: str, rounds: int, steps: int, *overrides: str) -> dict[str, Any]:
-    """Return the seconds per step of every contender: each round's, and the medians."""
-    given = [f"+memory={preset}", f"trainer.device={device}", *overrides]
-    rivals = Rivals(settings_for(*given), device)
-    contenders: dict[str, Callable[[int], float]] = {
-        "ours": lambda count: our_seconds(given, count),
-        "bare loop": lambda count: bare_seconds(rivals, count),
-    }
-    if importlib.util.find_spec("pytorch_lightning"):
-        contenders["lightning"] = lambda count: lightning_seconds(rivals, count)
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    names = list(contenders)
+
+def measure(
+    preset: str, device: str, rounds: int, steps: int, lightning: Path | None, *overrides: str
+) -> dict[str, Any]:
+    """Return the seconds per step of every contender: each round's, and the medians.
+
+    Args:
+        preset: whose model and batch.
+        device: cpu or cuda.
+        rounds: processes per contender.
+        steps: counted in each.
+        lightning: the folder that lightning was installed into; None leaves it out.
+        overrides: more settings of the configuration.
+
+    """
+    names = [OURS, BARE] + ([LIGHTNING] if lightning is not None else [])
+    times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
-        for name in islice(cycle(names), number, number + len(names)):
-            times[name].append(contenders[name](steps) / steps)
+        for name in islice(cycle(names), number % len(names), number % len(names) + len(names)):
+            command = [sys.executable, __file__, name, device, str(steps), str(lightning or "")]
+            command += [f"+memory={preset}", *overrides]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            times[name].append(float(done.stdout.splitlines()[-1]) / steps)
     row: dict[str, Any] = {"preset": preset, "steps_per_round": steps}
     for name, values in times.items():
         row[name] = {"seconds_per_step": statistics.median(values), "rounds": values}
     for name in names[1:]:
-        ratios = [one / other for one, other in zip(times["ours"], times[name], strict=True)]
+        ratios = [one / other for one, other in zip(times[OURS], times[name], strict=True)]
         row[name]["ours_over_it"] = statistics.median(ratios)
     return row
+
+
+def main() -> None:
+    """Run one contender once and print its seconds."""
+    name, device, steps, folder, *overrides = sys.argv[1:]
+    given = [*overrides, f"trainer.device={device}"]
+    if name == OURS:
+        print(our_seconds(given, int(steps)))
+        return
+    if name == LIGHTNING:
+        sys.path.append(folder)
+    contender = {BARE: bare_seconds, LIGHTNING: lightning_seconds}[name]
+    print(contender(Rivals(settings_for(*given), device), int(steps)))
 
 
 class Clock(LineDisplay):
@@ -71,3 +96,7 @@ def our_seconds(overrides: list[str], steps: int) -> float:
     trainer.fit()
     first, last = clock.done
     return last - first
+
+
+if __name__ == "__main__":
+    main()

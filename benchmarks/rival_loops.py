@@ -190,8 +190,11 @@ def quiet() -> Iterator[None]:
     logger.setLevel(level)
 
 
-def install_lightning() -> Path:
-    """Put lightning into a folder of its own, unless it is there; what is locked stays locked."""
+def installed_lightning() -> Path | None:
+    """Return a folder that holds lightning, or None; it is installed there if it is not yet.
+
+    What is locked stays locked.
+    """
     folder = ROOT / "outputs" / "benchmarks" / "lightning"
     if not (folder / "pytorch_lightning").is_dir():
         # Without dependencies: all others are here, and torch must not be fetched again.
@@ -200,4 +203,5 @@ def install_lightning() -> Path:
         done = subprocess.run([*command, *lock], capture_output=True, text=True, check=False)
         if done.returncode != 0:
             print(f"lightning was not installed: {done.stderr.strip()[-300:]}", file=sys.stderr)
+            return None
     return folder

@@ -63,12 +63,12 @@ def measure_first_step(effort: Effort, arguments: argparse.Namespace) -> Any:
 
 def measure_loops(effort: Effort, arguments: argparse.Namespace) -> Any:
     from loop_times import measure
-    from rival_loops import install_lightning
+    from rival_loops import installed_lightning
 
-    if not arguments.smoke:
-        sys.path.append(str(install_lightning()))
+    lightning = None if arguments.smoke else installed_lightning()
     return {
-        preset: measure(preset, arguments.device, effort.rounds, effort.steps) for preset in PRESETS
+        preset: measure(preset, arguments.device, effort.rounds, effort.steps, lightning)
+        for preset in PRESETS
     }
 
 

@@ -56,7 +56,9 @@ def expt(home: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[i
 
 
 @pytest.fixture(autouse=True)
-def _restore_process_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _restore_process_state(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
     """Undo what running a command line in this process changes."""
     import logging
     import sys
@@ -73,3 +75,8 @@ def _restore_process_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             handler.close()
     root.handlers[:] = handlers
     root.setLevel(level)
+    # A user's module of the same name in the next test is another one.
+    written = str(tmp_path_factory.getbasetemp())
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None) or "").startswith(written):
+            del sys.modules[name]

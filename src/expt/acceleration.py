@@ -8,6 +8,7 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.precision import MixedPrecision
 
+from expt.memory.host_allocator import keep_freed_memory
 from expt.schema import Device, Precision
 
 MIXED: dict[Precision, Literal["16-mixed", "bf16-mixed"]] = {
@@ -17,8 +18,13 @@ MIXED: dict[Precision, Literal["16-mixed", "bf16-mixed"]] = {
 
 
 def make_fabric(device: Device, precision: Precision) -> Fabric:
-    """Return Fabric on `device`; `auto` precision is bf16 on CUDA, else fp32."""
+    """Return Fabric on `device`; `auto` precision is bf16 on CUDA, else fp32.
+
+    For the CPU, the process is set to keep the memory that a step frees for the next one.
+    """
     kind = device.value if device is not Device.auto else _best_device()
+    if kind == "cpu":
+        keep_freed_memory()
     if precision is Precision.auto:
         precision = Precision.bf16 if kind == "cuda" else Precision.fp32
     if precision is Precision.fp32:

@@ -20,7 +20,7 @@ FILE_NAME = "progress.json"
 LINE_INTERVAL_SECONDS = 30.0
 WRITE_INTERVAL_SECONDS = 0.05
 """The file is replaced at most this often between validations."""
-WRITE_SHARE = 0.002
+WRITE_SHARE = 0.0005
 """And no more often than takes this part of the time, since some disks are slow to rename."""
 
 
@@ -91,7 +91,7 @@ class BarDisplay:
             TextColumn("loss {task.fields[loss]}  val {task.fields[val]}  {task.fields[peak]}"),
             TimeRemainingColumn(),
             console=console,
-            refresh_per_second=2,  # each takes a millisecond or two from the training
+            refresh_per_second=1,  # each takes milliseconds from the training
         )
         self._task = self._bar.add_task("training", loss="-", val="-", peak="")
 

@@ -62,9 +62,9 @@ def test_the_bare_loops_loss_is_ours() -> None:
 def test_every_contender_is_timed_in_every_round() -> None:
     from loop_times import measure
 
-    row = measure("minimal", "cpu", 2, 2, *SMALL)
+    row = measure("minimal", "cpu", 1, 2, None, *SMALL)
     for name in ("ours", "bare loop"):
-        assert len(row[name]["rounds"]) == 2
+        assert len(row[name]["rounds"]) == 1
         assert 0 < row[name]["seconds_per_step"] < 10
     assert row["bare loop"]["ours_over_it"] > 0
 
