@@ -182,7 +182,7 @@ def test_a_plan_that_was_made_before_is_not_made_again(expt, home, monkeypatch) 
 
     with monkeypatch.context() as patched:
         patched.setattr(planned, "plan_training", again)
-        code, out, err = expt(
+        code, _, err = expt(
             *RUN, "hydra.run.dir=second", "memory.plan_file=first/plan.json", small=False
         )
     assert code == 0, err
