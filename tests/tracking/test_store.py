@@ -13,10 +13,7 @@ from expt.tracking.store import (
     Point,
     RefusedError,
     RunMissingError,
-    absolute_uri,
-    is_server,
     reason,
-    without_password,
 )
 
 
@@ -138,16 +135,6 @@ def test_two_processes_may_make_one_store_and_experiment(tmp_path: Path) -> None
     names = [experiment.name for experiment in MlflowClient(uri).search_experiments()]
     assert sorted(names) == ["Default", "both"]
     assert not (tmp_path / "new" / "mlflow.db.new").exists()
-
-
-def test_uris(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert absolute_uri("sqlite:///outputs/a.db?x=1") == f"sqlite:///{tmp_path}/outputs/a.db?x=1"
-    assert absolute_uri("sqlite:////abs/a.db") == "sqlite:////abs/a.db"
-    assert absolute_uri("http://host/path") == "http://host/path"
-    assert is_server("https://host") and not is_server("sqlite:///a.db")
-    assert without_password("postgresql://me:word@host/db") == "postgresql://me:***@host/db"
-    assert without_password("http://127.0.0.1:5000/a@b") == "http://127.0.0.1:5000/a@b"
 
 
 def test_the_reason_is_the_innermost_cause_in_one_line() -> None:

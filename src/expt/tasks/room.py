@@ -15,7 +15,8 @@ from expt.memory.evidence import collect
 from expt.memory.ladder import Predict
 from expt.memory.manager import MemoryManager
 from expt.memory.meter import CudaMeter, LedgerMeter, meter_for
-from expt.memory.recovery import Limits, Recovery
+from expt.memory.recovery import Recovery
+from expt.memory.recovery_limits import Limits
 from expt.memory.techniques import apply
 from expt.protocols import DataSet
 from expt.recording import Recorder
