@@ -25,7 +25,14 @@ import expt
 
 ROOT = Path(expt.__file__).parent
 LAYERS = {  # from the top; a name stands for a module or a package under `expt`
-    "cli": {"__main__", "composition", "dispatch", "explanation"},
+    "cli": {
+        "__main__",
+        "composition",
+        "dispatch",
+        "explanation",
+        "search_jobs",
+        "searching",
+    },
     "tasks": {"tasks", "construction", "validation", "foresight", "batch_search", "fitting"},
     "orchestration": {"grid", "report", "plan_tables", "cards_table", "sweep"},
     "loop": {
@@ -41,7 +48,7 @@ LAYERS = {  # from the top; a name stands for a module or a package under `expt`
         "stopping",
     },
     "parts": {"models", "data", "optim", "memory", "tracking"},
-    "ground": {"", "schema", "protocols", "errors", "units", "files", "results"},
+    "ground": {"", "schema", "search_config", "protocols", "errors", "units", "files", "results"},
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 CONFIGURATION = {"hydra", "omegaconf"}

@@ -10,8 +10,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.utils import get_args_parser
+from hydra import compose
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
@@ -19,7 +23,7 @@ from expt.errors import ConfigError
 from expt.results import load_launch
 from expt.schema import Config, Preset
 
-OPTIONAL_GROUPS = ("memory", "experiment", "debug")
+OPTIONAL_GROUPS = ("memory", "experiment", "debug", "search")
 """Groups of which nothing may be chosen."""
 
 
@@ -98,6 +102,31 @@ def prepare_arguments(arguments: Sequence[str]) -> list[str]:
     quoted = QuotedString(str(run_dir), Quote.double).with_quotes()
     directory = [] if "hydra.run.dir" in given else [f"hydra.run.dir={quoted}"]
     return [*earlier, *rest, "trainer.resume=true", *directory]
+
+
+def open_composition(own: str | None = None) -> None:
+    """Let `hydra.compose` find `conf/`, and first of all the user's own folder, if there is one."""
+    register()
+    GlobalHydra.instance().clear()
+    search_path = create_config_search_path(str(conf_dir()))
+    if own is not None:
+        anchor = SearchPathQuery(provider="schema")
+        search_path.prepend("command-line", f"file://{Path(own).absolute()}", anchor)
+    Hydra.create_main_hydra2("expt", search_path)
+
+
+def compose_lines(lines: Sequence[str], own: str | None = None) -> DictConfig:
+    """Compose a configuration from a command line's settings, outside of a Hydra job.
+
+    Raises:
+        HydraException, OmegaConfBaseException: Hydra refuses them.
+
+    """
+    open_composition(own)
+    try:
+        return compose("config", overrides=prepare_arguments(lines))
+    finally:
+        GlobalHydra.instance().clear()
 
 
 def key(override: str) -> str:

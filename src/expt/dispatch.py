@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from expt.composition import key
 from expt.construction import RunContext
-from expt.errors import ExptError, UserError
+from expt.errors import ConfigError, ExptError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +29,11 @@ HYDRA_FILES = {".hydra", "expt.log"}
 
 def run_task(cfg: DictConfig) -> Any:
     """Run the configured task; leave nothing behind if it refuses the configuration or data."""
-    context = _context()
+    context = _context(cfg)
     task: Callable[[DictConfig, RunContext], Any] = get_method(cfg.task._target_)
     failed = False
     try:
+        _refuse_search(cfg)
         return task(cfg, context)
     except Exception as error:
         if isinstance(error, UserError):
@@ -50,7 +51,18 @@ def run_task(cfg: DictConfig) -> Any:
             _free_memory()
 
 
-def _context() -> RunContext:
+def _refuse_search(cfg: DictConfig) -> None:
+    """Refuse a search that is not run as one; its trials know their number."""
+    if cfg.search is None or cfg.search.trial is not None:
+        return
+    raise ConfigError(
+        f"search={HydraConfig.get().runtime.choices.get('search')} is a search over many trials: "
+        "start it with python -m expt -m search=NAME (and the sweeper its file names); to train "
+        "once, leave search out"
+    )
+
+
+def _context(cfg: DictConfig) -> RunContext:
     hydra_cfg = HydraConfig.get()
     own = [
         source.path
@@ -59,9 +71,10 @@ def _context() -> RunContext:
     ]
     lines = [line for line in hydra_cfg.overrides.task if key(line) != "trainer.resume"]
     is_child = hydra_cfg.mode == RunMode.MULTIRUN
+    parent = Path(hydra_cfg.sweep.dir) if is_child else cfg.tracking.parent
     return RunContext(
         run_dir=Path(hydra_cfg.runtime.output_dir),
-        parent_dir=Path(hydra_cfg.sweep.dir).absolute() if is_child else None,
+        parent_dir=None if parent is None else Path(parent).absolute(),
         overridden=frozenset(key(line) for line in hydra_cfg.overrides.task),
         launch={
             "overrides": lines,

@@ -9,6 +9,7 @@
     │   └── DataError         a data file that is absent or not what it should be
     ├── RecoveryError         memory ran out and nothing was left to try
     │   └── BrokenStepError   memory ran out in the middle of an optimizer's step
+    ├── SearchError           a search came to an end without a configuration to recommend
     └── StorageError          the output disk refused a write; what was saved before is intact
 
 A bug, or a fault in a user's own model, is any other exception: exit 1 with its traceback.
@@ -62,6 +63,10 @@ class BrokenStepError(RecoveryError):
 
     The techniques one rung down are in force already; load a checkpoint and go on from there.
     """
+
+
+class SearchError(ExptError):
+    """A search ended without a trial inside the budget; the message says what was nearest."""
 
 
 class StorageError(ExptError):

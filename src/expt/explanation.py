@@ -14,9 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose
-from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_config_search_path
-from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -24,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from expt.composition import conf_dir, config_dir, key, overrides, register
+from expt.composition import config_dir, key, open_composition, overrides
 from expt.construction import locate
 from expt.errors import ConfigError, nearest
 from expt.schema import OPEN_GROUPS
@@ -35,14 +32,8 @@ REFUSALS = (HydraException, OmegaConfBaseException)
 
 def explain(error: Exception, arguments: Sequence[str]) -> str:
     """Return one message with every problem among the arguments."""
-    register()
-    GlobalHydra.instance().clear()
-    search_path = create_config_search_path(str(conf_dir()))
     own = config_dir(arguments)
-    if own is not None:
-        anchor = SearchPathQuery(provider="schema")
-        search_path.prepend("command-line", f"file://{Path(own).absolute()}", anchor)
-    Hydra.create_main_hydra2("expt", search_path)
+    open_composition(own)
     try:
         problems = _problems(overrides(arguments))
         if own is not None and not Path(own).is_dir():

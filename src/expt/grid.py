@@ -35,7 +35,8 @@ class Grid(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Remember the multirun; its jobs are not known to be valid yet."""
-        self._config = config
+        if config.search is None:  # else the sweeper keeps the records
+            self._config = config
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Open the parent run with the first job."""
@@ -62,6 +63,8 @@ class Grid(Callback):
         """Print and record the comparison; the parent fails if a child did."""
         from expt.report import comparison_markdown, comparison_table, print_table
 
+        if self._config is None:
+            return
         directory = _sweep_dir(config)
         children = child_results(directory) if directory.is_dir() else {}
         if children:

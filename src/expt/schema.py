@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from expt.errors import nearest
+from expt.search_config import SearchConfig
 from expt.units import budget_problem
 
 
@@ -97,6 +98,7 @@ class MemoryConfig:
     cleanup_interval_seconds: float = 30.0  # between two cleanups for a threshold
     force_cleanup_every: int | None = None  # steps; None: only above a threshold
     plan: bool = True  # predict the peak before training; never a reason to fail
+    plan_file: str | None = None  # a plan.json of this very run, instead of predicting again
     target: str | None = None  # cuda or cpu: what to plan for; None: the run's device, else cuda
     on_overflow: OnOverflow = OnOverflow.refuse  # what to do when the plan exceeds the budget
     recover: bool = True  # when memory runs out, do the same step again with techniques that save
@@ -197,6 +199,7 @@ class TrainerConfig:
     checkpoint_every_steps: int | None = 500  # also after every epoch; None: only then
     log_every_steps: int = 50
     resume: Any = False  # true: go on in hydra.run.dir; a path: go on there
+    test: bool = True  # test the best weights at the end; false: leave the test part alone
     progress: bool = True
     repeat_first_epoch: bool = False  # the same samples every epoch, to see a model overfit
     profile: bool = False  # torch.profiler over a few steps, written to the run's directory
@@ -245,6 +248,7 @@ class TrackingConfig:
     experiment: str = "expt"
     artifacts: str | None = None  # folder for artifacts, for a SQLite store only
     flush_seconds: float = 30.0
+    parent: str | None = None  # folder of the run that this one is nested under
 
     def problems(self) -> list[str]:
         """Return one message per value out of range."""
@@ -331,6 +335,7 @@ class Config:
     diagnose: DiagnoseConfig = field(default_factory=DiagnoseConfig)
     fit: FitConfig = field(default_factory=FitConfig)
     cards: CardsConfig = field(default_factory=CardsConfig)
+    search: SearchConfig | None = None
 
 
 MAX_SEED = 2**32 - 1

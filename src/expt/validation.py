@@ -94,7 +94,7 @@ def _added_keys(cfg: DictConfig) -> list[str]:
     """Refuse keys that ``+key=value`` put where the schema has none; Hydra lets them pass."""
     nodes: dict[str, tuple[DictConfig, Any]] = {"": (cfg, Config)}
     for group in (part.name for part in fields(Config)):
-        if group not in OPEN_GROUPS:
+        if group not in OPEN_GROUPS and cfg[group] is not None:
             nodes[f"{group}."] = (cfg[group], OmegaConf.get_type(cfg[group]))
     problems = []
     for prefix, (node, schema) in nodes.items():
@@ -148,6 +148,11 @@ def _checked_arguments(
             target,
         )
     return kept, problems
+
+
+def argument_problems(group: str, node: dict[str, Any]) -> list[str]:
+    """Judge the names and types of some of the arguments of an open group's class."""
+    return _checked_arguments(group, node, ())[1]
 
 
 def _own_problems(arguments: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 Target = Literal["cuda", "cpu"]
@@ -60,3 +60,16 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for ``plan.json``."""
         return {**asdict(self), "interval_bytes": list(self.interval_bytes)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        """Return the plan that `as_dict` made plain; other keys are left out.
+
+        Raises:
+            KeyError: a key is absent.
+            ValueError: the interval is not one.
+
+        """
+        known = {part.name: values[part.name] for part in fields(cls)}
+        low, high = values["interval_bytes"]
+        return cls(**{**known, "interval_bytes": (low, high), "notes": tuple(known["notes"])})

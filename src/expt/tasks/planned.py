@@ -6,8 +6,10 @@ A plan that cannot be made is said in a line and is never a reason not to train.
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 from omegaconf import DictConfig
 
@@ -38,7 +40,7 @@ def plan_before(
         return settings, None
     target: Target = "cuda" if device == "cuda" else "cpu"
     try:
-        planned = plan_training(settings, data, target)
+        planned = _made_before(settings) or plan_training(settings, data, target)
     except ConfigError:
         raise  # the run itself would be refused with the same words
     except Exception as error:  # whatever a user's model does under fake tensors
@@ -142,26 +144,42 @@ class Predictor:
         return self._refused.get(techniques)
 
 
+def _made_before(settings: Settings) -> Plan | None:
+    """Return the plan in `memory.plan_file`, if one is given and can be read."""
+    if settings.memory.plan_file is None:
+        return None
+    try:
+        stored = json.loads(Path(settings.memory.plan_file).read_text(encoding="utf-8"))
+        return Plan.from_dict(stored)
+    except (OSError, ValueError, TypeError, KeyError):
+        log.info("%s is not a plan", settings.memory.plan_file, exc_info=True)
+        return None
+
+
 def _refusal(settings: Settings, data: DataSet, planned: Plan, budget_bytes: int) -> str:
     """Say that a run does not fit, and what would."""
     message = (
         f"memory.budget={settings.memory.budget} ({format_bytes(budget_bytes)}) is predicted to be "
         f"too small: the peak is {_spelled_out(planned)}"
     )
-    fitting = [s for s in savings(settings, data, planned) if s.peak_bytes <= budget_bytes]
-    if fitting:
-        ways = " or ".join(f"{s.change} ({format_bytes(s.peak_bytes)})" for s in fitting)
+    ways = what_fits(settings, data, planned, budget_bytes)
+    if ways is not None:
         message += f". What would fit: {ways}"
     else:
-        found, _ = _descend(settings, data, planned.target, budget_bytes)
-        if found is not None:
-            message += f". What would fit: {_spelled(settings, found)}"
-        else:
-            message += ". No technique is predicted to fit; try a smaller preset (memory=minimal)"
+        message += ". No technique is predicted to fit; try a smaller preset (memory=minimal)"
     return (
         f"{message}; or memory.on_overflow=adapt to have it chosen, memory.on_overflow=train to "
         "try all the same"
     )
+
+
+def what_fits(settings: Settings, data: DataSet, planned: Plan, budget_bytes: int) -> str | None:
+    """Return the changes that are predicted to fit a budget, None if no technique is."""
+    fitting = [s for s in savings(settings, data, planned) if s.peak_bytes <= budget_bytes]
+    if fitting:
+        return " or ".join(f"{s.change} ({format_bytes(s.peak_bytes)})" for s in fitting)
+    found, _ = _descend(settings, data, planned.target, budget_bytes)
+    return None if found is None else _spelled(settings, found)
 
 
 def _adapted(

@@ -61,7 +61,11 @@ def run(cfg: DictConfig, context: RunContext) -> RunResult:
                 f"{context.run_dir} already holds a run; to go on with it, give "
                 f"trainer.resume=true, else another folder as hydra.run.dir"
             )
-        if earlier is not None and earlier.status == "completed":
+        if (
+            earlier is not None
+            and earlier.status == "completed"
+            and not _untested(earlier, settings)
+        ):
             return _completed(earlier, settings, context)
         fabric = make_fabric(settings.trainer.device, settings.memory.precision)
         cfg, settings, context = with_batch_found(cfg, settings, context, fabric.device)
@@ -85,6 +89,14 @@ def run(cfg: DictConfig, context: RunContext) -> RunResult:
     assert size is not None
     print(f"memory.fallback=preset: {size} takes over, in {result.fallback_run}")
     return run(*smaller_run(context, size, result))
+
+
+def _untested(earlier: RunResult, settings: Settings) -> bool:
+    """Tell whether a completed run was left untested, and a test is wanted now."""
+    tested = any(
+        value is not None for name, value in earlier.metrics.items() if name.startswith("test/")
+    )
+    return settings.trainer.test and not tested
 
 
 def _completed(result: RunResult, settings: Settings, context: RunContext) -> RunResult:
@@ -257,7 +269,7 @@ class TrainJob:
             result.weights_sha256 = checkpoint.weights_sha256(trainer.model)
         folder = self.context.run_dir / "plots"
         plots = list(plot_history(trainer.progress.history, self.data.monitor, folder))
-        if outcome.status == "completed":
+        if outcome.status == "completed" and trainer.settings.test:
             outcome, more = self._test(trainer, outcome, folder)
             plots += more
         elif outcome.reason == "out_of_memory":

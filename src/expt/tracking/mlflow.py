@@ -172,6 +172,10 @@ class MlflowTracker:
                     error.strerror or error,
                 )
             return
+        self._deliver()
+
+    def _deliver(self) -> None:
+        """Let the thread that sends know that there is more."""
         if self._writer is None:
             # A new sender: an earlier writer may still be inside a long request.
             self._sender = Sender(self._journal.path.parent, self._target)

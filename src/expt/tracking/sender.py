@@ -56,13 +56,15 @@ class Sender:
     """One journal on its way to one run.
 
     `send_group` raises `NotReadyError`, or whatever the store raised; call it again later.
-    Without a `target` the run goes where ``tracking.json``, or else the journal's first line, says.
+    Without a `target` the run goes where ``tracking.json``, or else the journal's first line, says;
+    `store` is an open one of that place, for whoever sends many journals.
     """
 
     def __init__(
         self,
         directory: Path,
         target: Target | None = None,
+        store: MlflowStore | None = None,
     ) -> None:
         self.directory = directory
         self.state = State.load(directory)
@@ -72,7 +74,7 @@ class Sender:
         self._lock = Lock(directory / LOCK)
         self._reader: Reader | None = None
         self._pending: list[Line] = []
-        self._store: MlflowStore | None = None
+        self._store = store
         self._parent: str | None = None
         self._rewound = False
         self._warned: set[str] = set()

@@ -1,0 +1,130 @@
+"""What a search adds to its trials: seconds per trial, and per suggestion in a long study.
+
+A search of short trials is run; what passes between the ends of two trials, less the time of the
+trial's process, is what the search adds: suggestion, prediction, telling, records. Then a study
+gets 10,000 told trials, and a suggestion by Optuna alone is compared with one by the search, which
+also counts, looks for duplicates and signs the trial.
+
+    python benchmarks/sweep_overhead.py
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+from common import markdown, provenance, source_line, store
+from optuna.trial import TrialState
+
+from expt.results import load_result
+from expt.sweep.reservation import Reservations
+from expt.sweep.space import Space
+from expt.sweep.study import open_storage
+from expt.sweep.trials import KIND
+
+NAME = "sweep_overhead"
+TRIALS, TOLD, ASKED = 10, 10_000, 5
+
+
+def per_trial(folder: Path) -> dict[str, Any]:
+    """Run a search of short trials and return the seconds that it adds to each."""
+    subprocess.run(
+        [
+            sys.executable, "-m", "expt", "-m", "search=debug", f"search.n_trials={TRIALS}",
+            "search.presets=[]", "memory.budget=1GiB", "search.test_winner=false",
+            "model.num_stages=1",
+        ],
+        cwd=folder, env=dict(os.environ), check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    url = f"sqlite:///{folder}/outputs/optuna.db"
+    trials = optuna.load_study(study_name="debug", storage=url).trials
+    added, starting, training = [], [], []
+    for before, trial in zip(trials, trials[1:], strict=False):
+        assert before.datetime_complete is not None and trial.datetime_complete is not None
+        between = (trial.datetime_complete - before.datetime_complete).total_seconds()
+        process = trial.user_attrs["seconds"]
+        result = load_result(Path(trial.user_attrs["run_dir"]))
+        assert result is not None
+        added.append(between - process)
+        starting.append(process - result.seconds)
+        training.append(result.seconds)
+    return {
+        "trials": len(added),
+        "search_adds_seconds": round(statistics.median(added), 3),
+        "search_adds_seconds_worst": round(max(added), 3),
+        "process_beside_training_seconds": round(statistics.median(starting), 3),
+        "training_seconds": round(statistics.median(training), 3),
+    }
+
+
+def per_suggestion(folder: Path) -> dict[str, Any]:
+    """Return the seconds of a suggestion after 10,000 told trials, alone and within a search."""
+    space = Space.parse({"x": "interval(0.0,1.0)", "lr": "tag(log,interval(1e-4,1e-1))",
+                         "width": "choice(8,16,32,64)"})  # fmt: skip
+    storage = open_storage(f"sqlite:///{folder}/long.db")
+    sampler = optuna.samplers.TPESampler(seed=0)
+    study = optuna.create_study(study_name="long", storage=storage, sampler=sampler)
+    study.add_trials(
+        [
+            optuna.trial.create_trial(
+                params={"x": index / TOLD, "lr": 1e-3, "width": 8 << index % 4},
+                distributions=dict(space.distributions),
+                value=1.0 + index % 7,
+                user_attrs={KIND: "complete"},
+                constraints={"peak_memory": -0.1},
+            )
+            for index in range(TOLD)
+        ]
+    )
+    door = Reservations(study, space, 2 * TOLD, folder)
+    alone, within = [], []
+    for _ in range(ASKED):
+        started = time.perf_counter()
+        trial = study.ask(dict(space.distributions))
+        alone.append(time.perf_counter() - started)
+        study.tell(trial, state=TrialState.FAIL)
+        started = time.perf_counter()
+        reserved = door.next()
+        within.append(time.perf_counter() - started)
+        assert not isinstance(reserved, str)
+        study.tell(reserved.trial, state=TrialState.FAIL)
+    return {
+        "told": TOLD,
+        "optuna_alone_seconds": round(statistics.median(alone), 3),
+        "within_the_search_seconds": round(statistics.median(within), 3),
+    }
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        trial = per_trial(Path(folder))
+        suggestion = per_suggestion(Path(folder))
+    result = {
+        "made": provenance(),
+        "per_trial": trial,
+        "per_suggestion": suggestion,
+        "load_average": round(os.getloadavg()[0], 1),
+    }
+    rows = [
+        ["the search adds to a trial, beside its process", f"{trial['search_adds_seconds']:.2f} s"],
+        ["… the most, of {trials} trials".format(**trial),
+         f"{trial['search_adds_seconds_worst']:.2f} s"],
+        ["a trial's process, beside its training",
+         f"{trial['process_beside_training_seconds']:.2f} s"],
+        [f"a suggestion after {TOLD:,} trials, Optuna alone",
+         f"{suggestion['optuna_alone_seconds']:.2f} s"],
+        ["… within the search", f"{suggestion['within_the_search_seconds']:.2f} s"],
+    ]  # fmt: skip
+    store(NAME, result, markdown(["", "time"], rows) + "\n" + source_line(result, NAME))
+    print(markdown(["", "time"], rows))
+
+
+if __name__ == "__main__":
+    main()

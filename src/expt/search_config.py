@@ -1,0 +1,85 @@
+"""Node `search`: what `python -m expt -m search=NAME` looks for, where, and how long.
+
+The node is null unless a file of `conf/search` fills it. `space` maps a setting, written as on
+the command line, to a distribution in Hydra's sweep grammar: ``choice(a,b)``, ``range(1,5)``,
+``interval(0.0,0.3)``, ``tag(log,interval(1e-4,1e-2))``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+MAE, PEAK = "val/mae", "peak_memory"
+"""What can be minimised: the validation's error, and the peak memory."""
+STUDY_NAME = re.compile(r"[\w.\-]+")
+
+
+class Pruner(Enum):
+    """Which trials are ended early, at the end of an epoch; see Optuna's pruners."""
+
+    none = "none"
+    median = "median"
+    hyperband = "hyperband"
+    asha = "asha"
+
+
+@dataclass
+class SearchConfig:
+    """Group `search`; the sampler is chosen by ``hydra/sweeper/sampler=tpe``."""
+
+    study: str = "search"  # its name; running it again does what is left of n_trials
+    space: dict[str, str] = field(default_factory=dict)  # setting -> distribution
+    n_trials: int = 40  # trained trials in all, over every run and worker of the study
+    n_jobs: int = 1  # trained at the same time by this process
+    storage: str | None = None  # a URL, a FILE.journal; None: optuna.db beside the tracking store
+    seed: int = 0  # of the sampler
+    pruner: Pruner = Pruner.none
+    repeats: int = 1  # seeds per trial, from trainer.seed up; the mean is what counts
+    objectives: list[str] = field(default_factory=lambda: [MAE])
+    presets: list[str] = field(default_factory=list)  # memory presets that are tried first
+    enqueue: list[dict[str, Any]] = field(default_factory=list)  # points that are tried first
+    retry: int = 0  # how often a trial that crashed, was killed or hung is started again
+    trial_time_limit_seconds: float | None = None  # then it hangs, and is killed
+    plan_time_limit_seconds: float = 120.0  # for the prediction of one trial
+    test_winner: bool = True  # test the best trial's weights, once, at the end
+    trial: int | None = None  # set by the sweeper in the trials it starts
+
+    def problems(self) -> list[str]:
+        """Return one message per value out of range, and per contradiction."""
+        found = [
+            f"search.{name} must be at least {least}, got {getattr(self, name)}"
+            for name, least in (("n_trials", 1), ("n_jobs", 1), ("repeats", 1), ("seed", 0))
+            if getattr(self, name) < least
+        ]
+        if not STUDY_NAME.fullmatch(self.study) or self.study.strip(".") == "":
+            found.append(
+                f"search.study={self.study!r} names a folder too: letters, digits, dots, dashes "
+                "and underscores only"
+            )
+        if self.retry not in (0, 1):
+            found.append(f"search.retry must be 0 or 1, got {self.retry}")
+        for name in ("trial_time_limit_seconds", "plan_time_limit_seconds"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                found.append(f"search.{name} must be a positive number, got {value}")
+        return found + self._objective_problems()
+
+    def _objective_problems(self) -> list[str]:
+        objectives = list(self.objectives)
+        if objectives not in ([MAE], [MAE, PEAK]):
+            return [f"search.objectives must be [{MAE}] or [{MAE},{PEAK}], got {objectives}"]
+        if len(objectives) > 1 and self.pruner is not Pruner.none:
+            return [
+                f"search.pruner={self.pruner.value} compares one figure, and "
+                f"search.objectives={objectives} has two; set search.pruner=none"
+            ]
+        if self.repeats > 1 and self.pruner is not Pruner.none:
+            return [
+                f"search.pruner={self.pruner.value} would compare one seed with the mean of "
+                f"search.repeats={self.repeats}; choose one of the two"
+            ]
+        return []

@@ -1,0 +1,336 @@
+"""`python -m expt -m search=NAME`: from the composed configuration to a running search.
+
+Called by the shim in ``src/hydra_plugins/expt_sweeper``. It judges everything before the first
+trial, opens the study, joins `expt.sweep` to what a trial is here (`expt.search_jobs`), and ends
+with the winner: tested once, drawn, and told as a command line.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from optuna.samplers import GridSampler
+
+from expt.__main__ import run_command
+from expt.composition import key
+from expt.errors import ConfigError
+from expt.schema import TrackingConfig
+from expt.search_config import Pruner, SearchConfig
+from expt.search_jobs import TrialJobs, base_facts, check_presets, checker, preset_values
+from expt.sweep.launched import PRUNED_LATE, LauncherRunner
+from expt.sweep.plots import draw
+from expt.sweep.processes import Worker, WorkerError, prepare_server, visible_devices
+from expt.sweep.records import Records
+from expt.sweep.reservation import Reservations
+from expt.sweep.running import ProcessRunner, Runner
+from expt.sweep.samplers import make_pruner, make_sampler, seed_of
+from expt.sweep.search import Search
+from expt.sweep.space import Space
+from expt.sweep.study import default_storage, open_storage, open_study
+from expt.sweep.summary import SweepSummary
+from expt.sweep.testing import run_test
+from expt.sweep.winner import best_trial
+from expt.tracking.store import without_password
+from expt.units import format_bytes
+
+TRAINING = "expt.tasks.train.run"
+ENQUEUED, WORKERS = "expt.enqueued", "expt.workers"
+PRELOADED = ("expt.__main__", "expt.dispatch", "expt.tasks.train", "expt.search_jobs", "hydra.main")
+PRELOADED_FOR_TRACKING = ("mlflow", "mlflow.store.tracking.sqlalchemy_store")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A command line, taken apart."""
+
+    config: SearchConfig
+    cfg: DictConfig
+    given: list[str]
+    space: dict[str, str]
+    own: str | None
+    folder: Path
+    sampler: dict[str, Any]
+
+
+def search(
+    config: DictConfig,
+    arguments: Sequence[str],
+    sampler: Any,
+    hydra_context: HydraContext,
+    task_function: TaskFunction,
+) -> SweepSummary:
+    """Run a search to its end, or what is left of it.
+
+    Raises:
+        UserError: something is wrong with the configuration, the space or the storage.
+        SearchError: nothing fits.
+        Stopped: SIGINT or SIGTERM.
+
+    """
+    request = _request(config, arguments, sampler, hydra_context)
+    node = request.config
+    tracking = cast(TrackingConfig, OmegaConf.to_object(request.cfg.tracking))
+    prepare_server(PRELOADED + (PRELOADED_FOR_TRACKING if tracking.uri else ()))
+    space = Space.parse(request.space, checker(request.cfg))
+    made = make_sampler(request.sampler, space, node.seed, len(node.objectives))
+    check_presets(node.presets)
+    text = node.storage or default_storage(tracking.uri)
+    storage = open_storage(text)
+    facts = _facts(request)
+    jobs = TrialJobs(
+        request.given,
+        request.own,
+        request.folder,
+        facts["budget_bytes"],
+        bool(request.cfg.memory.plan),
+        node.plan_time_limit_seconds,
+    )
+    reservations = _open(request, space, storage, made, jobs)
+    if isinstance(made, GridSampler) and space.size is not None:
+        node.n_trials = reservations.n_trials = min(node.n_trials, space.size)
+    study = reservations.study
+    records = Records(tracking, request.folder, node.study)
+    runner = _runner(request, config, hydra_context, task_function)
+    seeds = range(request.cfg.trainer.seed, request.cfg.trainer.seed + node.repeats)
+    shown = without_password(text)
+    loop = Search(
+        node, space, reservations, runner, jobs, records, request.folder, list(seeds), shown
+    )
+    _announce(node, space, jobs.budget_bytes, shown, request.folder)
+    records.open(_parameters(request, space, type(made).__name__, jobs.budget_bytes))
+    status: Any = "FAILED"
+    try:
+        records.reconcile(study, loop.trial_folder)
+        loop.run()
+        winner = best_trial(study.get_trials(deepcopy=False), loop.limited)
+        if winner is not None and node.test_winner:
+            lines = jobs.lines(winner.number, space.lines(winner.params))
+            folder = loop.trial_folder(winner.number)
+            run_test(study, winner, reservations, runner, lines, folder, list(seeds))
+            records.told(winner, folder)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        jobs.worker.close()
+        draw(study, jobs.budget_bytes, request.folder)
+        summary = loop.summary()
+        _conclude(summary, request, space)
+        records.close(status, summary)
+    return summary
+
+
+def _request(
+    config: DictConfig, arguments: Sequence[str], sampler: Any, hydra_context: HydraContext
+) -> Request:
+    """Take the command line apart, and judge it.
+
+    Raises:
+        ConfigError: what is not a search, or has values out of range.
+
+    """
+    if config.search is None:
+        raise ConfigError("hydra/sweeper=expt needs something to look for: -m search=NAME")
+    parsed = OverridesParser.create().parse_overrides(list(arguments))
+    varied = {o.get_key_element(): o for o in parsed if o.is_sweep_override()}
+    given = [str(o.input_line) for o in parsed if not o.is_sweep_override()]
+    cfg = hydra_context.config_loader.load_sweep_config(config, given)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    node = cast(SearchConfig, OmegaConf.to_object(cfg.search))
+    problems = node.problems()
+    problems += [
+        f"{name}: a search varies the settings of its trials, not itself"
+        for name in varied
+        if key(name).partition(".")[0] in ("search", "task", "tracking")
+    ]
+    names = {key(line) for line in given}
+    if "trainer.resume" in names:
+        problems.append(
+            "trainer.resume: a search goes on by itself; start it again with the same search.study"
+        )
+    if cfg.task._target_ != TRAINING:
+        problems.append(f"search=… trains; task._target_={cfg.task._target_} does not")
+    if cfg.data.get("batch_size") == "auto":
+        problems.append("data.batch_size=auto chooses what the search is to find out; leave it out")
+    if problems:
+        raise ConfigError(problems)
+    # What the command line says wins over the file: a value, or another distribution.
+    space = {name: text for name, text in node.space.items() if key(name) not in names}
+    for name, override in varied.items():
+        space = {known: text for known, text in space.items() if key(known) != key(name)}
+        space[name] = str(override.input_line).partition("=")[2]
+    own = [s.path for s in config.hydra.runtime.config_sources if s.provider == "command-line"]
+    chosen = any(key(line) == "hydra.sweep.dir" for line in config.hydra.overrides.hydra)
+    folder = Path(config.hydra.sweep.dir) if chosen else Path("outputs/sweeps") / node.study
+    container = OmegaConf.to_container(OmegaConf.create(sampler), resolve=True)
+    return Request(
+        node, cfg, given, space, own[0] if own else None, folder.absolute(),
+        cast(dict[str, Any], container),
+    )  # fmt: skip
+
+
+def _facts(request: Request) -> dict[str, Any]:
+    """Judge the settings that all trials share, and tell the budget, in a process of its own.
+
+    Raises:
+        ConfigError: with every problem found.
+
+    """
+    worker = Worker()
+    seconds = request.config.plan_time_limit_seconds
+    try:
+        found = worker.call(base_facts, request.given, request.own, seconds=seconds)
+    except WorkerError as error:
+        raise ConfigError(f"the settings cannot be judged: {error}") from error
+    finally:
+        worker.close()
+    if found["problems"]:
+        raise ConfigError(found["problems"])
+    return cast(dict[str, Any], found)
+
+
+def _open(
+    request: Request, space: Space, storage: Any, sampler: Any, jobs: TrialJobs
+) -> Reservations:
+    """Open the study, and put first what is to be tried first."""
+    node = request.config
+    request.folder.mkdir(parents=True, exist_ok=True)
+    budget = request.cfg.memory.budget
+    pruner = make_pruner(node.pruner, request.cfg.trainer.epochs)
+    reservations = Reservations(None, space, node.n_trials, request.folder, node.seed)  # type: ignore[arg-type]
+    with reservations.locked():
+        study = open_study(
+            node.study,
+            storage,
+            sampler,
+            pruner,
+            node.objectives,
+            {"space": space.as_json(), "memory.budget": None if budget is None else str(budget),
+             "repeats": node.repeats},
+        )  # fmt: skip
+        worker = int(study.user_attrs.get(WORKERS, 0))
+        study.set_user_attr(WORKERS, worker + 1)
+        seed = seed_of(sampler, node.seed, worker)
+        study.sampler = make_sampler(request.sampler, space, seed, len(node.objectives))
+        reservations.study, reservations.seed = study, seed
+        # `auto` and shares are what they were when the study was begun.
+        known = study.user_attrs.get("expt.budget_bytes")
+        if known is None and jobs.budget_bytes is not None:
+            study.set_user_attr("expt.budget_bytes", jobs.budget_bytes)
+        elif known is not None:
+            jobs.budget_bytes = known
+        if not study.user_attrs.get(ENQUEUED) and not isinstance(sampler, GridSampler):
+            for point in _first_points(request, space, jobs):
+                study.enqueue_trial(point, skip_if_exists=True)
+            study.set_user_attr(ENQUEUED, True)
+    return reservations
+
+
+def _first_points(request: Request, space: Space, jobs: TrialJobs) -> list[dict[str, Any]]:
+    """Return the points of presets, and those that were given."""
+    node = request.config
+    found = []
+    for preset in node.presets:
+        values = jobs.worker.call(
+            preset_values, preset, list(space.distributions), request.given, request.own,
+            seconds=node.plan_time_limit_seconds,
+        )  # fmt: skip
+        found.append(space.point(values))
+    for index, point in enumerate(node.enqueue):
+        inside = space.point(point)
+        if len(inside) < len(point):
+            wrong = [name for name in point if name not in inside]
+            raise ConfigError(
+                f"search.enqueue[{index}]: not in search.space: "
+                f"{', '.join(f'{name}={point[name]}' for name in wrong)}"
+            )
+        found.append(inside)
+    return [point for point in found if point]
+
+
+def _runner(
+    request: Request, config: DictConfig, hydra_context: HydraContext, task_function: TaskFunction
+) -> Runner:
+    """Return what starts trials: processes here, or the launcher that was chosen."""
+    target = str(config.hydra.launcher._target_)
+    node = request.config
+    if not target.endswith(".BasicLauncher"):
+        if node.pruner is not Pruner.none:
+            name = config.hydra.runtime.choices.get("hydra/launcher")
+            print(PRUNED_LATE.format(launcher=name, pruner=node.pruner.value))
+        with read_write(config), open_dict(config):
+            config.hydra.sweep.dir = str(request.folder)
+        launcher = Plugins.instance().instantiate_launcher(
+            config=config, hydra_context=hydra_context, task_function=task_function
+        )
+        return LauncherRunner(launcher, request.folder)
+    on_cpu = request.cfg.trainer.device.value in ("cpu", "mps")
+    devices = [] if on_cpu else visible_devices()
+    threads = None
+    if node.n_jobs > 1 and not devices and "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, (os.cpu_count() or 1) // node.n_jobs)
+    arguments = [f"--config-dir={request.own}"] if request.own else []
+    return ProcessRunner(run_command, arguments, devices, threads)
+
+
+def _parameters(
+    request: Request, space: Space, sampler: str, budget_bytes: int | None
+) -> Mapping[str, Any]:
+    node = request.config
+    return {
+        "search": {
+            "study": node.study,
+            "sampler": sampler,
+            "n_trials": node.n_trials,
+            "pruner": node.pruner.value,
+            "repeats": node.repeats,
+            "objectives": list(node.objectives),
+            "budget_bytes": budget_bytes,
+            "space": {name: request.space[name] for name in space.distributions},
+        },
+        "overrides": " ".join(request.given),
+    }
+
+
+def _announce(
+    node: SearchConfig, space: Space, budget_bytes: int | None, storage: str, folder: Path
+) -> None:
+    limit = "no budget" if budget_bytes is None else f"inside {format_bytes(budget_bytes)}"
+    points = "" if space.size is None else f", {space.size:,} points"
+    print(
+        f"search {node.study}: {len(space.distributions)} settings{points}, {limit}, "
+        f"{node.n_trials} trials, {node.n_jobs} at a time; {storage}; {folder}",
+        flush=True,
+    )
+
+
+def _conclude(summary: SweepSummary, request: Request, space: Space) -> None:
+    """Say what was found, and how to train it again."""
+    print(
+        f"{summary.finished} of {summary.n_trials} trials trained: {summary.pruned} pruned, "
+        f"{summary.infeasible_measured} ran out of memory, {summary.failed} failed; not started: "
+        f"{summary.infeasible_predicted} that would not fit, {summary.duplicates} duplicates"
+    )
+    best = summary.best
+    if best is not None:
+        test = f", test MAE {best['test/mae']:.4f}" if "test/mae" in best else ""
+        print(
+            f"best: trial {best['trial']}, val MAE {best['val/mae']:.4f}{test}, peak "
+            f"{format_bytes(best['peak_allocated_bytes'])}"
+        )
+        kept = [line for line in request.given if not key(line).startswith("search.")]
+        own = [f"--config-dir={request.own}"] if request.own else []
+        lines = [*own, *kept, f"search.trial={best['trial']}", *space.lines(best["params"])]
+        print(f"again: python -m expt {shlex.join(lines)}")
+    print(f"files: {request.folder}")

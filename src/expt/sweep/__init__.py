@@ -1,0 +1,1 @@
+"""The search for the best error inside a memory budget: `search` is the loop."""

@@ -1,0 +1,83 @@
+"""What to say when a search ends without a configuration inside the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial
+
+from expt.errors import SearchError
+from expt.sweep.space import Space
+from expt.sweep.trials import FAILED, KIND, Prediction
+from expt.units import MIB, format_bytes
+
+
+class Adviser(Protocol):
+    """Knows the budget, and what would make a trial fit."""
+
+    budget_bytes: int | None
+
+    def advise(self, lines: Sequence[str]) -> str | None:
+        """Return changes to a trial's settings that would fit, None if there are none."""
+
+
+@dataclass
+class Nearest:
+    """The trial with the smallest predicted peak so far."""
+
+    demand_bytes: int | None = None
+    lines: list[str] = field(default_factory=list)
+    number: int | None = None
+
+    def note(self, trial: Trial, lines: list[str], prediction: Prediction | None) -> None:
+        """Take a trial into account."""
+        demand = None if prediction is None else prediction.demand_bytes
+        if demand is not None and (self.demand_bytes is None or demand < self.demand_bytes):
+            self.demand_bytes, self.lines, self.number = demand, lines, trial.number
+
+
+def nothing_found(study: Study, nearest: Nearest, adviser: Adviser, space: Space) -> SearchError:
+    """Return the error that says why nothing was found, and what would change that."""
+    trials = study.get_trials(deepcopy=False)
+    failed = [trial for trial in trials if trial.user_attrs.get(KIND) in FAILED]
+    over = [t for t in trials if t.user_attrs.get(KIND) in ("infeasible_predicted", "oom")]
+    over += [t for t in trials if t.user_attrs.get(KIND) == "infeasible_measured"]
+    if not over and failed:
+        reasons = "; ".join(dict.fromkeys(str(t.user_attrs.get("error")) for t in failed[-3:]))
+        return SearchError(
+            f"no trial of {study.study_name} came to a validation error: {len(failed)} failed, the "
+            f"last with: {reasons}"
+        )
+    budget = adviser.budget_bytes
+    smallest = _smallest(over, nearest)
+    message = f"nothing fits {format_bytes(budget)} (memory.budget)"
+    if smallest is None:
+        return SearchError(f"{message}; raise the budget, or widen search.space")
+    peak, params, lines = smallest
+    message += f": the smallest peak seen is {format_bytes(peak)}"
+    if params:
+        message += f", with {' '.join(space.lines(params))}"
+    advice = adviser.advise(lines) if lines else None
+    enough = -(-peak // MIB) + 1
+    change = f"memory.budget={enough}MiB"
+    return SearchError(f"{message}. What would fit: {f'{advice}, or ' if advice else ''}{change}")
+
+
+def _smallest(
+    over: list[FrozenTrial], nearest: Nearest
+) -> tuple[int, dict[str, object], list[str]] | None:
+    """Return the smallest peak known, its point, and its settings where this worker has them."""
+    best: tuple[int, dict[str, object], int] | None = None
+    for trial in over:
+        known = trial.user_attrs.get("predicted_peak_bytes")
+        known = trial.user_attrs.get("demand_bytes") or known
+        if known is not None and (best is None or known < best[0]):
+            best = (int(known), trial.params, trial.number)
+    if best is None:
+        if nearest.demand_bytes is None:
+            return None
+        return nearest.demand_bytes, {}, nearest.lines
+    return best[0], best[1], nearest.lines if nearest.number == best[2] else []

@@ -1,0 +1,400 @@
+"""The loop of a search: reserve, predict, start, watch, tell; until `search.n_trials` are done.
+
+    Search(...).run() -> SweepSummary
+
+It knows Optuna and processes, and nothing of models: what a trial is, is a command line. All it
+needs from elsewhere is handed to it (`Jobs`), and everything that must survive is in the study
+and in the trials' folders, so that it can be killed at any point and started again.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from optuna.samplers import GridSampler
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from expt.errors import StorageError
+from expt.interruption import Interruption, Stopped
+from expt.search_config import PEAK, SearchConfig
+from expt.sweep.nothing_fits import Nearest, nothing_found
+from expt.sweep.processes import kill_leftover
+from expt.sweep.records import Records
+from expt.sweep.reservation import BEAT_SECONDS, Reservations, Reserved
+from expt.sweep.running import Job, Runner, Running
+from expt.sweep.space import Space
+from expt.sweep.study import storage_failed
+from expt.sweep.summary import SweepSummary
+from expt.sweep.trials import (
+    AGAIN,
+    CONSTRAINT,
+    KIND,
+    STARTED,
+    STATES,
+    Prediction,
+    TrialOutcome,
+)
+from expt.sweep.winner import best_trial, summarize, told_line
+
+POLL_SECONDS = 0.05
+WAIT_SECONDS = 0.5
+"""Between two looks at a study whose last trials other workers have."""
+UNTRAINED_PER_TRIAL = 50
+"""Suggestions in a row that are not trained, per trial asked for, before nothing is said to fit."""
+MOST_UNTRAINED = 1000
+MOST_DUPLICATES = 100
+"""Suggestions in a row that were tried before, after which nothing new is expected."""
+
+
+class Jobs(Protocol):
+    """What a search asks of the rest of the program."""
+
+    budget_bytes: int | None
+
+    def lines(self, number: int, params: Sequence[str]) -> list[str]:
+        """Return the settings of a trial."""
+
+    def predict(self, lines: Sequence[str]) -> Prediction | None:
+        """Return what a plan says, None if none can be made."""
+
+    def advise(self, lines: Sequence[str]) -> str | None:
+        """Return the changes that would make a trial fit, None if there are none."""
+
+
+@dataclass
+class UnderWay:
+    """A trial that this worker has started."""
+
+    trial: Trial
+    running: Running
+    job: Job
+    prediction: Prediction | None
+    attempts: int
+    beat: float
+    pruned: bool = False
+
+
+@dataclass
+class Search:
+    """One worker of a search.
+
+    Args:
+        config: node `search`.
+        space: what is varied.
+        reservations: the door to the study.
+        runner: starts trials.
+        jobs: composes, predicts.
+        records: what is kept besides the study.
+        folder: of the search.
+        seeds: of every trial, `search.repeats` of them.
+        storage: as it is shown.
+        say: prints a line.
+
+    """
+
+    config: SearchConfig
+    space: Space
+    reservations: Reservations
+    runner: Runner
+    jobs: Jobs
+    records: Records
+    folder: Path
+    seeds: Sequence[int]
+    storage: str = ""
+    say: Callable[[str], None] = print
+    under_way: list[UnderWay] = field(default_factory=list)
+    nearest: Nearest = field(default_factory=Nearest)
+    _copies: list[tuple[Trial, FrozenTrial]] = field(default_factory=list)
+    _untrained: int = 0
+    _duplicates: int = 0
+    _said_why: bool = False
+
+    def __post_init__(self) -> None:
+        self.study = self.reservations.study
+        self.limited = self.jobs.budget_bytes is not None
+
+    def run(self) -> SweepSummary:
+        """Do what is left of the study, and return how it stands.
+
+        Raises:
+            SearchError: no trial is inside the budget.
+            Stopped: SIGINT or SIGTERM; what ran was asked to save and is left for the next time.
+            StorageError: the study's storage went away.
+
+        """
+        try:
+            with Interruption() as interruption:
+                self._loop(interruption)
+        except Exception as error:
+            if not storage_failed(error):
+                raise
+            raise StorageError(
+                f"the storage of the study {self.study.study_name} does not answer any more "
+                f"({str(error).splitlines()[0][:200]}); what was told before is safe. Start the "
+                "same command again: it goes on with what is left"
+            ) from error
+        finally:
+            for one in self.under_way:
+                one.running.kill()
+        summary = self.summary()
+        if summary.best is None:
+            raise nothing_found(self.study, self.nearest, self.jobs, self.space)
+        return summary
+
+    def summary(self) -> SweepSummary:
+        """Write ``sweep.json`` and return what it says."""
+        found = summarize(self.study, self.config.n_trials, self.jobs.budget_bytes, self.storage)
+        self.records.summary(found)
+        return found
+
+    def trial_folder(self, number: int) -> Path:
+        """Return the folder of a trial."""
+        return self.folder / f"trial_{number:03d}"
+
+    def _loop(self, interruption: Interruption) -> None:
+        look_again = 0.0
+        while True:
+            moved = self._poll()
+            if interruption.received is not None:
+                self._stop(interruption.received)
+            if len(self.under_way) >= self.config.n_jobs:
+                self.runner.flush()
+            elif moved or time.monotonic() >= look_again:
+                found = self._begin()
+                if found == "done" and not self.under_way and not self._copies:
+                    return
+                if found == "begun":
+                    continue
+                self.runner.flush()
+                look_again = time.monotonic() + WAIT_SECONDS
+            time.sleep(POLL_SECONDS)
+
+    def _begin(self) -> str:
+        """Take one step towards another trial; say ``begun``, or why there is none."""
+        self._tell_copies()
+        reserved = self.reservations.next(adopt_only=self._hopeless())
+        if not isinstance(reserved, Reserved):
+            return reserved
+        trial = reserved.trial
+        started = bool(trial.user_attrs.get(STARTED))
+        if reserved.adopted:
+            kill_leftover(self.trial_folder(trial.number))
+        if reserved.duplicate_of is not None and not started:
+            self._copies.append((trial, reserved.duplicate_of))
+            self._tell_copies()
+            return "begun"
+        self._duplicates = 0
+        lines = self.jobs.lines(trial.number, self.space.lines(trial.params))
+        prediction = self.jobs.predict(lines)
+        self.nearest.note(trial, lines, prediction)
+        if prediction is not None and not started:
+            kind: Any = None
+            if prediction.refusal is not None:
+                kind = "refused"
+            elif prediction.exceeds(self.jobs.budget_bytes):
+                kind = "infeasible_predicted"
+            if kind is not None:
+                self._count_untrained()
+                self._tell(trial, TrialOutcome(kind, error=prediction.refusal), prediction)
+                return "begun"
+        self._start(trial, lines, prediction)
+        return "begun"
+
+    def _start(self, trial: Trial, lines: list[str], prediction: Prediction | None) -> None:
+        self._untrained = self.reservations.untrained_in_a_row = 0
+        attempts = int(trial.user_attrs.get("attempts", 0)) + 1
+        trial.set_user_attr(STARTED, True)
+        trial.set_user_attr("attempts", attempts)
+        folder = self.trial_folder(trial.number)
+        job = Job(
+            trial.number,
+            lines,
+            folder,
+            self.seeds,
+            prediction.plan if prediction is not None else None,
+            self.jobs.budget_bytes,
+            self.config.trial_time_limit_seconds,
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        self.records.start(trial.number, folder, own_process=len(self.seeds) == 1)
+        running = self.runner.start(job)
+        self.under_way.append(UnderWay(trial, running, job, prediction, attempts, time.monotonic()))
+
+    def _poll(self) -> bool:
+        """Look after what runs; return whether anything ended."""
+        ended = False
+        for one in list(self.under_way):
+            outcome = one.running.poll()
+            if outcome is None:
+                self._watch(one)
+                continue
+            ended = True
+            self.under_way.remove(one)
+            retries = self.config.retry
+            if outcome.kind in AGAIN and one.attempts <= retries:
+                self.say(f"trial {one.trial.number}: {outcome.kind} ({outcome.error}), once more")
+                self._start(one.trial, list(one.job.lines), one.prediction)
+                continue
+            self._tell(one.trial, outcome, one.prediction, folder=one.job.folder)
+        if ended:
+            self._tell_copies()
+        return ended
+
+    def _watch(self, one: UnderWay) -> None:
+        """Report a trial's epochs, end it if the pruner says so, and show that we live."""
+        if time.monotonic() - one.beat > BEAT_SECONDS:
+            one.beat = time.monotonic()
+            self.reservations.beat(one.trial)
+        if len(self.config.objectives) > 1 or one.pruned or not self.runner.prunes:
+            return
+        for epoch, value in one.running.epochs():
+            one.trial.report(value, epoch)
+            if one.trial.should_prune():
+                one.pruned = True
+                one.running.stop("pruned")
+
+    def _tell(
+        self,
+        trial: Trial,
+        outcome: TrialOutcome,
+        prediction: Prediction | None,
+        folder: Path | None = None,
+        copy_of: FrozenTrial | None = None,
+    ) -> None:
+        """Tell the study and the records how a trial ended."""
+        folder = folder or self.trial_folder(trial.number)
+        excess = outcome.constraint(prediction, self.jobs.budget_bytes)
+        state = TrialState[STATES.get(outcome.kind, "FAIL")]
+        values: list[float] | None = None
+        if copy_of is not None:
+            state, values = copy_of.state, copy_of.values
+            excess = copy_of.constraints.get(CONSTRAINT)
+        elif state is TrialState.COMPLETE:
+            values = self._values(outcome)
+        if values is None and state is TrialState.COMPLETE:
+            state = TrialState.FAIL  # a peak that is to be minimised and was not measured
+        if outcome.kind == "killed" and excess is not None and excess > 0:
+            state = TrialState.PRUNED  # by the system, for lack of memory
+        if state is TrialState.FAIL:
+            values = None
+        self._set_attributes(trial, outcome, prediction, folder, copy_of)
+        if excess is not None and CONSTRAINT not in trial.constraints:
+            trial.set_constraint(CONSTRAINT, excess)
+        if values is not None and state is TrialState.PRUNED:
+            values = None
+        self._finish(trial, state, values)
+        self.reservations.release(trial.number)
+        told = self.study._storage.get_trial(trial._trial_id)
+        self.records.told(told, folder)
+        best = best_trial(self.study.get_trials(deepcopy=False), self.limited)
+        self.say(told_line(told, best is not None and best.number == told.number))
+        self.summary()
+
+    def _values(self, outcome: TrialOutcome) -> list[float] | None:
+        assert outcome.value is not None
+        if PEAK not in self.config.objectives:
+            return [outcome.value]
+        if outcome.peak_bytes is None:
+            return None
+        return [outcome.value, float(outcome.peak_bytes)]
+
+    def _set_attributes(
+        self,
+        trial: Trial,
+        outcome: TrialOutcome,
+        prediction: Prediction | None,
+        folder: Path,
+        copy_of: FrozenTrial | None,
+    ) -> None:
+        known: dict[str, Any] = {
+            "peak_bytes": outcome.peak_bytes,
+            "demand_bytes": outcome.demand_bytes,
+            "budget_bytes": self.jobs.budget_bytes,
+            "seconds": round(outcome.seconds, 3) or None,
+            "error": outcome.error,
+            "run_dir": str(folder) if folder.exists() else None,
+            "run_id": outcome.run_id,
+            "duplicate_of": None if copy_of is None else copy_of.number,
+            **outcome.extra,
+        }
+        if prediction is not None:
+            known["predicted_peak_bytes"] = prediction.peak_bytes
+            interval = prediction.interval_bytes
+            known["interval_bytes"] = None if interval is None else list(interval)
+        for name, value in known.items():
+            if value is not None and trial.user_attrs.get(name) != value:
+                trial.set_user_attr(name, value)
+        # Last: a trial with a kind has all the rest.
+        trial.set_user_attr(KIND, "duplicate" if copy_of is not None else outcome.kind)
+
+    def _finish(self, trial: Trial, state: TrialState, values: list[float] | None) -> None:
+        try:
+            with warnings.catch_warnings():
+                # CMA-ES says at every trial that it does not use constraints.
+                warnings.filterwarnings("ignore", "Constraints have been set", UserWarning)
+                self.study.tell(trial, values, state)
+        except (RuntimeError, KeyError):
+            # The grid's sampler wants to end a loop of Optuna's own; the trial is told by then.
+            if not isinstance(self.study.sampler, GridSampler):
+                raise
+
+    def _tell_copies(self) -> None:
+        """Tell trials that repeat another one, once that one has ended."""
+        waiting = self._copies
+        self._copies = []
+        for trial, original in waiting:
+            now = self.study._storage.get_trial(original._trial_id)
+            if not now.state.is_finished():
+                self._copies.append((trial, original))
+                continue
+            self._duplicates += 1
+            self._count_untrained()
+            self._tell(trial, TrialOutcome("duplicate"), None, copy_of=now)
+
+    def _count_untrained(self) -> None:
+        self._untrained += 1
+        self.reservations.untrained_in_a_row = self._untrained
+
+    def _hopeless(self) -> bool:
+        """Tell whether nothing new, or nothing that fits, is to be expected any more."""
+        reason = None
+        if self._all_tried():
+            reason = f"all {self.space.size} points of the space were tried"
+        elif self._duplicates >= MOST_DUPLICATES:
+            reason = f"{self._duplicates} suggestions in a row were tried before; nothing is new"
+        elif self._untrained >= min(UNTRAINED_PER_TRIAL * self.config.n_trials, MOST_UNTRAINED):
+            reason = f"{self._untrained} suggestions in a row were not trained"
+        if reason is not None and not self._said_why:
+            self._said_why = True
+            self.say(f"no more trials: {reason}")
+        return reason is not None
+
+    def _all_tried(self) -> bool:
+        """Tell whether every point of the space was suggested."""
+        if self.space.size is None:
+            return False
+        trials = self.study.get_trials(deepcopy=False)
+        if len(trials) < self.space.size:
+            return False
+        points = {
+            tuple(sorted((name, str(value)) for name, value in trial.params.items()))
+            for trial in trials
+            if len(trial.params) == len(self.space.distributions)
+        }
+        return len(points) >= self.space.size
+
+    def _stop(self, number: int) -> None:
+        """Let what runs save and end, leave it to the next worker, and say what was found."""
+        self.say(f"stopping: {len(self.under_way)} trials save and end; again to not wait for them")
+        for one in self.under_way:
+            one.running.stop("signal")
+        while self.under_way:
+            self.under_way = [one for one in self.under_way if one.running.poll() is None]
+            time.sleep(POLL_SECONDS)
+        self.summary()
+        raise Stopped(number)

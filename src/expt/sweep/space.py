@@ -1,0 +1,180 @@
+"""`Space`: the settings that a search varies, and how a point of it is written as settings.
+
+Distributions are written in Hydra's sweep grammar and read by hydra-optuna-sweeper's own parser,
+so that a file of `conf/search` and ``-m key=interval(0,1)`` on the command line mean the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+    distribution_to_json,
+)
+
+from expt.errors import ConfigError
+
+Check = Callable[[str], str | None]
+"""Says what is wrong with the name or the type of one ``key=value``, None if nothing is."""
+KEPT = ("memory.budget", "memory.plan_file", "memory.on_overflow", "trainer.test", "trainer.resume")
+"""Settings that the search itself decides."""
+KEPT_GROUPS = ("search", "tracking", "task", "hydra")
+FORMS = "choice(a,b), range(1,5), interval(0.0,0.3) or tag(log,interval(1e-4,1e-2))"
+
+
+@dataclass(frozen=True)
+class Space:
+    """Distributions by setting, as it is written on the command line."""
+
+    distributions: Mapping[str, BaseDistribution]
+
+    @classmethod
+    def parse(cls, entries: Mapping[str, str], check: Check = lambda line: None) -> Space:
+        """Read distributions, and let every value that they may give be checked.
+
+        Args:
+            entries: setting to distribution, in Hydra's sweep grammar.
+            check: see `Check`; gets the ends of an interval and each choice.
+
+        Raises:
+            ConfigError: with every problem found.
+
+        """
+        if not entries:
+            raise ConfigError(
+                "search.space is empty, so there is nothing to look for: give settings with a "
+                f"distribution, like optimizer.lr=tag(log,interval(1e-4,1e-2)); forms: {FORMS}. "
+                "A setting that is given on the command line is taken out of the space"
+            )
+        found: dict[str, BaseDistribution] = {}
+        problems: list[str] = []
+        for name, text in entries.items():
+            try:
+                found[name] = _distribution(name, str(text))
+            except ConfigError as error:
+                problems += error.problems
+                continue
+            wrong = [check(line(name, value)) for value in _samples(found[name])]
+            problems += list(
+                dict.fromkeys(f"search.space: {problem}" for problem in wrong if problem)
+            )
+        if problems:
+            raise ConfigError(problems)
+        return cls(found)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain values that are equal for equal spaces."""
+        return {
+            name: json.loads(distribution_to_json(one))
+            for name, one in sorted(self.distributions.items())
+        }
+
+    @cached_property
+    def size(self) -> int | None:
+        """Return the number of points, None if it is infinite."""
+        count = 1
+        for one in self.distributions.values():
+            values = choices(one)
+            if values is None:
+                return None
+            count *= len(values)
+        return count
+
+    def lines(self, params: Mapping[str, Any]) -> list[str]:
+        """Return a point as settings of a command line."""
+        return [line(name, params[name]) for name in self.distributions]
+
+    def point(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the part of `values` that lies in the space, as the study writes it."""
+        found = {}
+        for name, value in values.items():
+            if name in self.distributions:
+                fitting = _fitting(self.distributions[name], value)
+                if fitting is not None:
+                    found[name] = fitting[0]
+        return found
+
+
+def line(name: str, value: object) -> str:
+    """Return a setting as it is written on the command line."""
+    if isinstance(value, bool):
+        return f"{name}={str(value).lower()}"
+    return f"{name}={'null' if value is None else value}"
+
+
+def choices(one: BaseDistribution) -> list[Any] | None:
+    """Return all values of a distribution, None if there are infinitely many."""
+    if isinstance(one, CategoricalDistribution):
+        return list(one.choices)
+    if isinstance(one, IntDistribution) and not one.log:
+        return list(range(one.low, one.high + 1, one.step))
+    if isinstance(one, IntDistribution):
+        return list(range(one.low, one.high + 1))
+    if isinstance(one, FloatDistribution) and one.step is not None:
+        count = round((one.high - one.low) / one.step)
+        return [min(one.low + index * one.step, one.high) for index in range(count + 1)]
+    return None
+
+
+def _distribution(name: str, text: str) -> BaseDistribution:
+    """Read one distribution.
+
+    Raises:
+        ConfigError: it cannot be read, is none, or the search itself decides this setting.
+
+    """
+    from hydra_plugins.hydra_optuna_sweeper._impl import create_optuna_distribution_from_override
+
+    key = name.lstrip("+~")
+    if key in KEPT or key.partition(".")[0] in KEPT_GROUPS:
+        raise ConfigError(f"search.space: {name} cannot be varied, the search decides it itself")
+    try:
+        override = OverridesParser.create().parse_override(f"{name}={text}")
+        found = create_optuna_distribution_from_override(override)
+    except (HydraException, AssertionError, ValueError, NotImplementedError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"search.space: {name}={text} is no distribution ({said}); write {FORMS}"
+        ) from error
+    if not isinstance(found, BaseDistribution):
+        raise ConfigError(
+            f"search.space: {name}={text} is a single value, not a distribution; write {FORMS}, or "
+            "set it outside of the space"
+        )
+    return found
+
+
+def _samples(one: BaseDistribution) -> list[Any]:
+    """Return values that stand for all that a distribution may give."""
+    if isinstance(one, CategoricalDistribution):
+        return list(one.choices)
+    if isinstance(one, FloatDistribution):
+        # Not a round one: 1.0 would pass for an integer.
+        return [one.low + (one.high - one.low) * 0.123456789]
+    assert isinstance(one, IntDistribution)
+    return sorted({one.low, one.high})
+
+
+def _fitting(one: BaseDistribution, value: Any) -> tuple[Any] | None:
+    """Return a composed value as a distribution has it, None if it is not in there."""
+    if isinstance(one, CategoricalDistribution):
+        written = _written(value)
+        same = [choice for choice in one.choices if _written(choice) == written]
+        return (same[0],) if same else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return (value,) if one._contains(value) else None
+
+
+def _written(value: Any) -> str:
+    return line("", value).replace(" ", "").replace("'", "").replace('"', "").lower()

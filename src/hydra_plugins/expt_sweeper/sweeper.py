@@ -1,0 +1,36 @@
+"""Hydra's door to `expt.sweep`: hands over the composed configuration, and imports nothing yet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from . import config as config
+
+
+class ExptSweeper(Sweeper):
+    """Searches for the best error inside the memory budget; chosen by the files of `conf/search`.
+
+    Args:
+        sampler: node of ``hydra/sweeper/sampler=NAME``.
+
+    """
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """Keep what the search needs."""
+        self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Run the search; `arguments` are the command line's settings."""
+        from expt.searching import search
+
+        assert self.config is not None and self.hydra_context is not None
+        return search(self.config, arguments, self.sampler, self.hydra_context, self.task_function)

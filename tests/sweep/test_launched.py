@@ -1,0 +1,97 @@
+"""Batches over a launcher, with one that runs nothing but writes what a job would."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from expt.results import RunResult
+from expt.sweep.launched import LauncherRunner
+from expt.sweep.running import Job
+
+
+class Launcher:
+    """Writes a result for every job, as the settings say."""
+
+    def __init__(self):
+        self.batches = []
+        self.first = []
+
+    def launch(self, batch, initial_job_idx):
+        self.batches.append([list(lines) for lines in batch])
+        self.first.append(initial_job_idx)
+        return [self._job(dict(line.split("=", 1) for line in lines)) for lines in batch]
+
+    def _job(self, given):
+        folder = Path(given["hydra.sweep.dir"].strip('"')) / given["hydra.sweep.subdir"]
+        if given["what"] == "refused":
+            return SimpleNamespace(return_value=SimpleNamespace(exit_code=2, error="no such width"))
+        if given["what"] == "crash":
+            return Raising()
+        result = RunResult("completed", "epochs")
+        result.metrics["val/mae"] = float(given.get("trainer.seed", 3))
+        folder.mkdir(parents=True, exist_ok=True)
+        result.save(folder)
+        if given["what"] == "all_lost":
+            raise RuntimeError("job 17 was killed")
+        return SimpleNamespace(return_value=result)
+
+
+class Raising:
+    @property
+    def return_value(self):
+        raise ValueError("shapes do not match")
+
+
+@pytest.fixture
+def launcher():
+    return Launcher()
+
+
+def job(folder, number, what, seeds=(0,)):
+    return Job(number, [f"what={what}"], folder / f"trial_{number:03d}", seeds)
+
+
+def test_a_batch_is_launched_together_and_ends_together(launcher, tmp_path):
+    runner = LauncherRunner(launcher, tmp_path)
+    trials = [runner.start(job(tmp_path, number, "good")) for number in (4, 5)]
+    assert [trial.poll() for trial in trials] == [None, None]
+    runner.flush()
+    assert len(launcher.batches) == 1
+    assert launcher.first == [4]
+    assert "hydra.sweep.subdir=trial_005" in launcher.batches[0][1]
+    assert f'hydra.sweep.dir="{tmp_path}"' in launcher.batches[0][1]
+    assert [trial.poll().value for trial in trials] == [3.0, 3.0]
+    runner.flush()
+    assert len(launcher.batches) == 1, "nothing is left to launch"
+
+
+def test_a_job_that_goes_wrong_costs_itself_alone(launcher, tmp_path):
+    runner = LauncherRunner(launcher, tmp_path)
+    kinds = ("good", "refused", "crash")
+    trials = [runner.start(job(tmp_path, number, kind)) for number, kind in enumerate(kinds)]
+    runner.flush()
+    found = [trial.poll() for trial in trials]
+    assert [outcome.kind for outcome in found] == ["complete", "refused", "crashed"]
+    assert found[1].error == "no such width"
+    assert found[2].error == "shapes do not match"
+
+
+def test_what_a_lost_batch_has_written_is_not_lost(launcher, tmp_path):
+    runner = LauncherRunner(launcher, tmp_path)
+    done = runner.start(job(tmp_path, 0, "all_lost"))
+    lost = runner.start(job(tmp_path, 1, "good"))
+    runner.flush()
+    assert done.poll().kind == "complete"
+    assert lost.poll().kind == "killed"
+
+
+def test_seeds_are_launched_in_turn(launcher, tmp_path):
+    runner = LauncherRunner(launcher, tmp_path)
+    trial = runner.start(job(tmp_path, 0, "good", seeds=(1, 2)))
+    runner.flush()
+    assert len(launcher.batches) == 2
+    assert "hydra.sweep.subdir=trial_000/seed_2" in launcher.batches[1][0]
+    assert trial.poll().value == 1.5

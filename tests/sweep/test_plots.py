@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import optuna
+from matplotlib.image import imread
+from optuna.distributions import FloatDistribution
+from optuna.trial import create_trial
+
+from expt.sweep.plots import draw
+from expt.sweep.trials import KIND
+
+MIB = 1024**2
+
+
+def study_of(count):
+    study = optuna.create_study(study_name="mine")
+    for number in range(count):
+        peak = (20 + 7 * (number * 5 % 11)) * MIB
+        study.add_trial(
+            create_trial(
+                params={"x": 0.5},
+                distributions={"x": FloatDistribution(0, 1)},
+                value=3 + 20 * MIB / peak + (number % 3) * 0.2,
+                user_attrs={KIND: "complete", "peak_bytes": peak},
+                constraints={"peak_memory": (peak - 80 * MIB) / 1024**3},
+            )
+        )
+    return study
+
+
+def test_two_pictures_are_drawn(tmp_path):
+    paths = draw(study_of(12), 80 * MIB, tmp_path)
+    assert [path.name for path in paths] == ["history.png", "memory.png"]
+    for path in paths:
+        picture = imread(path)
+        assert picture.shape[:2] == (540, 1050)
+        assert picture.std() > 0.05, "it is not blank"
+
+
+def test_one_trial_and_no_budget_are_enough(tmp_path):
+    assert len(draw(study_of(1), None, tmp_path)) == 2
+
+
+def test_nothing_is_drawn_of_nothing(tmp_path):
+    assert draw(study_of(0), None, tmp_path) == []

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import sqlite3
+
+import optuna
+import pytest
+
+from expt.errors import ConfigError, UserError
+from expt.sweep.study import default_storage, open_storage, open_study
+
+SPACE = {"space": {"x": 1}}
+
+
+def opened(storage, objectives=("val/mae",), **identity):
+    return open_study(
+        "mine",
+        storage,
+        optuna.samplers.RandomSampler(0),
+        optuna.pruners.NopPruner(),
+        list(objectives),
+        {**SPACE, **identity},
+    )
+
+
+def test_the_default_is_beside_the_tracking_store(home):
+    assert default_storage("sqlite:///here/mlflow.db") == f"sqlite:///{home}/here/optuna.db"
+    assert default_storage("http://host:5000") == f"sqlite:///{home}/outputs/optuna.db"
+    assert default_storage(None) == f"sqlite:///{home}/outputs/optuna.db"
+
+
+@pytest.mark.parametrize("text", ["sqlite:///a/optuna.db", "a/study.journal", "a/study.log"])
+def test_a_study_is_found_again(home, text):
+    opened(open_storage(text)).enqueue_trial({"x": 0.5})
+    assert len(opened(open_storage(text)).trials) == 1
+
+
+def test_another_space_is_refused_with_what_differs(home):
+    storage = optuna.storages.InMemoryStorage()
+    opened(storage, space={"x": 1, "y": 2})
+    with pytest.raises(ConfigError, match=r"another space: y differs; .*search.study=mine_2"):
+        opened(storage, space={"x": 1, "y": 3})
+
+
+def test_another_budget_is_refused():
+    storage = optuna.storages.InMemoryStorage()
+    opened(storage, **{"memory.budget": "1GiB"})
+    with pytest.raises(ConfigError, match=r"memory\.budget=1GiB, not 2GiB"):
+        opened(storage, **{"memory.budget": "2GiB"})
+
+
+def test_another_number_of_objectives_is_refused():
+    storage = optuna.storages.InMemoryStorage()
+    opened(storage)
+    with pytest.raises(ConfigError, match=r"mine was begun with the directions MINIMIZE, and"):
+        opened(storage, objectives=("val/mae", "peak_memory"))
+
+
+def test_a_study_of_another_direction_is_refused():
+    storage = optuna.storages.InMemoryStorage()
+    optuna.create_study(study_name="mine", storage=storage, direction="maximize")
+    with pytest.raises(ConfigError, match="directions MAXIMIZE"):
+        opened(storage)
+
+
+def test_a_study_that_something_else_made_is_refused():
+    storage = optuna.storages.InMemoryStorage()
+    study = optuna.create_study(study_name="mine", storage=storage)
+    study.tell(study.ask(), 1.0)
+    with pytest.raises(ConfigError, match="were not made by a search"):
+        opened(storage)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nonsense", "neither a URL"),
+        ("a/b.db", "ends in .journal"),
+        ("foo://bar", "neither a URL"),
+        ("sqlite:////proc/nowhere/optuna.db", "cannot be written"),
+        ("postgresql+nonsense://u:secret@h/db", "neither a URL"),
+    ],
+)
+def test_what_is_no_storage_is_one_line(home, text, message):
+    with pytest.raises(UserError, match=message) as caught:
+        open_storage(text)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_server_that_is_not_there_is_one_line(home, monkeypatch):
+    import sqlalchemy
+
+    def refuse(*arguments, **settings):
+        raise sqlalchemy.exc.OperationalError("select", {}, Exception("connection refused"))
+
+    monkeypatch.setattr("expt.sweep.study.RDBStorage", refuse)
+    with pytest.raises(UserError, match="does not answer: connection refused"):
+        open_storage("postgresql://user:secret@localhost:1/db")
+
+
+def test_a_driver_that_is_missing_is_one_line(home, monkeypatch):
+    def refuse(*arguments, **settings):
+        raise ImportError("no module named psycopg2")
+
+    monkeypatch.setattr("expt.sweep.study.RDBStorage", refuse)
+    with pytest.raises(UserError, match="pip install psycopg2-binary"):
+        open_storage("postgresql://user@localhost/db")
+
+
+def test_tables_of_an_older_version_are_refused_with_the_command(home):
+    open_storage("sqlite:///old.db")
+    with sqlite3.connect("old.db") as database:
+        database.execute("update alembic_version set version_num = 'v2.6.0.a'")
+        database.execute("update version_info set schema_version = 11")
+    with pytest.raises(UserError, match=r"optuna storage upgrade --storage sqlite:///old.db"):
+        open_storage("sqlite:///old.db")
+
+
+def test_a_file_that_is_no_database_is_one_line(home):
+    (home / "some.db").write_text("not a database " * 100)
+    with pytest.raises(UserError, match="does not answer: file is not a database"):
+        open_storage("sqlite:///some.db")
