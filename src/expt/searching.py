@@ -269,8 +269,9 @@ def _runner(
         if node.pruner is not Pruner.none:
             name = config.hydra.runtime.choices.get("hydra/launcher")
             print(PRUNED_LATE.format(launcher=name, pruner=node.pruner.value))
-        with read_write(config), open_dict(config):
-            config.hydra.sweep.dir = str(request.folder)
+        sweep = config.hydra.sweep
+        with read_write(sweep), open_dict(sweep):
+            sweep.dir = str(request.folder)
         launcher = Plugins.instance().instantiate_launcher(
             config=config, hydra_context=hydra_context, task_function=task_function
         )
