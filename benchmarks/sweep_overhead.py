@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from optuna.trial import TrialState
 from expt.results import load_result
 from expt.sweep.reservation import Reservations
 from expt.sweep.space import Space
-from expt.sweep.study import open_storage
 from expt.sweep.trials import KIND
 
 NAME = "sweep_overhead"
@@ -46,7 +46,7 @@ def per_trial(folder: Path) -> dict[str, Any]:
     url = f"sqlite:///{folder}/outputs/optuna.db"
     trials = optuna.load_study(study_name="debug", storage=url).trials
     added, starting, training = [], [], []
-    for before, trial in zip(trials, trials[1:], strict=False):
+    for before, trial in pairwise(trials):
         assert before.datetime_complete is not None and trial.datetime_complete is not None
         between = (trial.datetime_complete - before.datetime_complete).total_seconds()
         process = trial.user_attrs["seconds"]
@@ -68,7 +68,7 @@ def per_suggestion(folder: Path) -> dict[str, Any]:
     """Return the seconds of a suggestion after 10,000 told trials, alone and within a search."""
     space = Space.parse({"x": "interval(0.0,1.0)", "lr": "tag(log,interval(1e-4,1e-1))",
                          "width": "choice(8,16,32,64)"})  # fmt: skip
-    storage = open_storage(f"sqlite:///{folder}/long.db")
+    storage = optuna.storages.InMemoryStorage()  # a database would take minutes to be filled
     sampler = optuna.samplers.TPESampler(seed=0)
     study = optuna.create_study(study_name="long", storage=storage, sampler=sampler)
     study.add_trials(

@@ -51,7 +51,7 @@ class SweepSummary:
 
     def save(self, folder: Path) -> None:
         """Write ``sweep.json`` atomically."""
-        write_json(folder / FILE_NAME, asdict(self))
+        write_json(folder / FILE_NAME, asdict(self), durable=False)
 
     @classmethod
     def load(cls, folder: Path) -> SweepSummary | None:
