@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -130,6 +131,31 @@ def test_a_job_that_goes_on_after_its_batch_was_given_up_is_waited_for(
     runner.start(job(tmp_path, 1, "all_lost"))
     runner.flush()
     assert slow.poll().value == 5.0
+
+
+def test_other_workers_hear_of_us_while_a_batch_runs(launcher, tmp_path, monkeypatch):
+    monkeypatch.setattr("expt.sweep.launched.BEAT_SECONDS", 0.01)
+    beats = []
+    usual = launcher.launch
+
+    def slowly(batch, initial_job_idx):
+        deadline = time.monotonic() + 10
+        while len(beats) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return usual(batch, initial_job_idx)
+
+    launcher.launch = slowly
+
+    def beat():
+        beats.append(threading.current_thread())
+        raise RuntimeError("the storage is away for a moment")
+
+    runner = LauncherRunner(launcher, tmp_path, beat=beat)
+    trial = runner.start(job(tmp_path, 0, "good"))
+    runner.flush()
+    assert len(beats) >= 2
+    assert trial.poll().kind == "complete"
+    assert not beats[0].is_alive(), "and no more afterwards"
 
 
 def test_seeds_are_launched_in_turn(launcher, tmp_path):

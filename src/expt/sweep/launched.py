@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from hydra.plugins.launcher import Launcher
 from expt.errors import SearchError
 from expt.results import FILE_NAME
 from expt.sweep.endings import Ending, outcome_of
+from expt.sweep.reservation import BEAT_SECONDS
 from expt.sweep.running import Job, Stop, combined, setting
 from expt.sweep.trials import TrialOutcome
 
@@ -73,6 +75,7 @@ class LauncherRunner:
         launcher: of Hydra, set up.
         folder: of the search.
         silent_seconds: see `SILENT_SECONDS`.
+        beat: called from a thread now and then while a batch is waited for.
 
     """
 
@@ -80,6 +83,7 @@ class LauncherRunner:
     folder: Path
     prunes: bool = False
     silent_seconds: float = SILENT_SECONDS
+    beat: Callable[[], None] | None = None
     _batch: list[LaunchedTrial] = field(default_factory=list)
 
     def start(self, job: Job) -> LaunchedTrial:
@@ -97,6 +101,31 @@ class LauncherRunner:
 
         """
         batch, self._batch = self._batch, []
+        if batch:
+            with self._beating():
+                self._launch(batch)
+
+    @contextlib.contextmanager
+    def _beating(self) -> Iterator[None]:
+        """Let workers on other machines know that we live, while a launcher does not return."""
+        over = threading.Event()
+
+        def beat() -> None:
+            while self.beat is not None and not over.wait(BEAT_SECONDS):
+                try:
+                    self.beat()
+                except Exception as error:  # the storage; whoever tells it next says so
+                    log.info("no sign of life was given: %s", error)
+
+        thread = threading.Thread(target=beat, name="expt-beat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def _launch(self, batch: Sequence[LaunchedTrial]) -> None:
         while left := [trial for trial in batch if trial.next_seed is not None]:
             folders = [_next_folder(trial) for trial in left]
             before = [_last_written(folder) for folder in folders]
