@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from expt.composition import conf_dir
 from expt.results import load_result
 from expt.schema import Config
+from expt.search_jobs import checker
+from expt.sweep.space import Space
 from expt.validation import validated
 
 CONF = conf_dir()
@@ -53,7 +56,11 @@ def test_it_composes_and_is_valid(composed, group, option):
 
 @pytest.mark.parametrize(
     ("group", "option"),
-    [pair for pair in OPTIONS if pair not in NEEDS_A_FILE and pair[0] not in ("tracking", "task")],
+    [
+        pair
+        for pair in OPTIONS
+        if pair not in NEEDS_A_FILE and pair[0] not in ("tracking", "task", "search")
+    ],
 )
 def test_it_trains(expt, home, group, option):
     require(group, option)
@@ -72,6 +79,16 @@ def test_it_trains(expt, home, group, option):
     if option == "profile":
         assert (home / "run/profile.json").stat().st_size > 1000
         assert "Self CPU" in (home / "run/profile.txt").read_text()
+
+
+@pytest.mark.parametrize("name", [option for group, option in OPTIONS if group == "search"])
+def test_a_search_varies_what_there_is_to_vary(composed, name):
+    cfg = composed(f"search={name}")
+    settings = OmegaConf.to_object(cfg.search)
+    assert settings.problems() == []
+    assert settings.study == name
+    space = Space.parse(settings.space, checker(cfg))
+    assert len(space.distributions) > 3
 
 
 def test_presets_have_exactly_the_guides_sizes(composed):

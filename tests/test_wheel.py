@@ -24,6 +24,8 @@ def test_the_wheel_runs_outside_the_repository(tmp_path):
         archive.extractall(tmp_path / "site")
     assert "expt/conf/config.yaml" in names
     assert "expt/data/files/metr_la_29.npz" in names
+    assert "hydra_plugins/expt_sweeper/sweeper.py" in names
+    assert "hydra_plugins/__init__.py" not in names, "others have plugins there too"
     # Like `pip install --no-deps --target site`, whose dependencies are in this environment.
     program = "from expt.__main__ import main; main()"
     (tmp_path / "elsewhere").mkdir()
@@ -48,3 +50,20 @@ def test_the_wheel_runs_outside_the_repository(tmp_path):
     result = json.loads((tmp_path / "elsewhere/run/result.json").read_text())
     assert result["status"] == "completed"
     assert (tmp_path / "elsewhere/outputs/mlflow.db").exists()
+    # The sweeper is found there too; trials are processes that find everything again.
+    searched = subprocess.run(
+        [
+            sys.executable, "-c", program, "-m", "search=debug", "search.n_trials=1",
+            "search.test_winner=false", "tracking=none",
+        ],
+        cwd=tmp_path / "elsewhere",
+        env={"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )  # fmt: skip
+    assert searched.returncode == 0, searched.stderr
+    sweep = json.loads((tmp_path / "elsewhere/outputs/sweeps/debug/sweep.json").read_text())
+    assert sweep["finished"] == 1
+    log = (tmp_path / "elsewhere/outputs/sweeps/debug/trial_000/output.log").read_text()
+    assert "completed" in log
