@@ -97,15 +97,18 @@ def work(url: str, folder: Path, seed: int) -> None:
     node = {"_target_": "optuna.samplers.TPESampler", "seed": None}
     sampler = make_sampler(node, space, seed, 1)
     reservations = Reservations(None, space, N_TRIALS, folder)  # type: ignore[arg-type]
+    # Both at once, so that they also meet where tables are made.
+    (folder / f"ready.{seed}").touch()
+    while len(list(folder.glob("ready.*"))) < 2:
+        time.sleep(0.01)
     storage = open_storage(url)
     with reservations.locked():
         reservations.study = open_study(
             config.study, storage, sampler, make_pruner(config.pruner, 1), config.objectives,
             {"space": space.as_json()},
         )  # fmt: skip
-    # Neither begins before the other can.
-    (folder / f"ready.{seed}").touch()
-    while len(list(folder.glob("ready.*"))) < 2:
+    (folder / f"open.{seed}").touch()
+    while len(list(folder.glob("open.*"))) < 2:  # neither begins before the other can
         time.sleep(0.01)
     Search(
         config, space, reservations, TimedRunner(), WidthJobs(),
@@ -160,7 +163,12 @@ def test_two_workers_do_every_trial_once(server: str, tmp_path: Path) -> None:
         with log.open("w") as output:
             workers.append(subprocess.Popen([*command, str(seed)], stdout=output, stderr=output))
     try:
-        codes = [worker.wait(timeout=120) for worker in workers]
+        while any(worker.poll() is None for worker in workers):
+            # One that failed would be waited for by the other for ever.
+            if any(worker.poll() for worker in workers):
+                break
+            time.sleep(0.05)
+        codes = [worker.poll() for worker in workers]
     finally:
         for worker in workers:
             worker.kill()

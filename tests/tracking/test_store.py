@@ -16,6 +16,7 @@ from expt.tracking.store import (
     absolute_uri,
     is_server,
     reason,
+    sqlite_path,
     without_password,
 )
 
@@ -160,3 +161,18 @@ def test_the_reason_is_the_innermost_cause_in_one_line() -> None:
         assert reason(error) == "[Errno 111] Connection refused"
     assert reason(ValueError("first\nsecond")) == "first"
     assert reason(ValueError()) == "ValueError"
+
+
+@pytest.mark.parametrize(
+    ("uri", "path"),
+    [
+        ("sqlite:///outputs/mlflow.db", "outputs/mlflow.db"),
+        ("sqlite:////data/mlflow.db?timeout=5", "/data/mlflow.db"),
+        ("sqlite:///:memory:", None),
+        ("postgresql://me@host/db", None),
+        ("postgresql://me@/db?host=/run/postgresql", None),
+        ("http://host:5000/?a=b", None),
+    ],
+)
+def test_only_a_sqlite_uri_names_a_file(uri: str, path: str | None) -> None:
+    assert sqlite_path(uri) == (None if path is None else Path(path))

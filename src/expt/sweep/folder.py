@@ -42,5 +42,5 @@ def claim(study: Study, folder: Path) -> None:
             f"search.study={study.study_name}_2"
         )
     token = uuid.uuid4().hex
-    write_text(path, f"{token}\\n")
+    write_text(path, f"{token}\n")
     study.set_user_attr(ATTRIBUTE, {"token": token, "path": str(folder), "host": host})
