@@ -27,7 +27,7 @@ LINES = (
 )  # fmt: skip
 RAY = (
     "hydra/launcher=ray",
-    "hydra.launcher.ray.init.num_cpus=2",
+    "+hydra.launcher.ray.init.num_cpus=2",
     "+hydra.launcher.ray.init.include_dashboard=false",
 )
 
