@@ -110,8 +110,11 @@ def settings_for(*overrides: str) -> Any:
         return validated(compose("config", overrides=list(overrides)))
 
 
-def make_trainer(*overrides: str) -> Any:
-    """Return a `Trainer` for a configuration, whose `train_step` can be called by itself."""
+def make_trainer(*overrides: str, **recovery: Any) -> Any:
+    """Return a `Trainer` for a configuration, whose `train_step` can be called by itself.
+
+    `recovery` has further arguments of `expt.memory.recovery.Recovery`.
+    """
     from expt.acceleration import make_fabric
     from expt.construction import assemble, build
     from expt.interruption import Interruption
@@ -135,7 +138,7 @@ def make_trainer(*overrides: str) -> Any:
         optimizer=optimizer,
         data=data,
         settings=settings.trainer,
-        recovery=Recovery(techniques_of(settings.memory), fabric.device),
+        recovery=Recovery(techniques_of(settings.memory), fabric.device, **recovery),
         meter=meter_for(fabric.device),
         tracker=NullTracker(),
         display=SilentDisplay(),

@@ -98,16 +98,19 @@ def measure(
     return measure_foreign(MODELS[foreign], precision, batch, OPTIMIZERS[optimizer])
 
 
-def measure_ours(overrides: list[str]) -> dict[str, Any]:
+def measure_ours(overrides: list[str], device: str = "cuda") -> dict[str, Any]:
+    """Return both peaks of one of our configurations; on the CPU to see that this works."""
     from expt.construction import build
     from expt.foresight import plan_training
 
     settings = settings_for(*overrides)
-    predicted = plan_training(settings, build(settings, "data"), "cuda")
-    trainer = make_trainer(*overrides, "trainer.device=cuda")
+    target: Any = device
+    predicted = plan_training(settings, build(settings, "data"), target)
+    # Eager steps: a captured one is measured by benchmarks/gpu.py.
+    trainer = make_trainer(*overrides, f"trainer.device={device}", "trainer.compile=off")
     data = trainer.data
-    train = torch.arange(data.batch_size, device="cuda")
-    val = torch.arange(min(data.eval_batch_size, data.size("val")), device="cuda")
+    train = torch.arange(data.batch_size, device=device)
+    val = torch.arange(min(data.eval_batch_size, data.size("val")), device=device)
 
     def step() -> None:
         trainer.train_step(train)
@@ -157,17 +160,29 @@ def as_row(predicted: Any, step: Callable[[], None]) -> dict[str, Any]:
     """Measure a warm step; what is reserved is that of the whole process."""
     for _ in range(2):
         step()
-    torch.cuda.reset_peak_memory_stats()
-    step()
+    allocated, reserved = peaks(step, predicted.target)
     return {
         "predicted_bytes": predicted.peak_bytes,
         "predicted_reserved_bytes": predicted.reserved_bytes,
         "interval_bytes": list(predicted.interval_bytes),
-        "measured_bytes": torch.cuda.max_memory_allocated(),
-        "measured_reserved_bytes": torch.cuda.max_memory_reserved(),
+        "measured_bytes": allocated,
+        "measured_reserved_bytes": reserved,
         "corrections": dict(predicted.corrections),
         "seconds": predicted.seconds,
     }
+
+
+def peaks(step: Callable[[], None], device: str) -> tuple[int, int | None]:
+    """Return the peaks of allocated and reserved bytes in a step."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    from expt.memory.ledger import StorageLedger
+
+    with StorageLedger() as ledger:
+        step()
+    return ledger.peak_bytes, None
 
 
 def error(row: dict[str, Any]) -> float:
@@ -204,7 +219,7 @@ def figures(row: dict[str, Any] | None) -> tuple[str, ...]:
     keys = (
         "predicted_bytes", "measured_bytes", "predicted_reserved_bytes", "measured_reserved_bytes",
     )  # fmt: skip
-    return tuple(f"{row[key] / MIB:.0f} MiB" for key in keys)
+    return tuple("-" if row[key] is None else f"{row[key] / MIB:.0f} MiB" for key in keys)
 
 
 if __name__ == "__main__":

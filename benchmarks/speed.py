@@ -87,6 +87,21 @@ def measure_step_costs(effort: Effort, arguments: argparse.Namespace) -> Any:
     )  # fmt: skip
 
 
+def measure_fast_path(effort: Effort, arguments: argparse.Namespace) -> Any:
+    """Time steps operator by operator and compiled, in both precisions."""
+    from gpu_steps import step
+
+    seconds = 0.05 if arguments.smoke else 10.0
+    return {
+        f"{precision}, {how}": step(
+            "minimal", arguments.device, seconds,
+            f"memory.precision={precision}", f"trainer.compile={how}",
+        )
+        for precision in ("fp32", "bf16")
+        for how in (("off",) if arguments.smoke else ("off", "compile"))
+    }  # fmt: skip
+
+
 def middle_series() -> Path | None:
     """Return the user's file of 67 sensors; named by the environment, to stay out of the record."""
     path = os.environ.get(MIDDLE_SERIES)
@@ -99,6 +114,7 @@ SECTIONS: dict[str, Callable[[Effort, argparse.Namespace], Any]] = {
     "loops": measure_loops,
     "bookkeeping": measure_bookkeeping,
     "step_costs": measure_step_costs,
+    "fast_path": measure_fast_path,
 }
 
 
@@ -164,6 +180,8 @@ def tables(record: dict[str, Any]) -> str:
         parts.append(markdown(columns, [book_row(books[name]) for name in PRESETS]))
     if costs := results.get("step_costs"):
         parts.append(cost_table(costs))
+    if fast := results.get("fast_path"):
+        parts.append(markdown(("minimal, 207 sensors, ms a step", *fast), [fast_row(fast)]))
     return "\n".join(parts) + "\n" + source_line(record, "speed")
 
 
@@ -191,6 +209,10 @@ def loop_row(row: dict[str, Any]) -> tuple[str, ...]:
 def book_row(row: dict[str, Any]) -> tuple[str, ...]:
     parts = [*row["shares_of_an_epoch"].values(), row["share"]]
     return (row["preset"], *(f"{100 * part:.2f} %" for part in parts))
+
+
+def fast_row(fast: dict[str, Any]) -> tuple[str, ...]:
+    return ("trainer.compile", *(f"{1e3 * row['seconds_per_step']:.0f}" for row in fast.values()))
 
 
 def cost_table(costs: dict[str, Any]) -> str:

@@ -10,11 +10,11 @@ import torch
 from expt.acceleration import make_fabric
 from expt.averaging import NoAverage
 from expt.checkpoint import Progress, load_last, save_last
-from expt.construction import assemble, build, techniques_of
+from expt.construction import assemble, build, smaller_sizes, techniques_of
 from expt.errors import ConfigError
 from expt.memory.techniques import Techniques
 from expt.results import load_result
-from expt.schema import MemoryConfig
+from expt.schema import MemoryConfig, Preset
 from expt.validation import validated
 
 WINDOW = ("memory.attention_kernel=sliding_window", "memory.attention_window=4")
@@ -168,3 +168,15 @@ def test_a_checkpoint_of_one_way_to_step_goes_on_with_the_other(composed, home, 
     assert load_last(home, resumed[2], resumed[0], resumed[1], NoAverage()).step == 2
     losses += [step(*resumed, in_backward=not first) for _ in range(2)]
     assert losses == expected
+
+
+@pytest.mark.parametrize(
+    ("preset", "words"),
+    [
+        (Preset.full, "a smaller preset (memory=lite or memory=minimal)"),
+        (None, "a smaller preset (memory=minimal)"),
+        (Preset.minimal, "a smaller model than memory=minimal"),
+    ],
+)
+def test_a_smaller_size_is_one_that_there_is(preset, words) -> None:
+    assert smaller_sizes(MemoryConfig(preset=preset)) == words

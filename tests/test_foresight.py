@@ -15,7 +15,14 @@ from expt import foresight
 from expt.acceleration import make_fabric
 from expt.construction import Settings, assemble, build, techniques_of
 from expt.errors import ConfigError
-from expt.foresight import arithmetic, budget_bytes, plan_training, savings, target_of
+from expt.foresight import (
+    arithmetic,
+    budget_bytes,
+    plan_training,
+    savings,
+    target_of,
+    target_remark,
+)
 from expt.memory.planning import Plan
 from expt.memory.techniques import Techniques
 from expt.schema import Device, Precision, TrainerConfig
@@ -133,16 +140,14 @@ def test_a_technique_that_does_not_apply_is_refused(given: Given) -> None:
 
 
 def test_the_best_savings_come_first_and_are_traced(given: Given) -> None:
-    settings, data = given("+memory=minimal", "trainer.device=cpu", "data.batch_size=32")
+    settings, data = given(*SMALL, "data.batch_size=256")
     planned = plan_training(settings, data, "cpu")
     found = savings(settings, data, planned)
     assert 0 < len(found) <= foresight.MAX_SAVINGS
     counts = [saving.peak_bytes for saving in found]
     assert counts == sorted(counts)
     assert counts[-1] < planned.peak_bytes
-    words, data = given(
-        "+memory=minimal", "trainer.device=cpu", "data.batch_size=32", found[0].change
-    )
+    words, data = given(*SMALL, "data.batch_size=256", found[0].change)
     assert plan_training(words, data, "cpu").peak_bytes == counts[0], "the words do what is said"
 
 
@@ -169,6 +174,25 @@ def test_precision_is_that_of_the_target(precision, target, expected) -> None:
 )
 def test_the_target_is_what_is_asked_for_or_the_runs(device, asked, expected) -> None:
     assert target_of(TrainerConfig(device=Device(device)), asked) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "here", "said"),
+    [
+        ("auto", None, False, True),
+        ("auto", None, True, False),
+        ("auto", "cuda", False, False),
+        ("cpu", None, False, False),
+        ("cuda", None, False, False),
+    ],
+)
+def test_a_card_that_nobody_named_is_said_to_be_planned_for(
+    monkeypatch, device, asked, here, said
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: here)
+    remark = target_remark(TrainerConfig(device=Device(device)), asked)
+    assert (remark is not None) == said
+    assert not said or "memory.target=cpu" in str(remark)
 
 
 def test_a_budget_for_a_card_that_is_not_here(monkeypatch) -> None:

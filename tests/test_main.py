@@ -99,6 +99,8 @@ def test_a_run_ends_with_its_table_and_its_record(expt, home):
         (["optimizer.betas=[0.9,0.9]"], ["+optimizer.betas"]),
         (["model=stid", "model.dropout=1.5"], ["model.dropout", "1.5"]),
         (["trainer.seed=99999999999"], ["trainer.seed", "99999999999"]),
+        (["trainer.compile=graf"], ["trainer.compile", "graf", "graph"]),
+        (["trainer.compile=graph", "trainer.device=cpu"], ["trainer.compile=graph", "off"]),
         (["tracking.uri=foo"], ["tracking.uri='foo'", "sqlite://"]),
         (["memory=lite,full"], ["add -m"]),
         (["memory.budget=6 gigs"], ["memory.budget=6 gigs", "GiB", "80%", "auto"]),

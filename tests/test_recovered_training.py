@@ -19,7 +19,8 @@ from expt.interruption import Interruption
 from expt.memory.budget import Budget
 from expt.memory.meter import LedgerMeter, meter_for
 from expt.memory.oom_event import OomEvent
-from expt.memory.recovery import Limits, Recovery
+from expt.memory.recovery import Recovery
+from expt.memory.recovery_limits import Limits
 from expt.memory.techniques import Techniques, apply
 from expt.profiling import StepProfiler
 from expt.progress import SilentDisplay

@@ -24,6 +24,7 @@ from expt.schema import (
     CardsConfig,
     FitConfig,
     MemoryConfig,
+    Preset,
     TrackingConfig,
     TrainerConfig,
 )
@@ -145,6 +146,15 @@ def assemble(settings: Settings, fabric: Fabric, data: DataSet) -> tuple[nn.Modu
 def techniques_of(memory: MemoryConfig) -> Techniques:
     """Return the memory techniques that a configuration asks for."""
     return Techniques(**{part.name: getattr(memory, part.name) for part in fields(Techniques)})
+
+
+def smaller_sizes(memory: MemoryConfig) -> str:
+    """Return what to try when a run of these settings does not fit, in words."""
+    preset = memory.preset or Preset.lite  # what the sizes are without a preset
+    smaller = list(Preset)[list(Preset).index(preset) + 1 :]
+    if not smaller:
+        return "a smaller model than memory=minimal"
+    return f"a smaller preset ({' or '.join(f'memory={one.value}' for one in smaller)})"
 
 
 def locate(target: str) -> Callable[..., Any]:

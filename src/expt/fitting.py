@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from expt.batch_search import Limit, largest
-from expt.construction import Settings, techniques_of
+from expt.construction import Settings, smaller_sizes, techniques_of
 from expt.errors import ConfigError, ExptError
-from expt.foresight import plan_training, savings
+from expt.foresight import Saving, plan_training, savings
 from expt.memory.planning import Plan, Target
 from expt.protocols import DataSet
 from expt.units import format_bytes
@@ -145,12 +145,21 @@ def evaluation_slices(
 
 
 def _nothing_fits(settings: Settings, data: DataSet, smallest: Plan, limit: Limit) -> str:
-    """Say how much the least would take, and what would help."""
+    """Say how much the least would take, and what would help; every figure counts the same."""
+    reserved = smallest.demand_bytes > limit.budget_bytes
+    budget = format_bytes(limit.budget_bytes)
+    allowed = (
+        f"the budget is {budget}"
+        if reserved
+        else f"fit.margin={limit.margin:g} of the budget ({budget}) is "
+        f"{format_bytes(limit.peak_bytes)}"
+    )
+    counted = smallest.demand_words if reserved else "bytes allocated to tensors"
     message = (
-        f"not even a micro-batch of one sample is predicted to fit: its peak on {smallest.target} "
-        f"is {format_bytes(smallest.peak_bytes)} in {smallest.phase.replace('_', ' ')}, and "
-        f"fit.margin={settings.fit.margin:g} of the budget ({format_bytes(limit.budget_bytes)}) is "
-        f"{format_bytes(limit.peak_bytes)}; it takes memory.budget={_needed(smallest, limit)}"
+        f"not even a micro-batch of one sample is predicted to fit: on {smallest.target} that is "
+        f"{format_bytes(_taken(smallest, reserved))} ({counted}; the peak is in "
+        f"{smallest.phase.replace('_', ' ')}), and {allowed}; it takes "
+        f"memory.budget={_needed(smallest, limit)}"
     )
     if smallest.phase == "evaluation":
         found = evaluation_slices(settings, data, smallest.target, limit)
@@ -160,15 +169,22 @@ def _nothing_fits(settings: Settings, data: DataSet, smallest: Plan, limit: Limi
         )
         if found is not None:
             message += (
-                f", or memory.forward_chunks={found[0]} ({format_bytes(found[1].peak_bytes)})"
+                f", or memory.forward_chunks={found[0]} "
+                f"({format_bytes(_taken(found[1], reserved))})"
             )
         return message
     alone = replace(settings, memory=replace(settings.memory, gradient_accumulation=1))
     one = copy.copy(data)
     one.batch_size = 1
     helping = savings(alone, one, smallest)
-    ways = [f"{way.change} ({format_bytes(way.peak_bytes)})" for way in helping]
-    return f"{message}. What would help: {', '.join([*ways, 'a smaller preset (memory=minimal)'])}"
+    ways = [f"{way.change} ({format_bytes(_taken(way, reserved))})" for way in helping]
+    ways.append(smaller_sizes(settings.memory))
+    return f"{message}. What would help: {', '.join(ways)}"
+
+
+def _taken(found: Plan | Saving, reserved: bool) -> int:
+    """Return what the budget is compared with: what is reserved, or the peak."""
+    return found.demand_bytes if reserved else found.peak_bytes
 
 
 def _needed(planned: Plan, limit: Limit) -> str:

@@ -31,10 +31,11 @@ MAX_SAVINGS = 3
 
 @dataclass(frozen=True)
 class Saving:
-    """A change to the command line, and the peak it is predicted to have."""
+    """A change to the command line, the peak it is predicted to have, and `Plan.demand_bytes`."""
 
     change: str
     peak_bytes: int
+    demand_bytes: int
 
 
 def plan_training(
@@ -108,7 +109,7 @@ def savings(settings: Settings, data: DataSet, planned: Plan) -> list[Saving]:
             log.info("no prediction for %s", change, exc_info=True)
             continue
         if then.peak_bytes < planned.peak_bytes:
-            found.append(Saving(change, then.peak_bytes))
+            found.append(Saving(change, then.peak_bytes, then.demand_bytes))
     return sorted(found, key=lambda saving: saving.peak_bytes)[:MAX_SAVINGS]
 
 
@@ -144,6 +145,13 @@ def target_of(trainer: TrainerConfig, asked: str | None) -> Target:
     if asked is not None:
         return cast(Target, asked)
     return "cpu" if trainer.device in (Device.cpu, Device.mps) else "cuda"
+
+
+def target_remark(trainer: TrainerConfig, asked: str | None) -> str | None:
+    """Return that a plan is for a card that nobody named and that is not here, if so."""
+    if asked is None and trainer.device is Device.auto and not torch.cuda.is_available():
+        return "planned for cuda, which is not here; memory.target=cpu plans for this machine"
+    return None
 
 
 def budget_bytes(value: object, target: Target) -> int | None:

@@ -31,6 +31,10 @@ def plan_table(record: Mapping[str, Any]) -> Table:
         table.add_row(name, format_bytes(count), f"{100 * count / peak:.1f} %", style="dim")
     for name, count in record["corrections"].items():
         table.add_row(f"correction: {name}", format_bytes(count), "", style="dim")
+    if (captured := record.get("captured_reserved_bytes")) is not None:
+        more = captured - record["reserved_bytes"]
+        name = "reserved, more as a CUDA graph (trainer.compile)"
+        table.add_row(name, format_bytes(max(more, 0)), "", style="dim")
     return table
 
 

@@ -138,6 +138,9 @@ class MemoryMeter(Protocol):
     def evaluation(self) -> AbstractContextManager[object]:
         """Watch one evaluation batch."""
 
+    def captured(self, captured: bool) -> None:
+        """Note that a step keeps its memory to itself from now on, or no more."""
+
     def start_epoch(self) -> None:
         """Begin a new peak for the epoch."""
 

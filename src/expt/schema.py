@@ -14,6 +14,8 @@ from typing import Any
 from omegaconf import MISSING
 
 from expt.errors import nearest
+from expt.expand_config import ExpandConfig
+from expt.report_config import ReportConfig
 from expt.search_config import SearchConfig
 from expt.units import budget_problem
 
@@ -43,6 +45,15 @@ class Schedule(Enum):
     cosine = "cosine"
     one_cycle = "one_cycle"
     step = "step"
+
+
+class Compile(Enum):
+    """How optimizer steps are made fast; see docs/speed.md."""
+
+    auto = "auto"  # graph on CUDA where that is safe, else off
+    off = "off"  # operator by operator
+    graph = "graph"  # on CUDA: the whole step is captured once and replayed
+    compile = "compile"  # the model by torch.compile; on CUDA, captured as well
 
 
 class OnOverflow(Enum):
@@ -184,6 +195,7 @@ class TrainerConfig:
     device: Device = Device.auto
     seed: int = 0
     deterministic: bool = False  # also refuse non-deterministic CUDA kernels
+    compile: Compile = Compile.auto  # same results to rounding; falls back to off with a line
     epochs: int = 30
     steps_per_epoch: int | None = None  # None: the whole training part
     max_steps: int | None = None  # total optimizer steps
@@ -232,6 +244,11 @@ class TrainerConfig:
             found.append(
                 "trainer.step_milestones are fractions of the run between 0 and 1, "
                 f"got {list(self.step_milestones)}"
+            )
+        if self.compile is Compile.graph and self.device in (Device.cpu, Device.mps):
+            found.append(
+                "trainer.compile=graph captures CUDA's work, and "
+                f"trainer.device={self.device.value}; try trainer.compile=compile or off"
             )
         if not isinstance(self.resume, bool | str):
             found.append(
@@ -335,6 +352,8 @@ class Config:
     diagnose: DiagnoseConfig = field(default_factory=DiagnoseConfig)
     fit: FitConfig = field(default_factory=FitConfig)
     cards: CardsConfig = field(default_factory=CardsConfig)
+    expand: ExpandConfig = field(default_factory=ExpandConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
     search: SearchConfig | None = None
 
 

@@ -40,7 +40,7 @@ from expt.sweep.study import default_storage, open_storage, open_study
 from expt.sweep.summary import SweepSummary
 from expt.sweep.testing import run_test
 from expt.sweep.winner import best_trial
-from expt.tracking.store import without_password
+from expt.tracking.uri import without_password
 from expt.units import format_bytes
 
 TRAINING = "expt.tasks.train.run"

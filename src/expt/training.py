@@ -26,6 +26,7 @@ from expt.checkpoint import Progress
 from expt.errors import BrokenStepError, RecoveryError
 from expt.evaluation import evaluate
 from expt.interruption import Interruption
+from expt.loss_reading import LossReader
 from expt.memory.manager import MemoryManager
 from expt.memory.recovery import Recovery
 from expt.optim import schedules
@@ -33,6 +34,7 @@ from expt.profiling import StepProfiler
 from expt.progress import Display, ProgressFile
 from expt.protocols import DataSet, MemoryMeter, Tracker
 from expt.schema import TrainerConfig
+from expt.stepping import steps_for
 from expt.stopping import Outcome, StopReason, limit_reached
 from expt.units import format_bytes, format_seconds
 
@@ -77,6 +79,18 @@ class Trainer:
         self.average = average_for(self.model, self.settings.ema_decay)
         self._scaler = getattr(self.fabric.strategy.precision, "scaler", None)
         self.recovery.attach(self.model, self.optimizer, self._scaler)
+        self.steps = steps_for(
+            self.settings.compile,
+            lambda indices: self.train_step(indices),
+            self.model,
+            self.optimizer,
+            self.recovery,
+            min(self.data.batch_size, self.data.size("train")),
+            scaler=self._scaler,
+            processes=self.fabric.world_size,
+            on_capture=self.meter.captured,
+        )
+        self._losses = LossReader(self.fabric.device)
         on_host = self.fabric.device.type == "cpu"
         self._read_loss_every = 1 if on_host else self.settings.log_every_steps
 
@@ -157,7 +171,7 @@ class Trainer:
             indices = batches[progress.step_in_epoch]
             self.recovery.position = (progress.step, progress.epoch)
             with self.meter.step():
-                loss, weight = self.recovery.step(partial(self.train_step, indices), len(indices))
+                loss, weight = self.steps(indices)
             self.average.update(progress.step)
             loss_sum += loss * weight
             weight_sum += weight
@@ -178,14 +192,17 @@ class Trainer:
         )
         last = progress.step >= self.total_steps or progress.step_in_epoch == self.steps_per_epoch
         signal = self.interruption.received is not None
+        now = due or last or signal
+        if now or progress.step % self._read_loss_every == 0:
+            self._losses.ask(progress.step, loss, loss_sum)
         seen: float | None = None
-        if due or last or signal or progress.step % self._read_loss_every == 0:
-            seen = float(loss)
+        for reading in self._losses.readings(wait=now):
+            seen = reading.loss
             # The sum shows a bad step since the last look; the weights are then bad too.
-            if not torch.isfinite(loss_sum):
+            if not reading.finite:
                 return "non_finite_loss"
-        if seen is not None and progress.step % settings.log_every_steps == 0:
-            self.tracker.metrics({"train/loss_step": seen}, progress.step)
+            if reading.step % settings.log_every_steps == 0:
+                self.tracker.metrics({"train/loss_step": seen}, reading.step)
         self.manager.step()
         self.display.step(progress.step, seen)
         val = progress.history[-1]["val"] if progress.history else None
@@ -234,7 +251,7 @@ class Trainer:
             "seconds": progress.seconds,
             "loss": loss_sum / max(weight_sum, 1.0),
             "val": val,
-            "rate": self.optimizer.param_groups[0]["lr"],
+            "rate": float(self.optimizer.param_groups[0]["lr"]),
             **{name: float(count) for name, count in memory.items()},
         }
         progress.history.append(row)
@@ -301,6 +318,8 @@ class Trainer:
             self.optimizer,
             self.average,
         )
+        self.steps.forget()
+        self._losses.forget()
         return self.recovery.once_more(load, "resume")
 
     def _save_last(self) -> None:

@@ -126,3 +126,15 @@ def test_every_phase_of_training_may_be_refused():
 
     found = [outcome(limit) for limit in range(10_000, 500_000, 10_000)]
     assert list(dict.fromkeys(found)) == ["build", "forward", "backward", "done"]
+
+
+def test_what_is_free_is_within_the_processs_own_group(monkeypatch, tmp_path: Path):
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self/cgroup").write_text("0::/job/7\n")
+    own = tmp_path / "job/7"
+    own.mkdir(parents=True)
+    (own / "memory.max").write_text(f"{64 * MIB}\n")
+    (own / "memory.current").write_text(f"{60 * MIB}\n")
+    monkeypatch.setattr(device_memory, "PROC", tmp_path)
+    monkeypatch.setattr(device_memory, "CGROUP", tmp_path)
+    assert (total_bytes(CPU), free_bytes(CPU)) == (64 * MIB, 4 * MIB)

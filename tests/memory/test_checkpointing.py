@@ -8,13 +8,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
-from expt.memory.checkpointing import (
-    _policy,
-    checkpoint_activations,
-    remove_checkpointing,
-    repeated_blocks,
-)
+from expt.memory.checkpointing import _policy, checkpoint_activations, remove_checkpointing
 from expt.memory.ledger import StorageLedger
+from expt.memory.repeated_blocks import repeated_blocks
 from expt.memory.wrapping import layer_of
 
 
@@ -203,3 +199,55 @@ def test_selective_under_autocast_with_a_block_used_twice():
     checkpoint_activations(model, "selective")
     for one, other in zip(plain, step(), strict=True):
         torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-4)
+
+
+class Normalised(nn.Module):
+    """A residual block that keeps running statistics."""
+
+    def __init__(self, momentum: float | None) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(16, 64), nn.BatchNorm1d(64, momentum=momentum), nn.GELU(), nn.Linear(64, 16)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+@pytest.mark.parametrize("mode", [True, "selective"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_blocks_of_a_sequence_count_running_statistics_once(mode, momentum):
+    torch.manual_seed(0)
+    plain, saving = (nn.Sequential(*(Normalised(momentum) for _ in range(3))) for _ in range(2))
+    saving.load_state_dict(plain.state_dict())
+    assert checkpoint_activations(saving, mode) == 3
+    for _ in range(2):
+        loss, gradients, peak = one_step(plain)
+        saved_loss, saved_gradients, saved_peak = one_step(saving)
+        assert saved_loss == loss
+        for one, other in zip(gradients, saved_gradients, strict=True):
+            assert torch.equal(one, other)
+    assert saved_peak < peak
+    for name, value in saving.state_dict().items():
+        assert torch.equal(value, plain.state_dict()[name]), name
+    assert saving[0].layers[1].momentum == momentum
+
+
+@pytest.mark.parametrize("mode", [True, "selective"])
+def test_a_block_does_not_write_over_its_own_input(mode):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.SiLU(inplace=True), nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), Block(), Block())
+    _, gradients, _ = one_step(model)
+    model.zero_grad()
+    assert checkpoint_activations(model, mode) == 2
+    _, saved_gradients, _ = one_step(model)
+    for one, other in zip(gradients, saved_gradients, strict=True):
+        assert torch.equal(one, other)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from expt.memory.gauges import CudaGauge, HostGauge, gauge_for
+from expt.memory.gauges import Alarm, CudaGauge, HostGauge, gauge_for
 
 GIB = 1024**3
 
@@ -89,3 +89,13 @@ def test_the_device_decides(card: dict[str, int], monkeypatch: pytest.MonkeyPatc
     assert isinstance(gauge_for(None), HostGauge)
     with pytest.raises(ValueError, match="no CUDA device"):
         gauge_for("cuda")
+
+
+def test_an_alarm_rings_once_each_time(caplog: pytest.LogCaptureFixture) -> None:
+    heard: list[tuple[str, float]] = []
+    gauge = HostGauge()
+    alarm = Alarm(0.9, lambda name, used: heard.append((name, used)))
+    for used in (0.5, 0.95, 0.97, 0.6, 0.92):
+        alarm.hear(gauge, used)
+    assert heard == [("host", 0.95), ("host", 0.92)]
+    assert "memory of host: 95 %" in caplog.text

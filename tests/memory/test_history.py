@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from expt.memory.history import History
+from expt.memory.history import History, from_csv, to_csv
 from expt.memory.trend import Reading
 
 
@@ -32,3 +32,13 @@ def test_figures_are_of_all_readings_not_of_those_kept() -> None:
         "peak_allocated_bytes": 5000,
         "reserved_bytes": 7,
     }
+
+
+def test_a_table_is_read_back_up_to_a_step() -> None:
+    card = [Reading(1_234_567.0, 5, 6, 7, 8, 9), Reading(1_234_568.0, 6)]
+    host = [Reading(3.0, 10, total_bytes=20)]
+    text = to_csv({"cuda:0": card, "host": host})
+    assert from_csv(text, until=2e6) == {"cuda:0": card, "host": host}
+    assert from_csv(text, until=1_234_567) == {"cuda:0": card[:1], "host": host}
+    assert from_csv(text[: text.index("6,7")], until=2e6) == {}, "torn in a row"
+    assert from_csv("something else\n1,2\n", until=2e6) == {}

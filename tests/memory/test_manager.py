@@ -281,3 +281,26 @@ def test_on_a_machine_without_a_card() -> None:
 def test_a_wrong_setting_is_named(card: FakeCard, name: str, value: float) -> None:
     with pytest.raises(UserError, match=f"{name}={value}"):
         MemoryManager(gauges=[card], **{name: value})  # type: ignore[arg-type]
+
+
+def test_a_resumed_run_goes_on_with_the_readings_of_the_first(
+    card: FakeCard, tmp_path: Path
+) -> None:
+    path = tmp_path / "readings.csv"
+    first = MemoryManager(gauges=[card], reading_seconds=0)
+    for _ in range(7):
+        first.step()
+    first.write_csv(path)
+    second = MemoryManager(gauges=[card], reading_seconds=0)
+    second.resume(path, 5)
+    for _ in range(3):
+        second.step()
+    second.write_csv(path)
+    steps = [reading.step for reading in read_log(path.read_text()).readings]
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert len(path.read_text().splitlines()) == 1 + 8, "6 and 7 are taken again"
+    assert len(second.histories["cuda:0"].readings) == 3, "a verdict is about one process"
+    third = MemoryManager(gauges=[card], reading_seconds=0)
+    third.resume(tmp_path / "none.csv", 5)
+    third.step()
+    assert third.steps == 6

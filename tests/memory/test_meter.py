@@ -187,3 +187,19 @@ def test_the_device_decides_the_meter(allocator: FakeAllocator) -> None:
     meters: list[MemoryMeter] = [meter_for(torch.device("cpu")), meter_for(CUDA)]
     assert [type(meter) for meter in meters] == [LedgerMeter, CudaMeter]
     assert isinstance(meter_for(torch.device("mps")), LedgerMeter)
+
+
+def test_cuda_counts_a_captured_step_as_what_it_took(allocator: FakeAllocator) -> None:
+    meter = CudaMeter(CUDA)
+    meter.start_epoch()
+    allocator.use(90, 100)
+    allocator.use(10, 100)
+    meter.captured(True)
+    meter.start_epoch()
+    allocator.use(30, 100)  # replays allocate nothing; this is evaluation
+    assert meter.epoch()["peak_allocated_bytes"] == 90
+    meter.captured(False)
+    allocator.use(5, 100)
+    meter.start_epoch()
+    assert meter.epoch()["peak_allocated_bytes"] == 5
+    assert meter.peak_allocated_bytes() == 90

@@ -351,3 +351,27 @@ def test_an_inplace_activation_and_a_loss_with_targets() -> None:
 
     planned = plan(convolutions, batch, SGD, loss, target="cpu")
     assert planned.by_category["inputs"] == 8 * 3 * 24 * 24 * 4 + 8 * 8
+
+
+def test_a_captured_step_reserves_its_own_pool_and_the_rest_another() -> None:
+    evaluated = {"evaluation_fn": lambda forward: squares(forward, floats(64, 256)())}
+    small = predict(mlp, floats(64, 256), target="cuda")
+    both = predict(mlp, floats(64, 256), target="cuda", **evaluated)
+    for planned in (small, both):
+        assert planned.reserved_bytes is not None
+        assert planned.captured_reserved_bytes is not None
+        assert planned.captured_reserved_bytes > planned.reserved_bytes
+        assert sum(planned.corrections.values()) == planned.by_category["workspaces"]
+    assert predict(mlp, floats(64, 256)).captured_reserved_bytes is None
+
+
+def test_what_evaluation_takes_comes_on_top_of_a_captured_step() -> None:
+    large = 4096  # samples of a step, and of evaluation, so that rounding to segments is small
+    evaluated = {"evaluation_fn": lambda forward: squares(forward, floats(large, 256)())}
+    without = predict(mlp, floats(large, 256), target="cuda")
+    planned = predict(mlp, floats(large, 256), target="cuda", **evaluated)
+    # Eager steps and evaluation take turns in the same memory; captured ones cannot.
+    assert planned.reserved_bytes == without.reserved_bytes
+    assert planned.captured_reserved_bytes is not None
+    assert without.captured_reserved_bytes is not None
+    assert planned.captured_reserved_bytes - without.captured_reserved_bytes >= large * 256 * 4

@@ -12,7 +12,7 @@ import expt.memory
 from expt.errors import BrokenStepError, RecoveryError
 from expt.memory import recover
 from expt.memory.budget import Budget
-from expt.memory.recovery import Limits
+from expt.memory.recovery_limits import Limits
 from expt.memory.techniques import Techniques
 
 CPU = torch.device("cpu")

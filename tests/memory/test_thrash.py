@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from expt.errors import RecoveryError
 from expt.memory.recovery import Recovery
+from expt.memory.recovery_limits import Limits
 from expt.memory.techniques import Techniques
 from expt.memory.thrash import EVERY_STEPS, LOOKS, Thrashing
 
@@ -49,3 +51,32 @@ def test_a_thrashing_run_goes_one_rung_down_before_it_ends(monkeypatch):
     assert event["rung"] == "halve_micro_batch"
     assert len(taken) == EVERY_STEPS * (LOOKS + 1), "no step was taken twice"
     assert recovery.techniques == Techniques(2)
+
+
+def test_thrashing_has_a_limit_of_its_own_and_uses_up_no_other(monkeypatch):
+    retries = iter(range(10_000))
+    statistics = lambda device: {"num_alloc_retries": next(retries)}  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "memory_stats", statistics)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
+    limits = Limits(per_run=2, thrashing=4)
+    recovery = Recovery(Techniques(), torch.device("cuda", 0), limits=limits)
+    model = nn.Linear(2, 2)
+    recovery.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for step in range(EVERY_STEPS * LOOKS * 7):
+        recovery.position = (step, 0)
+        recovery.step(lambda: None, 8)
+    assert [event["phase"] for event in recovery.events] == ["thrashing"] * 4
+    failing = iter([True, False, True, False, True])
+
+    def step() -> None:
+        if next(failing):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    for at in range(2):
+        recovery.position = (10_000 + at, 0)
+        recovery.step(step, 8)
+    recovery.position = (10_002, 0)
+    with pytest.raises(RecoveryError, match=r"memory\.max_recoveries=2"):
+        recovery.step(step, 8)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from expt.construction import build
+from expt.foresight import Saving, plan_training
 from expt.results import load_result
+from expt.tasks import planned as module
+from expt.units import MIB
+from expt.validation import validated
 
 MODEL = """
 import torch
@@ -169,3 +175,37 @@ def test_the_plans_line_about_the_users_own_error(expt, home, capfd) -> None:
     said = capfd.readouterr()
     assert "peak memory not predicted: RuntimeError: " in said.out
     assert "failed while attempting to run meta" not in said.err
+
+
+def test_steps_stay_eager_where_a_captured_one_is_predicted_not_to_fit(capsys) -> None:
+    from expt.construction import Settings
+    from expt.memory.peak_plan import Plan
+    from expt.schema import Compile, MemoryConfig, TrackingConfig, TrainerConfig
+    from expt.tasks.planned import _without_capture
+
+    def decide(how: Compile, captured: int | None, budget: int | None) -> Compile:
+        planned = Plan("cuda", 50, 60, (40, 70), "backward", {}, {}, {}, "trace", 0.0, (), captured)
+        given = Settings(TrainerConfig(compile=how), MemoryConfig(), TrackingConfig(), {})
+        return _without_capture(given, planned, budget).trainer.compile
+
+    assert decide(Compile.auto, 100, 120) is Compile.auto
+    assert decide(Compile.auto, 100, None) is Compile.auto
+    assert decide(Compile.auto, None, 80) is Compile.auto
+    assert decide(Compile.graph, 100, 80) is Compile.graph
+    assert capsys.readouterr().out == ""
+    assert decide(Compile.auto, 100, 80) is Compile.off
+    assert "steps stay eager" in capsys.readouterr().out
+
+
+def test_what_would_fit_is_told_by_what_the_budget_counts(composed, monkeypatch) -> None:
+    # On CUDA a budget is of reserved bytes: a way whose peak fits may still not.
+    settings = validated(composed("+memory=minimal", "model=stid", "memory.budget=10MiB"))
+    data = build(settings, "data")
+    found = plan_training(settings, data, "cuda")
+    large = replace(found, peak_bytes=12 * MIB, reserved_bytes=20 * MIB)
+    ways = [Saving("too=much", 4 * MIB, 12 * MIB), Saving("enough=true", 5 * MIB, 9 * MIB)]
+    monkeypatch.setattr(module, "savings", lambda *arguments: ways)
+    message = module._refusal(settings, data, large, 10 * MIB)
+    assert "bytes reserved by the allocator, which are 20.0 MiB" in message
+    assert "What would fit: enough=true (9.0 MiB)" in message
+    assert "too=much" not in message

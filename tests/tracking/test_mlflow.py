@@ -20,7 +20,7 @@ from expt.tracking.journal import JOURNAL, STATE, Journal, State
 from expt.tracking.mlflow import MlflowTracker
 from expt.tracking.null import NullTracker
 from expt.tracking.replay import replay
-from expt.tracking.store import sqlite_path
+from expt.tracking.uri import sqlite_path
 
 Make = Callable[..., MlflowTracker]
 

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 
 from expt.tracking.journal import Journal, State
+from expt.tracking.mlflow import MlflowTracker
 from expt.tracking.replay import Replayed, replay
 from expt.tracking.sender import Sender
+from expt.tracking.uri import PASSWORD
 
 HEADER = {"uri": "http://server", "experiment": "e", "artifact_root": None, "parent": None}
 
@@ -78,3 +80,29 @@ def test_the_state_says_where_to(tmp_path: Path, store: Any, monkeypatch: Any) -
 def test_a_broken_journal_is_passed_over(tmp_path: Path, store: Any, content: str) -> None:
     (tmp_path / "tracking.jsonl").write_text(content)
     assert replay(tmp_path).directories == ()
+
+
+def test_a_password_is_sent_and_never_written(
+    tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from expt.tracking import sender as sender_module
+
+    asked: list[str] = []
+    monkeypatch.setattr(sender_module, "MlflowStore", lambda uri: asked.append(uri) or store)
+    monkeypatch.delenv(PASSWORD, raising=False)
+    store.failures = [ConnectionError("refused")] * 100
+    tracker = MlflowTracker("http://me:word@host", "e", tmp_path, None, flush_seconds=5)
+    tracker.start("n", {}, {})
+    tracker.finish("FINISHED")
+    assert set(asked) == {"http://me:word@host"}
+    written = "".join(path.read_text() for path in tmp_path.iterdir())
+    assert "http://me:***@host" in written
+    assert "word@" not in written
+    store.failures = []
+    entry = replay(tmp_path).directories[0]
+    assert entry.left == 2
+    assert PASSWORD in str(entry.reason)
+    monkeypatch.setenv(PASSWORD, "word")
+    assert replay(tmp_path).complete
+    assert asked[-1] == "http://me:word@host"
+    assert store.opened == 1

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from expt.tracking import sender as sender_module
+from expt.tracking import artifacts
 from expt.tracking.journal import JOURNAL, STATE, Journal, State
 from expt.tracking.sender import NotReadyError, Sender, Target
 from expt.tracking.store import RefusedError, RunMissingError
@@ -174,7 +174,7 @@ def test_an_artifact_that_vanished_is_skipped(
 def test_metrics_do_not_wait_for_a_broken_artifact_store(
     tmp_path: Path, store: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sender_module, "_ARTIFACT_PAUSES_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(artifacts, "PAUSES_SECONDS", (0.0, 0.0))
     journal = Journal(tmp_path, HEADER)
     journal.append("start", {"name": "n", "parameters": {}, "tags": {}})
     journal.append("artifact", {"path": str(tmp_path / JOURNAL), "folder": ""})

@@ -13,11 +13,7 @@ from expt.tracking.store import (
     Point,
     RefusedError,
     RunMissingError,
-    absolute_uri,
-    is_server,
     reason,
-    sqlite_path,
-    without_password,
 )
 
 
@@ -141,16 +137,6 @@ def test_two_processes_may_make_one_store_and_experiment(tmp_path: Path) -> None
     assert not (tmp_path / "new" / "mlflow.db.new").exists()
 
 
-def test_uris(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert absolute_uri("sqlite:///outputs/a.db?x=1") == f"sqlite:///{tmp_path}/outputs/a.db?x=1"
-    assert absolute_uri("sqlite:////abs/a.db") == "sqlite:////abs/a.db"
-    assert absolute_uri("http://host/path") == "http://host/path"
-    assert is_server("https://host") and not is_server("sqlite:///a.db")
-    assert without_password("postgresql://me:word@host/db") == "postgresql://me:***@host/db"
-    assert without_password("http://127.0.0.1:5000/a@b") == "http://127.0.0.1:5000/a@b"
-
-
 def test_the_reason_is_the_innermost_cause_in_one_line() -> None:
     try:
         try:
@@ -161,18 +147,3 @@ def test_the_reason_is_the_innermost_cause_in_one_line() -> None:
         assert reason(error) == "[Errno 111] Connection refused"
     assert reason(ValueError("first\nsecond")) == "first"
     assert reason(ValueError()) == "ValueError"
-
-
-@pytest.mark.parametrize(
-    ("uri", "path"),
-    [
-        ("sqlite:///outputs/mlflow.db", "outputs/mlflow.db"),
-        ("sqlite:////data/mlflow.db?timeout=5", "/data/mlflow.db"),
-        ("sqlite:///:memory:", None),
-        ("postgresql://me@host/db", None),
-        ("postgresql://me@/db?host=/run/postgresql", None),
-        ("http://host:5000/?a=b", None),
-    ],
-)
-def test_only_a_sqlite_uri_names_a_file(uri: str, path: str | None) -> None:
-    assert sqlite_path(uri) == (None if path is None else Path(path))

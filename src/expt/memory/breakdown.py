@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 from expt.memory.allocator import CachingAllocator, rounded
 from expt.memory.peak_plan import CATEGORIES, Plan, Target
@@ -24,6 +24,8 @@ NOTES: Mapping[Target, tuple[str, ...]] = {
         "CUDA's autocast rules are in the trace; recurrent layers are traced without cuDNN",
     ),
 }
+STEP_PHASES = ("forward", "backward", "optimizer_step")
+"""Phases of a training step, which is what a CUDA graph captures."""
 MODULE_DEPTH = 3
 """Levels of a module's name that the breakdown by module keeps."""
 
@@ -42,13 +44,14 @@ def read(trace: StorageTrace, target: Target, seconds: float) -> Plan:
         by_category[_category(storage)] += count
         by_module[_module(storage)] += count
     corrections = dict(peak.scratch)
-    reserved = None
+    reserved = captured = None
     if target == "cuda":
         allocator = _served(trace)
         exact = sum(peak.alive.values())
         corrections["blocks not split"] = max(0, allocator.peak_allocated_bytes - exact)
         corrections["cuBLAS workspace"] = CUBLAS_WORKSPACE
         reserved = allocator.peak_reserved_bytes + CUBLAS_SEGMENT
+        captured = _captured_bytes(trace)
     by_category["workspaces"] = sum(corrections.values())
     total = sum(by_category.values())
     low, high = INTERVALS[target]
@@ -64,6 +67,7 @@ def read(trace: StorageTrace, target: Target, seconds: float) -> Plan:
         method="trace",
         seconds=seconds,
         notes=NOTES[target],
+        captured_reserved_bytes=captured,
     )
 
 
@@ -79,11 +83,29 @@ def _module(storage: Storage) -> str:
     return f"({storage.category or storage.phase})"
 
 
-def _served(trace: StorageTrace) -> CachingAllocator:
-    """Return the caching allocator after it served the trace's requests."""
+def _captured_bytes(trace: StorageTrace) -> int:
+    """Return what is reserved with the training step in a CUDA graph's private pool.
+
+    What a step makes is served from the pool, and what lives throughout or is made by evaluation
+    from outside of it; there are two cuBLAS workspaces, since captures have a stream of their own.
+    """
+    made = {
+        number
+        for number, storage in enumerate(trace.storages)
+        if storage.made and storage.phase in STEP_PHASES
+    }
+    others = set(range(len(trace.storages))) - made
+    pools = [_served(trace, chosen).peak_reserved_bytes for chosen in (made, others)]
+    return sum(pools) + 2 * CUBLAS_SEGMENT
+
+
+def _served(trace: StorageTrace, chosen: Set[int] | None = None) -> CachingAllocator:
+    """Return the caching allocator after it served the requests for all, or `chosen`, storages."""
     allocator = CachingAllocator()
     live: dict[int, int] = defaultdict(int)
     for number, change, _ in trace.events:
+        if chosen is not None and number not in chosen:
+            continue
         if live[number]:
             allocator.free(number)
         live[number] += change

@@ -1,8 +1,8 @@
 """Activation checkpointing: keep a block's inputs, compute the rest again in the backward pass.
 
-Works on any module without its cooperation: a block is an element of a `ModuleList` that holds
-no further `ModuleList`, which is where repeated layers live. The random state is kept per block,
-so that dropout draws the same numbers again (Chen et al., arXiv:1604.06174).
+Works on any module without its cooperation (`expt.memory.repeated_blocks` finds the blocks). The
+random state is kept per block, so that dropout draws the same numbers again (Chen et al.,
+arXiv:1604.06174), and running statistics are counted once.
 
 Modes: True, every block; n, every n-th block; ``"selective"``, every block, but the outputs of
 matrix products, convolutions and attention kernels are kept, so that what is computed again is
@@ -11,13 +11,14 @@ cheap (element-wise work and normalisation).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -25,6 +26,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from expt.memory.block_randomness import Pair, next_pair
+from expt.memory.repeated_blocks import repeated_blocks
 from expt.memory.techniques import Checkpointing
 from expt.memory.wrapping import layer_of, unwrap, wrap
 
@@ -81,25 +84,15 @@ def chosen_blocks(model: nn.Module, mode: Checkpointing) -> list[nn.Module]:
     return blocks[mode - 1 :: mode]
 
 
-def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the innermost elements of the model's `ModuleList`s, each once."""
-    found = {
-        id(block): block
-        for parent in model.modules()
-        if isinstance(parent, nn.ModuleList)
-        for block in parent
-        if not any(isinstance(part, nn.ModuleList) for part in block.modules())
-    }
-    return list(found.values())
-
-
 class Checkpointed:
     """The layer around one block's `forward`; see `expt.memory.wrapping`."""
 
     def __init__(self, block: nn.Module, selective: bool) -> None:
         self.selective = selective
-        # What is kept must not be written over: torch refuses a kept output that was.
-        self.in_place = [part for part in block.modules() if selective and _in_place(part)]
+        self.counting = [part for part in block.modules() if _counts(part)]
+        # What is kept must not be written over: the block's input, and what selective keeps,
+        # where torch refuses an output that was.
+        self.in_place = [part for part in block.modules() if _in_place(part)]
         for part in self.in_place:
             part.inplace = False  # type: ignore[assignment]
 
@@ -107,20 +100,71 @@ class Checkpointed:
         """Run the block; what it saves for the backward pass is computed again then."""
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        if not self.selective:
+        own = None if torch.compiler.is_compiling() else next_pair()
+        if own is not None:  # inside a capture, which lets nobody read the random state
+            # And the repetition has to draw exactly as much as the first run.
+            kwargs |= {"preserve_rng_state": False, "early_stop": False}
+        elif not self.selective and not self.counting:
             return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-        return checkpoint(
-            partial(_with_own_casts, forward),
-            *args,
-            use_reentrant=False,
-            context_fn=partial(create_selective_checkpoint_contexts, _policy),
-            **kwargs,
-        )
+        contexts = self._contexts if own is None else partial(self._contexts, own)
+        work = partial(_with_own_casts, forward) if self.selective else forward
+        return checkpoint(work, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+    def _contexts(
+        self, own: Pair | None = None
+    ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """Return what goes around the forward pass, and around computing it again."""
+        first: AbstractContextManager[Any] = nullcontext()
+        again: AbstractContextManager[Any] = nullcontext()
+        if self.selective:
+            first, again = create_selective_checkpoint_contexts(_policy)
+        if self.counting:
+            again = CountedOnce(again, self.counting)
+        if own is None:
+            return first, again
+        return _both(own[0], first), _both(own[1], again)
 
     def release(self) -> None:
         """Let the block's modules work in place again."""
         for part in self.in_place:
             part.inplace = True  # type: ignore[assignment]
+
+
+@contextmanager
+def _both(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
+    """Enter all of them, one inside the other."""
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
+
+
+class CountedOnce:
+    """Leaves running statistics alone inside, within another context; may be entered again.
+
+    A momentum of 0 leaves the averages as they are, and the normalisation uses the batch's own;
+    taking the averages away would change what autograd saves.
+    """
+
+    def __init__(self, around: AbstractContextManager[Any], parts: list[_NormBase]) -> None:
+        self._around, self._parts = around, parts
+        self._before: list[tuple[float | None, Tensor | None]] = []
+
+    def __enter__(self) -> None:
+        self._around.__enter__()
+        self._before = [(part.momentum, part.num_batches_tracked) for part in self._parts]
+        for part in self._parts:
+            part.momentum, part.num_batches_tracked = 0.0, None
+
+    def __exit__(self, *error: Any) -> None:
+        for part, before in zip(self._parts, self._before, strict=True):
+            part.momentum, part.num_batches_tracked = before
+        self._around.__exit__(*error)
+
+
+def _counts(part: nn.Module) -> TypeGuard[_NormBase]:
+    """Tell whether a module keeps averages over the batches it has seen."""
+    return isinstance(part, _NormBase) and part.track_running_stats
 
 
 def _in_place(part: nn.Module) -> bool:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import torch
 
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
+UNLIMITED = 1 << 60
+"""A limit of cgroup version 1 that is none."""
 
 
 def total_bytes(device: torch.device) -> int:
@@ -37,27 +39,40 @@ def free_bytes(device: torch.device) -> int:
     return min([host_bytes(), *_available()])
 
 
-def host_bytes() -> int:
+def host_bytes(proc: Path | None = None, cgroup: Path | None = None) -> int:
     """Return the machine's memory, or the container's limit where that is lower."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min([machine, *(limit for limit, _ in _container())])
+    limits = (limit for limit, _ in _groups(proc or PROC, cgroup or CGROUP))
+    return min([machine, *limits])
 
 
 def _available() -> Iterator[int]:
-    """Yield what the kernel and the container say is left."""
+    """Yield what the kernel and the control groups say is left."""
     with suppress(OSError, ValueError, IndexError):
         lines = (PROC / "meminfo").read_text().splitlines()
         found = {name: rest for name, _, rest in (line.partition(":") for line in lines)}
         if "MemAvailable" in found:
             yield int(found["MemAvailable"].split()[0]) * 1024
-    yield from (max(limit - used, 0) for limit, used in _container())
+    for limit, usage in _groups(PROC, CGROUP):
+        with suppress(OSError, ValueError):
+            yield max(limit - int(usage.read_text()), 0)
 
 
-def _container() -> Iterator[tuple[int, int]]:
-    """Yield (limit, used) in bytes of the control group, version 2 or 1; nothing without one."""
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
+def _groups(proc: Path, cgroup: Path) -> Iterator[tuple[int, Path]]:
+    """Yield limit in bytes and file of what is used, of every control group that has a limit.
+
+    In a container the root is its own group. Elsewhere the whole hierarchy is there, and
+    ``self/cgroup`` says where this process stands in it (control groups version 2).
+    """
+    folders = [cgroup]
+    with suppress(OSError):
+        own = (proc / "self/cgroup").read_text().strip().rpartition("::/")[2]
+        folders += [cgroup / own] if own else []
+    pairs = [(folder / "memory.max", folder / "memory.current") for folder in folders]
+    first = cgroup / "memory"
+    pairs.append((first / "memory.limit_in_bytes", first / "memory.usage_in_bytes"))
+    for limit, used in pairs:
         with suppress(OSError, ValueError):  # no such file, or "max"
-            yield int((CGROUP / limit).read_text()), int((CGROUP / used).read_text())
+            count = int(limit.read_text())
+            if 0 < count < UNLIMITED:
+                yield count, used

@@ -5,20 +5,23 @@ A gauge is cheap (tens of microseconds) and never allocates on the device.
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from expt.memory.device_memory import CGROUP, PROC, host_bytes
 from expt.memory.trend import Reading
+from expt.units import format_bytes
 
 if TYPE_CHECKING:
     import torch
 
-UNLIMITED = 1 << 60
-"""A limit of cgroup version 1 that is none."""
+log = logging.getLogger(__name__)
 
 
 class Gauge(Protocol):
@@ -74,13 +77,13 @@ class HostGauge:
 
     name = "host"
 
-    def __init__(self, proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> None:
+    def __init__(self, proc: Path = PROC, cgroup: Path = CGROUP) -> None:
         self._page_bytes = resource.getpagesize()
         self._proc = proc
         self._statm: int | None = None
         with suppress(OSError):
             self._statm = os.open(proc / "self/statm", os.O_RDONLY)
-        self.total_bytes = min(_limits(proc, cgroup))
+        self.total_bytes = host_bytes(proc, cgroup)
 
     def read(self, step: float) -> Reading:
         """Return the resident set; where the kernel does not tell, its peak so far."""
@@ -123,14 +126,27 @@ def gauge_for(device: torch.device | str | None = None) -> Gauge:
     return CudaGauge(device)
 
 
-def _limits(proc: Path, cgroup: Path) -> list[int]:
-    """Return the machine's memory, and the container's limit if it has one."""
-    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for path in (cgroup / "memory.max", cgroup / "memory/memory.limit_in_bytes"):
-        with suppress(OSError, ValueError):  # absent, or "max"
-            found.append(int(path.read_text()))
-    with suppress(OSError, ValueError, IndexError):
-        # The process's own group, where the whole hierarchy is mounted (no container).
-        own = (proc / "self/cgroup").read_text().strip().rpartition("::/")[2]
-        found.append(int((cgroup / own / "memory.max").read_text()))
-    return [count for count in found if 0 < count < UNLIMITED]
+class Alarm:
+    """Warns when a device becomes fuller than a part of it; again only after it was emptier.
+
+    Args:
+        part: of the device's memory, 0 to 1.
+        callback: also called then, with the device's name and the part in use.
+
+    """
+
+    def __init__(self, part: float, callback: Callable[[str, float], object] | None = None) -> None:
+        self._part = part
+        self._callback = callback
+        self._ringing: set[str] = set()
+
+    def hear(self, gauge: Gauge, used: float) -> None:
+        """Take note of how full a device is."""
+        if used <= self._part:
+            self._ringing.discard(gauge.name)
+        elif gauge.name not in self._ringing:
+            self._ringing.add(gauge.name)
+            total = format_bytes(gauge.total_bytes)
+            log.warning("memory of %s: %.0f %% of %s in use", gauge.name, 100 * used, total)
+            if self._callback is not None:
+                self._callback(gauge.name, used)

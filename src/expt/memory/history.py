@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from expt.memory.trend import Reading
 
@@ -53,12 +54,27 @@ class History:
         }
 
 
-def to_csv(histories: Mapping[str, Sequence[Reading]]) -> str:
-    """Return a table of several devices' readings; `expt.memory.reading` reads it back."""
+def to_csv(*parts: Mapping[str, Sequence[Reading]]) -> str:
+    """Return a table of devices' readings, of one part of a run after the other."""
     buffer = io.StringIO()
     table = csv.writer(buffer, lineterminator="\n")
     table.writerow(("step", "device", *COLUMNS))
-    for device, readings in histories.items():
+    for device, readings in (item for part in parts for item in part.items()):
         for reading in readings:
-            table.writerow((f"{reading.step:g}", device, *(getattr(reading, c) for c in COLUMNS)))
+            # Ten digits: six would make one step of many in a long run.
+            figures = (getattr(reading, column) for column in COLUMNS)
+            table.writerow((f"{reading.step:.10g}", device, *figures))
     return buffer.getvalue()
+
+
+def from_csv(text: str, until: float) -> dict[str, list[Reading]]:
+    """Return what `to_csv` wrote, by device, up to a step; a row that is damaged is left out."""
+    found: dict[str, list[Reading]] = {}
+    for row in csv.DictReader(io.StringIO(text)):
+        with suppress(KeyError, TypeError, ValueError):
+            counts = [None if row[column] == "" else int(row[column]) for column in COLUMNS]
+            allocated, reserved, other, peak, total = counts
+            reading = Reading(float(row["step"]), allocated or 0, reserved, other, peak, total)
+            if reading.step <= until:
+                found.setdefault(row["device"], []).append(reading)
+    return found

@@ -10,18 +10,15 @@
     print(manager.suggestions())
 
 Between readings `step` costs less than a microsecond; a reading is taken at most once in
-`reading_seconds`. Nothing is tidied while an exception is being handled: its traceback still
-holds the tensors, so that there would be nothing to gain; it is made up for in the next step.
+`reading_seconds`. Tidying up is `expt.memory.cleaning`.
 """
 
 from __future__ import annotations
 
-import gc
-import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from types import TracebackType
@@ -29,31 +26,18 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from expt.errors import UserError
 from expt.files import write_text
+from expt.memory.cleaning import Cleaner, Cleanup
 from expt.memory.forecast import Forecast, forecast
-from expt.memory.gauges import CudaGauge, Gauge, HostGauge, gauge_for
-from expt.memory.history import History, to_csv
+from expt.memory.gauges import Alarm, Gauge, HostGauge, gauge_for
+from expt.memory.history import History, from_csv, to_csv
 from expt.memory.suggestions import suggest
-from expt.memory.trend import Trend, judge
-from expt.units import format_bytes
+from expt.memory.trend import Reading, Trend, judge
 
 if TYPE_CHECKING:
     import torch
 
-log = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
-
-PATIENCE = 16
-"""Largest factor on `interval`, which doubles while cleaning does not help."""
-
-
-@dataclass(frozen=True)
-class Cleanup:
-    """One tidying up: when, why, and what it gave back on each device."""
-
-    step: int
-    reason: str
-    freed_bytes: dict[str, int]
 
 
 class MemoryManager:
@@ -93,7 +77,8 @@ class MemoryManager:
         monitoring: bool = True,
         gauges: Sequence[Gauge] | None = None,
     ) -> None:
-        _check(gpu_threshold, cpu_threshold, alarm, interval, reading_seconds)
+        _check_parts(gpu_threshold=gpu_threshold, cpu_threshold=cpu_threshold, alarm=alarm)
+        _check_seconds(interval=interval, reading_seconds=reading_seconds)
         _check_counts(force_cleanup_every, history)
         if gauges is None:
             own = gauge_for(device)
@@ -104,18 +89,24 @@ class MemoryManager:
             for gauge in self._gauges
         }
         self.histories = {gauge.name: History(history) for gauge in self._gauges}
-        self.cleanups: list[Cleanup] = []
         self.steps = 0
-        self.seconds = 0.0  # spent in readings and cleanups
-        self._interval, self._force_every = interval, force_cleanup_every
-        self._alarm, self._on_alarm = alarm, on_alarm
+        self._seconds = 0.0
+        self._earlier: dict[str, list[Reading]] = {}
+        self._cleaner = Cleaner(self._gauges, interval)
+        self._force_every = force_cleanup_every
+        self._alarm = Alarm(alarm, on_alarm)
         self._reading_seconds = reading_seconds if monitoring else float("inf")
-        self._callbacks: list[Callable[[], object]] = []
-        self._alarmed: set[str] = set()
-        self._pending: str | None = None
-        self._patience = 1
         self._next_reading = 0.0 if monitoring else float("inf")
-        self._next_cleanup = 0.0
+
+    @property
+    def cleanups(self) -> list[Cleanup]:
+        """Every tidying up so far."""
+        return self._cleaner.done
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in readings and cleanups."""
+        return self._seconds + self._cleaner.seconds
 
     def __enter__(self) -> MemoryManager:
         return self
@@ -135,10 +126,11 @@ class MemoryManager:
         every = self._force_every
         if every is not None and self.steps % every == 0:
             self.cleanup(f"every {every} steps")
-        if time.monotonic() < self._next_reading and self._pending is None:
+        pending = self._cleaner.pending
+        if time.monotonic() < self._next_reading and pending is None:
             return
-        if self._pending is not None and sys.exception() is None:
-            self.cleanup(self._pending)
+        if pending is not None and sys.exception() is None:
+            self.cleanup(pending)
         if time.monotonic() >= self._next_reading:
             self._read()
             self._next_reading = time.monotonic() + self._reading_seconds
@@ -156,7 +148,7 @@ class MemoryManager:
 
     def on_cleanup(self, callback: Callable[[], object]) -> Callable[[], object]:
         """Call this whenever there is tidying up, first come first; returns it (a decorator)."""
-        self._callbacks.append(callback)
+        self._cleaner.callbacks.append(callback)
         return callback
 
     def cleanup(self, reason: str = "asked for") -> Cleanup | None:
@@ -164,29 +156,7 @@ class MemoryManager:
 
         Returns None while an exception is being handled: it is put off to the next step.
         """
-        if sys.exception() is not None:
-            self._pending = reason
-            return None
-        self._pending = None
-        began = time.monotonic()
-        before = {gauge.name: gauge.read(self.steps) for gauge in self._gauges}
-        for callback in self._callbacks:
-            try:
-                callback()
-            except Exception as error:  # a cache that cannot be cleared must not end the training
-                log.warning("a cleanup callback failed: %s: %s", type(error).__name__, error)
-        gc.collect()
-        if any(isinstance(gauge, CudaGauge) for gauge in self._gauges):
-            sys.modules["torch"].cuda.empty_cache()
-        freed = {}
-        for gauge in self._gauges:
-            after, earlier = gauge.read(self.steps), before[gauge.name]
-            held = (r.reserved_bytes or r.allocated_bytes for r in (earlier, after))
-            freed[gauge.name] = next(held) - next(held)
-        done = Cleanup(self.steps, reason, freed)
-        self.cleanups.append(done)
-        self.seconds += time.monotonic() - began
-        return done
+        return self._cleaner.clean(self.steps, reason)
 
     def leak(self) -> Trend:
         """Return the verdict over the history of the first device."""
@@ -230,9 +200,20 @@ class MemoryManager:
             on_gpu=not isinstance(self._gauges[0], HostGauge),
         )
 
+    def resume(self, path: Path, step: int) -> None:
+        """Go on after a step with the file of readings that an earlier process wrote.
+
+        They stand before this process's in `write_csv`, and are in no verdict: another process
+        holds other bytes. Readings after that step, which is taken again, are left out.
+        """
+        self.steps = step
+        with suppress(OSError, UnicodeDecodeError):
+            self._earlier = from_csv(path.read_text(encoding="utf-8"), until=step)
+
     def write_csv(self, path: Path) -> None:
         """Write the readings that are kept; `task=diagnose` reads them."""
-        write_text(path, to_csv({name: one.readings for name, one in self.histories.items()}))
+        own = {name: one.readings for name, one in self.histories.items()}
+        write_text(path, to_csv(self._earlier, own))
 
     @property
     def _first(self) -> History:
@@ -245,35 +226,21 @@ class MemoryManager:
             reading = gauge.read(self.steps)
             self.histories[gauge.name].add(reading)
             used = gauge.used_fraction(reading)
-            self._warn(gauge, used)
+            self._alarm.hear(gauge, used)
             if used > self._thresholds[gauge.name]:
                 tight = f"{gauge.name} at {used:.0%}"
-        self.seconds += time.monotonic() - began
-        if tight is None:
-            self._patience = 1
-        elif began >= self._next_cleanup:
-            self.cleanup(tight)
-            self._next_cleanup = began + self._interval * self._patience
-            self._patience = min(2 * self._patience, PATIENCE)
-
-    def _warn(self, gauge: Gauge, used: float) -> None:
-        if used <= self._alarm:
-            self._alarmed.discard(gauge.name)
-        elif gauge.name not in self._alarmed:
-            self._alarmed.add(gauge.name)
-            total = format_bytes(gauge.total_bytes)
-            log.warning("memory of %s: %.0f %% of %s in use", gauge.name, 100 * used, total)
-            if self._on_alarm is not None:
-                self._on_alarm(gauge.name, used)
+        self._seconds += time.monotonic() - began
+        self._cleaner.when_tight(self.steps, tight)
 
 
-def _check(gpu: float, cpu: float, alarm: float, interval: float, reading: float) -> None:
-    for name, value in (("gpu_threshold", gpu), ("cpu_threshold", cpu), ("alarm", alarm)):
+def _check_parts(**values: float) -> None:
+    for name, value in values.items():
         if not 0 < value <= 1:
-            raise UserError(
-                f"{name}={value}: a part of the memory, above 0 and up to 1, as in 0.85"
-            )
-    for name, value in (("interval", interval), ("reading_seconds", reading)):
+            raise UserError(f"{name}={value}: a part of the memory, above 0 to 1, as in 0.85")
+
+
+def _check_seconds(**values: float) -> None:
+    for name, value in values.items():
         if not value >= 0:
             raise UserError(f"{name}={value}: seconds, 0 or more")
 

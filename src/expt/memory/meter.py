@@ -24,6 +24,7 @@ class CudaMeter:
         self.device = device
         self._allocated = 0
         self._reserved = 0
+        self._captured = 0
         torch.cuda.reset_peak_memory_stats(device)
 
     def step(self) -> AbstractContextManager[object]:
@@ -34,6 +35,11 @@ class CudaMeter:
         """Watch one evaluation batch; the allocator watches by itself."""
         return nullcontext()
 
+    def captured(self, captured: bool) -> None:
+        """Note a captured step: replays take what it took, and count as nothing allocated."""
+        self._note()
+        self._captured = torch.cuda.max_memory_allocated(self.device) if captured else 0
+
     def start_epoch(self) -> None:
         """Begin a new peak for the epoch."""
         self._note()
@@ -43,7 +49,9 @@ class CudaMeter:
         """Return this epoch's peaks, and what the allocator holds now."""
         self._note()
         return {
-            "peak_allocated_bytes": torch.cuda.max_memory_allocated(self.device),
+            "peak_allocated_bytes": max(
+                torch.cuda.max_memory_allocated(self.device), self._captured
+            ),
             "peak_reserved_bytes": torch.cuda.max_memory_reserved(self.device),
             "allocated_bytes": torch.cuda.memory_allocated(self.device),
             "reserved_bytes": torch.cuda.memory_reserved(self.device),
@@ -93,6 +101,9 @@ class LedgerMeter:
             return nullcontext()
         self._evaluations_left -= 1
         return self._watch()
+
+    def captured(self, captured: bool) -> None:
+        """Do nothing: only CUDA's work is captured."""
 
     def start_epoch(self) -> None:
         """Do nothing: the ledger watches a few steps of the run, not every epoch."""

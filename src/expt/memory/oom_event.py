@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from expt.memory.techniques import Techniques
 from expt.units import format_bytes
 
+if TYPE_CHECKING:
+    from expt.memory.attempt import Failure
+    from expt.memory.ladder import Move
+
+THRASHING = "thrashing"
 PHASES = {
     "build": "while building the model and placing the data",
     "resume": "while loading the checkpoint",
@@ -19,10 +24,13 @@ PHASES = {
     "backward": "in the backward pass",
     "optimizer_step": "in the optimizer's step",
     "evaluation": "in evaluation",
-    "thrashing": "almost: the allocator retries step after step,",
+    "capture": "while capturing the step",
+    "conclusion": "while the run was concluded",
+    THRASHING: "almost: the allocator retries step after step,",
 }
 """Words for every phase in which memory may run out."""
 RUNGS = {
+    "eager": "the captured step is given up",
     "release": "what was held ready is released",
     "one_by_one": "the optimizer steps weights one by one",
     "fused_attention": "attention is fused",
@@ -56,6 +64,40 @@ class OomEvent:
     replayed: bool = False
     evidence: list[str] = field(default_factory=list)
 
+    @classmethod
+    def of(
+        cls,
+        phase: str,
+        position: tuple[int, int],
+        failure: Failure,
+        move: Move,
+        techniques: Techniques,
+        *,
+        budget_bytes: int | None,
+        evaluation_batch_size: int | None,
+        replayed: bool,
+    ) -> OomEvent:
+        """Return the record of a failure at a position (step, epoch) and of the move made then.
+
+        `techniques` are those in force after the move.
+        """
+        step, epoch = position
+        return cls(
+            phase,
+            step,
+            epoch,
+            failure.figures.cause,
+            failure.figures.bytes_requested,
+            failure.figures.bytes_free,
+            budget_bytes,
+            move.rung,
+            [dict(vars(skipped)) for skipped in move.skipped],
+            dict(vars(techniques)),
+            evaluation_batch_size,
+            replayed,
+            [str(path) for path in failure.evidence],
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """Return the event as plain values."""
         return asdict(self)
@@ -72,7 +114,7 @@ class OomEvent:
             then = "nothing is left to try"
         else:
             then = RUNGS.get(self.rung, self.rung)
-            if self.phase != "thrashing":
+            if self.phase not in (THRASHING, "capture"):
                 then += ", and it is done again"
             then += " from the last checkpoint" if self.replayed else ""
         return f"out of memory {where} at step {self.step}{asked}: {then}"

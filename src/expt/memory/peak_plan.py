@@ -20,7 +20,9 @@ class Plan:
 
     `by_category` sums exactly to `peak_bytes`; `interval_bytes` is [low, high], where high is
     None if it is not known; `reserved_bytes` is what the caching allocator takes from the device
-    (None where there is none). `method` is "trace" for a step on fake tensors, "estimate" for
+    (None where there is none), `captured_reserved_bytes` what it takes where training steps are
+    captured as a CUDA graph, which keeps their memory to itself and gives way when memory is
+    short. `method` is "trace" for a step on fake tensors, "estimate" for
     what takes its place where that cannot be done; `notes` says what else to know.
     """
 
@@ -35,6 +37,7 @@ class Plan:
     method: Literal["trace", "estimate"]
     seconds: float
     notes: tuple[str, ...] = ()
+    captured_reserved_bytes: int | None = None
 
     @property
     def dominant(self) -> str:
@@ -45,6 +48,13 @@ class Plan:
     def demand_bytes(self) -> int:
         """What a budget has to allow: reserved bytes where an allocator is what enforces it."""
         return self.peak_bytes if self.reserved_bytes is None else self.reserved_bytes
+
+    @property
+    def demand_words(self) -> str:
+        """What `demand_bytes` counts, for a reader."""
+        if self.reserved_bytes is None:
+            return "bytes allocated to tensors"
+        return "bytes reserved by the allocator"
 
     def fits(self, budget_bytes: int | None) -> bool | None:
         """Tell whether the predicted peak is inside a budget; None if that is not known.

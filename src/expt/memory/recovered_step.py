@@ -29,7 +29,8 @@ from torch.optim import Optimizer
 
 from expt.memory.footing import Apply
 from expt.memory.oom_event import OomEvent
-from expt.memory.recovery import Limits, Recovery
+from expt.memory.recovery import Recovery
+from expt.memory.recovery_limits import Limits
 from expt.memory.techniques import Techniques
 from expt.memory.techniques import apply as apply_techniques
 

@@ -11,7 +11,7 @@ the `except` block (`expt.memory.attempt`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,34 +21,18 @@ from torch.optim import Optimizer
 
 from expt.errors import BrokenStepError, RecoveryError
 from expt.memory.attempt import Failure, Success, attempt, release
-from expt.memory.footing import MAX_RELEASES, Apply, Footing
-from expt.memory.ladder import Move, Predict, Skipped
-from expt.memory.oom_event import PHASES, OomEvent
+from expt.memory.footing import Apply, Footing
+from expt.memory.ladder import Move, Predict
+from expt.memory.oom_event import PHASES, THRASHING, OomEvent
+from expt.memory.recovery_limits import ONCE, Limits, Trouble
 from expt.memory.shortage import OomFigures, Shortage, shortage
 from expt.memory.techniques import Techniques
-from expt.memory.thrash import Thrashing
+from expt.memory.thrash import Thrashing, retries
 from expt.memory.undo import RandomState, StepUndo
 
 T = TypeVar("T")
 NOTHING = Move(None, None, ())
 RETRIES = Shortage("allocation_retries", None, None)
-
-
-@dataclass
-class Trouble:
-    """How often one piece of work failed, and was done again after no more than a release."""
-
-    failures: int = 0
-    releases: int = 0
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Whether a run may recover, and how often: in one step, and in all."""
-
-    enabled: bool = True
-    per_step: int = 12
-    per_run: int = 100
 
 
 class Recovery:
@@ -58,7 +42,7 @@ class Recovery:
         techniques: those to begin with.
         device: where the work runs.
         apply: see `expt.memory.footing.Apply`.
-        limits: see `Limits`.
+        limits: see `expt.memory.recovery_limits`.
         budget_bytes: recorded with every event.
         predict: peak in bytes with other techniques, to skip rungs that will not help.
         classify: returns the figures of a lack of memory, None for any other error.
@@ -94,11 +78,13 @@ class Recovery:
         """What is under way; a step function may say so."""
         self.position = (0, 0)
         """Optimizer step and epoch under way, for the record."""
+        self.give_way: Callable[[], bool] = lambda: False
+        """Gives back memory that only makes steps faster; returns whether there was any."""
         self._classify = classify
         self._undo: StepUndo | None = None
         self._step_trouble, self._failed_step = Trouble(), -1
         self._evaluation_trouble, self._loop_trouble = Trouble(), Trouble()
-        self._thrashing = Thrashing(self._retries) if device.type == "cuda" else None
+        self._thrashing = Thrashing(partial(retries, device)) if device.type == "cuda" else None
 
     @property
     def techniques(self) -> Techniques:
@@ -136,10 +122,7 @@ class Recovery:
             whole = self._undo.undo(self.phase)
             release(self.device)
             self._failed_step = self.position[0]
-            reason = self._forbidden(trouble)
-            move = NOTHING if reason else self.footing.down(self.phase, samples, trouble.releases)
-            trouble.releases += move.rung == "release"
-            self._record(outcome, move, reason, replayed=not whole)
+            self._go_down(outcome, trouble, samples, replayed=not whole)
             if not whole:
                 raise BrokenStepError(
                     f"{self._where()} the optimizer had written part of the weights; load the "
@@ -165,10 +148,7 @@ class Recovery:
         self.phase = "loop"
         trouble = self._loop_trouble
         trouble.failures += 1
-        reason = self._forbidden(trouble)
-        move = NOTHING if reason else self.footing.down("loop", samples, trouble.releases)
-        trouble.releases += move.rung == "release"
-        self._record(outcome, move, reason, replayed=True)
+        self._go_down(outcome, trouble, samples, replayed=True)
         raise BrokenStepError(f"{self._where()} the last checkpoint is the way back")
 
     def evaluation(self, work: Callable[[int], object], batch_size: int) -> bool:
@@ -190,16 +170,28 @@ class Recovery:
             return True
         before.restore()
         release(self.device)
-        reason = self._forbidden(trouble)
+        reason = self.limits.forbid(trouble, self.events)
         move = NOTHING
-        if size > 1 and reason is None:
+        if reason is None and self.give_way():
+            move = Move("eager", self.techniques, ())
+        elif size > 1 and reason is None:
             self.evaluation_batch_size = -(-size // 2)
             move = Move("halve_evaluation_batch", self.techniques, ())
         elif reason is None:
             single = "it is a single sample already"
-            move = self._no_more_than_release("halve_evaluation_batch", single, trouble)
+            move = trouble.release_only(self.techniques, "halve_evaluation_batch", single)
         self._record(outcome, move, reason)
         return False
+
+    def capture(self, work: Callable[[], T]) -> T | None:
+        """Do work that only makes later steps faster; None if there is no memory for it."""
+        outcome = self._attempt(work, "capture", Trouble())
+        if isinstance(outcome, Success):
+            return outcome.value
+        release(self.device)
+        self.phase = "capture"
+        self._record(outcome, Move("eager", self.techniques, ()), None)
+        return None
 
     def once_more(self, work: Callable[[], T], phase: str) -> T:
         """Do work on which no rung acts (building, loading); a second time if memory ran out.
@@ -208,17 +200,16 @@ class Recovery:
             RecoveryError: it ran out again.
 
         """
-        trouble = Trouble()
+        trouble = Trouble(releases=ONCE)  # a lack of memory here is rarely by chance
         while True:
             outcome = self._attempt(work, phase, trouble)
             if isinstance(outcome, Success):
                 return outcome.value
             release(self.device)
-            reason = self._forbidden(trouble)
+            reason = self.limits.forbid(trouble, self.events)
             move = NOTHING
             if reason is None:
-                trouble.releases += MAX_RELEASES - 1  # only once: this is rarely by chance
-                move = self._no_more_than_release("ladder", "its rungs act on steps", trouble)
+                move = trouble.release_only(self.techniques, "ladder", "its rungs act on steps")
             self._record(outcome, move, reason)
 
     def state(self) -> dict[str, Any]:
@@ -243,24 +234,19 @@ class Recovery:
         trouble.failures += isinstance(outcome, Failure)
         return outcome
 
-    def _no_more_than_release(self, rung: str, reason: str, trouble: Trouble) -> Move:
-        """Return the rung that only releases memory, if it was not taken too often."""
-        skipped = (Skipped(rung, reason),)
-        trouble.releases += 1
-        if trouble.releases > MAX_RELEASES:
-            return Move(None, None, skipped)
-        return Move("release", self.techniques, skipped)
+    def _go_down(self, failure: Failure, trouble: Trouble, samples: int, replayed: bool) -> None:
+        """Go one rung down after a step failed, and enter it; raise RecoveryError if none is."""
+        reason = self.limits.forbid(trouble, self.events)
+        move = NOTHING if reason else self._down(samples, trouble)
+        self._record(failure, move, reason, replayed)
 
-    def _forbidden(self, trouble: Trouble) -> str | None:
-        """Return why nothing may be tried, whatever there is."""
-        limits = self.limits
-        if not limits.enabled:
-            return "memory.recover=false, so nothing was tried"
-        if len(self.events) >= limits.per_run:
-            return f"that was so often in this run already: memory.max_recoveries={limits.per_run}"
-        if trouble.failures > limits.per_step:
-            return f"that was so often: memory.max_recoveries_per_step={limits.per_step}"
-        return None
+    def _down(self, samples: int, trouble: Trouble) -> Move:
+        """Give up what only makes steps faster, if there is any, or go one rung down."""
+        if self.give_way():
+            return Move("eager", self.techniques, ())
+        move = self.footing.down(self.phase, samples, trouble.releases)
+        trouble.releases += move.rung == "release"
+        return move
 
     def _record(
         self, failure: Failure, move: Move, reason: str | None, replayed: bool = False
@@ -269,19 +255,15 @@ class Recovery:
         if reason is None and move.techniques is None:
             tried = "; ".join(f"{skipped.rung}: {skipped.reason}" for skipped in move.skipped)
             reason = f"nothing is left to try ({tried})"
-        event = OomEvent(
+        event = OomEvent.of(
             self.phase,
-            *self.position,
-            failure.figures.cause,
-            failure.figures.bytes_requested,
-            failure.figures.bytes_free,
-            self.budget_bytes,
-            move.rung,
-            [dict(vars(skipped)) for skipped in move.skipped],
-            dict(vars(self.techniques)),
-            self.evaluation_batch_size,
-            replayed and reason is None,
-            [str(path) for path in failure.evidence],
+            self.position,
+            failure,
+            move,
+            self.techniques,
+            budget_bytes=self.budget_bytes,
+            evaluation_batch_size=self.evaluation_batch_size,
+            replayed=replayed and reason is None,
         )
         self.events.append(event.as_dict())
         self.on_event(event)
@@ -295,11 +277,8 @@ class Recovery:
         """Go one rung down before memory runs out, if the allocator retries all the time."""
         if self._thrashing is None or not self._thrashing.after_step():
             return
-        if self._forbidden(Trouble()) is not None:
+        if not self.limits.allow_thrashing(self.events):
             return
-        self.phase = "thrashing"
+        self.phase = THRASHING
         release(self.device)
-        self._record(Failure(RETRIES), self.footing.down(self.phase, samples, 0), None)
-
-    def _retries(self) -> int:
-        return int(torch.cuda.memory_stats(self.device).get("num_alloc_retries", 0))
+        self._record(Failure(RETRIES), self._down(samples, Trouble()), None)

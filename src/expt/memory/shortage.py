@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from expt.memory.oom import classify_oom
-from expt.units import parse_bytes
-
-_AMOUNT = r"(\d+(?:\.\d+)?\s*(?:bytes|[KMGT]iB))"
+from expt.memory.oom_figures import likely_cause, read_figures
 
 
 class OomFigures(Protocol):
@@ -44,14 +41,8 @@ def shortage(error: BaseException) -> OomFigures | None:
     if not isinstance(error, torch.OutOfMemoryError | MemoryError):
         # Libraries and the host's allocator raise what could be anything but for its words.
         return classify_oom(error) if isinstance(error, RuntimeError) else None
-    text = str(error)
-    return Shortage(
-        "unknown" if isinstance(error, MemoryError) else "full",
-        _amount(rf"[Tt]ried to allocate {_AMOUNT}", text),
-        _amount(rf"{_AMOUNT} is free", text),
-    )
-
-
-def _amount(pattern: str, text: str) -> int | None:
-    found = re.search(pattern, text)
-    return None if found is None else parse_bytes(found[1].replace(" bytes", ""))
+    figures = read_figures(str(error))
+    cause = likely_cause(figures)
+    if cause == "unknown" and not isinstance(error, MemoryError):
+        cause = "full"
+    return Shortage(cause, figures.requested_bytes, figures.free_bytes)

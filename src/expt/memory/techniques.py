@@ -105,8 +105,9 @@ def apply(model: nn.Module, techniques: Techniques) -> Applied:
 def problems(model: nn.Module, techniques: Techniques) -> list[str]:
     """Return why some of `techniques` cannot be applied to `model`, one message each."""
     from expt.memory.attention_kernel import attention_modules
-    from expt.memory.checkpointing import chosen_blocks, repeated_blocks
+    from expt.memory.checkpointing import chosen_blocks
     from expt.memory.chunking import batch_statistics
+    from expt.memory.repeated_blocks import repeated_blocks
     from expt.memory.wrapping import bare
 
     model = bare(model)
@@ -118,8 +119,9 @@ def problems(model: nn.Module, techniques: Techniques) -> list[str]:
             found.append(f"{key}: {name} has {count} blocks, so there is no such one; try true")
         else:
             found.append(
-                f"{key}: {name} has no repeated blocks (elements of a torch.nn.ModuleList) to "
-                "compute again; set it to false"
+                f"{key}: {name} has no repeated blocks to compute again; looked for: elements of "
+                "a torch.nn.ModuleList, and two or more modules of one type, with modules of their "
+                "own, in a torch.nn.Sequential; set it to false"
             )
     if techniques.attention_kernel is not None and not attention_modules(model):
         found.append(

@@ -8,11 +8,22 @@ the next larger batch ends it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 EVERY_STEPS = 10
 """Steps between two looks, since reading the allocator's statistics takes about 0.1 ms."""
 LOOKS = 3
 """Looks in a row that must each show more retries than the one before."""
+
+
+def retries(device: torch.device) -> int:
+    """Return how often the allocator of a CUDA device has had to try again."""
+    import torch
+
+    return int(torch.cuda.memory_stats(device).get("num_alloc_retries", 0))
 
 
 class Thrashing:

@@ -21,7 +21,7 @@ from optuna.study import Study
 
 from expt.errors import ConfigError, UserError
 from expt.tracking.journal import Lock
-from expt.tracking.store import absolute_uri, sqlite_path, without_password
+from expt.tracking.uri import absolute_uri, sqlite_path, without_password
 
 log = logging.getLogger(__name__)
 

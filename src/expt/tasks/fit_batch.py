@@ -25,7 +25,7 @@ from expt.construction import RunContext, Settings, build
 from expt.errors import ConfigError
 from expt.files import write_json
 from expt.fitting import Fit, fit, with_batch_size
-from expt.foresight import budget_bytes, target_of
+from expt.foresight import budget_bytes, target_of, target_remark
 from expt.memory.budget import Budget
 from expt.memory.planning import Target
 from expt.protocols import DataSet
@@ -64,6 +64,8 @@ def run(cfg: DictConfig, context: RunContext) -> FitResult:
     data: DataSet = build(settings, "data")
     target = target_of(settings.trainer, settings.memory.target)
     budget = budget_for(settings, target)
+    if (remark := target_remark(settings.trainer, settings.memory.target)) is not None:
+        print(remark)
     refusal = too_small_for_weights(budget, settings, data)
     if refusal is not None:
         raise ConfigError(refusal)

@@ -6,14 +6,14 @@ directory, and records both in the tracker. Under ``-m`` the jobs end in one tab
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig
 
 from expt.construction import RunContext, Settings, build
 from expt.files import write_json
-from expt.foresight import Saving, budget_bytes, plan_training, savings, target_of
+from expt.foresight import Saving, budget_bytes, plan_training, savings, target_of, target_remark
 from expt.memory.planning import Plan
 from expt.plan_tables import plan_table
 from expt.report import print_table
@@ -41,6 +41,8 @@ def run(cfg: DictConfig, context: RunContext) -> PlanResult:
     settings = validated(cfg, context.overridden)
     data = build(settings, "data")
     target = target_of(settings.trainer, settings.memory.target)
+    if (remark := target_remark(settings.trainer, settings.memory.target)) is not None:
+        print(remark)
     budget = budget_bytes(settings.memory.budget, target)
     planned = plan_training(settings, data, target)
     record = as_record(settings, planned, budget, savings(settings, data, planned))
@@ -66,7 +68,7 @@ def as_record(
         "preset": preset.value if preset else None,
         "budget_bytes": budget,
         "fits": planned.fits(budget),
-        "savings": [asdict(saving) for saving in found],
+        "savings": [{"change": saving.change, "peak_bytes": saving.peak_bytes} for saving in found],
     }
 
 

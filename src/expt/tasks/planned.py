@@ -13,14 +13,14 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from expt.construction import RunContext, Settings, build, techniques_of
+from expt.construction import RunContext, Settings, build, smaller_sizes, techniques_of
 from expt.errors import ConfigError, ExptError
 from expt.foresight import plan_training, savings
 from expt.memory.ladder import PLANNED_LADDER, adapt, changes
 from expt.memory.planning import Plan, Target
 from expt.memory.techniques import Techniques
 from expt.protocols import DataSet
-from expt.schema import Fallback, OnOverflow
+from expt.schema import Compile, Fallback, OnOverflow
 from expt.tasks.fallback import key
 from expt.units import format_bytes
 
@@ -65,9 +65,24 @@ def plan_before(
             then = "memory.fallback takes over if it fails" if smaller_run_wanted else "recovery"
             line += f", which is less; the run goes on all the same ({then})"
     print(line)
+    settings = _without_capture(settings, planned, budget_bytes)
     if planned.method == "estimate" or any("without values" in note for note in planned.notes):
         print("\n".join(f"note: {note}" for note in planned.notes))
     return settings, planned
+
+
+def _without_capture(settings: Settings, planned: Plan, budget_bytes: int | None) -> Settings:
+    """Leave steps eager where there is no room for a captured one besides."""
+    captured = planned.captured_reserved_bytes
+    if settings.trainer.compile is not Compile.auto or captured is None or budget_bytes is None:
+        return settings
+    if captured <= budget_bytes:
+        return settings
+    print(
+        f"trainer.compile=auto: steps stay eager, since {format_bytes(captured)} would be reserved "
+        "with a captured one; trainer.compile=graph tries all the same"
+    )
+    return replace(settings, trainer=replace(settings.trainer, compile=Compile.off))
 
 
 def with_techniques(
@@ -162,11 +177,14 @@ def _refusal(settings: Settings, data: DataSet, planned: Plan, budget_bytes: int
         f"memory.budget={settings.memory.budget} ({format_bytes(budget_bytes)}) is predicted to be "
         f"too small: the peak is {_spelled_out(planned)}"
     )
+    if planned.reserved_bytes is not None:
+        message += f", and the budget is of {planned.demand_words}"
+        message += f", which are {format_bytes(planned.demand_bytes)}"
     ways = what_fits(settings, data, planned, budget_bytes)
     if ways is not None:
         message += f". What would fit: {ways}"
     else:
-        message += ". No technique is predicted to fit; try a smaller preset (memory=minimal)"
+        message += f". No technique is predicted to fit; try {smaller_sizes(settings.memory)}"
     return (
         f"{message}; or memory.on_overflow=adapt to have it chosen, memory.on_overflow=train to "
         "try all the same"
@@ -175,9 +193,9 @@ def _refusal(settings: Settings, data: DataSet, planned: Plan, budget_bytes: int
 
 def what_fits(settings: Settings, data: DataSet, planned: Plan, budget_bytes: int) -> str | None:
     """Return the changes that are predicted to fit a budget, None if no technique is."""
-    fitting = [s for s in savings(settings, data, planned) if s.peak_bytes <= budget_bytes]
+    fitting = [s for s in savings(settings, data, planned) if s.demand_bytes <= budget_bytes]
     if fitting:
-        return " or ".join(f"{s.change} ({format_bytes(s.peak_bytes)})" for s in fitting)
+        return " or ".join(f"{s.change} ({format_bytes(s.demand_bytes)})" for s in fitting)
     found, _ = _descend(settings, data, planned.target, budget_bytes)
     return None if found is None else _spelled(settings, found)
 
@@ -194,9 +212,10 @@ def _adapted(
     found, reasons = _descend(settings, data, planned.target, budget_bytes)
     if found is None:
         raise ConfigError(
-            f"memory.budget={settings.memory.budget}: predicted peak "
-            f"{format_bytes(planned.peak_bytes)}, and nothing is left that would make it fit: "
-            f"{reasons}; try a smaller preset (memory=minimal)"
+            f"memory.budget={settings.memory.budget}: predicted to take "
+            f"{format_bytes(planned.demand_bytes)} ({planned.demand_words}), and nothing is left "
+            "that would make it fit: "
+            f"{reasons}; try {smaller_sizes(settings.memory)}"
         )
     print(f"memory.on_overflow=adapt: going on with {_spelled(settings, found)}")
     settings = replace(settings, memory=replace(settings.memory, **vars(found)))

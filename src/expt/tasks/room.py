@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
-from expt.construction import Settings, build, techniques_of
+from expt.construction import Settings, build, smaller_sizes, techniques_of
 from expt.memory.budget import Budget
 from expt.memory.evidence import collect
 from expt.memory.ladder import Predict
 from expt.memory.manager import MemoryManager
 from expt.memory.meter import CudaMeter, LedgerMeter, meter_for
-from expt.memory.recovery import Limits, Recovery
+from expt.memory.recovery import Recovery
+from expt.memory.recovery_limits import Limits
 from expt.memory.techniques import apply
 from expt.protocols import DataSet
 from expt.recording import Recorder
@@ -71,8 +72,8 @@ def too_small_for_weights(budget: Budget, settings: Settings, data: DataSet) -> 
     return (
         f"memory.budget={budget.text} is less than the weights of {name} take by "
         f"themselves: {format_bytes(weights)} ({weights} bytes). Training needs as much again "
-        "for gradients, and the optimizer's state; raise the budget, or choose a smaller "
-        "preset (memory=minimal)"
+        "for gradients, and the optimizer's state; raise the budget, or choose "
+        f"{smaller_sizes(settings.memory)}"
     )
 
 

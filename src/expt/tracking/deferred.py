@@ -15,7 +15,8 @@ from pathlib import Path
 
 from expt.tracking.mlflow import REPLAY_COMMAND, MlflowTracker
 from expt.tracking.sender import NotReadyError, Sender
-from expt.tracking.store import MlflowStore, absolute_uri, reason, without_password
+from expt.tracking.store import MlflowStore, reason
+from expt.tracking.uri import absolute_uri, without_password
 
 _logger = logging.getLogger(__name__)
 

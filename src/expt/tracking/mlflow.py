@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from expt.tracking.journal import Journal, Reader
 from expt.tracking.sender import Sender, Target
-from expt.tracking.store import absolute_uri, is_server, without_password
+from expt.tracking.uri import absolute_uri, is_server, without_password
 from expt.tracking.writer import Writer
 
 _logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class MlflowTracker:
         self._journal = Journal(
             directory,
             {
-                "uri": self._target.uri,
+                "uri": without_password(self._target.uri),
                 "experiment": experiment,
                 "artifact_root": self._target.artifact_root,
                 "parent": parent,

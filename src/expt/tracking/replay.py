@@ -12,7 +12,8 @@ from pathlib import Path
 
 from expt.tracking.journal import JOURNAL, read_header
 from expt.tracking.sender import NotReadyError, Sender
-from expt.tracking.store import reason, without_password
+from expt.tracking.store import reason
+from expt.tracking.uri import PasswordMissingError, without_password
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def _send(directory: Path, silent: dict[str, str]) -> Replayed | None:
             while sender.send_group():
                 pass
             return Replayed(directory, outstanding, 0)
-        except NotReadyError as error:
+        except (NotReadyError, PasswordMissingError) as error:
             left = sender.outstanding()
             return Replayed(directory, outstanding - left, left, str(error))
         except Exception as error:

@@ -6,12 +6,11 @@ Metrics arrive once all the same, because a store knows a point by its name, ste
 from __future__ import annotations
 
 import logging
-import os
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from expt.errors import StorageError
+from expt.tracking.artifacts import send_artifact
 from expt.tracking.journal import (
     JOURNAL,
     LOCK,
@@ -29,14 +28,10 @@ from expt.tracking.store import (
     Point,
     RefusedError,
     RunMissingError,
-    absolute_uri,
-    reason,
 )
+from expt.tracking.uri import absolute_uri, with_password, without_password
 
 _logger = logging.getLogger(__name__)
-
-_ARTIFACT_PAUSES_SECONDS = (0.5, 2.0, 0.0)
-"""The rest after each attempt to store an artifact; as many attempts as there are rests."""
 
 
 class NotReadyError(Exception):
@@ -45,7 +40,7 @@ class NotReadyError(Exception):
 
 @dataclass(frozen=True)
 class Target:
-    """Where a run goes."""
+    """Where a run goes; in what was written down, the password is hidden."""
 
     uri: str
     experiment: str
@@ -76,6 +71,7 @@ class Sender:
         self._pending: list[Line] = []
         self._store = store
         self._parent: str | None = None
+        self._uri = ""
         self._rewound = False
         self._warned: set[str] = set()
 
@@ -101,12 +97,12 @@ class Sender:
             saved.experiment if saved else header["experiment"],
             saved.artifact_root if saved else header["artifact_root"],
         )
-        if saved and (saved.uri, saved.experiment) == (target.uri, target.experiment):
-            self.state = saved
+        self._uri = target.uri
+        shown = without_password(target.uri)
+        if saved and (without_password(saved.uri), saved.experiment) == (shown, target.experiment):
+            self.state = replace(saved, uri=shown)
         else:
-            self.state = State(
-                target.uri, target.experiment, target.artifact_root, key=header["key"]
-            )
+            self.state = State(shown, target.experiment, target.artifact_root, key=header["key"])
         self._parent = header.get("parent")
         self._rewind(self.state.applied)
         self._save()
@@ -133,7 +129,7 @@ class Sender:
         if not group:
             return False
         if self._store is None:
-            self._store = MlflowStore(self._opened().uri)
+            self._store = MlflowStore(with_password(self._uri))
         try:
             self._send(self._store, group)
         except RunMissingError as error:
@@ -220,32 +216,9 @@ class Sender:
             case "tags":
                 store.tags(run_id, record["values"])
             case "artifact":
-                self._artifact(store, run_id, record)
+                send_artifact(store, run_id, record)
             case "end":
                 store.end(run_id, record["status"], record["time"])
-
-    def _artifact(self, store: MlflowStore, run_id: str, record: Record) -> None:
-        path = record["path"]
-        if not os.access(path, os.R_OK):
-            _logger.warning("an artifact is skipped: %s is gone or cannot be read", path)
-            return
-        for pause in _ARTIFACT_PAUSES_SECONDS:
-            try:
-                store.artifact(run_id, path, record["folder"])
-                return
-            except (RefusedError, RunMissingError):
-                raise
-            except Exception as error:
-                # Artifacts may live elsewhere than metrics, which must not wait for them.
-                if not store.answers(run_id):
-                    raise
-                failure = reason(error)
-            time.sleep(pause)
-        _logger.warning(
-            "the artifact %s cannot be stored (%s), it is skipped; the file stays where it is",
-            path,
-            failure,
-        )
 
     def _parent_run_id(self) -> str | None:
         if self._parent is None:
@@ -256,7 +229,8 @@ class Sender:
             if (directory / JOURNAL).exists():
                 raise NotReadyError(f"the parent run in {directory} has no id yet")
             return None
-        same = absolute_uri(parent.uri) == absolute_uri(self._opened().uri)
+        parent_uri = without_password(absolute_uri(parent.uri))
+        same = parent_uri == absolute_uri(self._opened().uri)
         return parent.run_id if same else None
 
     def _rewind(self, lines: int) -> None:

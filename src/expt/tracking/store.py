@@ -1,4 +1,4 @@
-"""What this package asks of MLflow, and MLflow's limits. The only file that imports mlflow.
+"""What this package asks of MLflow, and MLflow's limits. Only this file and `search` import mlflow.
 
 It is imported when a store is opened: the import takes 1.5 s, a new SQLite store 7 s. A metric
 that is not finite needs no care: MLflow's SQL stores mark NaN and clip the infinities.
@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import urlsplit
 
 from expt.tracking.journal import Lock
+from expt.tracking.uri import sqlite_path, without_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -63,7 +63,7 @@ class MlflowStore:
     """An open MLflow store or server. Every method raises what MLflow raises, or the two above."""
 
     def __init__(self, uri: str) -> None:
-        self._client = _connect(uri)
+        self._client = connect(uri)
 
     def open_run(
         self,
@@ -173,32 +173,6 @@ class MlflowStore:
         return str(found.experiment_id)
 
 
-def absolute_uri(uri: str) -> str:
-    """Return a SQLite URI with the path made absolute, so that a later chdir changes nothing."""
-    database = sqlite_path(uri)
-    if database is None:
-        return uri
-    _, mark, query = uri.partition("?")
-    return f"sqlite:///{database.absolute()}{mark}{query}"
-
-
-def sqlite_path(uri: str) -> Path | None:
-    """Return the database file of a ``sqlite:///`` URI, None for any other store."""
-    scheme, _, rest = uri.partition(":///")
-    path = rest.partition("?")[0]
-    return Path(path) if scheme == "sqlite" and path not in ("", ":memory:") else None
-
-
-def is_server(uri: str) -> bool:
-    """Tell whether a server, not this process, decides where artifacts go."""
-    return urlsplit(uri).scheme in ("http", "https", "databricks", "databricks-uc", "uc")
-
-
-def without_password(uri: str) -> str:
-    """Return the URI as it may be shown."""
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", uri)
-
-
 def reason(error: BaseException) -> str:
     """Say in one line why a store did not take something, from the innermost cause known."""
     cause: BaseException | None = error
@@ -211,7 +185,8 @@ def reason(error: BaseException) -> str:
     return without_password(text[0][:300]) if text else type(told).__name__
 
 
-def _connect(uri: str) -> MlflowClient:
+def connect(uri: str) -> MlflowClient:
+    """Open a store or server, making the tables of a SQLite store that is not there yet."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient

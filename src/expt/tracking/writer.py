@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from expt.tracking.sender import NotReadyError, Sender
-from expt.tracking.store import reason, without_password
+from expt.tracking.store import reason
+from expt.tracking.uri import without_password
 
 _logger = logging.getLogger(__name__)
 

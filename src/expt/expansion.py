@@ -1,0 +1,152 @@
+"""Progressive expansion (guide A): one parameter at a time, kept if it fits and does not hurt.
+
+    steps = expand(["model.num_stages=3", "data.batch_size=24"], probe, tolerance=0.01)
+
+`probe` says what a configuration did, `expand` decides. Neither trains anything here: the first
+is a function that the caller gives, so that a probe may be a process, or a table in a test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from expt.units import format_bytes
+
+Outcome = Literal[
+    "completed",
+    "over_budget",  # predicted; it was not run
+    "out_of_memory",
+    "refused",  # a mistake in the settings, seen by the probe
+    "failed",
+    "timeout",
+    "stopped",  # by the user, and not finished
+]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one configuration did; None is what is not known.
+
+    `error` is the validation metric, the lower the better; `detail` is why it did not complete.
+    """
+
+    outcome: Outcome
+    error: float | None = None
+    predicted_peak_bytes: int | None = None
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    parameters: int | None = None
+    seconds: float | None = None
+    run_dir: str | None = None
+    run_id: str | None = None
+    detail: str = ""
+
+    @property
+    def demand_bytes(self) -> int | None:
+        """What a budget had to allow: reserved bytes where an allocator reserves."""
+        return (
+            self.peak_allocated_bytes
+            if self.peak_reserved_bytes is None
+            else (self.peak_reserved_bytes)
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """One change, what it did on top of those kept before it, and what became of it.
+
+    `change` is None for the starting point; `changes` are all that the probe was run with.
+    """
+
+    number: int
+    change: str | None
+    changes: tuple[str, ...]
+    probe: Probe
+    kept: bool
+    reason: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for ``expand.json``."""
+        rest = {"number": self.number, "change": self.change, "changes": list(self.changes)}
+        return {**rest, "kept": self.kept, "reason": self.reason, **asdict(self.probe)}
+
+
+def expand(
+    changes: Sequence[str],
+    probe: Callable[[int, tuple[str, ...]], Probe],
+    tolerance: float,
+    budget_bytes: int | None = None,
+    known: Mapping[tuple[str, ...], Probe] | None = None,
+    on_step: Callable[[list[Step]], None] = lambda steps: None,
+) -> list[Step]:
+    """Try the changes in order; return a step each, the starting point first.
+
+    Ends early where the starting point itself cannot be kept, and where a probe was stopped.
+
+    Args:
+        changes: settings as on a command line.
+        probe: from a step's number and the settings on top of the starting point to what they do.
+        tolerance: by what part of the smallest error so far a step's error may exceed it.
+        budget_bytes: what a measured peak may take.
+        known: probes of an earlier part of the same expansion, which are not run again.
+        on_step: told all steps after each one.
+
+    """
+    known = known or {}
+    kept: tuple[str, ...] = ()
+    steps: list[Step] = []
+    best: float | None = None
+    for number, change in enumerate([None, *changes]):
+        tried = kept if change is None else (*kept, change)
+        found = known.get(tried) or probe(number, tried)
+        keep, reason = verdict(found, best, tolerance, budget_bytes)
+        steps.append(Step(number, change, tried, found, keep, reason))
+        on_step(steps)
+        if found.outcome == "stopped" or (change is None and not keep):
+            break
+        if keep:
+            kept = tried
+            assert found.error is not None
+            best = found.error if best is None else min(best, found.error)
+    return steps
+
+
+def verdict(
+    probe: Probe, best: float | None, tolerance: float, budget_bytes: int | None
+) -> tuple[bool, str]:
+    """Tell whether a step is kept, and why."""
+    if probe.outcome != "completed":
+        return False, probe.detail or probe.outcome.replace("_", " ")
+    demand = probe.demand_bytes
+    if budget_bytes is not None and demand is not None and demand > budget_bytes:
+        over = f"{format_bytes(demand)} is above the budget of {format_bytes(budget_bytes)}"
+        return False, f"measured: {over}"
+    if probe.error is None:
+        return False, "no validation error was measured"
+    if best is None:
+        return True, "the starting point"
+    change = probe.error / best - 1
+    if probe.error > best * (1 + tolerance):
+        return False, f"the validation error is {100 * change:.1f} % worse than the best"
+    if change > 0:
+        return True, f"fits; {100 * change:.1f} % worse than the best, which is tolerated"
+    return True, f"fits; {-100 * change:.1f} % better" if change < 0 else "fits; as good"
+
+
+def kept_changes(steps: Sequence[Step]) -> list[str]:
+    """Return the settings that were kept, the last one for each key."""
+    last = next((step.changes for step in reversed(steps) if step.kept), ())
+    by_key = {change.partition("=")[0].lstrip("+"): change for change in last}
+    return list(by_key.values())
+
+
+def stored_probe(record: Mapping[str, Any]) -> Probe:
+    """Return the probe of a step of ``expand.json``.
+
+    Raises:
+        KeyError, TypeError: it is not such a step.
+
+    """
+    return Probe(**{name: record[name] for name in Probe.__dataclass_fields__})

@@ -1,0 +1,163 @@
+"""The table of runs, once: the same columns on the console, in Markdown, CSV and the page."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from rich import box
+from rich.table import Table
+
+from expt.reporting.claims import Claim, claim_of
+from expt.reporting.names import STATES, metric_header
+from expt.reporting.records import RunRecord, short_names, varied
+from expt.units import format_bytes, format_seconds
+
+NOTHING = "–"  # noqa: RUF001 (a dash is meant)
+CONSOLE_COLUMNS = 10
+MOST_DIGITS = 7
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A table as text: column names, whether each holds figures, and the rows' cells."""
+
+    columns: tuple[str, ...]
+    numeric: tuple[bool, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def ordered(records: Sequence[RunRecord], budget_bytes: int | None) -> list[RunRecord]:
+    """Return the runs from the best that fits, then those that do not fit, then the rest."""
+
+    def rank(record: RunRecord) -> tuple[int, float, str]:
+        error = float("inf") if record.error is None else record.error
+        group = 0 if record.fits(budget_bytes) else 1 if record.error is not None else 2
+        return group, error, "" if group < 2 else record.state
+
+    return sorted(records, key=rank)
+
+
+def run_table(
+    records: Sequence[RunRecord],
+    metric: str,
+    claims: Sequence[Claim],
+    settings: Sequence[str] = (),
+) -> Cells:
+    """Return a row per run, in the order given; a column that would be empty is left out.
+
+    Args:
+        records: the rows.
+        metric: that `error` is.
+        claims: of presets, for the columns of what was claimed.
+        settings: dotted names of those that get a column.
+
+    """
+    names = [name for name in settings if name != "memory.preset"]
+    short = short_names(names)
+    said = [claim_of(record, claims) for record in records]
+    test = "" if metric == "test/mae" else "test/mae"
+    columns: list[tuple[str, bool, list[str]]] = [
+        ("run", False, [record.name for record in records]),
+        ("preset", False, [record.preset or "" for record in records]),
+        ("state", False, [STATES[record.state] for record in records]),
+        (metric_header(metric), True, [_decimal(record.error) for record in records]),
+        ("claimed", True, [claim.error if claim else "" for claim in said]),
+        (metric_header(test), True, [_decimal(r.metrics.get(test)) for r in records]),
+        ("peak claimed", True, [claim.peak if claim else "" for claim in said]),
+        ("predicted", True, [_bytes(r.predicted_peak_bytes) for r in records]),
+        ("measured", True, [_bytes(r.peak_allocated_bytes) for r in records]),
+        ("reserved", True, [_bytes(r.peak_reserved_bytes) for r in records]),
+        ("off by", True, [_percent(r.prediction_error) for r in records]),
+        ("time", True, [_time(r.seconds) for r in records]),
+        *(
+            (short[name], True, [_setting(r.settings.get(name, "")) for r in records])
+            for name in names
+        ),
+    ]
+    kept = [column for column in columns if any(column[2])]
+    return Cells(
+        tuple(name for name, _, _ in kept),
+        tuple(numeric for _, numeric, _ in kept),
+        tuple(
+            tuple(cell or NOTHING for cell in row)
+            for row in zip(*(cells for _, _, cells in kept), strict=True)
+        ),
+    )
+
+
+def console_table(cells: Cells) -> Table:
+    """Return the first columns as a table for the console."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for name, numeric in list(zip(cells.columns, cells.numeric, strict=True))[:CONSOLE_COLUMNS]:
+        table.add_column(name, justify="right" if numeric else "left", no_wrap=True)
+    for row in cells.rows:
+        table.add_row(*row[:CONSOLE_COLUMNS])
+    return table
+
+
+def as_markdown(cells: Cells) -> str:
+    """Return the table as Markdown."""
+    rule = "|" + "".join("---:|" if numeric else "---|" for numeric in cells.numeric)
+    lines = ["| " + " | ".join(cells.columns) + " |", rule]
+    lines += ["| " + " | ".join(_escaped(cell) for cell in row) + " |" for row in cells.rows]
+    return "\n".join(lines) + "\n"
+
+
+def as_csv(records: Sequence[RunRecord], metric: str) -> str:
+    """Return every run with its figures in full, and all settings that differ."""
+    settings = varied(records)
+    figures = sorted({name for record in records for name in record.metrics} - {metric})
+    fixed = [
+        "name", "trial", "state", "preset", metric, "predicted_peak_bytes", "peak_allocated_bytes",
+        "peak_reserved_bytes", "prediction_error", "budget_bytes", "seconds", "parameters",
+        "device", "precision", "meter", "started", "run_id", "run_dir", "detail",
+    ]  # fmt: skip
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*fixed, *figures, *settings])
+    for r in records:
+        at = datetime.fromtimestamp(r.started)
+        started = at.isoformat(timespec="seconds") if r.started else None
+        writer.writerow(
+            [
+                r.name, r.trial, r.state, r.preset, r.error, r.predicted_peak_bytes,
+                r.peak_allocated_bytes, r.peak_reserved_bytes, r.prediction_error, r.budget_bytes,
+                r.seconds, r.weights, r.device, r.precision, r.meter, started, r.run_id, r.run_dir,
+                r.detail,
+                *(r.metrics.get(name) for name in figures),
+                *(r.settings.get(name) for name in settings),
+            ]
+        )  # fmt: skip
+    return out.getvalue()
+
+
+def _setting(text: str) -> str:
+    """Return a number of many digits with four that count, and any other text as it is."""
+    try:
+        return f"{float(text):.4g}" if len(text) > MOST_DIGITS else text
+    except ValueError:
+        return text
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "\\|")
+
+
+def _decimal(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _bytes(count: int | None) -> str:
+    return "" if count is None else format_bytes(count)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:+.2f} %"
+
+
+def _time(seconds: float | None) -> str:
+    return "" if seconds is None else format_seconds(seconds)

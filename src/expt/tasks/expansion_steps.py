@@ -1,0 +1,76 @@
+"""Whether the steps of an expansion can be tried at all, judged before anything is run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra import compose
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from expt.errors import ConfigError, nearest
+from expt.tasks.fallback import CONFIG_NAME, key
+from expt.validation import validated
+
+NO_STEPS = ("task", "expand", "report", "tracking", "hydra", "trainer.resume")
+"""Keys, and beginnings of keys, that no step may set."""
+
+
+def step_problems(base: Sequence[str], steps: Sequence[str]) -> list[str]:
+    """Return one message per step that cannot be: unknown keys, values that are refused."""
+    if not steps:
+        return [
+            "expand.steps is empty; give the changes to try in order, in quotes, like "
+            """'expand.steps=["model.num_stages=3","data.batch_size=24"]'"""
+        ]
+    found = []
+    plain = compose(CONFIG_NAME, overrides=list(base))
+    for number, step in enumerate(steps):
+        problem = _problem(plain, base, steps[:number], step)
+        if problem is not None:
+            found.append(f"expand.steps: {step}: {problem}")
+    return found
+
+
+def _problem(
+    plain: DictConfig, base: Sequence[str], before: Sequence[str], step: str
+) -> str | None:
+    if "=" not in step:
+        return "a step is one setting, like model.num_stages=3"
+    if among(key(step), NO_STEPS):
+        return f"{key(step)} is not part of what is trained, so it is no step"
+    try:
+        cfg = compose(CONFIG_NAME, overrides=[*base, step])
+    except (HydraException, OmegaConfBaseException) as error:
+        return _unknown(plain, key(step)) or _first_line(error)
+    try:
+        validated(cfg, [key(step)])
+    except ConfigError as error:
+        try:  # it may need what comes before it
+            validated(compose(CONFIG_NAME, overrides=[*base, *before, step]), [key(step)])
+        except ConfigError:
+            return "; ".join(error.problems)
+    return None
+
+
+def _unknown(cfg: DictConfig, dotted: str) -> str | None:
+    """Say which part of a key is not there, with the nearest names; None if all of it is."""
+    node: Any = cfg
+    for part in dotted.split("."):
+        if not isinstance(node, DictConfig) or part not in node:
+            known = [str(name) for name in node] if isinstance(node, DictConfig) else []
+            return f"there is no {part!r}; {nearest(part, known)}"
+        node = node[part]
+    return None
+
+
+def among(name: str, names: Sequence[str]) -> bool:
+    """Tell whether a key is one of these, or below one of them."""
+    return any(name == own or name.startswith(f"{own}.") for own in names)
+
+
+def _first_line(error: Exception) -> str:
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    return next(iter(str(cause).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,63 @@
+"""URIs of tracking servers and databases: what kind they are, and their passwords.
+
+A password is for the process that was given it. What is written down or shown has ``***`` in its
+place, and a later process takes it from ``MLFLOW_TRACKING_PASSWORD``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+PASSWORD = "MLFLOW_TRACKING_PASSWORD"
+"""MLflow's own environment variable for the password of a server."""
+HIDDEN = "***"
+
+
+class PasswordMissingError(Exception):
+    """A URI was written down without its password, and the environment does not have it."""
+
+
+def absolute_uri(uri: str) -> str:
+    """Return a SQLite URI with the path made absolute, so that a later chdir changes nothing."""
+    database = sqlite_path(uri)
+    if database is None:
+        return uri
+    _, mark, query = uri.partition("?")
+    return f"sqlite:///{database.absolute()}{mark}{query}"
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """Return the database file of a ``sqlite:///`` URI, None for any other store."""
+    scheme, _, rest = uri.partition(":///")
+    path = rest.partition("?")[0]
+    return Path(path) if scheme == "sqlite" and path not in ("", ":memory:") else None
+
+
+def is_server(uri: str) -> bool:
+    """Tell whether a server, not this process, decides where artifacts go."""
+    return urlsplit(uri).scheme in ("http", "https", "databricks", "databricks-uc", "uc")
+
+
+def without_password(uri: str) -> str:
+    """Return the URI as it may be shown."""
+    return re.sub(r"(://[^:/@]*):[^@/]*@", rf"\1:{HIDDEN}@", uri)
+
+
+def with_password(uri: str) -> str:
+    """Return the URI as it can be connected to.
+
+    Raises:
+        PasswordMissingError: the password is hidden, and the environment does not have it.
+
+    """
+    if f":{HIDDEN}@" not in uri:
+        return uri
+    password = os.environ.get(PASSWORD)
+    if not password:
+        raise PasswordMissingError(
+            f"the password of {uri} is never written down; set {PASSWORD} and try again"
+        )
+    return uri.replace(f":{HIDDEN}@", f":{quote(password, safe='')}@")

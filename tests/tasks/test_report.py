@@ -1,0 +1,118 @@
+"""`task=report` from its command line: the page, the files, MLflow, and every mistake."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+
+import pytest
+
+REPORT = ("task=report", "hydra.run.dir=page")
+
+
+@pytest.fixture
+def grid(expt, home):
+    """Two tiny real runs, tracked in MLflow."""
+    code, _, err = expt(
+        "-m", "memory=lite,minimal", "model=stid", "debug=smoke", "trainer.progress=false",
+        "trainer.epochs=1", "hydra.sweep.dir=sweep", "tracking=mlflow",
+        f"tracking.uri=sqlite:///{home}/mlflow.db", f"tracking.artifacts={home}/artifacts",
+        small=False,
+    )  # fmt: skip
+    assert code == 0, err
+    return home
+
+
+def test_a_grid_of_real_runs(expt, grid) -> None:
+    tracking = (f"tracking.uri=sqlite:///{grid}/mlflow.db", f"tracking.artifacts={grid}/artifacts")
+    code, out, err = expt(*REPORT, "report.runs=sweep", *tracking, small=False)
+    assert code == 0, err
+    record = json.loads((grid / "page/report.json").read_text())
+    rows = list(csv.DictReader((grid / "page/runs.csv").read_text().splitlines()))
+    results = [json.loads((grid / f"sweep/{n}/result.json").read_text()) for n in (0, 1)]
+    assert record["runs"] == len(rows) == 2
+    best = min(results, key=lambda result: result["metrics"]["val/mae"])
+    assert record["best"]["error"] == best["metrics"]["val/mae"]
+    assert record["best"]["demand_bytes"] == best["memory"]["peak_allocated_bytes"]
+    assert {row["preset"] for row in rows} == {"lite", "minimal"}
+    page = (grid / "page/report.html").read_text()
+    assert page.count('src="data:image/png;base64,') == 2
+    assert not re.search(r"https?://", page)
+    assert (grid / "page/plots/trade_off.pdf").exists()
+    assert "report: " in out and "not shown: Parameter importances" in out
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{grid}/mlflow.db")
+    experiment = client.get_experiment_by_name("expt").experiment_id
+    (run,) = client.search_runs([experiment], "tags.kind = 'report'")
+    assert run.info.status == "FINISHED"
+    assert {item.path for item in client.list_artifacts(run.info.run_id)} >= {
+        "report.html",
+        "runs.csv",
+        "plots",
+    }
+
+    # The same runs by the id of their parent, and by a filter.
+    (parent,) = client.search_runs([experiment], "tags.kind = 'grid'")
+    for number, source in enumerate(
+        (
+            (f"report.runs={parent.info.run_id}",),
+            ("report.experiment=expt", "report.filter=\"tags.preset = 'lite'\""),
+        )
+    ):
+        code, _, err = expt(
+            "task=report", f"hydra.run.dir=again{number}", *source, *tracking, small=False
+        )
+        assert code == 0, err
+        again = json.loads((grid / f"again{number}/report.json").read_text())
+        assert again["runs"] == 2 - number
+        if not number:
+            assert again["best"]["error"] == pytest.approx(record["best"]["error"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("report.runs=nowhere",), "report.runs=nowhere: this folder is not there"),
+        (("report.runs='no*'",), "this glob matches no folder"),
+        (("report.runs=[]",), "report.runs is empty"),
+        (("report.runs=empty",), "there is no run in empty"),
+        ((), "report.runs=outputs: this folder is not there"),
+        (("report.runs=" + "ab" * 16,), "tracking.uri names no store"),
+        (("report.runs=[empty," + "ab" * 16 + "]",), "give one kind"),
+        (("report.runs=empty", "report.experiment=x"), "two sources"),
+        (("report.filter=x",), "report.experiment=NAME"),
+        (("report.rows=0",), "report.rows must be at least 1"),
+        (("report.budget=lots",), "report.budget=lots is not an amount of memory"),
+        (
+            ("report.experiment=x", "tracking=mlflow", "tracking.uri=http://127.0.0.1:9"),
+            "http://127.0.0.1:9 does not answer",
+        ),
+        (
+            ("report.experiment=x", "tracking=mlflow", "tracking.uri=sqlite:///no.db"),
+            "there is no tracking store",
+        ),
+    ],
+)
+def test_mistakes_are_one_message_and_leave_nothing(expt, home, arguments, words) -> None:
+    (home / "empty").mkdir()
+    code, _, err = expt(*REPORT, *arguments)
+    assert code == 2
+    assert words in err
+    assert "Traceback" not in err
+    assert not (home / "page").exists()
+
+
+def test_a_metric_that_no_run_has(expt, home) -> None:
+    run = home / "runs/a"
+    run.mkdir(parents=True)
+    (run / "launch.json").write_text("{}")
+    result = {"status": "completed", "stop_reason": "epochs", "metrics": {"val/mae": 3.0}}
+    (run / "result.json").write_text(json.dumps(result))
+    code, _, err = expt(*REPORT, "report.runs=runs", "report.metric=val/mea")
+    assert code == 2
+    assert "report.metric=val/mea: no run has it; did you mean 'val/mae'" in err
+    assert expt(*REPORT, "report.runs=runs", "report.budget=2GiB", "report.title=Mine")[0] == 0
+    assert "<h1>Mine</h1>" in (home / "page/report.html").read_text()

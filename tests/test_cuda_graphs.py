@@ -1,0 +1,62 @@
+"""What rules a capture out, with torch's check for waiting played by a stand-in."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from expt.cuda_graphs import watched
+
+
+@pytest.fixture(autouse=True)
+def modes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
+    """Note the modes that are set; there is no CUDA here to take them."""
+    seen: list[object] = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", seen.append)
+    yield seen
+
+
+def test_a_step_that_does_neither_is_fit(modes: list[object]) -> None:
+    found: list[str] = []
+    with watched(found):
+        torch.ones(2).sum()
+    assert found == []
+    assert modes == ["warn", 0]
+
+
+def test_waiting_is_told_with_its_place(modes: list[object]) -> None:
+    found: list[str] = []
+    with watched(found):
+        warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=1)
+    assert len(found) == 1
+    assert "waits for the device" in found[0]
+    assert "test_cuda_graphs.py:" in found[0]
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [random.random, lambda: np.random.rand(), lambda: torch.rand(1)],
+    ids=["random", "numpy", "torch"],
+)
+def test_random_numbers_of_the_host_are_told(draw) -> None:
+    found: list[str] = []
+    with watched(found):
+        draw()
+    assert found == ["the step draws random numbers on the host"]
+
+
+def test_other_warnings_are_given_as_ever() -> None:
+    with pytest.warns(UserWarning, match="something else"), watched([]):
+        warnings.warn("something else", stacklevel=1)
+
+
+def test_the_mode_is_set_back_after_an_error(modes: list[object]) -> None:
+    with pytest.raises(torch.OutOfMemoryError), watched([]):
+        raise torch.OutOfMemoryError
+    assert modes == ["warn", 0]
