@@ -11,6 +11,16 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[1]
 
 
+def env_of(home: Path) -> dict[str, str]:
+    """Nothing of the repository, one thread."""
+    return {
+        "PYTHONPATH": str(home / "site"),
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(home),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
 def test_the_wheel_runs_outside_the_repository(tmp_path):
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "dist")],
@@ -32,7 +42,7 @@ def test_the_wheel_runs_outside_the_repository(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", program, "+memory=minimal", "debug=smoke", "hydra.run.dir=run"],
         cwd=tmp_path / "elsewhere",
-        env={"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        env=env_of(tmp_path),
         capture_output=True,
         text=True,
         timeout=240,
@@ -57,7 +67,7 @@ def test_the_wheel_runs_outside_the_repository(tmp_path):
             "search.test_winner=false", "tracking=none",
         ],
         cwd=tmp_path / "elsewhere",
-        env={"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        env=env_of(tmp_path),
         capture_output=True,
         text=True,
         timeout=240,

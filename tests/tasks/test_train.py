@@ -296,3 +296,35 @@ def test_training_goes_on_without_the_tracking_server_and_replays(expt, home):
     assert code == 1
     assert "0 records sent" in out
     assert os.listdir(home / "outputs/run")
+
+
+def test_a_run_that_left_the_test_out_is_tested_when_that_is_wanted(expt, home):
+    lines = ("trainer.epochs=1", "hydra.run.dir=run", "trainer.resume=true")
+    code, _, err = expt(*lines, "trainer.test=false")
+    assert code == 0, err
+    untested = load_result(home / "run")
+    assert untested.metrics["val/mae"] > 0
+    assert untested.metrics["test/mae"] is None
+    code, out, err = expt(*lines, "trainer.test=false")
+    assert "already completed" in out
+    code, _, err = expt(*lines)
+    assert code == 0, err
+    tested = load_result(home / "run")
+    assert tested.metrics["test/mae"] > 0
+    assert tested.weights_sha256 == untested.weights_sha256
+    assert tested.steps == untested.steps
+    assert tested.metrics["val/mae"] == untested.metrics["val/mae"]
+    _, out, _ = expt(*lines)
+    assert "already completed" in out
+
+
+def test_a_run_is_nested_under_the_run_of_the_folder_it_names(expt, home):
+    from mlflow import MlflowClient
+
+    tracking = ("tracking=mlflow", "trainer.epochs=1")
+    assert expt(*tracking, "hydra.run.dir=parent")[0] == 0
+    assert expt(*tracking, "hydra.run.dir=child", "tracking.parent=parent")[0] == 0
+    parent, child = load_result(home / "parent"), load_result(home / "child")
+    assert child.tracking["parent_run_id"] == parent.tracking["run_id"]
+    run = MlflowClient(child.tracking["uri"]).get_run(child.tracking["run_id"])
+    assert run.data.tags["mlflow.parentRunId"] == parent.tracking["run_id"]
