@@ -26,6 +26,7 @@ from expt.errors import ConfigError
 from expt.schema import TrackingConfig
 from expt.search_config import Pruner, SearchConfig
 from expt.search_jobs import TrialJobs, base_facts, check_presets, checker, preset_values
+from expt.sweep.folder import claim
 from expt.sweep.launched import PRUNED_LATE, LauncherRunner
 from expt.sweep.plots import draw
 from expt.sweep.processes import Worker, WorkerError, prepare_server, visible_devices
@@ -105,8 +106,11 @@ def search(
     loop = Search(
         node, space, reservations, runner, jobs, records, request.folder, list(seeds), shown
     )
+    if isinstance(runner, LauncherRunner):
+        runner.beat = loop.beat
     _announce(node, space, jobs.budget_bytes, shown, request.folder)
-    records.open(_parameters(request, space, type(made).__name__, jobs.budget_bytes))
+    with reservations.locked():
+        records.open(_parameters(request, space, type(made).__name__, jobs.budget_bytes))
     status: Any = "FAILED"
     try:
         records.reconcile(study, loop.trial_folder)
@@ -123,7 +127,8 @@ def search(
         raise
     finally:
         jobs.worker.close()
-        draw(study, jobs.budget_bytes, request.folder)
+        with reservations.locked():
+            draw(study, jobs.budget_bytes, request.folder)
         summary = loop.summary()
         _conclude(summary, request, space)
         records.close(status, summary)
@@ -219,6 +224,7 @@ def _open(
             {"space": space.as_json(), "memory.budget": None if budget is None else str(budget),
              "repeats": node.repeats},
         )  # fmt: skip
+        claim(study, request.folder)
         worker = int(study.user_attrs.get(WORKERS, 0))
         study.set_user_attr(WORKERS, worker + 1)
         seed = seed_of(sampler, node.seed, worker)
@@ -269,8 +275,9 @@ def _runner(
         if node.pruner is not Pruner.none:
             name = config.hydra.runtime.choices.get("hydra/launcher")
             print(PRUNED_LATE.format(launcher=name, pruner=node.pruner.value))
-        with read_write(config), open_dict(config):
-            config.hydra.sweep.dir = str(request.folder)
+        sweep = config.hydra.sweep
+        with read_write(sweep), open_dict(sweep):
+            sweep.dir = str(request.folder)
         launcher = Plugins.instance().instantiate_launcher(
             config=config, hydra_context=hydra_context, task_function=task_function
         )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from expt.errors import SearchError
 from expt.results import RunResult
 from expt.sweep.launched import LauncherRunner
 from expt.sweep.running import Job
@@ -26,10 +29,23 @@ class Launcher:
 
     def _job(self, given):
         folder = Path(given["hydra.sweep.dir"].strip('"')) / given["hydra.sweep.subdir"]
+        if given["what"] == "unreachable":
+            raise RuntimeError("sbatch: command not found")
         if given["what"] == "refused":
             return SimpleNamespace(return_value=SimpleNamespace(exit_code=2, error="no such width"))
         if given["what"] == "crash":
             return Raising()
+        folder.mkdir(parents=True, exist_ok=True)
+        if given["what"] == "dead":
+            (folder / "expt.log").touch()
+            return None
+        if given["what"] == "slow":
+            (folder / "expt.log").touch()
+            late = RunResult("completed", "epochs")
+            late.metrics["val/mae"] = 5.0
+            self.timer = threading.Timer(0.3, late.save, [folder])
+            self.timer.start()
+            return None
         result = RunResult("completed", "epochs")
         result.metrics["val/mae"] = float(given.get("trainer.seed", 3))
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,12 +96,66 @@ def test_a_job_that_goes_wrong_costs_itself_alone(launcher, tmp_path):
 
 
 def test_what_a_lost_batch_has_written_is_not_lost(launcher, tmp_path):
-    runner = LauncherRunner(launcher, tmp_path)
+    runner = LauncherRunner(launcher, tmp_path, silent_seconds=0.0)
     done = runner.start(job(tmp_path, 0, "all_lost"))
     lost = runner.start(job(tmp_path, 1, "good"))
     runner.flush()
     assert done.poll().kind == "complete"
     assert lost.poll().kind == "killed"
+
+
+def test_what_a_lost_job_was_lost_of_is_said(launcher, tmp_path):
+    runner = LauncherRunner(launcher, tmp_path, silent_seconds=0.0)
+    lost, killer = (
+        runner.start(job(tmp_path, n, what)) for n, what in enumerate(["dead", "all_lost"])
+    )
+    runner.flush()
+    assert lost.poll().error == "lost by hydra's launcher: job 17 was killed"
+    assert killer.poll().value == 3.0
+
+
+def test_a_launcher_that_cannot_start_costs_no_trial(launcher, tmp_path):
+    runner = LauncherRunner(launcher, tmp_path)
+    trial = runner.start(job(tmp_path, 0, "unreachable"))
+    with pytest.raises(SearchError, match=r"started none of its jobs: sbatch: command not found"):
+        runner.flush()
+    assert trial.poll() is None, "nothing became of it, and it is done the next time"
+
+
+def test_a_job_that_goes_on_after_its_batch_was_given_up_is_waited_for(
+    launcher, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("expt.sweep.launched.LOOK_SECONDS", 0.01)
+    runner = LauncherRunner(launcher, tmp_path, silent_seconds=30.0)
+    slow = runner.start(job(tmp_path, 0, "slow"))
+    runner.start(job(tmp_path, 1, "all_lost"))
+    runner.flush()
+    assert slow.poll().value == 5.0
+
+
+def test_other_workers_hear_of_us_while_a_batch_runs(launcher, tmp_path, monkeypatch):
+    monkeypatch.setattr("expt.sweep.launched.BEAT_SECONDS", 0.01)
+    beats = []
+    usual = launcher.launch
+
+    def slowly(batch, initial_job_idx):
+        deadline = time.monotonic() + 10
+        while len(beats) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return usual(batch, initial_job_idx)
+
+    launcher.launch = slowly
+
+    def beat():
+        beats.append(threading.current_thread())
+        raise RuntimeError("the storage is away for a moment")
+
+    runner = LauncherRunner(launcher, tmp_path, beat=beat)
+    trial = runner.start(job(tmp_path, 0, "good"))
+    runner.flush()
+    assert len(beats) >= 2
+    assert trial.poll().kind == "complete"
+    assert not beats[0].is_alive(), "and no more afterwards"
 
 
 def test_seeds_are_launched_in_turn(launcher, tmp_path):

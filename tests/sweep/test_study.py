@@ -97,12 +97,31 @@ def test_a_server_that_is_not_there_is_one_line(home, monkeypatch):
         open_storage("postgresql://user:secret@localhost:1/db")
 
 
+def test_a_worker_that_makes_the_tables_at_the_same_time_is_no_fault(home, monkeypatch):
+    from sqlalchemy.exc import IntegrityError
+
+    said = ['relation "studies" already exists', 'duplicate key value violates "pg_type"']
+    made = object()
+
+    def make(*arguments, **settings):
+        if said:
+            raise IntegrityError("CREATE TABLE", {}, Exception(said.pop()))
+        return made
+
+    monkeypatch.setattr("expt.sweep.study.RDBStorage", make)
+    monkeypatch.setattr("expt.sweep.study.time.sleep", lambda seconds: None)
+    assert open_storage("postgresql://user@localhost/db") is made
+    said = ["duplicate key"] * 100
+    with pytest.raises(UserError, match="does not answer: duplicate key"):
+        open_storage("postgresql://user@localhost/db")
+
+
 def test_a_driver_that_is_missing_is_one_line(home, monkeypatch):
     def refuse(*arguments, **settings):
-        raise ImportError("no module named psycopg2")
+        raise ImportError("no module named psycopg")
 
     monkeypatch.setattr("expt.sweep.study.RDBStorage", refuse)
-    with pytest.raises(UserError, match="pip install psycopg2-binary"):
+    with pytest.raises(UserError, match=r"pip install 'expt\[sql\]'"):
         open_storage("postgresql://user@localhost/db")
 
 

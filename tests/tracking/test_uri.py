@@ -9,6 +9,7 @@ from expt.tracking.uri import (
     PasswordMissingError,
     absolute_uri,
     is_server,
+    sqlite_path,
     with_password,
     without_password,
 )
@@ -31,3 +32,18 @@ def test_a_hidden_password_comes_from_the_environment(monkeypatch: pytest.Monkey
         with_password("http://me:***@host")
     monkeypatch.setenv(PASSWORD, "a@b/c")
     assert with_password("http://me:***@host/x") == "http://me:a%40b%2Fc@host/x"
+
+
+@pytest.mark.parametrize(
+    ("uri", "path"),
+    [
+        ("sqlite:///outputs/mlflow.db", "outputs/mlflow.db"),
+        ("sqlite:////data/mlflow.db?timeout=5", "/data/mlflow.db"),
+        ("sqlite:///:memory:", None),
+        ("postgresql://me@host/db", None),
+        ("postgresql://me@/db?host=/run/postgresql", None),
+        ("http://host:5000/?a=b", None),
+    ],
+)
+def test_only_a_sqlite_uri_names_a_file(uri: str, path: str | None) -> None:
+    assert sqlite_path(uri) == (None if path is None else Path(path))

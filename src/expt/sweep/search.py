@@ -148,9 +148,18 @@ class Search:
 
     def summary(self) -> SweepSummary:
         """Write ``sweep.json`` and return what it says."""
-        found = summarize(self.study, self.config.n_trials, self.jobs.budget_bytes, self.storage)
-        self.records.summary(found)
+        # Under the lock: of two workers, the one that writes last must be the one that knows more.
+        with self.reservations.locked():
+            found = summarize(
+                self.study, self.config.n_trials, self.jobs.budget_bytes, self.storage
+            )
+            self.records.summary(found)
         return found
+
+    def beat(self) -> None:
+        """Say to workers on other machines that what runs is being seen to."""
+        for one in list(self.under_way):
+            self.reservations.beat(one.trial)
 
     def trial_folder(self, number: int) -> Path:
         """Return the folder of a trial."""

@@ -7,6 +7,7 @@ Storage is a URL (``sqlite:///FILE``, ``postgresql://…``, ``mysql://…``) or 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,12 @@ DATABASE_NAME = "optuna.db"
 LOCK_WAIT_SECONDS = 60
 """For a SQLite file that another process writes to."""
 CONNECT_SECONDS = 10
+ATTEMPTS = 5
+MADE_BY_ANOTHER = ("already exists", "duplicate key", "Duplicate entry")
+"""Words of PostgreSQL and MySQL for a table, or its description, that another worker just made."""
 DRIVERS = {
-    "postgresql": ("psycopg2", "psycopg2-binary"),
-    "mysql": ("MySQLdb", "pymysql, and write mysql+pymysql://"),
+    "postgresql": "'expt[sql]'",
+    "mysql": "pymysql, and write mysql+pymysql://",
 }
 NOT_A_STORAGE = (
     "search.storage={text} is neither a URL (sqlite:///FILE, postgresql://USER@HOST/NAME, "
@@ -168,9 +172,9 @@ def _open_database(url: str) -> RDBStorage:
     if backend != "sqlite":
         timeout = {"connect_timeout": CONNECT_SECONDS}
     try:
-        return RDBStorage(url, engine_kwargs={"connect_args": timeout, "pool_pre_ping": True})
+        return _made(url, {"connect_args": timeout, "pool_pre_ping": True})
     except ImportError as error:
-        _, package = DRIVERS.get(backend, ("", f"for {backend}"))
+        package = DRIVERS.get(backend, f"one for {backend}")
         raise UserError(
             f"search.storage={shown} needs a database driver that is not installed: pip install "
             f"{package}"
@@ -188,6 +192,21 @@ def _open_database(url: str) -> RDBStorage:
             f"search.storage={shown} does not answer: {_innermost(error)}; is the server running, "
             "and the address right?"
         ) from error
+
+
+def _made(url: str, engine_kwargs: dict[str, Any]) -> RDBStorage:
+    """Open a database, again if another worker was making the same tables meanwhile."""
+    from sqlalchemy.exc import DBAPIError
+
+    for attempt in range(ATTEMPTS):
+        try:
+            return RDBStorage(url, engine_kwargs=engine_kwargs)
+        except (DBAPIError, optuna.exceptions.StorageInternalError) as error:
+            said = str(getattr(error.__cause__, "orig", None) or error)
+            if attempt == ATTEMPTS - 1 or not any(words in said for words in MADE_BY_ANOTHER):
+                raise
+            time.sleep(0.2 * 2**attempt)
+    raise AssertionError
 
 
 def _hasten(storage: RDBStorage) -> None:

@@ -31,8 +31,9 @@ def absolute_uri(uri: str) -> str:
 
 def sqlite_path(uri: str) -> Path | None:
     """Return the database file of a ``sqlite:///`` URI, None for any other store."""
-    path = uri.removeprefix("sqlite:///").partition("?")[0]
-    return Path(path) if path != uri and path not in ("", ":memory:") else None
+    scheme, _, rest = uri.partition(":///")
+    path = rest.partition("?")[0]
+    return Path(path) if scheme == "sqlite" and path not in ("", ":memory:") else None
 
 
 def is_server(uri: str) -> bool:
