@@ -13,7 +13,9 @@ rates, whichever is more:
 
 from __future__ import annotations
 
+import importlib.util
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,7 +79,8 @@ def rivals(preset: str, device: str, rounds: int, steps: int, *overrides: str) -
     """Time our whole loop, a DataLoader loop and lightning's Trainer, round by round."""
     from loop_times import measure
 
-    found = measure(preset, device, rounds, steps, "data=metr_la_week", *overrides)
+    lightning = Path() if importlib.util.find_spec("pytorch_lightning") else None
+    found = measure(preset, device, rounds, steps, lightning, "data=metr_la_week", *overrides)
     batch = settings_for(f"+memory={preset}", *overrides).arguments["data"]["batch_size"]
     for name in ("ours", "bare loop", "lightning"):
         if name in found:
