@@ -103,7 +103,9 @@ def rows(plan: Plan, section: str, wanted: list[str]) -> Iterator[tuple[str, dic
             return
         try:
             row = dict(items[name]())
-        except (UserError, RuntimeError, ValueError, AssertionError) as error:
+        except (
+            UserError, RuntimeError, ValueError, AssertionError, subprocess.SubprocessError,
+        ) as error:  # fmt: skip
             if plan.smoke:
                 raise
             row = {"error": f"{type(error).__name__}: {str(error)[:500]}"}

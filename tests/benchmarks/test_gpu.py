@@ -120,6 +120,30 @@ def test_an_item_that_ends_its_process_costs_that_item_alone(
     assert record["steps"]["fatal"]["error"] == "the process ended with 9"
 
 
+def test_the_loops_are_those_of_207_sensors_with_lightning_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import loop_times
+    import rival_loops
+    from gpu_steps import rivals
+
+    asked: list[tuple[Any, ...]] = []
+
+    def measure(*given: Any) -> dict[str, Any]:
+        asked.append(given)
+        return {"ours": {"seconds_per_step": 0.5}}
+
+    monkeypatch.setattr(loop_times, "measure", measure)
+    monkeypatch.setattr(rival_loops, "LIGHTNING", tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    row = rivals("minimal", "cpu", 1, 2, "data.batch_size=3")
+    assert row["ours"]["windows_per_second"] == 6.0
+    (tmp_path / "pytorch_lightning").mkdir()
+    rivals("minimal", "cpu", 1, 2, "data.batch_size=3")
+    for found, (*_, lightning, data, batch) in zip((None, tmp_path), asked, strict=True):
+        assert (lightning, data, batch) == (found, "data=metr_la_week", "data.batch_size=3")
+
+
 def test_nothing_is_begun_when_the_minutes_are_up() -> None:
     import gpu
 
