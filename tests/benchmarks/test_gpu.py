@@ -167,6 +167,27 @@ def test_plots_are_left_out_where_there_is_no_matplotlib(monkeypatch: pytest.Mon
     gpu.measure(gpu.Plan("cpu", True, time.time() + 60), "steps", ["a"], {"steps": {}})
 
 
+def test_a_training_that_does_not_end_is_ended(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import gpu_trials
+
+    started: list[subprocess.Popen[bytes]] = []
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    popen = subprocess.Popen
+
+    def stubborn(command: list[str], **given: Any) -> subprocess.Popen[bytes]:
+        started.append(popen([sys.executable, "-c", deaf], **given))
+        return started[0]
+
+    monkeypatch.setattr(gpu_trials, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_trials, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(gpu_trials.subprocess, "Popen", stubborn)
+    with pytest.raises(subprocess.TimeoutExpired):
+        gpu_trials.accuracy("lite", "metr_la_29", 0, "cpu", 1.0)
+    assert started[0].wait(timeout=10) == -9
+
+
 def test_nothing_is_begun_when_the_minutes_are_up() -> None:
     import gpu
 
