@@ -13,9 +13,7 @@ rates, whichever is more:
 
 from __future__ import annotations
 
-import importlib.util
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,10 +76,11 @@ def step(preset: str, device: str, seconds: float, *overrides: str) -> dict[str,
 def rivals(preset: str, device: str, rounds: int, steps: int, *overrides: str) -> dict[str, Any]:
     """Time our whole loop, a DataLoader loop and lightning's Trainer, round by round."""
     from loop_times import measure
+    from rival_loops import found_lightning
 
-    lightning = Path() if importlib.util.find_spec("pytorch_lightning") else None
-    found = measure(preset, device, rounds, steps, lightning, "data=metr_la_week", *overrides)
-    batch = settings_for(f"+memory={preset}", *overrides).arguments["data"]["batch_size"]
+    given = ("data=metr_la_week", *overrides)
+    found = measure(preset, device, rounds, steps, found_lightning(), *given)
+    batch = settings_for(f"+memory={preset}", *given).arguments["data"]["batch_size"]
     for name in ("ours", "bare loop", "lightning"):
         if name in found:
             found[name]["windows_per_second"] = batch / found[name]["seconds_per_step"]
