@@ -42,7 +42,7 @@ def test_what_was_wasted_and_what_it_took() -> None:
 
 
 def test_a_stop_in_between_takes_no_time(tmp_path: Path) -> None:
-    from sweep import _row
+    from sweep_searches import _row
 
     now = time.time()
     spans = [[now - 1000, now - 900], [now - 50, now]]
@@ -51,7 +51,7 @@ def test_a_stop_in_between_takes_no_time(tmp_path: Path) -> None:
 
 
 def test_a_stock_trial_is_known_by_its_result(tmp_path: Path) -> None:
-    from sweep import _states, _stock_kind
+    from sweep_searches import _states, _stock_kind
 
     for folder, reason in (("stock_000/1", "out_of_memory"), ("stock_003/1", "epochs")):
         (tmp_path / folder).mkdir(parents=True)
