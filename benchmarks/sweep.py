@@ -150,6 +150,9 @@ def plot(record: Mapping[str, Any]) -> None:
                 minutes.append(row["at_seconds"] / 60)
             elif row["kind"] in OVER and best:
                 crosses.append((row["at_seconds"] / 60, best[-1]))
+        if best:
+            minutes.append(rows[-1]["at_seconds"] / 60)
+            best.append(best[-1])
         axes.step(minutes, best, where="post", color=color, linewidth=1.4, label=side)
         if crosses:
             axes.plot(*zip(*crosses, strict=True), "x", color=color, markersize=5,
