@@ -30,6 +30,7 @@ from gpu_tables import details, draw, tables
 from expt.files import write_json, write_text
 
 SCRATCH = ROOT / "outputs" / "benchmarks"
+OLDEST_TORCH = (2, 11)
 ANSWER = '{"item"'
 """How a line of a section's process begins that holds a row."""
 
@@ -68,7 +69,8 @@ def measure(plan: Plan, section: str, wanted: list[str], record: dict[str, Any])
             record[section][item] = stamped(row)
             print(f"{section}: {item}: {brief(row)}", flush=True)
             keep(plan, record)
-        draw(record, SCRATCH if plan.smoke else None)
+        if version("matplotlib") is not None:  # welcome, not needed
+            draw(record, SCRATCH if plan.smoke else None)
         if plan.smoke:
             return
 
@@ -103,7 +105,9 @@ def rows(plan: Plan, section: str, wanted: list[str]) -> Iterator[tuple[str, dic
             return
         try:
             row = dict(items[name]())
-        except (UserError, RuntimeError, ValueError, AssertionError) as error:
+        except (
+            UserError, RuntimeError, ValueError, AssertionError, subprocess.SubprocessError,
+        ) as error:  # fmt: skip
             if plan.smoke:
                 raise
             row = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
@@ -127,6 +131,10 @@ def check(plan: Plan) -> None:
         sys.exit(f"benchmarks/gpu.py needs {', '.join(absent)}: bring the wheels along")
     import torch
 
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+        sys.exit(f"benchmarks/gpu.py needs torch 2.11 or newer, and this is {torch.__version__}")
+    if plan.device == "cpu" and not plan.smoke:
+        sys.exit("the results are a GPU's; --device cpu goes with --smoke, which stores none")
     if plan.device == "cuda" and not torch.cuda.is_available():
         sys.exit("there is no CUDA device here; --device cpu --smoke shows that all of it works")
 

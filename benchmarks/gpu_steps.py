@@ -76,9 +76,11 @@ def step(preset: str, device: str, seconds: float, *overrides: str) -> dict[str,
 def rivals(preset: str, device: str, rounds: int, steps: int, *overrides: str) -> dict[str, Any]:
     """Time our whole loop, a DataLoader loop and lightning's Trainer, round by round."""
     from loop_times import measure
+    from rival_loops import found_lightning
 
-    found = measure(preset, device, rounds, steps, "data=metr_la_week", *overrides)
-    batch = settings_for(f"+memory={preset}", *overrides).arguments["data"]["batch_size"]
+    given = ("data=metr_la_week", *overrides)
+    found = measure(preset, device, rounds, steps, found_lightning(), *given)
+    batch = settings_for(f"+memory={preset}", *given).arguments["data"]["batch_size"]
     for name in ("ours", "bare loop", "lightning"):
         if name in found:
             found[name]["windows_per_second"] = batch / found[name]["seconds_per_step"]

@@ -53,11 +53,17 @@ def figure(record: Record, section: str, item: str, key: str) -> Any:
 
 
 def step_row(record: Record, preset: str) -> tuple[str, ...]:
+    def of(how: str, key: str) -> float | None:
+        item = f"{preset}, bf16, {how}"
+        if how != "off" and figure(record, "steps", item, "captured") is False:
+            return None  # it fell back to eager steps, and its row says why
+        found: float | None = figure(record, "steps", item, key)
+        return found
+
     def ms(how: str) -> float | None:
-        found = figure(record, "steps", f"{preset}, bf16, {how}", "seconds_per_step")
+        found = of(how, "seconds_per_step")
         return None if found is None else 1e3 * found
 
-    quick = f"{preset}, bf16, graph"
     floor = figure(record, "floors", f"{preset}, bf16", "floor_seconds")
     captured = ms("graph")
     ratio = None if floor is None or captured is None else captured / (1e3 * floor)
@@ -66,11 +72,11 @@ def step_row(record: Record, preset: str) -> tuple[str, ...]:
         number(ms("off"), "{:.2f}"),
         number(captured, "{:.2f}"),
         number(ms("compile"), "{:.2f}"),
-        number(figure(record, "steps", quick, "windows_per_second"), "{:.0f}"),
+        number(of("graph", "windows_per_second"), "{:.0f}"),
         number(None if floor is None else 1e3 * floor, "{:.2f}"),
         number(ratio, "x{:.1f}"),
-        mib(figure(record, "steps", quick, "peak_allocated_bytes")),
-        mib(figure(record, "steps", quick, "peak_reserved_bytes")),
+        mib(of("graph", "peak_allocated_bytes")),
+        mib(of("graph", "peak_reserved_bytes")),
     )
 
 
@@ -115,9 +121,9 @@ def check_rows(record: Record) -> list[tuple[str, str]]:
     for item, row in record.get("correctness", {}).items():
         distance = row.get("weights_distance")
         if distance is not None:
-            rows.append(
-                (f"{item}: distance of weights after {row['steps']} steps", f"{distance:.1e}")
-            )
+            eager = " (nothing was captured)" if row.get("captured") is False else ""
+            name = f"{item}: distance of weights after {row['steps']} steps"
+            rows.append((name, f"{distance:.1e}{eager}"))
     waits = record.get("correctness", {}).get("no waiting")
     if waits:
         told = "none" if waits.get("checked") else "not checked: no CUDA"

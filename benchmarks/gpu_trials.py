@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -67,6 +68,7 @@ def run(overrides: list[str], steps: int, budget: Budget | None) -> dict[str, An
     """Take steps, recovering where memory runs out; the peaks are those of the run."""
     device = torch.device("cuda" if "trainer.device=cuda" in overrides else "cpu")
     if device.type == "cuda":
+        gc.collect()  # the trainer before this one is in cycles, and would count in the budget
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with budget.enforce(device) if budget else nullcontext() as ledger:
@@ -112,7 +114,10 @@ def accuracy(
             process.wait(timeout=max(seconds, 1.0))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)  # it finishes the step, saves and records
-            process.wait(timeout=GRACE_SECONDS)
+            try:
+                process.wait(timeout=GRACE_SECONDS)
+            finally:
+                process.kill()  # or it would train on, beside the one that resumes it
     if process.returncode not in (0, 128 + signal.SIGTERM):
         tail = output.read_text(encoding="utf-8")[-1000:]
         raise RuntimeError(f"training {model} failed ({process.returncode}): {tail}")

@@ -7,6 +7,7 @@ logger, checkpoints, progress bar or summary.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import subprocess
 import sys
@@ -29,6 +30,8 @@ from expt.optim import schedules
 WARM_STEPS = 5
 """Steps before the clock starts; the ledger watches the first three of a run."""
 PACKAGES = ("pytorch-lightning", "torchmetrics", "tqdm")
+LIGHTNING = ROOT / "outputs" / "benchmarks" / "lightning"
+"""Where `installed_lightning` puts it."""
 
 
 class Windows(Dataset[tuple[dict[str, Tensor], Tensor]]):
@@ -190,13 +193,22 @@ def quiet() -> Iterator[None]:
     logger.setLevel(level)
 
 
+def found_lightning() -> Path | None:
+    """Return a folder that holds lightning, or None; nothing is installed."""
+    if (LIGHTNING / "pytorch_lightning").is_dir():
+        return LIGHTNING
+    found = importlib.util.find_spec("pytorch_lightning")
+    return Path(found.origin).parents[1] if found is not None and found.origin else None
+
+
 def installed_lightning() -> Path | None:
-    """Return a folder that holds lightning, or None; it is installed there if it is not yet.
+    """Return a folder that holds lightning, or None; it is installed if it is not yet.
 
     What is locked stays locked.
     """
-    folder = ROOT / "outputs" / "benchmarks" / "lightning"
-    if not (folder / "pytorch_lightning").is_dir():
+    folder = found_lightning()
+    if folder is None:
+        folder = LIGHTNING
         # Without dependencies: all others are here, and torch must not be fetched again.
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *PACKAGES]
         lock = ["--constraint", str(ROOT / "requirements.lock"), "--target", str(folder)]

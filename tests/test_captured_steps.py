@@ -306,6 +306,23 @@ def test_a_capture_that_fails_is_mended_and_changes_nothing(tmp_path):
     assert_the_same(run, eager)
 
 
+def test_a_capture_that_cannot_be_ended_says_what_broke_it_off(tmp_path):
+    run = Run(tmp_path)
+    run.net.hook = lambda: float(run.net.last.bias.detach()) if capturing() else None
+    begun = run.tape.capture
+
+    def capture(*given: Any) -> Any:
+        try:
+            return begun(*given)
+        finally:
+            if not run.tape.graphs:  # as torch's own end of a capture does
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    run.tape.capture = capture
+    run.fit()
+    assert "operation not permitted when stream is capturing" in run.said[0]
+
+
 def test_running_out_of_memory_in_a_capture_leaves_eager_steps(tmp_path):
     eager = Run(tmp_path / "eager", captured=False).fit()
     run = Run(tmp_path / "run")

@@ -117,6 +117,10 @@ subprocess.Popen([sys.executable, "-c", {child!r}], start_new_session=True).wait
     assert _gone(number)
 
 
+def test_a_signal_without_a_name_is_told_by_number() -> None:
+    assert Ended(-(signal.SIGRTMIN + 3), 1.0).because().startswith("it was ended by signal ")
+
+
 def test_a_normal_end_says_so() -> None:
     assert Ended(1, 2.0).because() == "it ended with exit code 1"
 

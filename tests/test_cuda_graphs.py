@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 
-from expt.cuda_graphs import watched
+from expt.cuda_graphs import CudaGraphs, watched
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +55,47 @@ def test_random_numbers_of_the_host_are_told(draw) -> None:
 def test_other_warnings_are_given_as_ever() -> None:
     with pytest.warns(UserWarning, match="something else"), watched([]):
         warnings.warn("something else", stacklevel=1)
+
+
+def test_what_torch_says_of_the_mode_itself_is_not_passed_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def mode(value: object) -> None:
+        warnings.warn(
+            "Synchronization debug mode is a prototype feature and does not yet detect all "
+            "synchronizing operations",
+            stacklevel=1,
+        )
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", mode)
+    found: list[str] = []
+    with warnings.catch_warnings(record=True) as heard, watched(found):
+        torch.ones(2).sum()
+    assert (found, heard) == ([], [])
+
+
+class Stream:
+    """Notes whom it waited for."""
+
+    def __init__(self, device: object = None) -> None:
+        self.waited: list[Stream] = []
+
+    def wait_stream(self, other: Stream) -> None:
+        self.waited.append(other)
+
+
+def test_a_step_that_fails_is_waited_for_before_anything_is_put_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    current = Stream()
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    graphs = CudaGraphs(torch.device("cuda:0"))
+    with pytest.raises(torch.OutOfMemoryError), graphs.warming(None):
+        raise torch.OutOfMemoryError
+    assert current.waited == [graphs._stream]
+    assert graphs._stream.waited == [current]
 
 
 def test_the_mode_is_set_back_after_an_error(modes: list[object]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from expt.expansion import Probe, expand, kept_changes, stored_probe, verdict
+from expt.expansion import Probe, expand, kept_changes, last_values, stored_probe, verdict
 
 GIB = 2**30
 STEPS = ["model.num_stages=3", "data.batch_size=24", "data.batch_size=32"]
@@ -116,3 +116,17 @@ def test_a_probe_without_an_error_is_not_kept() -> None:
         False,
         "no validation error was measured",
     )
+
+
+def test_an_error_may_be_negative_or_zero() -> None:
+    def kept(error: float, best: float) -> bool:
+        return verdict(Probe("completed", error), best, 0.01, None)[0]
+
+    assert kept(-5.0, -5.0) and kept(-5.1, -5.0) and kept(-4.96, -5.0)
+    assert not kept(-4.9, -5.0)
+    assert kept(0.0, 0.0) and not kept(0.1, 0.0)
+
+
+def test_a_key_that_was_added_is_added_with_its_last_value() -> None:
+    lines = ["+memory=lite", "+model.width=8", "model.width=16", "++a.b=1", "a.b=2", "c=1", "c=2"]
+    assert last_values(lines) == ["+memory=lite", "+model.width=16", "++a.b=2", "c=2"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from expt.loss_reading import LossReader, Reading
+from expt.loss_reading import MOST_PENDING, LossReader, Reading
 
 CPU = torch.device("cpu")
 
@@ -48,14 +48,21 @@ def test_on_the_host_an_answer_is_there_at_once() -> None:
 
 
 def test_nothing_is_waited_for_unless_asked_to(reader: LossReader, arrivals: list[Late]) -> None:
-    for step in (50, 100, 150):
+    for step in (50, 100):
         reader.ask(step, torch.tensor(float(step)), torch.tensor(1.0))
     assert reader.readings() == []
     arrivals[0].there = True
     assert [reading.step for reading in reader.readings()] == [50]
-    assert [one.waited for one in arrivals] == [0, 0, 0]
-    assert [reading.step for reading in reader.readings(wait=True)] == [100, 150]
-    assert [one.waited for one in arrivals] == [0, 1, 1]
+    assert [one.waited for one in arrivals] == [0, 0]
+    assert [reading.step for reading in reader.readings(wait=True)] == [100]
+    assert [one.waited for one in arrivals] == [0, 1]
+
+
+def test_the_host_is_never_far_ahead(reader: LossReader, arrivals: list[Late]) -> None:
+    for step in range(MOST_PENDING + 2):
+        reader.ask(step, torch.tensor(float(step)), torch.tensor(1.0))
+    assert [reading.step for reading in reader.readings()] == [0, 1]
+    assert [one.waited for one in arrivals] == [1, 1, 0, 0]
 
 
 def test_later_answers_do_not_overtake_earlier_ones(

@@ -380,7 +380,7 @@ def test_help_text(expt, capfd):
     with pytest.raises(SystemExit):
         expt("--help", small=False)
     out = capfd.readouterr().out
-    assert out.count("  python -m expt") == 9
+    assert out.count("  python -m expt") == 12
     for word in ("full", "lite", "minimal", "experiment: ", "debug: ", "-sc install=bash"):
         assert word in out
 

@@ -157,7 +157,7 @@ class CapturedSteps(Steps):
             except Exception as error:
                 if shortage(error) is not None:
                     raise
-                reason = f"{type(error).__name__}: {_first_line(error)}"
+                reason = _first_line(_first_cause(error))
         if reason is None and captured is not None:
             self._graph, self._outputs = captured
             self._on_capture(True)
@@ -211,6 +211,13 @@ class CapturedSteps(Steps):
         self._say(f"steps are not captured as a CUDA graph: {reason}")
 
 
-def _first_line(error: Exception) -> str:
+def _first_cause(error: BaseException) -> BaseException:
+    """Return what broke the capture off; that it cannot be ended is only said after that."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
+def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else ""
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"

@@ -43,7 +43,9 @@ class Ended:
         if self.exit_code == -signal.SIGKILL:
             return "it was killed (SIGKILL), perhaps by the system for lack of host memory"
         if self.exit_code < 0:
-            return f"it was ended by {signal.Signals(-self.exit_code).name}"
+            number = -self.exit_code
+            known = number in set(signal.Signals)  # real-time signals have no name of their own
+            return f"it was ended by {signal.Signals(number).name if known else f'signal {number}'}"
         return f"it ended with exit code {self.exit_code}"
 
 

@@ -24,6 +24,8 @@ from expt.memory.block_randomness import BlockRandomness, block_randomness
 
 SYNCHRONISING = "synchronizing CUDA operation"
 """What torch's warning says in ``set_sync_debug_mode("warn")``."""
+NOTICE = "Synchronization debug mode is a prototype feature"
+"""What torch says of the mode itself when it is first set, which is no business of the user's."""
 
 
 class CudaGraphs:
@@ -40,13 +42,15 @@ class CudaGraphs:
         """Run eager work on the stream of the capture; tell `found` what a capture forbids."""
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            if found is None:
-                yield
-            else:
-                with watched(found):
+        try:
+            with torch.cuda.stream(self._stream):
+                if found is None:
                     yield
-        current.wait_stream(self._stream)
+                else:
+                    with watched(found):
+                        yield
+        finally:  # what recovery puts back must not be overtaken by the step that failed
+            current.wait_stream(self._stream)
 
     def capture(self, work: Callable[[], Any], blocks: int, seed: int) -> tuple[Any, Any]:
         """Capture `work` without running it; return the graph and what `work` returned."""
@@ -129,7 +133,7 @@ def watched(found: list[str]) -> Iterator[None]:
                 f"the step waits for the device, at {warning.filename}:{warning.lineno} "
                 "(a value is read, or the host decides something)"
             )
-        else:
+        elif NOTICE not in str(warning.message):
             warnings.warn_explicit(
                 warning.message, warning.category, warning.filename, warning.lineno
             )

@@ -127,8 +127,10 @@ def verdict(
         return False, "no validation error was measured"
     if best is None:
         return True, "the starting point"
-    change = probe.error / best - 1
-    if probe.error > best * (1 + tolerance):
+    difference = probe.error - best
+    # Of the size of the best error: one that may be negative, a log-likelihood, has no other scale.
+    change = difference / (abs(best) or 1.0)
+    if difference > tolerance * abs(best):
         return False, f"the validation error is {100 * change:.1f} % worse than the best"
     if change > 0:
         return True, f"fits; {100 * change:.1f} % worse than the best, which is tolerated"
@@ -138,7 +140,18 @@ def verdict(
 def kept_changes(steps: Sequence[Step]) -> list[str]:
     """Return the settings that were kept, the last one for each key."""
     last = next((step.changes for step in reversed(steps) if step.kept), ())
-    by_key = {change.partition("=")[0].lstrip("+"): change for change in last}
+    return last_values(last)
+
+
+def last_values(lines: Sequence[str]) -> list[str]:
+    """Return the last line for each key; one that had to be added with ``+`` still is."""
+    by_key: dict[str, str] = {}
+    for line in lines:
+        name = line.partition("=")[0]
+        bare = name.lstrip("+")
+        earlier = by_key.get(bare, "").partition("=")[0]
+        added = "" if name != bare else earlier.removesuffix(bare)
+        by_key[bare] = added + line
     return list(by_key.values())
 
 

@@ -40,6 +40,10 @@ class Reading:
     finite: bool
 
 
+MOST_PENDING = 2
+"""Losses on their way before the host waits; on CUDA one is asked for every few dozen steps."""
+
+
 class LossReader:
     """Reads losses from `device`, in the order in which they were asked for."""
 
@@ -53,11 +57,15 @@ class LossReader:
         self._pending.append((step, *self._fetch(values)))
 
     def readings(self, wait: bool = False) -> list[Reading]:
-        """Return what has arrived since the last call; with `wait`, all that was asked for."""
+        """Return what has arrived since the last call; with `wait`, all that was asked for.
+
+        Waits for the oldest while more than `MOST_PENDING` are on their way, so that the host is
+        never so far ahead that a signal or a time limit is obeyed late.
+        """
         found = []
         while self._pending:
             step, copy, arrival = self._pending[0]
-            if wait:
+            if wait or len(self._pending) > MOST_PENDING:
                 arrival.synchronize()
             elif not arrival.query():
                 break

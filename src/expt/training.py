@@ -81,7 +81,7 @@ class Trainer:
         self.recovery.attach(self.model, self.optimizer, self._scaler)
         self.steps = steps_for(
             self.settings.compile,
-            lambda indices: self.train_step(indices),
+            self._eager_step,
             self.model,
             self.optimizer,
             self.recovery,
@@ -141,6 +141,10 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total, weight
+
+    def _eager_step(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        # No closure: a frame that is cleared after an error keeps its function, and so the model.
+        return self.train_step(indices)
 
     def _epoch_or_replay(self) -> StopReason | None:
         """Run the rest of the epoch, or go back to the last checkpoint if a step was broken."""

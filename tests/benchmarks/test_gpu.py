@@ -50,9 +50,9 @@ def test_tables_of_nothing_say_that_nothing_was_measured() -> None:
 
 
 def test_tables_hold_the_figures_and_name_what_is_absent() -> None:
-    from gpu_tables import accuracy_rows, loop_row, step_row
+    from gpu_tables import accuracy_rows, check_rows, loop_row, step_row
 
-    record = {
+    record: dict[str, Any] = {
         "steps": {
             "lite, bf16, off": {"seconds_per_step": 0.008},
             "lite, bf16, graph": {
@@ -74,6 +74,10 @@ def test_tables_hold_the_figures_and_name_what_is_absent() -> None:
     assert loop_row(record, "lite") == (
         "lite", "8000", "2000", "not installed", "x4.0", "not measured",
     )  # fmt: skip
+    record["steps"]["lite, bf16, graph"]["captured"] = False  # it fell back to eager steps
+    assert step_row(record, "lite")[2:] == ("not measured",) * 3 + ("1.00", *("not measured",) * 3)
+    equal = {"weights_distance": 0.0, "steps": 200, "captured": False}
+    assert "nothing was captured" in check_rows({"correctness": {"graph, fp32": equal}})[0][1]
     unfinished = {"model": "lite", "data": "metr_la_29", "done": False}
     assert "not measured" in accuracy_rows({"accuracy": {"a": unfinished}})[0]
 
@@ -118,6 +122,70 @@ def test_an_item_that_ends_its_process_costs_that_item_alone(
     gpu.measure(plan, "steps", ["one", "fatal", "two"], record)
     assert record["steps"]["one"]["figure"] == record["steps"]["two"]["figure"] == 1
     assert record["steps"]["fatal"]["error"] == "the process ended with 9"
+
+
+def test_the_loops_are_those_of_207_sensors_with_lightning_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import loop_times
+    import rival_loops
+    from gpu_steps import rivals
+
+    asked: list[tuple[Any, ...]] = []
+
+    def measure(*given: Any) -> dict[str, Any]:
+        asked.append(given)
+        return {"ours": {"seconds_per_step": 0.5}}
+
+    monkeypatch.setattr(loop_times, "measure", measure)
+    monkeypatch.setattr(rival_loops, "LIGHTNING", tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    row = rivals("minimal", "cpu", 1, 2, "data.batch_size=3")
+    assert row["ours"]["windows_per_second"] == 6.0
+    (tmp_path / "pytorch_lightning").mkdir()
+    rivals("minimal", "cpu", 1, 2, "data.batch_size=3")
+    for found, (*_, lightning, data, batch) in zip((None, tmp_path), asked, strict=True):
+        assert (lightning, data, batch) == (found, "data=metr_la_week", "data.batch_size=3")
+
+
+def test_figures_of_a_cpu_are_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu
+
+    monkeypatch.setattr(gpu, "store", lambda *given: pytest.fail("stored"))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--minutes", "0.001"])
+    with pytest.raises(SystemExit, match="--smoke"):
+        gpu.main()
+
+
+def test_plots_are_left_out_where_there_is_no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu
+
+    monkeypatch.setattr(gpu, "version", lambda name: None)
+    monkeypatch.setattr(gpu, "keep", lambda plan, record: None)
+    monkeypatch.setattr(gpu, "draw", lambda record, folder: pytest.fail("drew"))
+    monkeypatch.setattr(gpu, "rows", lambda plan, section, wanted: [(name, {}) for name in "a"])
+    gpu.measure(gpu.Plan("cpu", True, time.time() + 60), "steps", ["a"], {"steps": {}})
+
+
+def test_a_training_that_does_not_end_is_ended(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import gpu_trials
+
+    started: list[subprocess.Popen[bytes]] = []
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    popen = subprocess.Popen
+
+    def stubborn(command: list[str], **given: Any) -> subprocess.Popen[bytes]:
+        started.append(popen([sys.executable, "-c", deaf], **given))
+        return started[0]
+
+    monkeypatch.setattr(gpu_trials, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_trials, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(gpu_trials.subprocess, "Popen", stubborn)
+    with pytest.raises(subprocess.TimeoutExpired):
+        gpu_trials.accuracy("lite", "metr_la_29", 0, "cpu", 1.0)
+    assert started[0].wait(timeout=10) == -9
 
 
 def test_nothing_is_begun_when_the_minutes_are_up() -> None:

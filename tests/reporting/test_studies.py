@@ -63,6 +63,11 @@ def test_trials_are_joined_with_their_runs(swept) -> None:
     assert runs.parameters[1] == {"model.dropout": 0.1, "data.batch_size": 32}
 
 
+def test_another_metric_than_the_search_minimised_is_the_runs_own(swept) -> None:
+    trained = runs_in_folders([str(swept)], "test/mae").records[0]
+    assert trained.error == pytest.approx(4.1), "3.9 is what the study was told: val/mae"
+
+
 def test_runs_from_elsewhere_stay(swept, tmp_path, put_run) -> None:
     put_run(tmp_path / "alone", 2.0, started=1.0)
     runs = runs_in_folders([str(swept), str(tmp_path / "alone")], "val/mae")

@@ -203,6 +203,55 @@ def test_mistakes_are_one_message_and_leave_nothing(expt, home, quick, arguments
     assert quick.lines == []
 
 
+MY_LAB = """
+from torch import nn
+
+
+class MyNet(nn.Module):
+    def __init__(self, num_sensors: int, input_steps: int, horizon: int, width: int = 8):
+        super().__init__()
+        self.layer = nn.Linear(input_steps, horizon)
+
+    def forward(self, speed, observed, time_of_day, day_of_week):
+        return self.layer(speed.transpose(1, 2)).transpose(1, 2)
+"""
+
+
+def test_a_model_of_ones_own_without_a_file(expt, home, quick, monkeypatch) -> None:
+    (home / "my_lab.py").write_text(MY_LAB)
+    monkeypatch.syspath_prepend(str(home))
+    quick.errors |= {"model.width=16": 4.0}
+    code, _, err = expt(
+        "task=expand", "model._target_=my_lab.MyNet", "+model.width=4", "trainer.device=cpu",
+        "hydra.run.dir=run", "expand.steps=['model.width=16']",
+    )  # fmt: skip
+    assert code == 0, err
+    assert [step["kept"] for step in written(home)["steps"]] == [True, True]
+    assert " +model.width=16" in written(home)["command"], "as it was added"
+
+
+def test_the_command_names_ones_own_yaml_files(expt, home, quick) -> None:
+    (home / "conf/model").mkdir(parents=True)
+    (home / "conf/model/mine.yaml").write_text("_target_: expt.models.stid.STID\n")
+    code, _, err = expt(
+        f"--config-dir={home}/conf", "task=expand", "model=mine", "hydra.run.dir=run",
+        "trainer.device=cpu", "expand.steps=['data.batch_size=8']",
+    )  # fmt: skip
+    assert code == 0, err
+    assert written(home)["command"].startswith(f"python -m expt --config-dir={home}/conf ")
+
+
+def test_steps_that_contradict_each_other_cost_the_later_one(expt, home, quick) -> None:
+    quick.errors = {"start": 5.0, "+optimizer.amsgrad=true": 4.0}
+    steps = "expand.steps=['+optimizer.amsgrad=true','+optimizer.amsgrad=false']"
+    code, _, err = expt(*STID, steps)
+    assert code == 0, err
+    start, first, second = written(home)["steps"]
+    assert start["kept"] and first["kept"]
+    assert (second["outcome"], second["kept"]) == ("refused", False)
+    assert "Could not append" in second["reason"]
+
+
 def test_a_folder_with_an_expansion_is_not_overwritten(expt, home, quick) -> None:
     assert expt(*STID, STEPS)[0] == 0
     before = (home / "run/expand.json").read_text()

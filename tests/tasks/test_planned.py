@@ -177,6 +177,30 @@ def test_the_plans_line_about_the_users_own_error(expt, home, capfd) -> None:
     assert "failed while attempting to run meta" not in said.err
 
 
+def test_a_plan_that_was_made_before_is_not_made_again(expt, home, monkeypatch) -> None:
+    from expt.tasks import planned
+
+    assert expt(*RUN, "hydra.run.dir=first", small=False)[0] == 0
+    stored = json.loads((home / "first/plan.json").read_text())
+
+    def again(*arguments: Any, **settings: Any) -> None:
+        raise AssertionError("it was planned again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(planned, "plan_training", again)
+        code, _, err = expt(
+            *RUN, "hydra.run.dir=second", "memory.plan_file=first/plan.json", small=False
+        )
+    assert code == 0, err
+    result = load_result(home / "second")
+    assert result.memory["predicted_peak_bytes"] == stored["peak_bytes"]
+    assert json.loads((home / "second/plan.json").read_text()) == stored
+    (home / "first/plan.json").write_text('{"peak_bytes": 5}')
+    code, _, _ = expt(*RUN, "hydra.run.dir=third", "memory.plan_file=first/plan.json", small=False)
+    assert code == 0
+    assert load_result(home / "third").memory["predicted_peak_bytes"] == stored["peak_bytes"]
+
+
 def test_steps_stay_eager_where_a_captured_one_is_predicted_not_to_fit(capsys) -> None:
     from expt.construction import Settings
     from expt.memory.peak_plan import Plan
@@ -209,27 +233,3 @@ def test_what_would_fit_is_told_by_what_the_budget_counts(composed, monkeypatch)
     assert "bytes reserved by the allocator, which are 20.0 MiB" in message
     assert "What would fit: enough=true (9.0 MiB)" in message
     assert "too=much" not in message
-
-
-def test_a_plan_that_was_made_before_is_not_made_again(expt, home, monkeypatch) -> None:
-    from expt.tasks import planned
-
-    assert expt(*RUN, "hydra.run.dir=first", small=False)[0] == 0
-    stored = json.loads((home / "first/plan.json").read_text())
-
-    def again(*arguments: Any, **settings: Any) -> None:
-        raise AssertionError("it was planned again")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(planned, "plan_training", again)
-        code, _, err = expt(
-            *RUN, "hydra.run.dir=second", "memory.plan_file=first/plan.json", small=False
-        )
-    assert code == 0, err
-    result = load_result(home / "second")
-    assert result.memory["predicted_peak_bytes"] == stored["peak_bytes"]
-    assert json.loads((home / "second/plan.json").read_text()) == stored
-    (home / "first/plan.json").write_text('{"peak_bytes": 5}')
-    code, _, _ = expt(*RUN, "hydra.run.dir=third", "memory.plan_file=first/plan.json", small=False)
-    assert code == 0
-    assert load_result(home / "third").memory["predicted_peak_bytes"] == stored["peak_bytes"]

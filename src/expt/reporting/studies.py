@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expt.reporting.records import KIND_STATES, RunRecord, RunSet
+from expt.search_config import MAE
 from expt.sweep.summary import FILE_NAME, SweepSummary
 from expt.sweep.trials import KIND
 
@@ -109,7 +110,9 @@ def _record(
     settings = {name: str(value) for name, value in trial.params.items()}
     base = run or RunRecord(f"trial {trial.number}", "unfinished", settings=settings)
     state = KIND_STATES.get(str(kind), "unfinished")
-    error = trial.values[0] if trial.values else base.error
+    error = base.metrics.get(metric)
+    if metric == MAE and trial.values:  # what the study was told: with repeats, the mean of seeds
+        error = trial.values[0]
     peak = attributes.get("peak_bytes")
     return replace(
         base,

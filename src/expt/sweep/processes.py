@@ -9,6 +9,7 @@ process that asked for it is gone.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -230,6 +231,7 @@ def _serve(pipe: connection.Connection[Any, Any]) -> None:
 
 def _become_independent() -> None:
     """Lead a session, and end with the process that asked for this one."""
+    gc.freeze()  # what the server imported is never garbage: every collection is spared it
     os.setsid()
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from expt.construction import RunContext, Settings, build
 from expt.errors import ConfigError
 from expt.expand_config import ExpandConfig
-from expt.expansion import Probe, Step, expand, kept_changes, stored_probe
+from expt.expansion import Probe, Step, expand, kept_changes, last_values, stored_probe
 from expt.files import write_json, write_text
 from expt.interruption import Interruption, Stopped
 from expt.memory.budget import Budget
@@ -175,9 +175,10 @@ class Record:
         kept = kept_changes(steps)
         command = None
         if any(step.kept for step in steps):
-            replaced = {key(change) for change in kept}
-            base = [line for line in self._prober.base if key(line) not in replaced]
-            command = shlex.join(["python", "-m", "expt", *base, *kept])
+            own = self._context.launch.get("config_dir")
+            folder = [f"--config-dir={own}"] if own else []
+            lines = last_values([*self._prober.base, *kept])
+            command = shlex.join(["python", "-m", "expt", *folder, *lines])
         return {
             "finished": finished,
             "command": command,

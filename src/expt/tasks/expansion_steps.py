@@ -46,10 +46,11 @@ def _problem(
     except (HydraException, OmegaConfBaseException) as error:
         return _unknown(plain, key(step)) or _first_line(error)
     try:
-        validated(cfg, [key(step)])
+        validated(cfg, [key(line) for line in (*base, step)])
     except ConfigError as error:
         try:  # it may need what comes before it
-            validated(compose(CONFIG_NAME, overrides=[*base, *before, step]), [key(step)])
+            lines = [*base, *before, step]
+            validated(compose(CONFIG_NAME, overrides=lines), [key(line) for line in lines])
         except ConfigError:
             return "; ".join(error.problems)
     return None

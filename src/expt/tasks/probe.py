@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from hydra import compose
 from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
 from expt.child_process import Ended, run_apart
 from expt.construction import RunContext, Settings, build
@@ -27,7 +29,7 @@ from expt.memory.planning import Plan, Target
 from expt.reporting.folders import state_of
 from expt.results import RunResult, load_launch, load_result
 from expt.schema import Device, TrainerConfig
-from expt.tasks.fallback import CONFIG_NAME
+from expt.tasks.fallback import CONFIG_NAME, key
 from expt.tracking.journal import is_closed
 from expt.tracking.opening import open_tracker
 from expt.units import format_bytes
@@ -89,8 +91,8 @@ class Prober:
         """Predict, and run what is predicted to fit."""
         try:
             planned = self._plan(changes)
-        except ExptError as error:
-            return Probe("refused", detail=str(error))
+        except (ExptError, HydraException, OmegaConfBaseException) as error:
+            return Probe("refused", detail=" ".join(str(error).split()))
         peak = planned.peak_bytes if planned else None
         if planned and self.budget_bytes is not None and planned.demand_bytes > self.budget_bytes:
             return Probe(
@@ -114,7 +116,9 @@ class Prober:
 
     def _plan(self, changes: Sequence[str]) -> Plan | None:
         """Return what is predicted, None where that cannot be done."""
-        settings = validated(compose(CONFIG_NAME, overrides=self.lines(changes)))
+        lines = self.lines(changes)
+        given = [key(line) for line in lines]
+        settings = validated(compose(CONFIG_NAME, overrides=lines), given)
         if not settings.memory.plan:
             return None
         try:
