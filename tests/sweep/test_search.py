@@ -400,3 +400,17 @@ def test_ten_thousand_trials_do_not_slow_a_suggestion_beyond_optunas_own_time(ma
     search.reservations.next()
     ours = time.perf_counter() - started
     assert ours < 2 * optunas + 0.25, (ours, optunas)
+
+
+def test_a_copy_that_waits_is_seen_to_like_a_trial_that_runs(make, monkeypatch):
+    """Or a worker on another machine takes it for an orphan, and both tell it."""
+    search = make(fine, n_trials=3, n_jobs=2)
+    point = {"x": 0.25, "width": 8}
+    search.study.enqueue_trial(point)
+    search.study.enqueue_trial(point)
+    beaten = []
+    beat = search.reservations.beat
+    search.reservations.beat = lambda trial: (beaten.append(trial.number), beat(trial))
+    monkeypatch.setattr("expt.sweep.search.BEAT_SECONDS", 0.0)
+    search.run()
+    assert {0, 1} <= set(beaten)

@@ -75,7 +75,6 @@ class UnderWay:
     job: Job
     prediction: Prediction | None
     attempts: int
-    beat: float
     pruned: bool = False
 
 
@@ -113,6 +112,7 @@ class Search:
     _untrained: int = 0
     _duplicates: int = 0
     _said_why: bool = False
+    _beaten: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self.study = self.reservations.study
@@ -157,9 +157,9 @@ class Search:
         return found
 
     def beat(self) -> None:
-        """Say to workers on other machines that what runs is being seen to."""
-        for one in list(self.under_way):
-            self.reservations.beat(one.trial)
+        """Say to workers on other machines that what runs, or waits here, is being seen to."""
+        for trial in [one.trial for one in self.under_way] + [copy for copy, _ in self._copies]:
+            self.reservations.beat(trial)
 
     def trial_folder(self, number: int) -> Path:
         """Return the folder of a trial."""
@@ -232,11 +232,14 @@ class Search:
         folder.mkdir(parents=True, exist_ok=True)
         self.records.start(trial.number, folder, own_process=len(self.seeds) == 1)
         running = self.runner.start(job)
-        self.under_way.append(UnderWay(trial, running, job, prediction, attempts, time.monotonic()))
+        self.under_way.append(UnderWay(trial, running, job, prediction, attempts))
 
     def _poll(self) -> bool:
         """Look after what runs; return whether anything ended."""
         ended = False
+        if time.monotonic() - self._beaten > BEAT_SECONDS:
+            self._beaten = time.monotonic()
+            self.beat()
         for one in list(self.under_way):
             outcome = one.running.poll()
             if outcome is None:
@@ -255,10 +258,7 @@ class Search:
         return ended
 
     def _watch(self, one: UnderWay) -> None:
-        """Report a trial's epochs, end it if the pruner says so, and show that we live."""
-        if time.monotonic() - one.beat > BEAT_SECONDS:
-            one.beat = time.monotonic()
-            self.reservations.beat(one.trial)
+        """Report a trial's epochs, and end it if the pruner says so."""
         if len(self.config.objectives) > 1 or one.pruned or not self.runner.prunes:
             return
         for epoch, value in one.running.epochs():
