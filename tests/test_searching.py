@@ -180,3 +180,26 @@ def test_a_budget_under_which_nothing_fits_ends_with_what_would(expt, home):
     assert "memory.budget=" in err
     assert SweepSummary.load(home / "outputs/sweeps/debug").best is None
     assert "all 2 points of the space were tried" in out
+
+
+def test_a_storage_that_dies_is_one_line_and_leaves_no_run_open(expt, home, monkeypatch):
+    from sqlalchemy.exc import OperationalError
+
+    from expt.sweep.records import Records
+    from expt.sweep.search import Search
+
+    def fail(*arguments, **settings):
+        raise OperationalError("select", {}, Exception("server closed the connection"))
+
+    def die(search, interruption):
+        monkeypatch.setattr(search.study, "get_trials", fail)
+        fail()
+
+    closed = []
+    monkeypatch.setattr(Search, "_loop", die)
+    monkeypatch.setattr(Records, "close", lambda self, status, summary: closed.append(status))
+    code, _, err = expt(*SEARCH, "search.presets=[]", small=False)
+    assert code == 1
+    assert "does not answer any more" in err
+    assert "Start the same command again" in err
+    assert closed == ["FAILED"]

@@ -36,7 +36,7 @@ from expt.sweep.running import ProcessRunner, Runner
 from expt.sweep.samplers import make_pruner, make_sampler, seed_of
 from expt.sweep.search import Search
 from expt.sweep.space import Space
-from expt.sweep.study import default_storage, open_storage, open_study
+from expt.sweep.study import answering, default_storage, open_storage, open_study
 from expt.sweep.summary import SweepSummary
 from expt.sweep.testing import run_test
 from expt.sweep.winner import best_trial
@@ -113,25 +113,30 @@ def search(
         records.open(_parameters(request, space, type(made).__name__, jobs.budget_bytes))
     status: Any = "FAILED"
     try:
-        records.reconcile(study, loop.trial_folder)
-        loop.run()
-        winner = best_trial(study.get_trials(deepcopy=False), loop.limited)
-        if winner is not None and node.test_winner:
-            lines = jobs.lines(winner.number, space.lines(winner.params))
-            folder = loop.trial_folder(winner.number)
-            run_test(study, winner, reservations, runner, lines, folder, list(seeds))
-            records.told(winner, folder)
+        with answering(node.study):
+            records.reconcile(study, loop.trial_folder)
+            loop.run()
+            winner = best_trial(study.get_trials(deepcopy=False), loop.limited)
+            if winner is not None and node.test_winner:
+                lines = jobs.lines(winner.number, space.lines(winner.params))
+                folder = loop.trial_folder(winner.number)
+                run_test(study, winner, reservations, runner, lines, folder, list(seeds))
+                records.told(winner, folder)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
         jobs.worker.close()
-        with reservations.locked():
-            draw(study, jobs.budget_bytes, request.folder)
-        summary = loop.summary()
-        _conclude(summary, request, space)
-        records.close(status, summary)
+        summary = SweepSummary.load(request.folder) or SweepSummary(node.study, node.n_trials)
+        try:
+            with answering(node.study), reservations.locked():
+                draw(study, jobs.budget_bytes, request.folder)
+            with answering(node.study):
+                summary = loop.summary()
+        finally:  # also without the storage: the parent's run is not left open
+            _conclude(summary, request, space)
+            records.close(status, summary)
     return summary
 
 

@@ -19,7 +19,6 @@ from typing import Any, Protocol
 from optuna.samplers import GridSampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from expt.errors import StorageError
 from expt.interruption import Interruption, Stopped
 from expt.search_config import PEAK, SearchConfig
 from expt.sweep.nothing_fits import Nearest, nothing_found
@@ -28,7 +27,7 @@ from expt.sweep.records import Records
 from expt.sweep.reservation import BEAT_SECONDS, Reservations, Reserved
 from expt.sweep.running import Job, Runner, Running
 from expt.sweep.space import Space
-from expt.sweep.study import storage_failed
+from expt.sweep.study import answering
 from expt.sweep.summary import SweepSummary
 from expt.sweep.trials import (
     AGAIN,
@@ -128,16 +127,8 @@ class Search:
 
         """
         try:
-            with Interruption() as interruption:
+            with answering(self.study.study_name), Interruption() as interruption:
                 self._loop(interruption)
-        except Exception as error:
-            if not storage_failed(error):
-                raise
-            raise StorageError(
-                f"the storage of the study {self.study.study_name} does not answer any more "
-                f"({str(error).splitlines()[0][:200]}); what was told before is safe. Start the "
-                "same command again: it goes on with what is left"
-            ) from error
         finally:
             for one in self.under_way:
                 one.running.kill()
