@@ -94,9 +94,9 @@ def search(
     node = request.config
     tracking = cast(TrackingConfig, OmegaConf.to_object(request.cfg.tracking))
     prepare_server(PRELOADED + (PRELOADED_FOR_TRACKING if tracking.uri else ()))
-    space = Space.parse(request.space, checker(request.cfg))
+    space = Space.parse(request.space, checker(request.cfg, request.own))
     made = make_sampler(request.sampler, space, node.seed, len(node.objectives))
-    check_presets(node.presets)
+    check_presets(node.presets, request.own)
     text = node.storage or default_storage(tracking.uri)
     storage = open_storage(text)
     facts = _facts(request)
