@@ -74,6 +74,7 @@ class UnderWay:
     job: Job
     prediction: Prediction | None
     attempts: int
+    reported: set[int]
     pruned: bool = False
 
 
@@ -223,7 +224,9 @@ class Search:
         folder.mkdir(parents=True, exist_ok=True)
         self.records.start(trial.number, folder, own_process=len(self.seeds) == 1)
         running = self.runner.start(job)
-        self.under_way.append(UnderWay(trial, running, job, prediction, attempts))
+        # One that is gone on with tells its last epoch again.
+        reported = set(self.study._storage.get_trial(trial._trial_id).intermediate_values)
+        self.under_way.append(UnderWay(trial, running, job, prediction, attempts, reported))
 
     def _poll(self) -> bool:
         """Look after what runs; return whether anything ended."""
@@ -253,7 +256,9 @@ class Search:
         if len(self.config.objectives) > 1 or one.pruned or not self.runner.prunes:
             return
         for epoch, value in one.running.epochs():
-            one.trial.report(value, epoch)
+            if epoch not in one.reported:
+                one.reported.add(epoch)
+                one.trial.report(value, epoch)
             if one.trial.should_prune():
                 one.pruned = True
                 one.running.stop("pruned")
