@@ -107,3 +107,13 @@ def test_a_preset_gives_its_values_to_the_space(home):
 def test_a_setting_is_judged_by_its_name_and_type(composed, line, problem):
     found = checker(composed())(line)
     assert (found is None) if problem is None else (problem in found)
+
+
+def test_a_file_of_the_users_own_is_an_option_of_its_group(composed, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/mynet.yaml").write_text("_target_: my_lab.MyNet\n")
+    check = checker(composed(), str(tmp_path))
+    assert check("model=mynet") is None
+    assert check("model=stid") is None
+    assert "did you mean 'mynet'" in check("model=mynett")
+    assert "no such option" in checker(composed())("model=mynet")

@@ -164,6 +164,13 @@ def test_starting_it_again_does_what_is_left_and_no_more(searched, expt, capfd):
     )
     assert code == 2
     assert "memory.budget=45MiB, not 46MiB" in err
+    code, _, err = expt(*lines, "trainer.epochs=3", "optimizer=sgd", small=False)
+    assert code == 2, "the trials of another training cannot be compared with these"
+    assert "another setting: " in err
+    assert "trainer.epochs" in err
+    assert "optimizer._target_" in err
+    code, _, err = expt(*lines, "trainer.progress=true", "trainer.device=cpu", small=False)
+    assert code == 0, err
 
 
 def test_a_budget_under_which_nothing_fits_ends_with_what_would(expt, home):
@@ -180,3 +187,48 @@ def test_a_budget_under_which_nothing_fits_ends_with_what_would(expt, home):
     assert "memory.budget=" in err
     assert SweepSummary.load(home / "outputs/sweeps/debug").best is None
     assert "all 2 points of the space were tried" in out
+
+
+def test_a_preset_that_the_settings_do_not_allow_is_one_message(expt, home, monkeypatch):
+    from expt.sweep.processes import Worker, WorkerError
+
+    call = Worker.call
+
+    def fail(self, function, *arguments, seconds):
+        if function.__name__ == "preset_values":
+            raise WorkerError("InterpolationResolutionError: KeyError 'minimal'")
+        return call(self, function, *arguments, seconds=seconds)
+
+    monkeypatch.setattr(Worker, "call", fail)
+    code, _, err = expt(*SEARCH, small=False)
+    assert code == 2
+    assert "search.presets: minimal does not go with these settings" in err
+
+
+def test_a_mistake_in_the_first_points_leaves_no_study_behind(expt, home):
+    code, _, _ = expt(*SEARCH, "search.enqueue=[{model.embed_dim: 9}]", small=False)
+    assert code == 2
+    assert optuna.get_all_study_names(f"sqlite:///{home}/outputs/optuna.db") == []
+
+
+def test_a_storage_that_dies_is_one_line_and_leaves_no_run_open(expt, home, monkeypatch):
+    from sqlalchemy.exc import OperationalError
+
+    from expt.sweep.records import Records
+    from expt.sweep.search import Search
+
+    def fail(*arguments, **settings):
+        raise OperationalError("select", {}, Exception("server closed the connection"))
+
+    def die(search, interruption):
+        monkeypatch.setattr(search.study, "get_trials", fail)
+        fail()
+
+    closed = []
+    monkeypatch.setattr(Search, "_loop", die)
+    monkeypatch.setattr(Records, "close", lambda self, status, summary: closed.append(status))
+    code, _, err = expt(*SEARCH, "search.presets=[]", small=False)
+    assert code == 1
+    assert "does not answer any more" in err
+    assert "Start the same command again" in err
+    assert closed == ["FAILED"]

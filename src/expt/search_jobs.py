@@ -104,7 +104,7 @@ class TrialJobs:
         return cast("str | None", found)
 
 
-def checker(cfg: DictConfig) -> Callable[[str], str | None]:
+def checker(cfg: DictConfig, own: str | None = None) -> Callable[[str], str | None]:
     """Return a function that judges the name and the type of one ``key=value``.
 
     Whether a value goes with others is not judged: each trial is, when it comes to it.
@@ -118,7 +118,7 @@ def checker(cfg: DictConfig) -> Callable[[str], str | None]:
         except HydraException as error:
             return f"{line}: {first_lines(error)}"
         if not rest:
-            return _group_problem(name, value)
+            return _group_problem(name, value, own)
         if group in OPEN_GROUPS:
             return _argument_problem(cfg, group, rest, value, line)
         if group not in cfg or OmegaConf.select(cfg, group) is None:
@@ -136,14 +136,14 @@ def checker(cfg: DictConfig) -> Callable[[str], str | None]:
     return check
 
 
-def check_presets(presets: Sequence[str]) -> None:
+def check_presets(presets: Sequence[str], own: str | None = None) -> None:
     """Refuse a memory preset that is none.
 
     Raises:
         ConfigError: with the nearest names.
 
     """
-    known = [path.stem for path in (conf_dir() / "memory").glob("*.yaml")]
+    known = _options("memory", own)
     wrong = [preset for preset in presets if preset not in known]
     if wrong:
         raise ConfigError(
@@ -228,11 +228,17 @@ def _prediction(plan: Plan) -> Prediction:
     )
 
 
-def _group_problem(name: str, value: Any) -> str | None:
+def _options(group: str, own: str | None) -> list[str]:
+    """Return the names of a group's files, the user's own among them."""
+    folders = [conf_dir()] if own is None else [conf_dir(), Path(own)]
+    return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
+
+
+def _group_problem(name: str, value: Any, own: str | None) -> str | None:
     """Judge the choice of a whole group, like ``optimizer=sgd``."""
     if name not in groups():
         return f"{name}: there is no such setting or group; {nearest(name, groups())}"
-    options = [path.stem for path in (conf_dir() / name).glob("*.yaml")]
+    options = _options(name, own)
     if str(value) not in options:
         return f"{name}={value}: no such option; {nearest(str(value), options)}"
     return None

@@ -36,7 +36,7 @@ from expt.sweep.running import ProcessRunner, Runner
 from expt.sweep.samplers import make_pruner, make_sampler, seed_of
 from expt.sweep.search import Search
 from expt.sweep.space import Space
-from expt.sweep.study import default_storage, open_storage, open_study
+from expt.sweep.study import answering, default_storage, open_storage, open_study
 from expt.sweep.summary import SweepSummary
 from expt.sweep.testing import run_test
 from expt.sweep.winner import best_trial
@@ -47,6 +47,19 @@ TRAINING = "expt.tasks.train.run"
 ENQUEUED, WORKERS = "expt.enqueued", "expt.workers"
 PRELOADED = ("expt.__main__", "expt.dispatch", "expt.tasks.train", "expt.search_jobs", "hydra.main")
 PRELOADED_FOR_TRACKING = ("mlflow", "mlflow.store.tracking.sqlalchemy_store")
+
+
+FIXED = ("model", "data", "optimizer", "trainer", "memory")
+"""Groups whose settings all trials of a study share, but for those that are varied."""
+MAY_DIFFER = {
+    *(f"trainer.{name}" for name in (
+        "device", "compile", "checkpoint_every_steps", "log_every_steps", "resume", "test",
+        "progress", "profile")),
+    *(f"memory.{name}" for name in (
+        "budget", "watch", "gpu_threshold", "cpu_threshold", "cleanup_interval_seconds",
+        "force_cleanup_every", "plan", "plan_file", "target", "on_overflow", "fallback")),
+}  # fmt: skip
+"""Settings that may be others when a study is gone on with: they do not change what is found."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +94,9 @@ def search(
     node = request.config
     tracking = cast(TrackingConfig, OmegaConf.to_object(request.cfg.tracking))
     prepare_server(PRELOADED + (PRELOADED_FOR_TRACKING if tracking.uri else ()))
-    space = Space.parse(request.space, checker(request.cfg))
+    space = Space.parse(request.space, checker(request.cfg, request.own))
     made = make_sampler(request.sampler, space, node.seed, len(node.objectives))
-    check_presets(node.presets)
+    check_presets(node.presets, request.own)
     text = node.storage or default_storage(tracking.uri)
     storage = open_storage(text)
     facts = _facts(request)
@@ -113,25 +126,30 @@ def search(
         records.open(_parameters(request, space, type(made).__name__, jobs.budget_bytes))
     status: Any = "FAILED"
     try:
-        records.reconcile(study, loop.trial_folder)
-        loop.run()
-        winner = best_trial(study.get_trials(deepcopy=False), loop.limited)
-        if winner is not None and node.test_winner:
-            lines = jobs.lines(winner.number, space.lines(winner.params))
-            folder = loop.trial_folder(winner.number)
-            run_test(study, winner, reservations, runner, lines, folder, list(seeds))
-            records.told(winner, folder)
+        with answering(node.study):
+            records.reconcile(study, loop.trial_folder)
+            loop.run()
+            winner = best_trial(study.get_trials(deepcopy=False), loop.limited)
+            if winner is not None and node.test_winner:
+                lines = jobs.lines(winner.number, space.lines(winner.params))
+                folder = loop.trial_folder(winner.number)
+                run_test(study, winner, reservations, runner, lines, folder, list(seeds))
+                records.told(winner, folder)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
         jobs.worker.close()
-        with reservations.locked():
-            draw(study, jobs.budget_bytes, request.folder)
-        summary = loop.summary()
-        _conclude(summary, request, space)
-        records.close(status, summary)
+        summary = SweepSummary.load(request.folder) or SweepSummary(node.study, node.n_trials)
+        try:
+            with answering(node.study), reservations.locked():
+                draw(study, jobs.budget_bytes, request.folder)
+            with answering(node.study):
+                summary = loop.summary()
+        finally:  # also without the storage: the parent's run is not left open
+            _conclude(summary, request, space)
+            records.close(status, summary)
     return summary
 
 
@@ -213,6 +231,7 @@ def _open(
     request.folder.mkdir(parents=True, exist_ok=True)
     budget = request.cfg.memory.budget
     pruner = make_pruner(node.pruner, request.cfg.trainer.epochs)
+    enqueued = _given_points(node, space)
     reservations = Reservations(None, space, node.n_trials, request.folder, node.seed)  # type: ignore[arg-type]
     with reservations.locked():
         study = open_study(
@@ -222,7 +241,7 @@ def _open(
             pruner,
             node.objectives,
             {"space": space.as_json(), "memory.budget": None if budget is None else str(budget),
-             "repeats": node.repeats},
+             "repeats": node.repeats, "setting": _fixed(request.cfg, space)},
         )  # fmt: skip
         claim(study, request.folder)
         worker = int(study.user_attrs.get(WORKERS, 0))
@@ -237,22 +256,67 @@ def _open(
         elif known is not None:
             jobs.budget_bytes = known
         if not study.user_attrs.get(ENQUEUED) and not isinstance(sampler, GridSampler):
-            for point in _first_points(request, space, jobs):
+            for point in [*_preset_points(request, space, jobs), *enqueued]:
                 study.enqueue_trial(point, skip_if_exists=True)
             study.set_user_attr(ENQUEUED, True)
     return reservations
 
 
-def _first_points(request: Request, space: Space, jobs: TrialJobs) -> list[dict[str, Any]]:
-    """Return the points of presets, and those that were given."""
+def _fixed(cfg: DictConfig, space: Space) -> dict[str, Any]:
+    """Return the settings that all trials share and their figures depend on, as they are written.
+
+    Interpolations stay: a path from the environment may be another one on another machine.
+    """
+    varied = {key(name) for name in space.distributions}
+    found: dict[str, Any] = {}
+
+    def add(name: str, value: Any) -> None:
+        if name in varied or name in MAY_DIFFER:
+            return
+        if isinstance(value, Mapping) and value:
+            for part in value:
+                add(f"{name}.{part}", value[part])
+        else:
+            found[name] = value
+
+    for group in FIXED:
+        add(group, OmegaConf.to_container(cfg[group], resolve=False, enum_to_str=True))
+    return found
+
+
+def _preset_points(request: Request, space: Space, jobs: TrialJobs) -> list[dict[str, Any]]:
+    """Return the points of presets.
+
+    Raises:
+        ConfigError: one does not go with the other settings.
+
+    """
     node = request.config
     found = []
     for preset in node.presets:
-        values = jobs.worker.call(
-            preset_values, preset, list(space.distributions), request.given, request.own,
-            seconds=node.plan_time_limit_seconds,
-        )  # fmt: skip
+        try:
+            values = jobs.worker.call(
+                preset_values, preset, list(space.distributions), request.given, request.own,
+                seconds=node.plan_time_limit_seconds,
+            )  # fmt: skip
+        except WorkerError as error:
+            said = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"search.presets: {preset} does not go with these settings ({said}); leave it out "
+                "with search.presets=[]"
+            ) from error
         found.append(space.point(values))
+    return [point for point in found if point]
+
+
+def _given_points(node: SearchConfig, space: Space) -> list[dict[str, Any]]:
+    """Return the points that were given.
+
+    Raises:
+        ConfigError: one is not in the space.
+
+    """
+    found = []
     for index, point in enumerate(node.enqueue):
         inside = space.point(point)
         if len(inside) < len(point):

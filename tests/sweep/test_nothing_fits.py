@@ -74,3 +74,31 @@ def test_what_failed_for_other_reasons_is_told_as_that():
     study = study_with((20, "crashed", {"error": "no file"}), (30, "nan", {"error": "diverged"}))
     message = str(nothing_found(study, Nearest(), Adviser(), SPACE))
     assert "2 failed, the last with: no file; diverged" in message
+
+
+def test_a_prediction_that_was_wrong_is_not_advised():
+    """It ran out of memory although 9 MiB were predicted of 10."""
+    study = study_with((20, "oom", {"predicted_peak_bytes": 9 * MIB}))
+    message = str(nothing_found(study, Nearest(9 * MIB, ["width=20"], 0), Adviser(), SPACE))
+    assert "9" not in message
+    assert "raise the budget" in message
+
+
+def test_what_was_missing_is_added_to_the_budget():
+    study = study_with((20, "oom", {"predicted_peak_bytes": 9 * MIB}))
+    trial = study.ask({"width": IntDistribution(1, 99)})
+    trial.set_user_attr(KIND, "oom")
+    trial.set_constraint("peak_memory", 4 / 1024)
+    study.tell(trial, state=TrialState.PRUNED)
+    message = str(nothing_found(study, Nearest(), Adviser(), SPACE))
+    assert "smallest peak seen is 14.0 MiB" in message
+    assert message.endswith("memory.budget=15MiB")
+
+
+def test_without_a_budget_none_is_advised():
+    class Unlimited(Adviser):
+        budget_bytes = None
+
+    message = str(nothing_found(study_with((20, "oom", {})), Nearest(), Unlimited(), SPACE))
+    assert "memory ran out in 1 of them" in message
+    assert "memory.budget" not in message

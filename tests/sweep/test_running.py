@@ -153,3 +153,11 @@ def test_a_path_is_quoted_for_hydra(tmp_path):
     path = tmp_path / 'a "b", c=d'
     parsed = OverridesParser.create().parse_override(setting("hydra.run.dir", path))
     assert parsed.value() == str(path) or parsed.value().text == str(path)
+
+
+def test_a_trial_that_is_stopped_as_a_seed_ends_does_not_begin_the_next(run, home):
+    trial = ProcessTrial(job(home, seeds=(0, 1)), run)
+    trial._process._process.join()
+    trial.stop("signal")
+    assert ended(trial).kind == "killed"
+    assert not (home / "trial 3/seed_1").exists()

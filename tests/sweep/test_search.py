@@ -400,3 +400,32 @@ def test_ten_thousand_trials_do_not_slow_a_suggestion_beyond_optunas_own_time(ma
     search.reservations.next()
     ours = time.perf_counter() - started
     assert ours < 2 * optunas + 0.25, (ours, optunas)
+
+
+def test_a_copy_that_waits_is_seen_to_like_a_trial_that_runs(make, monkeypatch):
+    """Or a worker on another machine takes it for an orphan, and both tell it."""
+    search = make(fine, n_trials=3, n_jobs=2)
+    point = {"x": 0.25, "width": 8}
+    search.study.enqueue_trial(point)
+    search.study.enqueue_trial(point)
+    beaten = []
+    beat = search.reservations.beat
+    search.reservations.beat = lambda trial: (beaten.append(trial.number), beat(trial))
+    monkeypatch.setattr("expt.sweep.search.BEAT_SECONDS", 0.0)
+    search.run()
+    assert {0, 1} <= set(beaten)
+
+
+def test_a_trial_that_is_gone_on_with_tells_no_epoch_twice(make):
+    """Optuna would warn the user of it, and here warnings are errors."""
+    starts = []
+
+    def objective(params):
+        starts.append(params["search.trial"])
+        return TrialOutcome("crashed", error="x") if len(starts) == 1 else fine(params)
+
+    search = make(objective, n_trials=1, retry=1)
+    search.runner.epochs = lambda params: [(1, 2.0), (2, 1.5)]
+    assert search.run().failed == 0
+    assert starts == [0, 0]
+    assert search.study.trials[0].intermediate_values == {1: 2.0, 2: 1.5}

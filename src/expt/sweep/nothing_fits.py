@@ -11,8 +11,8 @@ from optuna.trial import FrozenTrial, Trial
 
 from expt.errors import SearchError
 from expt.sweep.space import Space
-from expt.sweep.trials import FAILED, KIND, Prediction
-from expt.units import MIB, format_bytes
+from expt.sweep.trials import CONSTRAINT, FAILED, KIND, Prediction
+from expt.units import GIB, MIB, format_bytes
 
 
 class Adviser(Protocol):
@@ -52,7 +52,12 @@ def nothing_found(study: Study, nearest: Nearest, adviser: Adviser, space: Space
             f"last with: {reasons}"
         )
     budget = adviser.budget_bytes
-    smallest = _smallest(over, nearest)
+    if budget is None:
+        return SearchError(
+            f"no trial of {study.study_name} came to a validation error: memory ran out in "
+            f"{len(over)} of them; widen search.space towards what needs less"
+        )
+    smallest = _smallest(over, nearest, budget)
     message = f"nothing fits {format_bytes(budget)} (memory.budget)"
     if smallest is None:
         return SearchError(f"{message}; raise the budget, or widen search.space")
@@ -67,17 +72,26 @@ def nothing_found(study: Study, nearest: Nearest, adviser: Adviser, space: Space
 
 
 def _smallest(
-    over: list[FrozenTrial], nearest: Nearest
+    over: list[FrozenTrial], nearest: Nearest, budget_bytes: int
 ) -> tuple[int, dict[str, object], list[str]] | None:
     """Return the smallest peak known, its point, and its settings where this worker has them."""
     best: tuple[int, dict[str, object], int] | None = None
     for trial in over:
-        known = trial.user_attrs.get("predicted_peak_bytes")
-        known = trial.user_attrs.get("demand_bytes") or known
+        known = _needed(trial, budget_bytes)
         if known is not None and (best is None or known < best[0]):
             best = (int(known), trial.params, trial.number)
     if best is None:
-        if nearest.demand_bytes is None:
+        if nearest.demand_bytes is None or nearest.demand_bytes <= budget_bytes:
             return None
         return nearest.demand_bytes, {}, nearest.lines
     return best[0], best[1], nearest.lines if nearest.number == best[2] else []
+
+
+def _needed(trial: FrozenTrial, budget_bytes: int) -> int | None:
+    """Return what a trial needs at least, None if all that is known is that it is too much."""
+    excess = trial.constraints.get(CONSTRAINT)
+    if excess is not None:
+        return budget_bytes + round(excess * GIB)
+    known = trial.user_attrs.get("demand_bytes") or trial.user_attrs.get("predicted_peak_bytes")
+    # A prediction that said it would fit, of a trial that ran out of memory, was wrong.
+    return int(known) if known is not None and known > budget_bytes else None

@@ -119,6 +119,7 @@ class ProcessTrial:
         self._outcomes: list[TrialOutcome] = []
         self._stopped: Literal["pruned", "timeout"] | None = None
         self._told = 0
+        self._ending = False
         job.prepare()
         self._process = self._start()
 
@@ -135,6 +136,8 @@ class ProcessTrial:
         ending = Ending(code, self._stopped, self._process.seconds)
         outcome = outcome_of(folder, ending, self.job.budget_bytes)
         self._outcomes.append(outcome)
+        if self._ending and len(self._outcomes) < len(self.job.seeds):
+            return replace(outcome, kind="killed", error="stopped between two seeds")
         if outcome.kind != "complete" or len(self._outcomes) == len(self.job.seeds):
             return combined(self._outcomes, self.job.seeds)
         self._process = self._start()
@@ -157,6 +160,8 @@ class ProcessTrial:
         """Ask the process to save and end."""
         if why == "pruned":
             self._stopped = self._stopped or "pruned"
+        else:
+            self._ending = True  # also if this seed has just come to its end
         self._process.stop(signal.SIGTERM if why == "pruned" else signal.SIGINT)
 
     def kill(self) -> None:

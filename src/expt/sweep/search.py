@@ -19,7 +19,6 @@ from typing import Any, Protocol
 from optuna.samplers import GridSampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from expt.errors import StorageError
 from expt.interruption import Interruption, Stopped
 from expt.search_config import PEAK, SearchConfig
 from expt.sweep.nothing_fits import Nearest, nothing_found
@@ -28,7 +27,7 @@ from expt.sweep.records import Records
 from expt.sweep.reservation import BEAT_SECONDS, Reservations, Reserved
 from expt.sweep.running import Job, Runner, Running
 from expt.sweep.space import Space
-from expt.sweep.study import storage_failed
+from expt.sweep.study import answering
 from expt.sweep.summary import SweepSummary
 from expt.sweep.trials import (
     AGAIN,
@@ -75,7 +74,7 @@ class UnderWay:
     job: Job
     prediction: Prediction | None
     attempts: int
-    beat: float
+    reported: set[int]
     pruned: bool = False
 
 
@@ -113,6 +112,7 @@ class Search:
     _untrained: int = 0
     _duplicates: int = 0
     _said_why: bool = False
+    _beaten: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self.study = self.reservations.study
@@ -128,16 +128,8 @@ class Search:
 
         """
         try:
-            with Interruption() as interruption:
+            with answering(self.study.study_name), Interruption() as interruption:
                 self._loop(interruption)
-        except Exception as error:
-            if not storage_failed(error):
-                raise
-            raise StorageError(
-                f"the storage of the study {self.study.study_name} does not answer any more "
-                f"({str(error).splitlines()[0][:200]}); what was told before is safe. Start the "
-                "same command again: it goes on with what is left"
-            ) from error
         finally:
             for one in self.under_way:
                 one.running.kill()
@@ -157,9 +149,9 @@ class Search:
         return found
 
     def beat(self) -> None:
-        """Say to workers on other machines that what runs is being seen to."""
-        for one in list(self.under_way):
-            self.reservations.beat(one.trial)
+        """Say to workers on other machines that what runs, or waits here, is being seen to."""
+        for trial in [one.trial for one in self.under_way] + [copy for copy, _ in self._copies]:
+            self.reservations.beat(trial)
 
     def trial_folder(self, number: int) -> Path:
         """Return the folder of a trial."""
@@ -232,11 +224,16 @@ class Search:
         folder.mkdir(parents=True, exist_ok=True)
         self.records.start(trial.number, folder, own_process=len(self.seeds) == 1)
         running = self.runner.start(job)
-        self.under_way.append(UnderWay(trial, running, job, prediction, attempts, time.monotonic()))
+        # One that is gone on with tells its last epoch again.
+        reported = set(self.study._storage.get_trial(trial._trial_id).intermediate_values)
+        self.under_way.append(UnderWay(trial, running, job, prediction, attempts, reported))
 
     def _poll(self) -> bool:
         """Look after what runs; return whether anything ended."""
         ended = False
+        if time.monotonic() - self._beaten > BEAT_SECONDS:
+            self._beaten = time.monotonic()
+            self.beat()
         for one in list(self.under_way):
             outcome = one.running.poll()
             if outcome is None:
@@ -255,14 +252,13 @@ class Search:
         return ended
 
     def _watch(self, one: UnderWay) -> None:
-        """Report a trial's epochs, end it if the pruner says so, and show that we live."""
-        if time.monotonic() - one.beat > BEAT_SECONDS:
-            one.beat = time.monotonic()
-            self.reservations.beat(one.trial)
+        """Report a trial's epochs, and end it if the pruner says so."""
         if len(self.config.objectives) > 1 or one.pruned or not self.runner.prunes:
             return
         for epoch, value in one.running.epochs():
-            one.trial.report(value, epoch)
+            if epoch not in one.reported:
+                one.reported.add(epoch)
+                one.trial.report(value, epoch)
             if one.trial.should_prune():
                 one.pruned = True
                 one.running.stop("pruned")

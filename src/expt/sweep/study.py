@@ -6,9 +6,10 @@ Storage is a URL (``sqlite:///FILE``, ``postgresql://…``, ``mysql://…``) or 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.study import Study
 
-from expt.errors import ConfigError, UserError
+from expt.errors import ConfigError, StorageError, UserError
 from expt.tracking.journal import Lock
 from expt.tracking.uri import absolute_uri, sqlite_path, without_password
 
@@ -151,6 +152,26 @@ def storage_failed(error: BaseException) -> bool:
     from sqlalchemy.exc import SQLAlchemyError
 
     return isinstance(error, SQLAlchemyError | optuna.exceptions.StorageInternalError)
+
+
+@contextlib.contextmanager
+def answering(name: str) -> Iterator[None]:
+    """Say in one line that the study's storage went away, wherever in here that is noticed.
+
+    Raises:
+        StorageError: it did.
+
+    """
+    try:
+        yield
+    except Exception as error:
+        if not storage_failed(error):
+            raise
+        raise StorageError(
+            f"the storage of the study {name} does not answer any more "
+            f"({str(error).splitlines()[0][:200]}); what was told before is safe. Start the same "
+            "command again: it goes on with what is left"
+        ) from error
 
 
 def _open_database(url: str) -> RDBStorage:
