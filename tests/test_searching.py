@@ -155,6 +155,9 @@ def test_starting_it_again_does_what_is_left_and_no_more(searched, expt, capfd):
     code, out, err = expt(*lines, small=False)
     assert code == 0, err
     assert "3 of 3 trials trained" in out
+    again = next(line for line in out.splitlines() if line.startswith("again: "))
+    assert "memory.budget=45MiB" in again
+    assert "memory.on_overflow=train" in again, "every trial was measured, whatever was predicted"
     assert {path: path.stat().st_mtime_ns for path in before} == before
     code, _, err = expt(*lines, "model.dropout=interval(0.0,0.2)", small=False)
     assert code == 2

@@ -402,6 +402,9 @@ def _conclude(summary: SweepSummary, request: Request, space: Space) -> None:
         )
         kept = [line for line in request.given if not key(line).startswith("search.")]
         own = [f"--config-dir={request.own}"] if request.own else []
+        names = {key(line) for line in kept}
+        if "memory.budget" in names and "memory.on_overflow" not in names:
+            kept.append("memory.on_overflow=train")  # like every trial: measured, not predicted
         lines = [*own, *kept, f"search.trial={best['trial']}", *space.lines(best["params"])]
         print(f"again: python -m expt {shlex.join(lines)}")
     print(f"files: {request.folder}")

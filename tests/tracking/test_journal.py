@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from expt.errors import StorageError
 from expt.tracking.journal import JOURNAL, STATE, Journal, Lock, Reader, State, read_header
 
 HEADER = {"uri": "sqlite:///x.db", "experiment": "e", "artifact_root": None, "parent": None}
@@ -134,3 +136,13 @@ def test_a_lock_has_one_holder_and_dies_with_it(tmp_path: Path) -> None:
         assert not Lock(path).acquire()
         holder.kill()
     assert Lock(path).acquire()
+
+
+def test_a_lock_that_is_required_is_refused_where_there_are_none(tmp_path, monkeypatch) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert Lock(tmp_path / "lock").acquire()
+    with pytest.raises(StorageError, match=r"without locks.*hydra\.sweep\.dir"):
+        Lock(tmp_path / "lock").acquire(wait=True, required=True)

@@ -91,7 +91,7 @@ class Reservations:
         """Hold the lock of the sweep's directory."""
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = Lock(self.folder / LOCK_NAME)
-        lock.acquire(wait=True)
+        lock.acquire(wait=True, required=True)
         try:
             yield
         finally:

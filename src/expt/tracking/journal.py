@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from expt.errors import StorageError
 from expt.files import write_json
 
 JOURNAL = "tracking.jsonl"
@@ -187,16 +188,28 @@ class Lock:
         self._path = path
         self._descriptor: int | None = None
 
-    def acquire(self, wait: bool = False) -> bool:
-        """Take the lock; False if another holder has it and we do not wait."""
+    def acquire(self, wait: bool = False, required: bool = False) -> bool:
+        """Take the lock; False if another holder has it and we do not wait.
+
+        Raises:
+            StorageError: the file system has no locks, and one is `required`; else it is done
+                without.
+
+        """
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             os.close(descriptor)
             return False
-        except OSError:
-            pass  # a file system without locks: go on without
+        except OSError as error:
+            if required:
+                os.close(descriptor)
+                raise StorageError(
+                    f"{self._path.parent} is on a file system without locks ({error.strerror}), "
+                    "and several workers would not see each other; give a folder elsewhere as "
+                    "hydra.sweep.dir=FOLDER"
+                ) from error
         self._descriptor = descriptor
         return True
 
