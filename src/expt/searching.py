@@ -40,7 +40,7 @@ from expt.sweep.study import default_storage, open_storage, open_study
 from expt.sweep.summary import SweepSummary
 from expt.sweep.testing import run_test
 from expt.sweep.winner import best_trial
-from expt.tracking.uri import without_password
+from expt.tracking.uri import shown_lines, without_password
 from expt.units import format_bytes
 
 TRAINING = "expt.tasks.train.run"
@@ -306,7 +306,7 @@ def _parameters(
             "budget_bytes": budget_bytes,
             "space": {name: request.space[name] for name in space.distributions},
         },
-        "overrides": " ".join(request.given),
+        "overrides": " ".join(shown_lines(request.given)),
     }
 
 
@@ -336,7 +336,7 @@ def _conclude(summary: SweepSummary, request: Request, space: Space) -> None:
             f"best: trial {best['trial']}, val MAE {best['val/mae']:.4f}{test}, peak "
             f"{format_bytes(best['peak_allocated_bytes'])}"
         )
-        kept = [line for line in request.given if not key(line).startswith("search.")]
+        kept = [line for line in shown_lines(request.given) if not key(line).startswith("search.")]
         own = [f"--config-dir={request.own}"] if request.own else []
         lines = [*own, *kept, f"search.trial={best['trial']}", *space.lines(best["params"])]
         print(f"again: python -m expt {shlex.join(lines)}")

@@ -33,6 +33,7 @@ from expt.tasks.expansion_steps import among, step_problems
 from expt.tasks.fallback import key
 from expt.tasks.probe import Prober, device_here
 from expt.tracking.opening import open_tracker
+from expt.tracking.uri import shown_lines
 from expt.units import format_bytes
 from expt.validation import validated
 
@@ -116,7 +117,7 @@ class Record:
         self.tracker.start(
             f"expand-{run_dir.name}",
             {
-                "start": " ".join(self._prober.base),
+                "start": " ".join(shown_lines(self._prober.base)),
                 "steps": " ".join(self._expansion.steps),
                 "tolerance": self._expansion.tolerance,
                 "budget_bytes": self._prober.budget_bytes,
@@ -126,7 +127,7 @@ class Record:
 
     def known(self, earlier: Mapping[str, Any]) -> dict[tuple[str, ...], Probe]:
         """Return the probes of an earlier part that were of the same starting point and length."""
-        if earlier.get("probe") != self._prober.lines([]):
+        if shown_lines(earlier.get("probe", ())) != shown_lines(self._prober.lines([])):
             return {}
         found = {}
         for stored in earlier.get("steps", []):
@@ -178,7 +179,7 @@ class Record:
             own = self._context.launch.get("config_dir")
             folder = [f"--config-dir={own}"] if own else []
             lines = last_values([*self._prober.base, *kept])
-            command = shlex.join(["python", "-m", "expt", *folder, *lines])
+            command = shlex.join(["python", "-m", "expt", *folder, *shown_lines(lines)])
         return {
             "finished": finished,
             "command": command,
@@ -186,7 +187,7 @@ class Record:
             "metric": self._metric,
             "tolerance": self._expansion.tolerance,
             "budget_bytes": self._prober.budget_bytes,
-            "probe": self._prober.lines([]),
+            "probe": shown_lines(self._prober.lines([])),
             "steps": [step.as_dict() for step in steps],
         }
 
