@@ -16,12 +16,18 @@ def test_what_fits(record) -> None:
 
 
 def test_the_budget_is_the_one_that_all_had(record) -> None:
-    def of(*budgets: int | None) -> int | None:
-        return RunSet(tuple(record("a", 1.0, budget_bytes=b) for b in budgets), "").budget_bytes
+    def of(*budgets: int | None, without_error: int | None = 5) -> int | None:
+        runs = [record("a", 1.0, budget_bytes=b) for b in budgets]
+        runs.append(record("b", None, state="failed", budget_bytes=without_error))
+        return RunSet(tuple(runs), "").budget_bytes
 
-    assert of(5, 5, None) == 5
+    assert of(5, 5) == 5
+    assert of(5, 5, without_error=None) == 5
+    assert of(5, None) is None, "a run's own budget is not for those that had none"
     assert of(5, 6) is None
     assert of(None) is None
+    assert of() == 5, "nothing finished inside it"
+    assert RunSet((), "").budget_bytes is None
 
 
 def test_settings_that_differ_are_those_of_the_training(record) -> None:

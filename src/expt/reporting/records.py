@@ -104,8 +104,12 @@ class RunSet:
 
     @property
     def budget_bytes(self) -> int | None:
-        """The budget that all runs had that had one, None if they differ."""
-        budgets = {r.budget_bytes for r in self.records if r.budget_bytes is not None}
+        """The one budget that every run with an error had, None without such a one.
+
+        Where no run has an error, it is the budget of them all.
+        """
+        judged = [r for r in self.records if r.error is not None] or self.records
+        budgets = {r.budget_bytes for r in judged}
         return budgets.pop() if len(budgets) == 1 else None
 
 
