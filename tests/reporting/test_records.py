@@ -10,7 +10,11 @@ def test_what_fits(record) -> None:
     assert run.fits(None) and run.fits(2 * GIB)
     assert not run.fits(2 * GIB - 1)
     assert not record("a", None).fits(None)
-    assert not record("a", 4.0, state="over_budget").fits(9 * GIB)
+    over = record("a", 4.0, 2.0, state="over_budget", budget_bytes=GIB)
+    assert not over.fits(None) and not over.fits(GIB), "as its search found"
+    assert over.fits(2 * GIB) and not over.fits(2 * GIB - 1), "another budget, judged anew"
+    assert not record("a", 4.0, None, state="over_budget", budget_bytes=1).fits(9 * GIB)
+    assert not record("a", 4.0, state="pruned").fits(9 * GIB)
     assert record("a", 4.0, None).fits(1), "what was not measured is not held against it"
     assert not record("a", 4.0, 1.0, peak_reserved_bytes=3 * GIB).fits(2 * GIB)
 
