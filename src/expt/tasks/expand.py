@@ -31,7 +31,7 @@ from expt.reporting.expansion import as_markdown, expansion_table, plot_expansio
 from expt.results import load_launch, save_launch
 from expt.tasks.expansion_steps import among, step_problems
 from expt.tasks.fallback import key
-from expt.tasks.probe import Prober, device_here
+from expt.tasks.probe import Prober, device_here, forced
 from expt.tracking.opening import open_tracker
 from expt.tracking.uri import shown_lines
 from expt.units import format_bytes
@@ -65,7 +65,7 @@ def run(cfg: DictConfig, context: RunContext) -> ExpandResult:
     settings = validated(cfg, context.overridden)
     expansion = cast(ExpandConfig, OmegaConf.to_object(cfg.expand))
     base = [line for line in context.launch.get("overrides", ()) if not among(key(line), OWN)]
-    problems = expansion.problems() or step_problems(base, expansion.steps)
+    problems = expansion.problems() or step_problems(base, expansion.steps, forced(expansion))
     if problems:
         raise ConfigError(problems)
     earlier = _earlier(context.run_dir, resuming=settings.trainer.resume is not False)

@@ -48,6 +48,15 @@ FORCED = (
 OUTPUT_NAME = "output.log"
 
 
+def forced(expansion: ExpandConfig) -> list[str]:
+    """Return the settings that every probe is given, whatever its step changes."""
+    lengths = {
+        "trainer.epochs": expansion.probe_epochs,
+        "trainer.steps_per_epoch": expansion.probe_steps,
+    }
+    return [*FORCED, *(f"{name}={value}" for name, value in lengths.items() if value is not None)]
+
+
 def device_here(trainer: TrainerConfig) -> Target:
     """Return the device that a probe will be trained on, for its plan and its budget."""
     if trainer.device is Device.auto:
@@ -79,13 +88,7 @@ class Prober:
 
     def lines(self, changes: Sequence[str]) -> list[str]:
         """Return the command line of a probe, without where it is written."""
-        own = list(FORCED)
-        for name, value in (
-            ("epochs", self.expansion.probe_epochs),
-            ("steps_per_epoch", self.expansion.probe_steps),
-        ):
-            own += [f"trainer.{name}={value}"] if value is not None else []
-        return [*self.base, *changes, *own]
+        return [*self.base, *changes, *forced(self.expansion)]
 
     def __call__(self, number: int, changes: tuple[str, ...]) -> Probe:
         """Predict, and run what is predicted to fit."""
