@@ -107,12 +107,16 @@ class Prober:
         folder, resuming = self._folder(number, changes)
         says = changes[-1] if number else "the starting point"
         print(f"step {number}: {says}", flush=True)
-        ended = run_apart(
-            [*self._arguments(changes, folder), *(["trainer.resume=true"] if resuming else [])],
-            folder.with_name(f"{folder.name}.{OUTPUT_NAME}"),
-            self.expansion.probe_time_limit_seconds,
-            self.stopped,
-        )
+        try:
+            ended = run_apart(
+                [*self._arguments(changes, folder), *(["trainer.resume=true"] if resuming else [])],
+                folder.with_name(f"{folder.name}.{OUTPUT_NAME}"),
+                self.expansion.probe_time_limit_seconds,
+                self.stopped,
+            )
+        except BaseException:  # a second Ctrl-C: the process was killed
+            self._close_in_tracker(folder)
+            raise
         if ended.exit_code < 0 or load_result(folder) is None:
             self._close_in_tracker(folder)
         return self._probe(folder, ended, peak)
@@ -160,11 +164,11 @@ class Prober:
         ]
 
     def _close_in_tracker(self, folder: Path) -> None:
-        """Mark a run as failed that was killed before it could do so itself."""
-        if not is_closed(folder) and not self.stopped():
+        """End a run in the tracker that was killed before it could do so itself."""
+        if not is_closed(folder):
             tracker = open_tracker(self.settings.tracking, folder, self.context.run_dir)
             tracker.start(folder.name, {}, {})
-            tracker.finish("FAILED")
+            tracker.finish("KILLED" if self.stopped() else "FAILED")
 
     def _probe(self, folder: Path, ended: Ended, predicted: int | None) -> Probe:
         result = load_result(folder)
