@@ -186,6 +186,16 @@ def test_a_password_is_written_nowhere_and_may_change(expt, home, quick) -> None
     assert quick.lines == [], "the probes are the same"
 
 
+@pytest.mark.parametrize("stored", ["[1]", '{"steps": [{}]}', '{"steps": [3]}', '"text"', "{}"])
+def test_a_record_of_another_version_is_one_message(expt, home, quick, stored) -> None:
+    assert expt(*STID, STEPS)[0] == 0
+    (home / "run/expand.json").write_text(stored)
+    code, _, err = expt(f"trainer.resume={home}/run", small=False)
+    assert code == 2
+    assert "run/expand.json is not of this version" in err and "Traceback" not in err
+    assert (home / "run/expand.json").read_text() == stored
+
+
 def test_tolerance_is_judged_anew_without_running_again(expt, home, quick) -> None:
     assert expt(*STID, STEPS)[0] == 0
     quick.lines.clear()

@@ -141,3 +141,16 @@ def files_with(folder: Path, word: str) -> set[str]:
         if path.is_file() and word.encode() in path.read_bytes()
         if path.name != "launch.json" and ".hydra" not in path.parts
     }
+
+
+def test_the_command_names_ones_own_yaml_files(expt, home) -> None:
+    (home / "conf/model").mkdir(parents=True)
+    (home / "conf/model/mine.yaml").write_text("_target_: expt.models.stid.STID\n")
+    run = home / "runs/a"
+    run.mkdir(parents=True)
+    (run / "launch.json").write_text("{}")
+    result = {"status": "completed", "stop_reason": "epochs", "metrics": {"val/mae": 3.0}}
+    (run / "result.json").write_text(json.dumps(result))
+    code, _, err = expt(f"--config-dir={home}/conf", *REPORT, "model=mine", "report.runs=runs")
+    assert code == 0, err
+    assert f"python -m expt --config-dir={home}/conf " in (home / "page/report.html").read_text()

@@ -209,7 +209,12 @@ class Record:
 
 
 def _earlier(run_dir: Path, resuming: bool) -> dict[str, Any]:
-    """Return the record of an earlier part of this expansion, empty if there is none."""
+    """Return the record of an earlier part of this expansion, empty if there is none.
+
+    Raises:
+        ConfigError: there is one and it is not to go on, or is of another version.
+
+    """
     try:
         stored = json.loads((run_dir / FILE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -219,4 +224,13 @@ def _earlier(run_dir: Path, resuming: bool) -> dict[str, Any]:
             f"{run_dir} already holds an expansion; to go on with it, give trainer.resume={run_dir}"
             ", else another folder as hydra.run.dir"
         )
+    try:
+        for step in stored["steps"]:
+            stored_probe(step), tuple(step["changes"])
+        list(stored["probe"])
+    except (KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{run_dir / FILE_NAME} is not of this version of expt, so that the expansion cannot "
+            "go on; begin it again in another folder (hydra.run.dir)"
+        ) from error
     return cast(dict[str, Any], stored)

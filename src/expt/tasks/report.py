@@ -61,7 +61,9 @@ def run(cfg: DictConfig, context: RunContext) -> ReportResult:
         Claim(preset, claim.peak, claim.error, claim.settings)
         for preset, claim in report.claims.items()
     ]
-    lines = shown_lines(context.launch.get("overrides", ()))
+    own = context.launch.get("config_dir")
+    folder = [f"--config-dir={own}"] if own else []
+    lines = [*folder, *shown_lines(context.launch.get("overrides", ()))]
     wanted = Wanted(
         report.metric, budget, claims, report.title, report.rows,
         command=shlex.join(["python", "-m", "expt", *lines]),
