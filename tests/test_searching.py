@@ -6,8 +6,12 @@ import json
 
 import optuna
 import pytest
+from omegaconf import OmegaConf
 
 from expt.results import load_result
+from expt.search_config import SearchConfig
+from expt.searching import Request, _conclude, _parameters
+from expt.sweep.space import Space
 from expt.sweep.summary import SweepSummary
 from expt.sweep.trials import KIND
 
@@ -235,3 +239,18 @@ def test_a_storage_that_dies_is_one_line_and_leaves_no_run_open(expt, home, monk
     assert "does not answer any more" in err
     assert "Start the same command again" in err
     assert closed == ["FAILED"]
+
+
+def test_what_is_recorded_and_shown_of_a_search_holds_no_password(tmp_path, capsys) -> None:
+    node = SearchConfig(study="s")
+    lines = ["search.storage=postgresql://me:geheim@h/d", "tracking.uri=http://me:geheim@h"]
+    request = Request(node, OmegaConf.create(), lines, {"x": "range(0,3)"}, None, tmp_path, {})
+    space = Space.parse(request.space, lambda points: None)
+    recorded = _parameters(request, space, "TPESampler", None)
+    assert recorded["overrides"] == (
+        "search.storage=postgresql://me:***@h/d tracking.uri=http://me:***@h"
+    )
+    best = {"trial": 1, "val/mae": 4.0, "peak_allocated_bytes": 1, "params": {"x": 2}}
+    _conclude(SweepSummary("s", 1, best=best), request, space)
+    assert "again: " in (said := capsys.readouterr().out)
+    assert "geheim" not in said

@@ -21,6 +21,7 @@ from expt.results import FILE_NAME, PLAN_NAME, RunResult, load_result
 from expt.schema import TrackingConfig
 from expt.tracking.null import NullTracker
 from expt.tracking.opening import open_tracker
+from expt.tracking.uri import shown_lines
 
 TABLE_NAME = "comparison.md"
 
@@ -50,7 +51,7 @@ class Grid(Callback):
         self._tracker = open_tracker(tracking, directory)
         self._tracker.start(
             f"grid-{directory.name}",
-            {"overrides": " ".join(self._config.hydra.overrides.task)},
+            {"overrides": " ".join(shown_lines(self._config.hydra.overrides.task))},
             {"kind": "grid", "run_dir": str(directory)},
         )
 

@@ -40,7 +40,7 @@ from expt.sweep.study import answering, default_storage, open_storage, open_stud
 from expt.sweep.summary import SweepSummary
 from expt.sweep.testing import run_test
 from expt.sweep.winner import best_trial
-from expt.tracking.uri import without_password
+from expt.tracking.uri import shown_lines, without_password
 from expt.units import format_bytes
 
 TRAINING = "expt.tasks.train.run"
@@ -370,7 +370,7 @@ def _parameters(
             "budget_bytes": budget_bytes,
             "space": {name: request.space[name] for name in space.distributions},
         },
-        "overrides": " ".join(request.given),
+        "overrides": " ".join(shown_lines(request.given)),
     }
 
 
@@ -400,7 +400,7 @@ def _conclude(summary: SweepSummary, request: Request, space: Space) -> None:
             f"best: trial {best['trial']}, val MAE {best['val/mae']:.4f}{test}, peak "
             f"{format_bytes(best['peak_allocated_bytes'])}"
         )
-        kept = [line for line in request.given if not key(line).startswith("search.")]
+        kept = [line for line in shown_lines(request.given) if not key(line).startswith("search.")]
         own = [f"--config-dir={request.own}"] if request.own else []
         names = {key(line) for line in kept}
         if "memory.budget" in names and "memory.on_overflow" not in names:

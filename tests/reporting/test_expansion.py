@@ -35,6 +35,12 @@ def test_a_row_per_step(steps) -> None:
     assert expansion_table(steps, "val/mae").row_count == 5
 
 
+def test_a_reason_may_hold_what_separates_cells() -> None:
+    step = Step(1, "a=b|c", (), Probe("failed"), False, "x | y")
+    row = as_markdown([step], "val/mae").splitlines()[2]
+    assert "a=b\\|c" in row and "x \\| y" in row
+
+
 def test_it_is_drawn_however_steps_ended(steps, tmp_path) -> None:
     assert len(plot_expansion(steps, "val/mae", 80 * MIB, tmp_path)) == 2
     assert len(plot_expansion(steps[:1], "val/mae", None, tmp_path)) == 2

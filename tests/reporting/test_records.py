@@ -10,18 +10,28 @@ def test_what_fits(record) -> None:
     assert run.fits(None) and run.fits(2 * GIB)
     assert not run.fits(2 * GIB - 1)
     assert not record("a", None).fits(None)
-    assert not record("a", 4.0, state="over_budget").fits(9 * GIB)
+    over = record("a", 4.0, 2.0, state="over_budget", budget_bytes=GIB)
+    assert not over.fits(None) and not over.fits(GIB), "as its search found"
+    assert over.fits(2 * GIB) and not over.fits(2 * GIB - 1), "another budget, judged anew"
+    assert not record("a", 4.0, None, state="over_budget", budget_bytes=1).fits(9 * GIB)
+    assert not record("a", 4.0, state="pruned").fits(9 * GIB)
     assert record("a", 4.0, None).fits(1), "what was not measured is not held against it"
     assert not record("a", 4.0, 1.0, peak_reserved_bytes=3 * GIB).fits(2 * GIB)
 
 
 def test_the_budget_is_the_one_that_all_had(record) -> None:
-    def of(*budgets: int | None) -> int | None:
-        return RunSet(tuple(record("a", 1.0, budget_bytes=b) for b in budgets), "").budget_bytes
+    def of(*budgets: int | None, without_error: int | None = 5) -> int | None:
+        runs = [record("a", 1.0, budget_bytes=b) for b in budgets]
+        runs.append(record("b", None, state="failed", budget_bytes=without_error))
+        return RunSet(tuple(runs), "").budget_bytes
 
-    assert of(5, 5, None) == 5
+    assert of(5, 5) == 5
+    assert of(5, 5, without_error=None) == 5
+    assert of(5, None) is None, "a run's own budget is not for those that had none"
     assert of(5, 6) is None
     assert of(None) is None
+    assert of() == 5, "nothing finished inside it"
+    assert RunSet((), "").budget_bytes is None
 
 
 def test_settings_that_differ_are_those_of_the_training(record) -> None:

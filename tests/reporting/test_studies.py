@@ -68,6 +68,22 @@ def test_another_metric_than_the_search_minimised_is_the_runs_own(swept) -> None
     assert trained.error == pytest.approx(4.1), "3.9 is what the study was told: val/mae"
 
 
+def test_another_budget_is_compared_with_what_trials_demanded(swept, tmp_path) -> None:
+    study = optuna.load_study(study_name="tiny", storage=f"sqlite:///{tmp_path}/optuna.db")
+    attributes = {"peak_bytes": GIB // 2, "demand_bytes": 2 * GIB, "budget_bytes": GIB}
+    study.add_trial(
+        optuna.create_trial(value=3.0, user_attrs={"kind": "infeasible_measured", **attributes})
+    )
+    trained, *_, over = runs_in_folders([str(swept)], "val/mae").records
+    assert over.run_dir is None
+    assert (over.state, over.demand_bytes, over.peak_allocated_bytes) == (
+        "over_budget", 2 * GIB, GIB // 2,
+    )  # fmt: skip
+    assert [trained.fits(GIB), over.fits(GIB)] == [True, False]
+    assert over.fits(2 * GIB) and not over.fits(GIB + 1)
+    assert not trained.fits(GIB // 4)
+
+
 def test_runs_from_elsewhere_stay(swept, tmp_path, put_run) -> None:
     put_run(tmp_path / "alone", 2.0, started=1.0)
     runs = runs_in_folders([str(swept), str(tmp_path / "alone")], "val/mae")

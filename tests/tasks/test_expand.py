@@ -167,6 +167,35 @@ def test_other_probes_are_run_again_beside_the_earlier(expt, home, quick) -> Non
     assert quick.lines == []
 
 
+def test_a_password_is_written_nowhere_and_may_change(expt, home, quick) -> None:
+    def tracked(word: str) -> tuple[str, str]:
+        return "tracking=mlflow", f"tracking.uri=http://me:{word}@127.0.0.1:9"
+
+    code, out, err = expt(*STID, STEPS, *tracked("geheim"))
+    assert code == 0, err
+    record = written(home)
+    assert "http://me:***@127.0.0.1:9" in record["command"]
+    assert "tracking.uri=http://me:***@127.0.0.1:9" in record["probe"]
+    assert "geheim" not in out + err
+    holding = {path.name for path in home.rglob("*") if path.is_file() and ".hydra" not in
+               path.parts and b"geheim" in path.read_bytes()}  # fmt: skip
+    assert holding == {"launch.json"}
+    quick.lines.clear()
+    code, _, err = expt(f"trainer.resume={home}/run", tracked("another")[1], small=False)
+    assert code == 0, err
+    assert quick.lines == [], "the probes are the same"
+
+
+@pytest.mark.parametrize("stored", ["[1]", '{"steps": [{}]}', '{"steps": [3]}', '"text"', "{}"])
+def test_a_record_of_another_version_is_one_message(expt, home, quick, stored) -> None:
+    assert expt(*STID, STEPS)[0] == 0
+    (home / "run/expand.json").write_text(stored)
+    code, _, err = expt(f"trainer.resume={home}/run", small=False)
+    assert code == 2
+    assert "run/expand.json is not of this version" in err and "Traceback" not in err
+    assert (home / "run/expand.json").read_text() == stored
+
+
 def test_tolerance_is_judged_anew_without_running_again(expt, home, quick) -> None:
     assert expt(*STID, STEPS)[0] == 0
     quick.lines.clear()

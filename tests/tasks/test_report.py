@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -116,3 +117,40 @@ def test_a_metric_that_no_run_has(expt, home) -> None:
     assert "report.metric=val/mea: no run has it; did you mean 'val/mae'" in err
     assert expt(*REPORT, "report.runs=runs", "report.budget=2GiB", "report.title=Mine")[0] == 0
     assert "<h1>Mine</h1>" in (home / "page/report.html").read_text()
+
+
+def test_a_password_is_written_nowhere(expt, home) -> None:
+    run = home / "runs/a"
+    run.mkdir(parents=True)
+    (run / "launch.json").write_text("{}")
+    result = {"status": "completed", "stop_reason": "epochs", "metrics": {"val/mae": 3.0}}
+    (run / "result.json").write_text(json.dumps(result))
+    uri = "http://me:geheim@127.0.0.1:9"
+    code, out, err = expt(*REPORT, "report.runs=runs", "tracking=mlflow", f"tracking.uri={uri}")
+    assert code == 0, err
+    assert "http://me:***@127.0.0.1:9" in (home / "page/report.html").read_text()
+    assert "geheim" not in out + err
+    assert files_with(home, "geheim") == set()
+
+
+def files_with(folder: Path, word: str) -> set[str]:
+    """Return the files that hold a word and are not for the next process."""
+    return {
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and word.encode() in path.read_bytes()
+        if path.name != "launch.json" and ".hydra" not in path.parts
+    }
+
+
+def test_the_command_names_ones_own_yaml_files(expt, home) -> None:
+    (home / "conf/model").mkdir(parents=True)
+    (home / "conf/model/mine.yaml").write_text("_target_: expt.models.stid.STID\n")
+    run = home / "runs/a"
+    run.mkdir(parents=True)
+    (run / "launch.json").write_text("{}")
+    result = {"status": "completed", "stop_reason": "epochs", "metrics": {"val/mae": 3.0}}
+    (run / "result.json").write_text(json.dumps(result))
+    code, _, err = expt(f"--config-dir={home}/conf", *REPORT, "model=mine", "report.runs=runs")
+    assert code == 0, err
+    assert f"python -m expt --config-dir={home}/conf " in (home / "page/report.html").read_text()

@@ -79,3 +79,15 @@ def test_a_server_that_does_not_answer_is_said_without_its_password() -> None:
     with pytest.raises(NotThereError, match="does not answer") as raised:
         runs_of_experiment("http://me:secret@127.0.0.1:9", "x")
     assert "secret" not in str(raised.value)
+
+
+def test_a_server_that_goes_away_while_runs_are_read(stored, monkeypatch) -> None:
+    from expt.tracking import search
+
+    def gone(*arguments: object) -> None:
+        raise ConnectionError("it went away")
+
+    uri, ids = stored
+    monkeypatch.setattr(search, "_search", gone)
+    with pytest.raises(NotThereError, match="does not answer: it went away"):
+        runs_under(uri, ids["parent"])

@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from expt.expansion import Step
-from expt.reporting.names import metric_words
+from expt.reporting.names import escaped, metric_words
 from expt.reporting.style import (
     BLUE,
     GREEN,
@@ -49,7 +49,7 @@ def as_markdown(steps: Sequence[Step], metric: str) -> str:
     """Return the same table as Markdown."""
     columns = _columns(metric)
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(_cells(step)) + " |" for step in steps]
+    lines += ["| " + " | ".join(map(escaped, _cells(step))) + " |" for step in steps]
     return "\n".join(lines) + "\n"
 
 

@@ -25,3 +25,8 @@ def metric_words(metric: str) -> str:
     """Return ``validation MAE`` for ``val/mae``."""
     split, _, name = metric.rpartition("/")
     return metric_header(f"{SPLITS.get(split, split)}/{name}")
+
+
+def escaped(cell: str) -> str:
+    """Return a text as a cell of a Markdown table."""
+    return cell.replace("|", "\\|")

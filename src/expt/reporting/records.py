@@ -78,11 +78,17 @@ class RunRecord:
         return self.settings.get("model._target_", "").rpartition(".")[2]
 
     def fits(self, budget_bytes: int | None) -> bool:
-        """Tell whether the run completed with an error, inside the budget if there is one."""
-        if self.state != "completed" or self.error is None:
+        """Tell whether the run was trained to its end, inside the budget if there is one.
+
+        What a search found to be over its own budget stays so, and is judged by what was measured
+        if another one is asked about.
+        """
+        if self.state not in ("completed", "over_budget") or self.error is None:
+            return False
+        if self.state == "over_budget" and budget_bytes in (None, self.budget_bytes):
             return False
         if budget_bytes is None or self.demand_bytes is None:
-            return True
+            return self.state == "completed"
         return self.demand_bytes <= budget_bytes
 
 
@@ -104,8 +110,12 @@ class RunSet:
 
     @property
     def budget_bytes(self) -> int | None:
-        """The budget that all runs had that had one, None if they differ."""
-        budgets = {r.budget_bytes for r in self.records if r.budget_bytes is not None}
+        """The one budget that every run with an error had, None without such a one.
+
+        Where no run has an error, it is the budget of them all.
+        """
+        judged = [r for r in self.records if r.error is not None] or self.records
+        budgets = {r.budget_bytes for r in judged}
         return budgets.pop() if len(budgets) == 1 else None
 
 

@@ -114,6 +114,8 @@ def _record(
     if metric == MAE and trial.values:  # what the study was told: with repeats, the mean of seeds
         error = trial.values[0]
     peak = attributes.get("peak_bytes")
+    demand = attributes.get("demand_bytes")
+    reserved = base.peak_reserved_bytes if demand in (None, peak) else demand
     return replace(
         base,
         name=f"trial {trial.number}",
@@ -122,6 +124,7 @@ def _record(
         settings={**base.settings, **settings},
         predicted_peak_bytes=attributes.get("predicted_peak_bytes", base.predicted_peak_bytes),
         peak_allocated_bytes=base.peak_allocated_bytes if peak is None else peak,
+        peak_reserved_bytes=reserved,
         budget_bytes=attributes.get("budget_bytes", budget_bytes),
         seconds=attributes.get("seconds", base.seconds),
         started=started,

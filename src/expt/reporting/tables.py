@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from expt.reporting.claims import Claim, claim_of
-from expt.reporting.names import STATES, metric_header
+from expt.reporting.names import STATES, escaped, metric_header
 from expt.reporting.records import RunRecord, short_names, varied
 from expt.units import format_bytes, format_seconds
 
@@ -103,7 +103,7 @@ def as_markdown(cells: Cells) -> str:
     """Return the table as Markdown."""
     rule = "|" + "".join("---:|" if numeric else "---|" for numeric in cells.numeric)
     lines = ["| " + " | ".join(cells.columns) + " |", rule]
-    lines += ["| " + " | ".join(_escaped(cell) for cell in row) + " |" for row in cells.rows]
+    lines += ["| " + " | ".join(escaped(cell) for cell in row) + " |" for row in cells.rows]
     return "\n".join(lines) + "\n"
 
 
@@ -141,10 +141,6 @@ def _setting(text: str) -> str:
         return f"{float(text):.4g}" if len(text) > MOST_DIGITS else text
     except ValueError:
         return text
-
-
-def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|")
 
 
 def _decimal(value: float | None) -> str:

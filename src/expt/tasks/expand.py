@@ -31,8 +31,9 @@ from expt.reporting.expansion import as_markdown, expansion_table, plot_expansio
 from expt.results import load_launch, save_launch
 from expt.tasks.expansion_steps import among, step_problems
 from expt.tasks.fallback import key
-from expt.tasks.probe import Prober, device_here
+from expt.tasks.probe import Prober, device_here, forced
 from expt.tracking.opening import open_tracker
+from expt.tracking.uri import shown_lines
 from expt.units import format_bytes
 from expt.validation import validated
 
@@ -64,7 +65,7 @@ def run(cfg: DictConfig, context: RunContext) -> ExpandResult:
     settings = validated(cfg, context.overridden)
     expansion = cast(ExpandConfig, OmegaConf.to_object(cfg.expand))
     base = [line for line in context.launch.get("overrides", ()) if not among(key(line), OWN)]
-    problems = expansion.problems() or step_problems(base, expansion.steps)
+    problems = expansion.problems() or step_problems(base, expansion.steps, forced(expansion))
     if problems:
         raise ConfigError(problems)
     earlier = _earlier(context.run_dir, resuming=settings.trainer.resume is not False)
@@ -116,7 +117,7 @@ class Record:
         self.tracker.start(
             f"expand-{run_dir.name}",
             {
-                "start": " ".join(self._prober.base),
+                "start": " ".join(shown_lines(self._prober.base)),
                 "steps": " ".join(self._expansion.steps),
                 "tolerance": self._expansion.tolerance,
                 "budget_bytes": self._prober.budget_bytes,
@@ -126,7 +127,7 @@ class Record:
 
     def known(self, earlier: Mapping[str, Any]) -> dict[tuple[str, ...], Probe]:
         """Return the probes of an earlier part that were of the same starting point and length."""
-        if earlier.get("probe") != self._prober.lines([]):
+        if shown_lines(earlier.get("probe", ())) != shown_lines(self._prober.lines([])):
             return {}
         found = {}
         for stored in earlier.get("steps", []):
@@ -178,7 +179,7 @@ class Record:
             own = self._context.launch.get("config_dir")
             folder = [f"--config-dir={own}"] if own else []
             lines = last_values([*self._prober.base, *kept])
-            command = shlex.join(["python", "-m", "expt", *folder, *lines])
+            command = shlex.join(["python", "-m", "expt", *folder, *shown_lines(lines)])
         return {
             "finished": finished,
             "command": command,
@@ -186,7 +187,7 @@ class Record:
             "metric": self._metric,
             "tolerance": self._expansion.tolerance,
             "budget_bytes": self._prober.budget_bytes,
-            "probe": self._prober.lines([]),
+            "probe": shown_lines(self._prober.lines([])),
             "steps": [step.as_dict() for step in steps],
         }
 
@@ -208,7 +209,12 @@ class Record:
 
 
 def _earlier(run_dir: Path, resuming: bool) -> dict[str, Any]:
-    """Return the record of an earlier part of this expansion, empty if there is none."""
+    """Return the record of an earlier part of this expansion, empty if there is none.
+
+    Raises:
+        ConfigError: there is one and it is not to go on, or is of another version.
+
+    """
     try:
         stored = json.loads((run_dir / FILE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -218,4 +224,13 @@ def _earlier(run_dir: Path, resuming: bool) -> dict[str, Any]:
             f"{run_dir} already holds an expansion; to go on with it, give trainer.resume={run_dir}"
             ", else another folder as hydra.run.dir"
         )
+    try:
+        for step in stored["steps"]:
+            stored_probe(step), tuple(step["changes"])
+        list(stored["probe"])
+    except (KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{run_dir / FILE_NAME} is not of this version of expt, so that the expansion cannot "
+            "go on; begin it again in another folder (hydra.run.dir)"
+        ) from error
     return cast(dict[str, Any], stored)

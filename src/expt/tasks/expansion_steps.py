@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 from hydra import compose
@@ -14,12 +14,20 @@ from expt.errors import ConfigError, nearest
 from expt.tasks.fallback import CONFIG_NAME, key
 from expt.validation import validated
 
-NO_STEPS = ("task", "expand", "report", "tracking", "hydra", "trainer.resume")
-"""Keys, and beginnings of keys, that no step may set."""
+NO_STEPS = ("task", "expand", "report", "search", "tracking", "hydra", "trainer.resume")
+"""Keys, and beginnings of keys, that are not part of what is trained."""
+BUDGET, PRESET = "memory.budget", "memory"
 
 
-def step_problems(base: Sequence[str], steps: Sequence[str]) -> list[str]:
-    """Return one message per step that cannot be: unknown keys, values that are refused."""
+def step_problems(base: Sequence[str], steps: Sequence[str], forced: Sequence[str]) -> list[str]:
+    """Return one message per step that cannot be: unknown keys, values that are refused.
+
+    Args:
+        base: the settings of the starting point.
+        steps: the changes, in order.
+        forced: the settings that every probe is given on top, whatever a step says.
+
+    """
     if not steps:
         return [
             "expand.steps is empty; give the changes to try in order, in quotes, like "
@@ -27,11 +35,29 @@ def step_problems(base: Sequence[str], steps: Sequence[str]) -> list[str]:
         ]
     found = []
     plain = compose(CONFIG_NAME, overrides=list(base))
+    given = {key(line) for line in forced}
     for number, step in enumerate(steps):
-        problem = _problem(plain, base, steps[:number], step)
+        problem = _never(step, given) or _problem(plain, base, steps[:number], step)
         if problem is not None:
             found.append(f"expand.steps: {step}: {problem}")
     return found
+
+
+def _never(step: str, forced: Set[str]) -> str | None:
+    """Say why a step of this key would change nothing, or not what is trained."""
+    name = key(step)
+    if among(name, NO_STEPS):
+        return f"{name} is not part of what is trained, so it is no step"
+    if name == PRESET:
+        return (
+            "a preset is many settings at once; give it as the starting point "
+            f"(+{step.lstrip('+')}), and single settings as steps"
+        )
+    if name == BUDGET:
+        return f"{name} is the same for all steps; give it on the command line, beside expand.steps"
+    if name in forced:
+        return f"{name} is the same for every probe, so that this step would change nothing"
+    return None
 
 
 def _problem(
@@ -39,8 +65,6 @@ def _problem(
 ) -> str | None:
     if "=" not in step:
         return "a step is one setting, like model.num_stages=3"
-    if among(key(step), NO_STEPS):
-        return f"{key(step)} is not part of what is trained, so it is no step"
     try:
         cfg = compose(CONFIG_NAME, overrides=[*base, step])
     except (HydraException, OmegaConfBaseException) as error:

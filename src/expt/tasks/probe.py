@@ -48,6 +48,15 @@ FORCED = (
 OUTPUT_NAME = "output.log"
 
 
+def forced(expansion: ExpandConfig) -> list[str]:
+    """Return the settings that every probe is given, whatever its step changes."""
+    lengths = {
+        "trainer.epochs": expansion.probe_epochs,
+        "trainer.steps_per_epoch": expansion.probe_steps,
+    }
+    return [*FORCED, *(f"{name}={value}" for name, value in lengths.items() if value is not None)]
+
+
 def device_here(trainer: TrainerConfig) -> Target:
     """Return the device that a probe will be trained on, for its plan and its budget."""
     if trainer.device is Device.auto:
@@ -79,13 +88,7 @@ class Prober:
 
     def lines(self, changes: Sequence[str]) -> list[str]:
         """Return the command line of a probe, without where it is written."""
-        own = list(FORCED)
-        for name, value in (
-            ("epochs", self.expansion.probe_epochs),
-            ("steps_per_epoch", self.expansion.probe_steps),
-        ):
-            own += [f"trainer.{name}={value}"] if value is not None else []
-        return [*self.base, *changes, *own]
+        return [*self.base, *changes, *forced(self.expansion)]
 
     def __call__(self, number: int, changes: tuple[str, ...]) -> Probe:
         """Predict, and run what is predicted to fit."""
@@ -104,12 +107,16 @@ class Prober:
         folder, resuming = self._folder(number, changes)
         says = changes[-1] if number else "the starting point"
         print(f"step {number}: {says}", flush=True)
-        ended = run_apart(
-            [*self._arguments(changes, folder), *(["trainer.resume=true"] if resuming else [])],
-            folder.with_name(f"{folder.name}.{OUTPUT_NAME}"),
-            self.expansion.probe_time_limit_seconds,
-            self.stopped,
-        )
+        try:
+            ended = run_apart(
+                [*self._arguments(changes, folder), *(["trainer.resume=true"] if resuming else [])],
+                folder.with_name(f"{folder.name}.{OUTPUT_NAME}"),
+                self.expansion.probe_time_limit_seconds,
+                self.stopped,
+            )
+        except BaseException:  # a second Ctrl-C: the process was killed
+            self._close_in_tracker(folder)
+            raise
         if ended.exit_code < 0 or load_result(folder) is None:
             self._close_in_tracker(folder)
         return self._probe(folder, ended, peak)
@@ -157,11 +164,11 @@ class Prober:
         ]
 
     def _close_in_tracker(self, folder: Path) -> None:
-        """Mark a run as failed that was killed before it could do so itself."""
-        if not is_closed(folder) and not self.stopped():
+        """End a run in the tracker that was killed before it could do so itself."""
+        if not is_closed(folder):
             tracker = open_tracker(self.settings.tracking, folder, self.context.run_dir)
             tracker.start(folder.name, {}, {})
-            tracker.finish("FAILED")
+            tracker.finish("KILLED" if self.stopped() else "FAILED")
 
     def _probe(self, folder: Path, ended: Ended, predicted: int | None) -> Probe:
         result = load_result(folder)

@@ -28,6 +28,7 @@ from expt.reporting.tables import as_csv, as_markdown, console_table
 from expt.reporting.tracked import is_run_id, runs_by_filter, runs_by_id
 from expt.schema import TrackingConfig
 from expt.tracking.opening import open_tracker
+from expt.tracking.uri import shown_lines
 from expt.units import parse_bytes
 
 PAGE_NAME, TABLE_NAME, CSV_NAME, FILE_NAME = "report.html", "runs.md", "runs.csv", "report.json"
@@ -60,7 +61,9 @@ def run(cfg: DictConfig, context: RunContext) -> ReportResult:
         Claim(preset, claim.peak, claim.error, claim.settings)
         for preset, claim in report.claims.items()
     ]
-    lines = context.launch.get("overrides", ())
+    own = context.launch.get("config_dir")
+    folder = [f"--config-dir={own}"] if own else []
+    lines = [*folder, *shown_lines(context.launch.get("overrides", ()))]
     wanted = Wanted(
         report.metric, budget, claims, report.title, report.rows,
         command=shlex.join(["python", "-m", "expt", *lines]),

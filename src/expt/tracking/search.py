@@ -75,7 +75,10 @@ def runs_under(uri: str, run_id: str) -> list[StoredRun]:
     waiting = [run_id]
     while waiting:
         clause = f"tags.`{PARENT_TAG}` = '{waiting.pop()}'"
-        children = _search(client, run.info.experiment_id, clause)
+        try:
+            children = _search(client, run.info.experiment_id, clause)
+        except Exception as error:  # it went away meanwhile
+            raise _silent(uri, error) from error
         found += children
         waiting += [child.run_id for child in children]
     return found or [_stored(run)]

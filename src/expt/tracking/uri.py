@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
@@ -44,6 +45,11 @@ def is_server(uri: str) -> bool:
 def without_password(uri: str) -> str:
     """Return the URI as it may be shown."""
     return re.sub(r"(://[^:/@]*):[^@/]*@", rf"\1:{HIDDEN}@", uri)
+
+
+def shown_lines(lines: Iterable[str]) -> list[str]:
+    """Return the settings of a command line as they may be shown."""
+    return [without_password(line) for line in lines]
 
 
 def with_password(uri: str) -> str:
