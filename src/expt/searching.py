@@ -36,7 +36,13 @@ from expt.sweep.running import ProcessRunner, Runner
 from expt.sweep.samplers import make_pruner, make_sampler, seed_of
 from expt.sweep.search import Search
 from expt.sweep.space import Space
-from expt.sweep.study import answering, default_storage, open_storage, open_study
+from expt.sweep.study import (
+    absolute_storage,
+    answering,
+    default_storage,
+    open_storage,
+    open_study,
+)
 from expt.sweep.summary import SweepSummary
 from expt.sweep.testing import run_test
 from expt.sweep.winner import best_trial
@@ -115,7 +121,7 @@ def search(
     records = Records(tracking, request.folder, node.study)
     runner = _runner(request, config, hydra_context, task_function)
     seeds = range(request.cfg.trainer.seed, request.cfg.trainer.seed + node.repeats)
-    shown = without_password(text)
+    shown = without_password(absolute_storage(text))
     loop = Search(
         node, space, reservations, runner, jobs, records, request.folder, list(seeds), shown
     )

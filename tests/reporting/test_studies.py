@@ -106,3 +106,19 @@ def test_a_study_that_is_not_there(swept, tmp_path) -> None:
         load(SweepSummary("other", 4, storage=storage))
     with pytest.raises(StudyError, match="does not say where"):
         load(SweepSummary("other", 4))
+
+
+def test_a_hidden_password_is_left_to_the_driver(monkeypatch) -> None:
+    opened: list[tuple[str, dict]] = []
+
+    def refuse(url: str, engine_kwargs: dict) -> None:
+        opened.append((url, engine_kwargs))
+        raise OSError("no password supplied")
+
+    monkeypatch.setattr(optuna.storages, "RDBStorage", refuse)
+    with pytest.raises(StudyError, match=r"no password supplied; its password is never .*PGPASS"):
+        load(SweepSummary("tiny", 4, storage="postgresql://me:***@host/db"))
+    with pytest.raises(StudyError, match=r"no password supplied$"):
+        load(SweepSummary("tiny", 4, storage="postgresql://me@host/db"))
+    assert {url for url, _ in opened} == {"postgresql://me@host/db"}
+    assert opened[0][1]["connect_args"] == {"connect_timeout": 10}

@@ -6,7 +6,7 @@ import optuna
 import pytest
 
 from expt.errors import ConfigError, UserError
-from expt.sweep.study import default_storage, open_storage, open_study
+from expt.sweep.study import absolute_storage, default_storage, open_storage, open_study
 
 SPACE = {"space": {"x": 1}}
 
@@ -138,3 +138,10 @@ def test_a_file_that_is_no_database_is_one_line(home):
     (home / "some.db").write_text("not a database " * 100)
     with pytest.raises(UserError, match="does not answer: file is not a database"):
         open_storage("sqlite:///some.db")
+
+
+def test_a_storage_is_written_down_with_an_absolute_path(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert absolute_storage("a/s.journal") == f"{tmp_path}/a/s.journal"
+    assert absolute_storage("sqlite:///a/s.db") == f"sqlite:///{tmp_path}/a/s.db"
+    assert absolute_storage("postgresql://me@host/db") == "postgresql://me@host/db"

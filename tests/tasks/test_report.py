@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+
+from expt.evaluation import evaluate
 
 REPORT = ("task=report", "hydra.run.dir=page")
 
 
 @pytest.fixture
-def grid(expt, home):
-    """Two tiny real runs, tracked in MLflow."""
+def grid(expt, home, monkeypatch):
+    """Two tiny real runs, tracked in MLflow, whose second epoch is worse than the first."""
+    validations = itertools.count()
+
+    def worse_every_second_time(*arguments: Any) -> Any:
+        metrics, more = evaluate(*arguments), 10.0 * (next(validations) % 2)
+        figures = {name: value + more for name, value in metrics.compute().items()}
+        return SimpleNamespace(compute=lambda: figures)
+
+    monkeypatch.setattr("expt.training.evaluate", worse_every_second_time)
     code, _, err = expt(
         "-m", "memory=lite,minimal", "model=stid", "debug=smoke", "trainer.progress=false",
-        "trainer.epochs=1", "hydra.sweep.dir=sweep", "tracking=mlflow",
+        "trainer.epochs=2", "hydra.sweep.dir=sweep", "tracking=mlflow",
         f"tracking.uri=sqlite:///{home}/mlflow.db", f"tracking.artifacts={home}/artifacts",
         small=False,
     )  # fmt: skip
@@ -35,6 +48,10 @@ def test_a_grid_of_real_runs(expt, grid) -> None:
     assert record["runs"] == len(rows) == 2
     best = min(results, key=lambda result: result["metrics"]["val/mae"])
     assert record["best"]["error"] == best["metrics"]["val/mae"]
+    for number, result in enumerate(results):
+        history = json.loads((grid / f"sweep/{number}/history.json").read_text())
+        first, last = (epoch["val"] for epoch in history)
+        assert result["metrics"]["val/mae"] == first < last - 5, "the last is not the best"
     assert record["best"]["demand_bytes"] == best["memory"]["peak_allocated_bytes"]
     assert {row["preset"] for row in rows} == {"lite", "minimal"}
     page = (grid / "page/report.html").read_text()

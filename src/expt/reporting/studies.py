@@ -11,12 +11,16 @@ from expt.reporting.records import KIND_STATES, RunRecord, RunSet
 from expt.search_config import MAE
 from expt.sweep.summary import FILE_NAME, SweepSummary
 from expt.sweep.trials import KIND
+from expt.tracking.uri import HIDDEN
 
 if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
-JOURNAL_ENDINGS = (".journal", ".log")
+PASSWORD = f":{HIDDEN}@"
+NO_PASSWORD = (
+    "; its password is never written down: for PostgreSQL, set PGPASSWORD or write it to ~/.pgpass"
+)
 
 
 class StudyError(Exception):
@@ -88,12 +92,19 @@ def load(summary: SweepSummary) -> Study:
         return optuna.load_study(study_name=summary.study, storage=_storage(where))
     except Exception as error:  # whatever a database driver raises
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise StudyError(f"the study {summary.study} cannot be read: {first}") from error
+        hint = NO_PASSWORD if PASSWORD in where else ""
+        raise StudyError(f"the study {summary.study} cannot be read: {first}{hint}") from error
 
 
 def _storage(where: str) -> Any:
-    if not where.endswith(JOURNAL_ENDINGS):
-        return where
+    if "://" in where:
+        from optuna.storages import RDBStorage
+        from sqlalchemy.engine import make_url
+
+        from expt.sweep.study import connect_options
+
+        url = where.replace(PASSWORD, "@")  # so that the driver looks for it where it may
+        return RDBStorage(url, engine_kwargs=connect_options(make_url(url).get_backend_name()))
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 

@@ -53,6 +53,19 @@ def default_storage(tracking_uri: str | None) -> str:
     return absolute_uri(f"sqlite:///{folder / DATABASE_NAME}")
 
 
+def absolute_storage(text: str) -> str:
+    """Return a storage with its file's path made absolute, as it is written down."""
+    return absolute_uri(text) if "://" in text else str(Path(text).absolute())
+
+
+def connect_options(backend: str) -> dict[str, Any]:
+    """Return SQLAlchemy's options for a database, among them how long to wait for it."""
+    timeout = {"timeout": LOCK_WAIT_SECONDS}
+    if backend != "sqlite":
+        timeout = {"connect_timeout": CONNECT_SECONDS}
+    return {"connect_args": timeout, "pool_pre_ping": True}
+
+
 def open_storage(text: str) -> BaseStorage:
     """Open a storage, and make its tables or file if there are none.
 
@@ -189,11 +202,8 @@ def _open_database(url: str) -> RDBStorage:
         backend = make_url(url).get_backend_name()
     except ArgumentError as error:
         raise ConfigError(NOT_A_STORAGE.format(text=shown)) from error
-    timeout = {"timeout": LOCK_WAIT_SECONDS}
-    if backend != "sqlite":
-        timeout = {"connect_timeout": CONNECT_SECONDS}
     try:
-        return _made(url, {"connect_args": timeout, "pool_pre_ping": True})
+        return _made(url, connect_options(backend))
     except ImportError as error:
         package = DRIVERS.get(backend, f"one for {backend}")
         raise UserError(
