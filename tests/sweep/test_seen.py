@@ -105,8 +105,8 @@ def wasted(sampler, study_of, trials, crash=False):
 @pytest.mark.parametrize(
     ("make", "crash", "trials", "seeds"),
     [
-        (lambda seed: GPSampler(seed=seed, n_startup_trials=4), False, 16, 1),
-        (lambda seed: GPSampler(seed=seed, n_startup_trials=4), True, 26, 1),
+        (lambda seed: GPSampler(seed=seed, n_startup_trials=4), False, 12, 1),
+        (lambda seed: GPSampler(seed=seed, n_startup_trials=4), True, 20, 1),
         (lambda seed: CmaEsSampler(seed=seed, n_startup_trials=4), False, 60, 4),
         (lambda seed: CmaEsSampler(seed=seed, n_startup_trials=4), True, 60, 4),
         (lambda seed: TPESampler(seed=seed, n_startup_trials=6), True, 40, 1),

@@ -83,9 +83,23 @@ class Reservations:
         """Forget a trial of this worker, which was told, or is left to whoever comes next."""
         self._mine.discard(number)
 
-    def beat(self, trial: Trial) -> None:
-        """Say to workers on other machines that this trial is being seen to."""
-        trial.set_user_attr(WORKER, {**self.me, "beat": round(time.time())})
+    def beat(self, trial: Trial) -> bool:
+        """Say to workers on other machines that this trial is being seen to.
+
+        False: one of them took this worker for dead, and the trial is its own now.
+        """
+        with self.locked():
+            mine = self.owns(trial)
+            if mine:
+                trial.set_user_attr(WORKER, {**self.me, "beat": round(time.time())})
+            return mine
+
+    def owns(self, trial: Trial) -> bool:
+        """Tell, under the lock, whether a trial is still this worker's to tell."""
+        stored = self.study._storage.get_trial(trial._trial_id)
+        worker = stored.user_attrs.get(WORKER, {})
+        same = all(worker.get(name) == value for name, value in self.me.items())
+        return same and not stored.state.is_finished()
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -12,10 +12,11 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import GridSampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -112,6 +113,7 @@ class Search:
     _untrained: int = 0
     _duplicates: int = 0
     _said_why: bool = False
+    _lost: set[int] = field(default_factory=set)
     _beaten: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
@@ -151,7 +153,8 @@ class Search:
     def beat(self) -> None:
         """Say to workers on other machines that what runs, or waits here, is being seen to."""
         for trial in [one.trial for one in self.under_way] + [copy for copy, _ in self._copies]:
-            self.reservations.beat(trial)
+            if not self.reservations.beat(trial):
+                self._lost.add(trial.number)
 
     def trial_folder(self, number: int) -> Path:
         """Return the folder of a trial."""
@@ -160,7 +163,7 @@ class Search:
     def _loop(self, interruption: Interruption) -> None:
         look_again = 0.0
         while True:
-            moved = self._poll()
+            moved = self._poll(interruption.received is not None)
             if interruption.received is not None:
                 self._stop(interruption.received)
             if len(self.under_way) >= self.config.n_jobs:
@@ -207,6 +210,9 @@ class Search:
         return "begun"
 
     def _start(self, trial: Trial, lines: list[str], prediction: Prediction | None) -> None:
+        if not self.reservations.beat(trial):
+            self._forget(trial)
+            return
         self._untrained = self.reservations.untrained_in_a_row = 0
         attempts = int(trial.user_attrs.get("attempts", 0)) + 1
         trial.set_user_attr(STARTED, True)
@@ -228,17 +234,25 @@ class Search:
         reported = set(self.study._storage.get_trial(trial._trial_id).intermediate_values)
         self.under_way.append(UnderWay(trial, running, job, prediction, attempts, reported))
 
-    def _poll(self) -> bool:
+    def _poll(self, stopping: bool = False) -> bool:
         """Look after what runs; return whether anything ended."""
         ended = False
         if time.monotonic() - self._beaten > BEAT_SECONDS:
             self._beaten = time.monotonic()
             self.beat()
         for one in list(self.under_way):
+            if one.trial.number in self._lost:
+                self._lose(one)
+                continue
             outcome = one.running.poll()
             if outcome is None:
-                self._watch(one)
+                try:
+                    self._watch(one)
+                except UpdateFinishedTrialError:
+                    self._lose(one)
                 continue
+            if stopping and outcome.kind == "killed":
+                continue  # by what stops this worker, and the next one goes on with it
             ended = True
             self.under_way.remove(one)
             retries = self.config.retry
@@ -250,6 +264,20 @@ class Search:
         if ended:
             self._tell_copies()
         return ended
+
+    def _lose(self, one: UnderWay) -> None:
+        """End a trial that another worker has taken over, before both write to its folder."""
+        one.running.kill()
+        self.under_way.remove(one)
+        self._forget(one.trial)
+
+    def _forget(self, trial: Trial) -> None:
+        self._lost.discard(trial.number)
+        self.reservations.release(trial.number)
+        self.say(
+            f"trial {trial.number}: this worker was silent for so long that another one took it "
+            "over; it is left to that one"
+        )
 
     def _watch(self, one: UnderWay) -> None:
         """Report a trial's epochs, and end it if the pruner says so."""
@@ -271,9 +299,32 @@ class Search:
         folder: Path | None = None,
         copy_of: FrozenTrial | None = None,
     ) -> None:
-        """Tell the study and the records how a trial ended."""
+        """Tell the study and the records how a trial ended, if it still is this worker's."""
         folder = folder or self.trial_folder(trial.number)
+        with self.reservations.locked():
+            if not self.reservations.owns(trial):
+                self._forget(trial)
+                return
+            self._tell_study(trial, outcome, prediction, folder, copy_of)
+        self.reservations.release(trial.number)
+        told = self.study._storage.get_trial(trial._trial_id)
+        self.records.told(told, folder)
+        best = best_trial(self.study.get_trials(deepcopy=False), self.limited)
+        self.say(told_line(told, best is not None and best.number == told.number))
+        self.summary()
+
+    def _tell_study(
+        self,
+        trial: Trial,
+        outcome: TrialOutcome,
+        prediction: Prediction | None,
+        folder: Path,
+        copy_of: FrozenTrial | None,
+    ) -> None:
         excess = outcome.constraint(prediction, self.jobs.budget_bytes)
+        killed = outcome.kind == "killed" and "SIGKILL" in (outcome.error or "")
+        if killed and excess is not None and excess > 0:
+            outcome = replace(outcome, kind="oom", error=f"{outcome.error}; predicted not to fit")
         state = TrialState[STATES.get(outcome.kind, "FAIL")]
         values: list[float] | None = None
         if copy_of is not None:
@@ -281,24 +332,16 @@ class Search:
             excess = copy_of.constraints.get(CONSTRAINT)
         elif state is TrialState.COMPLETE:
             values = self._values(outcome)
-        if values is None and state is TrialState.COMPLETE:
-            state = TrialState.FAIL  # a peak that is to be minimised and was not measured
-        if outcome.kind == "killed" and excess is not None and excess > 0:
-            state = TrialState.PRUNED  # by the system, for lack of memory
-        if state is TrialState.FAIL:
+            if values is None:
+                state = TrialState.FAIL
+                error = "its peak is to be minimised, and was not measured"
+                outcome = replace(outcome, kind="crashed", error=error)
+        if state is not TrialState.COMPLETE:
             values = None
         self._set_attributes(trial, outcome, prediction, folder, copy_of)
         if excess is not None and CONSTRAINT not in trial.constraints:
             trial.set_constraint(CONSTRAINT, excess)
-        if values is not None and state is TrialState.PRUNED:
-            values = None
         self._finish(trial, state, values)
-        self.reservations.release(trial.number)
-        told = self.study._storage.get_trial(trial._trial_id)
-        self.records.told(told, folder)
-        best = best_trial(self.study.get_trials(deepcopy=False), self.limited)
-        self.say(told_line(told, best is not None and best.number == told.number))
-        self.summary()
 
     def _values(self, outcome: TrialOutcome) -> list[float] | None:
         assert outcome.value is not None
@@ -353,6 +396,9 @@ class Search:
         waiting = self._copies
         self._copies = []
         for trial, original in waiting:
+            if trial.number in self._lost:
+                self._forget(trial)
+                continue
             now = self.study._storage.get_trial(original._trial_id)
             if not now.state.is_finished():
                 self._copies.append((trial, original))
@@ -390,6 +436,7 @@ class Search:
             tuple(sorted((name, str(value)) for name, value in trial.params.items()))
             for trial in trials
             if len(trial.params) == len(self.space.distributions)
+            and not (trial.state.is_finished() and KIND not in trial.user_attrs)
         }
         return len(points) >= self.space.size
 
