@@ -254,3 +254,28 @@ def test_what_is_recorded_and_shown_of_a_search_holds_no_password(tmp_path, caps
     _conclude(SweepSummary("s", 1, best=best), request, space)
     assert "again: " in (said := capsys.readouterr().out)
     assert "geheim" not in said
+
+
+def test_a_winner_that_cannot_be_tested_is_an_error_with_all_files_written(expt, home, monkeypatch):
+    """Its trial is the best all the same: sweep.json says so, and the exit code is 1."""
+    from expt.sweep.running import ProcessTrial
+    from expt.sweep.trials import TrialOutcome
+
+    poll = ProcessTrial.poll
+
+    def crash_in_test(self):
+        found = poll(self)
+        return TrialOutcome("crashed", error="a bad lens") if found and self.job.test else found
+
+    monkeypatch.setattr(ProcessTrial, "poll", crash_in_test)
+    code, out, err = expt(*SEARCH, "search.n_trials=1", "model.embed_dim=8", small=False)
+    assert code == 1, err
+    assert "error: the best trial, 0, could not be tested: crashed (a bad lens)" in err
+    assert "Traceback" not in err
+    assert "again: python -m expt" in out
+    summary = SweepSummary.load(home / "outputs/sweeps/debug")
+    assert summary.best["trial"] == 0 and "test/mae" not in summary.best
+    monkeypatch.setattr(ProcessTrial, "poll", poll)
+    code, out, err = expt(*SEARCH, "search.n_trials=1", "model.embed_dim=8", small=False)
+    assert code == 0, err
+    assert SweepSummary.load(home / "outputs/sweeps/debug").best["test/mae"] > 0

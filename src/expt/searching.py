@@ -139,8 +139,10 @@ def search(
             if winner is not None and node.test_winner:
                 lines = jobs.lines(winner.number, space.lines(winner.params))
                 folder = loop.trial_folder(winner.number)
-                run_test(study, winner, reservations, runner, lines, folder, list(seeds))
-                records.told(winner, folder)
+                try:
+                    run_test(study, winner, reservations, runner, lines, folder, list(seeds))
+                finally:  # its run was opened again
+                    records.told(winner, folder)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
