@@ -413,6 +413,7 @@ def _conclude(summary: SweepSummary, request: Request, space: Space) -> None:
         names = {key(line) for line in kept}
         if "memory.budget" in names and "memory.on_overflow" not in names:
             kept.append("memory.on_overflow=train")  # like every trial: measured, not predicted
-        lines = [*own, *kept, f"search.trial={best['trial']}", *space.lines(best["params"])]
+        point = space.lines(space.point(best["params"]))
+        lines = [*own, *kept, f"search.trial={best['trial']}", *point]
         print(f"again: python -m expt {shlex.join(lines)}")
     print(f"files: {request.folder}")
