@@ -36,8 +36,11 @@ from expt.validation import argument_problems, validated
 
 log = logging.getLogger(__name__)
 
-DECIDED = ("trainer.resume", "trainer.test", "memory.plan_file", "tracking.parent", "search.trial")
-"""Settings of a trial that are the search's to decide."""
+DECIDED = (
+    "trainer.resume", "trainer.test", "memory.plan_file", "tracking.parent", "search.trial",
+    "search.storage",
+)  # fmt: skip
+"""Settings of a trial that are the search's to decide; it has no use for the study's address."""
 
 
 @dataclass

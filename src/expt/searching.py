@@ -27,7 +27,7 @@ from expt.schema import TrackingConfig
 from expt.search_config import Pruner, SearchConfig
 from expt.search_jobs import TrialJobs, base_facts, check_presets, checker, preset_values
 from expt.sweep.folder import claim
-from expt.sweep.launched import PRUNED_LATE, LauncherRunner
+from expt.sweep.launched import PRUNED_LATE, UNLIMITED, LauncherRunner
 from expt.sweep.plots import draw
 from expt.sweep.processes import Worker, WorkerError, prepare_server, visible_devices
 from expt.sweep.records import Records
@@ -344,9 +344,11 @@ def _runner(
     target = str(config.hydra.launcher._target_)
     node = request.config
     if not target.endswith(".BasicLauncher"):
+        name = config.hydra.runtime.choices.get("hydra/launcher")
         if node.pruner is not Pruner.none:
-            name = config.hydra.runtime.choices.get("hydra/launcher")
             print(PRUNED_LATE.format(launcher=name, pruner=node.pruner.value))
+        if node.trial_time_limit_seconds is not None:
+            print(UNLIMITED.format(launcher=name))
         sweep = config.hydra.sweep
         with read_write(sweep), open_dict(sweep):
             sweep.dir = str(request.folder)
