@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from expt.results import load_result
 from expt.search_config import SearchConfig
-from expt.searching import Request, _conclude, _parameters
+from expt.searching import Request, _conclude, _parameters, _runner
 from expt.sweep.space import Space
 from expt.sweep.summary import SweepSummary
 from expt.sweep.trials import KIND
@@ -279,3 +279,21 @@ def test_a_winner_that_cannot_be_tested_is_an_error_with_all_files_written(expt,
     code, out, err = expt(*SEARCH, "search.n_trials=1", "model.embed_dim=8", small=False)
     assert code == 0, err
     assert SweepSummary.load(home / "outputs/sweeps/debug").best["test/mae"] > 0
+
+
+@pytest.mark.parametrize("seconds", [None, 60.0])
+def test_a_limit_that_a_launcher_does_not_keep_is_said(tmp_path, monkeypatch, capsys, seconds):
+    from hydra.core.plugins import Plugins
+
+    class Launchers:
+        def instantiate_launcher(self, **settings):
+            return None
+
+    monkeypatch.setattr(Plugins, "instance", Launchers)
+    launcher = {"launcher": {"_target_": "x.RayLauncher"}, "sweep": {"dir": "there"}}
+    hydra = {**launcher, "runtime": {"choices": {"hydra/launcher": "ray"}}}
+    node = SearchConfig(trial_time_limit_seconds=seconds)
+    request = Request(node, OmegaConf.create(), [], {}, None, tmp_path, {})
+    _runner(request, OmegaConf.create({"hydra": hydra}), None, None)
+    said = "over hydra/launcher=ray search.trial_time_limit_seconds ends nothing"
+    assert (said in capsys.readouterr().out) == (seconds is not None)
