@@ -10,18 +10,16 @@ and in the trials' folders, so that it can be killed at any point and started ag
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.samplers import GridSampler
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, Trial
 
 from expt.interruption import Interruption, Stopped
-from expt.search_config import PEAK, SearchConfig
+from expt.search_config import SearchConfig
 from expt.sweep.nothing_fits import Nearest, nothing_found
 from expt.sweep.processes import kill_leftover
 from expt.sweep.records import Records
@@ -30,12 +28,11 @@ from expt.sweep.running import Job, Runner, Running
 from expt.sweep.space import Space
 from expt.sweep.study import answering
 from expt.sweep.summary import SweepSummary
+from expt.sweep.telling import tell_study
 from expt.sweep.trials import (
     AGAIN,
-    CONSTRAINT,
     KIND,
     STARTED,
-    STATES,
     Prediction,
     TrialOutcome,
 )
@@ -305,91 +302,22 @@ class Search:
             if not self.reservations.owns(trial):
                 self._forget(trial)
                 return
-            self._tell_study(trial, outcome, prediction, folder, copy_of)
+            tell_study(
+                self.study,
+                trial,
+                outcome,
+                prediction,
+                self.jobs.budget_bytes,
+                self.config.objectives,
+                folder,
+                copy_of,
+            )
         self.reservations.release(trial.number)
         told = self.study._storage.get_trial(trial._trial_id)
         self.records.told(told, folder)
         best = best_trial(self.study.get_trials(deepcopy=False), self.limited)
         self.say(told_line(told, best is not None and best.number == told.number))
         self.summary()
-
-    def _tell_study(
-        self,
-        trial: Trial,
-        outcome: TrialOutcome,
-        prediction: Prediction | None,
-        folder: Path,
-        copy_of: FrozenTrial | None,
-    ) -> None:
-        excess = outcome.constraint(prediction, self.jobs.budget_bytes)
-        killed = outcome.kind == "killed" and "SIGKILL" in (outcome.error or "")
-        if killed and excess is not None and excess > 0:
-            outcome = replace(outcome, kind="oom", error=f"{outcome.error}; predicted not to fit")
-        state = TrialState[STATES.get(outcome.kind, "FAIL")]
-        values: list[float] | None = None
-        if copy_of is not None:
-            state, values = copy_of.state, copy_of.values
-            excess = copy_of.constraints.get(CONSTRAINT)
-        elif state is TrialState.COMPLETE:
-            values = self._values(outcome)
-            if values is None:
-                state = TrialState.FAIL
-                error = "its peak is to be minimised, and was not measured"
-                outcome = replace(outcome, kind="crashed", error=error)
-        if state is not TrialState.COMPLETE:
-            values = None
-        self._set_attributes(trial, outcome, prediction, folder, copy_of)
-        if excess is not None and CONSTRAINT not in trial.constraints:
-            trial.set_constraint(CONSTRAINT, excess)
-        self._finish(trial, state, values)
-
-    def _values(self, outcome: TrialOutcome) -> list[float] | None:
-        assert outcome.value is not None
-        if PEAK not in self.config.objectives:
-            return [outcome.value]
-        if outcome.peak_bytes is None:
-            return None
-        return [outcome.value, float(outcome.peak_bytes)]
-
-    def _set_attributes(
-        self,
-        trial: Trial,
-        outcome: TrialOutcome,
-        prediction: Prediction | None,
-        folder: Path,
-        copy_of: FrozenTrial | None,
-    ) -> None:
-        known: dict[str, Any] = {
-            "peak_bytes": outcome.peak_bytes,
-            "demand_bytes": outcome.demand_bytes,
-            "budget_bytes": self.jobs.budget_bytes,
-            "seconds": round(outcome.seconds, 3) or None,
-            "error": outcome.error,
-            "run_dir": str(folder) if folder.exists() else None,
-            "run_id": outcome.run_id,
-            "duplicate_of": None if copy_of is None else copy_of.number,
-            **outcome.extra,
-        }
-        if prediction is not None:
-            known["predicted_peak_bytes"] = prediction.peak_bytes
-            interval = prediction.interval_bytes
-            known["interval_bytes"] = None if interval is None else list(interval)
-        for name, value in known.items():
-            if value is not None and trial.user_attrs.get(name) != value:
-                trial.set_user_attr(name, value)
-        # Last: a trial with a kind has all the rest.
-        trial.set_user_attr(KIND, "duplicate" if copy_of is not None else outcome.kind)
-
-    def _finish(self, trial: Trial, state: TrialState, values: list[float] | None) -> None:
-        try:
-            with warnings.catch_warnings():
-                # CMA-ES says at every trial that it does not use constraints.
-                warnings.filterwarnings("ignore", "Constraints have been set", UserWarning)
-                self.study.tell(trial, values, state)
-        except (RuntimeError, KeyError):
-            # The grid's sampler wants to end a loop of Optuna's own; the trial is told by then.
-            if not isinstance(self.study.sampler, GridSampler):
-                raise
 
     def _tell_copies(self) -> None:
         """Tell trials that repeat another one, once that one has ended."""
