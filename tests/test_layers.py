@@ -31,6 +31,7 @@ LAYERS = {  # from the top; a name stands for a module or a package under `expt`
         "dispatch",
         "explanation",
         "search_jobs",
+        "search_request",
         "searching",
     },
     "tasks": {"tasks", "construction", "validation", "foresight", "batch_search", "fitting"},

@@ -117,3 +117,10 @@ def test_a_file_of_the_users_own_is_an_option_of_its_group(composed, tmp_path):
     assert check("model=stid") is None
     assert "did you mean 'mynet'" in check("model=mynett")
     assert "no such option" in checker(composed())("model=mynet")
+
+
+def test_a_trial_does_not_learn_the_address_of_the_study(tmp_path):
+    given = ["search=debug", "search.storage=postgresql://me:word@host/db", "memory.plan_file=x"]
+    lines = TrialJobs(given, None, tmp_path, None).lines(3, ["model.dropout=0.1"])
+    assert not any(line.startswith(("search.storage", "memory.plan_file")) for line in lines)
+    assert "search=debug" in lines

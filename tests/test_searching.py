@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from expt.results import load_result
 from expt.search_config import SearchConfig
-from expt.searching import Request, _conclude, _parameters
+from expt.searching import Request, _conclude, _parameters, _runner
 from expt.sweep.space import Space
 from expt.sweep.summary import SweepSummary
 from expt.sweep.trials import KIND
@@ -254,3 +254,46 @@ def test_what_is_recorded_and_shown_of_a_search_holds_no_password(tmp_path, caps
     _conclude(SweepSummary("s", 1, best=best), request, space)
     assert "again: " in (said := capsys.readouterr().out)
     assert "geheim" not in said
+
+
+def test_a_winner_that_cannot_be_tested_is_an_error_with_all_files_written(expt, home, monkeypatch):
+    """Its trial is the best all the same: sweep.json says so, and the exit code is 1."""
+    from expt.sweep.running import ProcessTrial
+    from expt.sweep.trials import TrialOutcome
+
+    poll = ProcessTrial.poll
+
+    def crash_in_test(self):
+        found = poll(self)
+        return TrialOutcome("crashed", error="a bad lens") if found and self.job.test else found
+
+    monkeypatch.setattr(ProcessTrial, "poll", crash_in_test)
+    code, out, err = expt(*SEARCH, "search.n_trials=1", "model.embed_dim=8", small=False)
+    assert code == 1, err
+    assert "error: the best trial, 0, could not be tested: crashed (a bad lens)" in err
+    assert "Traceback" not in err
+    assert "again: python -m expt" in out
+    summary = SweepSummary.load(home / "outputs/sweeps/debug")
+    assert summary.best["trial"] == 0 and "test/mae" not in summary.best
+    monkeypatch.setattr(ProcessTrial, "poll", poll)
+    code, out, err = expt(*SEARCH, "search.n_trials=1", "model.embed_dim=8", small=False)
+    assert code == 0, err
+    assert SweepSummary.load(home / "outputs/sweeps/debug").best["test/mae"] > 0
+
+
+@pytest.mark.parametrize("seconds", [None, 60.0])
+def test_a_limit_that_a_launcher_does_not_keep_is_said(tmp_path, monkeypatch, capsys, seconds):
+    from hydra.core.plugins import Plugins
+
+    class Launchers:
+        def instantiate_launcher(self, **settings):
+            return None
+
+    monkeypatch.setattr(Plugins, "instance", Launchers)
+    launcher = {"launcher": {"_target_": "x.RayLauncher"}, "sweep": {"dir": "there"}}
+    hydra = {**launcher, "runtime": {"choices": {"hydra/launcher": "ray"}}}
+    node = SearchConfig(trial_time_limit_seconds=seconds)
+    request = Request(node, OmegaConf.create(), [], {}, None, tmp_path, {})
+    _runner(request, OmegaConf.create({"hydra": hydra}), None, None)
+    said = "over hydra/launcher=ray search.trial_time_limit_seconds ends nothing"
+    assert (said in capsys.readouterr().out) == (seconds is not None)

@@ -41,6 +41,7 @@ def run_command(arguments: Sequence[str]) -> int:
 
     from expt.composition import prepare_arguments
     from expt.explanation import explain
+    from expt.tracking.uri import without_password
 
     results: list[Any] = []
     jobs: list[Any] = []
@@ -51,10 +52,10 @@ def run_command(arguments: Sequence[str]) -> int:
         sys.argv = [argv[0], *prepared]
         _run_hydra(jobs, results)
     except ExptError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {without_password(str(error))}", file=sys.stderr)
         return error.exit_code
     except (HydraException, OmegaConfBaseException) as error:
-        print(f"error: {explain(error, prepared)}", file=sys.stderr)
+        print(f"error: {without_password(explain(error, prepared))}", file=sys.stderr)
         return 2
     except OSError as error:
         if jobs or error.errno not in DISK_ERRORS:

@@ -7,7 +7,7 @@ user's model may crash or hang while it is traced.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -29,14 +29,18 @@ from expt.protocols import DataSet
 from expt.schema import OPEN_GROUPS
 from expt.sweep.processes import Worker, WorkerError
 from expt.sweep.running import setting
+from expt.sweep.space import plain
 from expt.sweep.trials import Prediction
 from expt.tasks.planned import what_fits
 from expt.validation import argument_problems, validated
 
 log = logging.getLogger(__name__)
 
-DECIDED = ("trainer.resume", "trainer.test", "memory.plan_file", "tracking.parent", "search.trial")
-"""Settings of a trial that are the search's to decide."""
+DECIDED = (
+    "trainer.resume", "trainer.test", "memory.plan_file", "tracking.parent", "search.trial",
+    "search.storage",
+)  # fmt: skip
+"""Settings of a trial that are the search's to decide; it has no use for the study's address."""
 
 
 @dataclass
@@ -178,7 +182,7 @@ def preset_values(
     for name in names:
         dotted = name.lstrip("+~")
         if OmegaConf.select(cfg, dotted, default=None) is not None:
-            values[name] = _plain(OmegaConf.select(cfg, dotted))
+            values[name] = plain(OmegaConf.select(cfg, dotted))
     return values
 
 
@@ -249,22 +253,7 @@ def _argument_problem(cfg: DictConfig, group: str, name: str, value: Any, line: 
     if "." in name:
         return None  # inside of an argument, which the class judges
     node = cast(dict[str, Any], OmegaConf.to_container(cfg[group], resolve=True))
-    plain = _plain(value)
-    found = argument_problems(group, {"_target_": node["_target_"], name: plain})
+    found = argument_problems(group, {"_target_": node["_target_"], name: plain(value)})
     if not found and name not in node and not line.startswith("+"):
         return f"{group}.{name}: it is not set in the YAML file; write +{group}.{name}"
     return found[0] if found else None
-
-
-def _plain(value: Any) -> Any:
-    """Return a value of Hydra's grammar or of a configuration as plain Python."""
-    if OmegaConf.is_config(value):
-        return OmegaConf.to_container(value, resolve=True, enum_to_str=True)
-    if isinstance(value, Mapping):
-        return {str(name): _plain(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    text = getattr(value, "text", None)
-    if text is not None:
-        return text
-    return getattr(value, "value", value) if hasattr(value, "name") else value

@@ -10,11 +10,9 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
@@ -26,8 +24,9 @@ from expt.errors import ConfigError
 from expt.schema import TrackingConfig
 from expt.search_config import Pruner, SearchConfig
 from expt.search_jobs import TrialJobs, base_facts, check_presets, checker, preset_values
+from expt.search_request import Request, fixed_settings, given_points, request_of
 from expt.sweep.folder import claim
-from expt.sweep.launched import PRUNED_LATE, LauncherRunner
+from expt.sweep.launched import PRUNED_LATE, UNLIMITED, LauncherRunner
 from expt.sweep.plots import draw
 from expt.sweep.processes import Worker, WorkerError, prepare_server, visible_devices
 from expt.sweep.records import Records
@@ -49,36 +48,9 @@ from expt.sweep.winner import best_trial
 from expt.tracking.uri import shown_lines, without_password
 from expt.units import format_bytes
 
-TRAINING = "expt.tasks.train.run"
 ENQUEUED, WORKERS = "expt.enqueued", "expt.workers"
 PRELOADED = ("expt.__main__", "expt.dispatch", "expt.tasks.train", "expt.search_jobs", "hydra.main")
 PRELOADED_FOR_TRACKING = ("mlflow", "mlflow.store.tracking.sqlalchemy_store")
-
-
-FIXED = ("model", "data", "optimizer", "trainer", "memory")
-"""Groups whose settings all trials of a study share, but for those that are varied."""
-MAY_DIFFER = {
-    *(f"trainer.{name}" for name in (
-        "device", "compile", "checkpoint_every_steps", "log_every_steps", "resume", "test",
-        "progress", "profile")),
-    *(f"memory.{name}" for name in (
-        "budget", "watch", "gpu_threshold", "cpu_threshold", "cleanup_interval_seconds",
-        "force_cleanup_every", "plan", "plan_file", "target", "on_overflow", "fallback")),
-}  # fmt: skip
-"""Settings that may be others when a study is gone on with: they do not change what is found."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """A command line, taken apart."""
-
-    config: SearchConfig
-    cfg: DictConfig
-    given: list[str]
-    space: dict[str, str]
-    own: str | None
-    folder: Path
-    sampler: dict[str, Any]
 
 
 def search(
@@ -96,7 +68,7 @@ def search(
         Stopped: SIGINT or SIGTERM.
 
     """
-    request = _request(config, arguments, sampler, hydra_context)
+    request = request_of(config, arguments, sampler, hydra_context)
     node = request.config
     tracking = cast(TrackingConfig, OmegaConf.to_object(request.cfg.tracking))
     prepare_server(PRELOADED + (PRELOADED_FOR_TRACKING if tracking.uri else ()))
@@ -139,8 +111,10 @@ def search(
             if winner is not None and node.test_winner:
                 lines = jobs.lines(winner.number, space.lines(winner.params))
                 folder = loop.trial_folder(winner.number)
-                run_test(study, winner, reservations, runner, lines, folder, list(seeds))
-                records.told(winner, folder)
+                try:
+                    run_test(study, winner, reservations, runner, lines, folder, list(seeds))
+                finally:  # its run was opened again
+                    records.told(winner, folder)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -157,56 +131,6 @@ def search(
             _conclude(summary, request, space)
             records.close(status, summary)
     return summary
-
-
-def _request(
-    config: DictConfig, arguments: Sequence[str], sampler: Any, hydra_context: HydraContext
-) -> Request:
-    """Take the command line apart, and judge it.
-
-    Raises:
-        ConfigError: what is not a search, or has values out of range.
-
-    """
-    if config.search is None:
-        raise ConfigError("hydra/sweeper=expt needs something to look for: -m search=NAME")
-    parsed = OverridesParser.create().parse_overrides(list(arguments))
-    varied = {o.get_key_element(): o for o in parsed if o.is_sweep_override()}
-    given = [str(o.input_line) for o in parsed if not o.is_sweep_override()]
-    cfg = hydra_context.config_loader.load_sweep_config(config, given)
-    with open_dict(cfg):
-        del cfg["hydra"]
-    node = cast(SearchConfig, OmegaConf.to_object(cfg.search))
-    problems = node.problems()
-    problems += [
-        f"{name}: a search varies the settings of its trials, not itself"
-        for name in varied
-        if key(name).partition(".")[0] in ("search", "task", "tracking")
-    ]
-    names = {key(line) for line in given}
-    if "trainer.resume" in names:
-        problems.append(
-            "trainer.resume: a search goes on by itself; start it again with the same search.study"
-        )
-    if cfg.task._target_ != TRAINING:
-        problems.append(f"search=… trains; task._target_={cfg.task._target_} does not")
-    if cfg.data.get("batch_size") == "auto":
-        problems.append("data.batch_size=auto chooses what the search is to find out; leave it out")
-    if problems:
-        raise ConfigError(problems)
-    # What the command line says wins over the file: a value, or another distribution.
-    space = {name: text for name, text in node.space.items() if key(name) not in names}
-    for name, override in varied.items():
-        space = {known: text for known, text in space.items() if key(known) != key(name)}
-        space[name] = str(override.input_line).partition("=")[2]
-    own = [s.path for s in config.hydra.runtime.config_sources if s.provider == "command-line"]
-    chosen = any(key(line) == "hydra.sweep.dir" for line in config.hydra.overrides.hydra)
-    folder = Path(config.hydra.sweep.dir) if chosen else Path("outputs/sweeps") / node.study
-    container = OmegaConf.to_container(OmegaConf.create(sampler), resolve=True)
-    return Request(
-        node, cfg, given, space, own[0] if own else None, folder.absolute(),
-        cast(dict[str, Any], container),
-    )  # fmt: skip
 
 
 def _facts(request: Request) -> dict[str, Any]:
@@ -237,7 +161,7 @@ def _open(
     request.folder.mkdir(parents=True, exist_ok=True)
     budget = request.cfg.memory.budget
     pruner = make_pruner(node.pruner, request.cfg.trainer.epochs)
-    enqueued = _given_points(node, space)
+    enqueued = given_points(node, space)
     reservations = Reservations(None, space, node.n_trials, request.folder, node.seed)  # type: ignore[arg-type]
     with reservations.locked():
         study = open_study(
@@ -247,7 +171,7 @@ def _open(
             pruner,
             node.objectives,
             {"space": space.as_json(), "memory.budget": None if budget is None else str(budget),
-             "repeats": node.repeats, "setting": _fixed(request.cfg, space)},
+             "repeats": node.repeats, "setting": fixed_settings(request.cfg, space)},
         )  # fmt: skip
         claim(study, request.folder)
         worker = int(study.user_attrs.get(WORKERS, 0))
@@ -266,28 +190,6 @@ def _open(
                 study.enqueue_trial(point, skip_if_exists=True)
             study.set_user_attr(ENQUEUED, True)
     return reservations
-
-
-def _fixed(cfg: DictConfig, space: Space) -> dict[str, Any]:
-    """Return the settings that all trials share and their figures depend on, as they are written.
-
-    Interpolations stay: a path from the environment may be another one on another machine.
-    """
-    varied = {key(name) for name in space.distributions}
-    found: dict[str, Any] = {}
-
-    def add(name: str, value: Any) -> None:
-        if name in varied or name in MAY_DIFFER:
-            return
-        if isinstance(value, Mapping) and value:
-            for part in value:
-                add(f"{name}.{part}", value[part])
-        else:
-            found[name] = value
-
-    for group in FIXED:
-        add(group, OmegaConf.to_container(cfg[group], resolve=False, enum_to_str=True))
-    return found
 
 
 def _preset_points(request: Request, space: Space, jobs: TrialJobs) -> list[dict[str, Any]]:
@@ -315,26 +217,6 @@ def _preset_points(request: Request, space: Space, jobs: TrialJobs) -> list[dict
     return [point for point in found if point]
 
 
-def _given_points(node: SearchConfig, space: Space) -> list[dict[str, Any]]:
-    """Return the points that were given.
-
-    Raises:
-        ConfigError: one is not in the space.
-
-    """
-    found = []
-    for index, point in enumerate(node.enqueue):
-        inside = space.point(point)
-        if len(inside) < len(point):
-            wrong = [name for name in point if name not in inside]
-            raise ConfigError(
-                f"search.enqueue[{index}]: not in search.space: "
-                f"{', '.join(f'{name}={point[name]}' for name in wrong)}"
-            )
-        found.append(inside)
-    return [point for point in found if point]
-
-
 def _runner(
     request: Request, config: DictConfig, hydra_context: HydraContext, task_function: TaskFunction
 ) -> Runner:
@@ -342,9 +224,11 @@ def _runner(
     target = str(config.hydra.launcher._target_)
     node = request.config
     if not target.endswith(".BasicLauncher"):
+        name = config.hydra.runtime.choices.get("hydra/launcher")
         if node.pruner is not Pruner.none:
-            name = config.hydra.runtime.choices.get("hydra/launcher")
             print(PRUNED_LATE.format(launcher=name, pruner=node.pruner.value))
+        if node.trial_time_limit_seconds is not None:
+            print(UNLIMITED.format(launcher=name))
         sweep = config.hydra.sweep
         with read_write(sweep), open_dict(sweep):
             sweep.dir = str(request.folder)
@@ -411,6 +295,7 @@ def _conclude(summary: SweepSummary, request: Request, space: Space) -> None:
         names = {key(line) for line in kept}
         if "memory.budget" in names and "memory.on_overflow" not in names:
             kept.append("memory.on_overflow=train")  # like every trial: measured, not predicted
-        lines = [*own, *kept, f"search.trial={best['trial']}", *space.lines(best["params"])]
+        point = space.lines(space.point(best["params"]))
+        lines = [*own, *kept, f"search.trial={best['trial']}", *point]
         print(f"again: python -m expt {shlex.join(lines)}")
     print(f"files: {request.folder}")

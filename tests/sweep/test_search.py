@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import replace
 
 import optuna
 import pytest
@@ -429,3 +430,136 @@ def test_a_trial_that_is_gone_on_with_tells_no_epoch_twice(make):
     assert search.run().failed == 0
     assert starts == [0, 0]
     assert search.study.trials[0].intermediate_values == {1: 2.0, 2: 1.5}
+
+
+@pytest.mark.parametrize("ended", [False, True])
+@pytest.mark.parametrize("at", ["beat", "end", "epoch"])
+def test_a_worker_that_wakes_leaves_what_was_taken_over_and_goes_on(make, monkeypatch, at, ended):
+    """It was stopped for minutes, and another machine's worker has its first trial by now."""
+    search = make(fine, n_trials=4, n_jobs=2, pruner=Pruner.median)
+    elsewhere = {"host": "far", "pid": 7, "started": "1", "beat": 5}
+    storage = search.study._storage
+    start = search.runner.start
+
+    def finish():
+        storage.set_trial_user_attr(0, KIND, "complete")
+        storage.set_trial_state_values(0, TrialState.COMPLETE, [3.0])
+
+    def taken(job):
+        trial = start(job)
+        if job.number == 0:
+            storage.set_trial_user_attr(0, WORKER, elsewhere)
+            if ended:
+                finish()
+            if at != "end":
+                trial._epochs = [(epoch, 1.0) for epoch in range(1, 40)]
+        elif storage.get_trial(0).state is TrialState.RUNNING and job.number == 3:
+            finish()
+        return trial
+
+    search.runner.start = taken
+    if at == "beat":
+        monkeypatch.setattr("expt.sweep.search.BEAT_SECONDS", 0.0)
+    summary = search.run()
+    assert summary.finished == 4
+    assert search.study.trials[0].values == [3.0], "what the other worker told stands"
+    assert search.study.trials[0].user_attrs[WORKER] == elsewhere, "nor is it taken back"
+    assert sum("trial 0: this worker was silent" in line for line in make.said) == 1
+    assert search.runner.trials[0].killed == (at != "end")
+    assert [t.user_attrs[KIND] for t in search.study.trials[1:]] == ["complete"] * 3
+
+
+def test_a_trial_that_is_taken_over_while_it_is_predicted_is_not_started(make):
+    elsewhere = {"host": "far", "pid": 7, "started": "1", "beat": 5}
+
+    def predict(params):
+        if params["search.trial"] == 0:
+            search.study._storage.set_trial_user_attr(0, WORKER, elsewhere)
+        elif params["search.trial"] == 2:
+            search.study._storage.set_trial_user_attr(0, KIND, "complete")
+            search.study._storage.set_trial_state_values(0, TrialState.COMPLETE, [3.0])
+
+    search = make(fine, predict, n_trials=3)
+    assert search.run().finished == 3
+    assert [trial.job.number for trial in search.runner.trials] == [1, 2]
+
+
+def test_every_trial_is_in_exactly_one_class(make):
+    """The counts of sweep.json, with each way to end once."""
+    over = Prediction(110 * MIB, 110 * MIB, (99 * MIB, 120 * MIB), {})
+    ways = {
+        0: TrialOutcome("complete", 1.0, MIB, MIB),
+        1: TrialOutcome("infeasible_measured", 1.0, 150 * MIB, 150 * MIB),
+        2: TrialOutcome("oom", excess_bytes=MIB),
+        3: TrialOutcome("killed", error="killed by SIGKILL, perhaps for lack of host memory"),
+        4: TrialOutcome("killed", error="killed by SIGSEGV"),
+        5: TrialOutcome("pruned"),
+        6: TrialOutcome("crashed"),
+        7: TrialOutcome("timeout"),
+        8: TrialOutcome("nan"),
+        9: TrialOutcome("refused"),
+    }
+
+    def predict(params):
+        return over if params["search.trial"] in (3, 4) else None
+
+    search = make(lambda params: ways[int(params["search.trial"])], predict, n_trials=10)
+    search.run()
+    search.config.n_trials = search.reservations.n_trials = 11
+    search.study.enqueue_trial(search.study.trials[0].params)
+    search.study.enqueue_trial({"x": 0.123})
+    search.study.enqueue_trial({"x": 0.456})
+    search.study.enqueue_trial({"x": 0.789})
+    ways[13] = ways[0]
+    search.jobs._predict = lambda params: {
+        11: replace(over, interval_bytes=(105 * MIB, None)), 12: Prediction(refusal="no"),
+    }.get(int(params["search.trial"]))  # fmt: skip
+    summary = search.run()
+    assert kinds(search)[3] == "oom"
+    assert search.study.trials[3].state is TrialState.PRUNED
+    assert summary.finished == 11
+    assert (summary.failed, summary.pruned, summary.infeasible_measured) == (5, 1, 3)
+    complete = kinds(search).count("complete")
+    assert summary.finished == 5 + 1 + 3 + complete
+    beside = (summary.infeasible_predicted, summary.duplicates, summary.refused)
+    assert beside == (1, 1, 1)
+    assert summary.finished + sum(beside) == len(search.study.trials)
+
+
+def test_what_a_stop_kills_is_left_to_the_next_start(make):
+    """Over a launcher the same signal reaches the trials, which end at once."""
+    search = make(lambda params: TrialOutcome("killed", error="stopped by a signal"), n_trials=3)
+    start = search.runner.start
+
+    def interrupt(job):
+        trial = start(job)
+        trial.looks = 5
+        os.kill(os.getpid(), signal.SIGINT)
+        return trial
+
+    search.runner.start = interrupt
+    with pytest.raises(Stopped):
+        search.run()
+    assert states(search) == [TrialState.RUNNING]
+    assert SweepSummary.load(search.folder).finished == 0
+
+
+def test_a_point_that_was_ended_by_another_hand_is_not_counted_as_tried(make):
+    search = make(fine, n_trials=2, space={"x": "choice(0.1,0.2)", "width": "choice(8)"})
+    for x in (0.1, 0.2):
+        search.study.enqueue_trial({"x": x, "width": 8})
+        ended = search.study.ask(dict(search.space.distributions))
+        search.study.tell(ended, state=TrialState.FAIL)
+    assert search.run().finished == 2
+    assert kinds(search).count("complete") == 2
+
+
+def test_a_peak_that_is_to_be_minimised_and_was_not_measured_is_a_failure(make):
+    def objective(params):
+        peak = None if params["search.trial"] == 0 else MIB
+        return TrialOutcome("complete", 1.0, peak, peak)
+
+    search = make(objective, n_trials=2, objectives=["val/mae", "peak_memory"])
+    summary = search.run()
+    assert (summary.finished, summary.failed) == (2, 1)
+    assert kinds(search) == ["crashed", "complete"]

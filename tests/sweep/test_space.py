@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from expt.errors import ConfigError
-from expt.sweep.space import Space, choices, line
+from expt.sweep.space import Space, choices, line, typed
 
 
 def test_the_grammar_is_hydras():
@@ -105,3 +106,61 @@ def test_equal_spaces_have_equal_plain_values():
     other = Space.parse({"b": "range(0,3)", "a": "choice(1,2)"})
     assert one.as_json() == other.as_json()
     assert one.as_json() != Space.parse({"a": "choice(1,3)", "b": "range(0,3)"}).as_json()
+
+
+CHOICES = [
+    ("null", None),
+    ("'null'", "null"),
+    ("true", True),
+    ("'true'", "true"),
+    ("8", 8),
+    ("'8'", "8"),
+    ("1e-5", 1e-5),
+    ("[1,2]", [1, 2]),
+    ("[]", []),
+    ("[null,'a, b']", [None, "a, b"]),
+    ("{a:1,b:'x y'}", {"a": 1, "b": "x y"}),
+    ("'a,b'", "a,b"),
+    (r"a\,b", "a,b"),
+    ('"it\'s"', "it's"),
+    (r"""'say "hi", it\'s'""", 'say "hi", it\'s'),
+    ("'[1,2]'", "[1,2]"),
+    ("two words", "two words"),
+    ("'  space around '", "  space around "),
+    ("'a=b:{c}'", "a=b:{c}"),
+    ("''", ""),
+    (r"'back\slash'", r"back\slash"),
+    ("'choice(1,2)'", "choice(1,2)"),
+    ("fp32", "fp32"),
+]
+
+
+@pytest.mark.parametrize(("text", "value"), CHOICES)
+@pytest.mark.parametrize("form", ["choice({})", "{}"])
+def test_a_choice_reaches_the_trial_and_comes_back_as_it_was_meant(form, text, value):
+    if text == "8":
+        text, value = "9", 9  # 8 is the other choice
+    space = Space.parse({"model.x": form.format(f"{text},8")})
+    kept, other = space.distributions["model.x"].choices
+    assert other == 8
+    (written,) = space.lines({"model.x": kept})
+    override = OverridesParser.create().parse_override(written)
+    assert not override.is_sweep_override()
+    read = typed(written.partition("=")[2])
+    assert read == value and type(read) is type(value)
+    assert typed(kept) == value and type(typed(kept)) is type(value)
+    assert space.point({"model.x": value}) == {"model.x": kept}
+    assert space.lines(space.point({"model.x": typed(kept)})) == [written]
+
+
+def test_choices_that_look_alike_are_told_apart():
+    space = Space.parse({"x": "choice(null,'null',true,'true',1,'1',[1],'[1]')"})
+    values = [None, "null", True, "true", 1, "1", [1], "[1]"]
+    kept = [space.point({"x": value})["x"] for value in values]
+    assert kept == list(space.distributions["x"].choices)
+    assert len(set(map(repr, kept))) == 8
+
+
+def test_a_number_is_the_same_as_a_float_that_equals_it():
+    assert Space.parse({"x": "choice(1,2.5)"}).point({"x": 1.0}) == {"x": 1}
+    assert Space.parse({"x": "choice(1,2)"}).point({"x": True}) == {}

@@ -145,3 +145,16 @@ def test_a_storage_is_written_down_with_an_absolute_path(tmp_path, monkeypatch) 
     assert absolute_storage("a/s.journal") == f"{tmp_path}/a/s.journal"
     assert absolute_storage("sqlite:///a/s.db") == f"sqlite:///{tmp_path}/a/s.db"
     assert absolute_storage("postgresql://me@host/db") == "postgresql://me@host/db"
+
+
+def test_a_path_that_can_be_no_database_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "folder.db").mkdir()
+    with pytest.raises(UserError, match=r"this is a folder; name a file in it, like sqlite:///.*"):
+        open_storage(f"sqlite:///{tmp_path}/folder.db")
+    (tmp_path / "broken.db").write_bytes(b"SQLite format 3\0" + b"\xff" * 5000)
+    with pytest.raises(UserError, match="the file may be damaged"):
+        open_storage(f"sqlite:///{tmp_path}/broken.db")
+    open_storage(f"sqlite:///{tmp_path}/sound.db")
+    monkeypatch.setattr("os.access", lambda path, mode: path.name != "sound.db")
+    with pytest.raises(UserError, match=r"sound.db: it may not be written"):
+        open_storage(f"sqlite:///{tmp_path}/sound.db")

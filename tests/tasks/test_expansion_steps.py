@@ -32,6 +32,12 @@ FORCED = forced(ExpandConfig())
         ("tracking.uri=x", "is not part of what is trained"),
         ("task=plan", "is not part of what is trained"),
         ("optimizer=nothing", "nothing"),
+        ("trainer={max_steps: 5}", "a dictionary is several settings at once"),
+        ("model={num_stages: 3}", "give each as a step, like model.NAME=VALUE"),
+        ("+model={num_stages: 3}", "a dictionary is several settings at once"),
+        ("experiment=probe", "experiment=… is many settings at once"),
+        ("data=metr_la", "data=… is many settings at once"),
+        ("debug=overfit", "debug=… is many settings at once"),
         ("model.embed_dim=48,64", ""),
     ],
 )
@@ -75,3 +81,9 @@ def test_the_length_is_a_step_where_probes_have_none_of_their_own(composed) -> N
 def test_keys_and_beginnings_of_keys() -> None:
     assert among("expand.steps", ("expand",)) and among("task", ("task",))
     assert not among("expanded", ("expand",))
+
+
+def test_another_model_or_optimizer_is_one_step(composed) -> None:
+    composed()
+    steps = ["optimizer=adafactor", "model.patch_sizes=[1]"]
+    assert step_problems(BASE, steps, FORCED) == []

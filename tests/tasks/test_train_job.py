@@ -105,3 +105,19 @@ def readings(home) -> list[int]:
     rows = (home / "run/memory.csv").read_text().splitlines()[1:]
     assert {row.split(",")[1] for row in rows} == {"host"}
     return [int(row.split(",")[0]) for row in rows]
+
+
+def test_what_says_where_a_run_is_kept_or_planned_is_no_parameter_of_it() -> None:
+    from expt.tasks.train_job import _parameters
+
+    resolved = {
+        "model": {"embed_dim": 8},
+        "memory": {"plan_file": "trial_003/plan.json", "budget": None},
+        "search": {"storage": "postgresql://me:word@host/db", "trial": 3},
+        "tracking": {"uri": "x"},
+    }
+    assert _parameters(resolved) == {
+        "model": {"embed_dim": 8}, "memory": {"budget": None}, "search": {"trial": 3},
+    }  # fmt: skip
+    assert _parameters({**resolved, "search": None})["search"] is None
+    assert resolved["memory"]["plan_file"], "the run itself still reads it"

@@ -37,6 +37,12 @@ PRUNED_LATE = (
 )
 
 
+UNLIMITED = (
+    "note: over hydra/launcher={launcher} search.trial_time_limit_seconds ends nothing; give the "
+    "launcher a limit of its own (submitit: hydra.launcher.timeout_min)"
+)
+
+
 class LaunchedTrial:
     """A trial in a batch; it has ended when the batch has."""
 

@@ -21,6 +21,7 @@ from optuna.samplers import RandomSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from expt.sweep.seen import SeenStudy
 from expt.sweep.space import Space
 from expt.sweep.trials import KIND, STARTED, UNTRAINED, WORKER
 from expt.tracking.journal import Lock
@@ -82,9 +83,23 @@ class Reservations:
         """Forget a trial of this worker, which was told, or is left to whoever comes next."""
         self._mine.discard(number)
 
-    def beat(self, trial: Trial) -> None:
-        """Say to workers on other machines that this trial is being seen to."""
-        trial.set_user_attr(WORKER, {**self.me, "beat": round(time.time())})
+    def beat(self, trial: Trial) -> bool:
+        """Say to workers on other machines that this trial is being seen to.
+
+        False: one of them took this worker for dead, and the trial is its own now.
+        """
+        with self.locked():
+            mine = self.owns(trial)
+            if mine:
+                trial.set_user_attr(WORKER, {**self.me, "beat": round(time.time())})
+            return mine
+
+    def owns(self, trial: Trial) -> bool:
+        """Tell, under the lock, whether a trial is still this worker's to tell."""
+        stored = self.study._storage.get_trial(trial._trial_id)
+        worker = stored.user_attrs.get(WORKER, {})
+        same = all(worker.get(name) == value for name, value in self.me.items())
+        return same and not stored.state.is_finished()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -101,14 +116,12 @@ class Reservations:
         """Ask for a trial; now and then at random, when the sampler sees no way on."""
         distributions = dict(self.space.distributions)
         stuck = self.untrained_in_a_row and self.untrained_in_a_row % STUCK == 0
-        if not stuck or isinstance(self.study.sampler, optuna.samplers.GridSampler):
-            return self.study.ask(distributions)
-        usual = self.study.sampler
-        self.study.sampler = RandomSampler(self.seed + self.untrained_in_a_row)
-        try:
-            return self.study.ask(distributions)
-        finally:
-            self.study.sampler = usual
+        asked = SeenStudy(self.study)
+        if stuck and not isinstance(self.study.sampler, optuna.samplers.GridSampler):
+            asked.sampler = RandomSampler(self.seed + self.untrained_in_a_row)
+        trial = asked.ask(distributions)
+        trial.study = self.study
+        return trial
 
     def _take(self, trial: Trial, adopted: bool) -> Reserved:
         for name, one in self.space.distributions.items():
@@ -124,6 +137,8 @@ class Reservations:
             if other.number >= trial.number:
                 break
             kind = other.user_attrs.get(KIND)
+            if kind is None and other.state.is_finished():
+                continue  # ended by someone else's hand, so that nothing is known of it
             if other.params == params and kind != "duplicate":
                 return other
         return None

@@ -10,17 +10,16 @@ and in the trials' folders, so that it can be killed at any point and started ag
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from optuna.samplers import GridSampler
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, Trial
 
 from expt.interruption import Interruption, Stopped
-from expt.search_config import PEAK, SearchConfig
+from expt.search_config import SearchConfig
 from expt.sweep.nothing_fits import Nearest, nothing_found
 from expt.sweep.processes import kill_leftover
 from expt.sweep.records import Records
@@ -29,12 +28,11 @@ from expt.sweep.running import Job, Runner, Running
 from expt.sweep.space import Space
 from expt.sweep.study import answering
 from expt.sweep.summary import SweepSummary
+from expt.sweep.telling import tell_study
 from expt.sweep.trials import (
     AGAIN,
-    CONSTRAINT,
     KIND,
     STARTED,
-    STATES,
     Prediction,
     TrialOutcome,
 )
@@ -112,6 +110,7 @@ class Search:
     _untrained: int = 0
     _duplicates: int = 0
     _said_why: bool = False
+    _lost: set[int] = field(default_factory=set)
     _beaten: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
@@ -151,7 +150,8 @@ class Search:
     def beat(self) -> None:
         """Say to workers on other machines that what runs, or waits here, is being seen to."""
         for trial in [one.trial for one in self.under_way] + [copy for copy, _ in self._copies]:
-            self.reservations.beat(trial)
+            if not self.reservations.beat(trial):
+                self._lost.add(trial.number)
 
     def trial_folder(self, number: int) -> Path:
         """Return the folder of a trial."""
@@ -160,7 +160,7 @@ class Search:
     def _loop(self, interruption: Interruption) -> None:
         look_again = 0.0
         while True:
-            moved = self._poll()
+            moved = self._poll(interruption.received is not None)
             if interruption.received is not None:
                 self._stop(interruption.received)
             if len(self.under_way) >= self.config.n_jobs:
@@ -207,6 +207,9 @@ class Search:
         return "begun"
 
     def _start(self, trial: Trial, lines: list[str], prediction: Prediction | None) -> None:
+        if not self.reservations.beat(trial):
+            self._forget(trial)
+            return
         self._untrained = self.reservations.untrained_in_a_row = 0
         attempts = int(trial.user_attrs.get("attempts", 0)) + 1
         trial.set_user_attr(STARTED, True)
@@ -228,17 +231,25 @@ class Search:
         reported = set(self.study._storage.get_trial(trial._trial_id).intermediate_values)
         self.under_way.append(UnderWay(trial, running, job, prediction, attempts, reported))
 
-    def _poll(self) -> bool:
+    def _poll(self, stopping: bool = False) -> bool:
         """Look after what runs; return whether anything ended."""
         ended = False
         if time.monotonic() - self._beaten > BEAT_SECONDS:
             self._beaten = time.monotonic()
             self.beat()
         for one in list(self.under_way):
+            if one.trial.number in self._lost:
+                self._lose(one)
+                continue
             outcome = one.running.poll()
             if outcome is None:
-                self._watch(one)
+                try:
+                    self._watch(one)
+                except UpdateFinishedTrialError:
+                    self._lose(one)
                 continue
+            if stopping and outcome.kind == "killed":
+                continue  # by what stops this worker, and the next one goes on with it
             ended = True
             self.under_way.remove(one)
             retries = self.config.retry
@@ -250,6 +261,20 @@ class Search:
         if ended:
             self._tell_copies()
         return ended
+
+    def _lose(self, one: UnderWay) -> None:
+        """End a trial that another worker has taken over, before both write to its folder."""
+        one.running.kill()
+        self.under_way.remove(one)
+        self._forget(one.trial)
+
+    def _forget(self, trial: Trial) -> None:
+        self._lost.discard(trial.number)
+        self.reservations.release(trial.number)
+        self.say(
+            f"trial {trial.number}: this worker was silent for so long that another one took it "
+            "over; it is left to that one"
+        )
 
     def _watch(self, one: UnderWay) -> None:
         """Report a trial's epochs, and end it if the pruner says so."""
@@ -271,28 +296,22 @@ class Search:
         folder: Path | None = None,
         copy_of: FrozenTrial | None = None,
     ) -> None:
-        """Tell the study and the records how a trial ended."""
+        """Tell the study and the records how a trial ended, if it still is this worker's."""
         folder = folder or self.trial_folder(trial.number)
-        excess = outcome.constraint(prediction, self.jobs.budget_bytes)
-        state = TrialState[STATES.get(outcome.kind, "FAIL")]
-        values: list[float] | None = None
-        if copy_of is not None:
-            state, values = copy_of.state, copy_of.values
-            excess = copy_of.constraints.get(CONSTRAINT)
-        elif state is TrialState.COMPLETE:
-            values = self._values(outcome)
-        if values is None and state is TrialState.COMPLETE:
-            state = TrialState.FAIL  # a peak that is to be minimised and was not measured
-        if outcome.kind == "killed" and excess is not None and excess > 0:
-            state = TrialState.PRUNED  # by the system, for lack of memory
-        if state is TrialState.FAIL:
-            values = None
-        self._set_attributes(trial, outcome, prediction, folder, copy_of)
-        if excess is not None and CONSTRAINT not in trial.constraints:
-            trial.set_constraint(CONSTRAINT, excess)
-        if values is not None and state is TrialState.PRUNED:
-            values = None
-        self._finish(trial, state, values)
+        with self.reservations.locked():
+            if not self.reservations.owns(trial):
+                self._forget(trial)
+                return
+            tell_study(
+                self.study,
+                trial,
+                outcome,
+                prediction,
+                self.jobs.budget_bytes,
+                self.config.objectives,
+                folder,
+                copy_of,
+            )
         self.reservations.release(trial.number)
         told = self.study._storage.get_trial(trial._trial_id)
         self.records.told(told, folder)
@@ -300,59 +319,14 @@ class Search:
         self.say(told_line(told, best is not None and best.number == told.number))
         self.summary()
 
-    def _values(self, outcome: TrialOutcome) -> list[float] | None:
-        assert outcome.value is not None
-        if PEAK not in self.config.objectives:
-            return [outcome.value]
-        if outcome.peak_bytes is None:
-            return None
-        return [outcome.value, float(outcome.peak_bytes)]
-
-    def _set_attributes(
-        self,
-        trial: Trial,
-        outcome: TrialOutcome,
-        prediction: Prediction | None,
-        folder: Path,
-        copy_of: FrozenTrial | None,
-    ) -> None:
-        known: dict[str, Any] = {
-            "peak_bytes": outcome.peak_bytes,
-            "demand_bytes": outcome.demand_bytes,
-            "budget_bytes": self.jobs.budget_bytes,
-            "seconds": round(outcome.seconds, 3) or None,
-            "error": outcome.error,
-            "run_dir": str(folder) if folder.exists() else None,
-            "run_id": outcome.run_id,
-            "duplicate_of": None if copy_of is None else copy_of.number,
-            **outcome.extra,
-        }
-        if prediction is not None:
-            known["predicted_peak_bytes"] = prediction.peak_bytes
-            interval = prediction.interval_bytes
-            known["interval_bytes"] = None if interval is None else list(interval)
-        for name, value in known.items():
-            if value is not None and trial.user_attrs.get(name) != value:
-                trial.set_user_attr(name, value)
-        # Last: a trial with a kind has all the rest.
-        trial.set_user_attr(KIND, "duplicate" if copy_of is not None else outcome.kind)
-
-    def _finish(self, trial: Trial, state: TrialState, values: list[float] | None) -> None:
-        try:
-            with warnings.catch_warnings():
-                # CMA-ES says at every trial that it does not use constraints.
-                warnings.filterwarnings("ignore", "Constraints have been set", UserWarning)
-                self.study.tell(trial, values, state)
-        except (RuntimeError, KeyError):
-            # The grid's sampler wants to end a loop of Optuna's own; the trial is told by then.
-            if not isinstance(self.study.sampler, GridSampler):
-                raise
-
     def _tell_copies(self) -> None:
         """Tell trials that repeat another one, once that one has ended."""
         waiting = self._copies
         self._copies = []
         for trial, original in waiting:
+            if trial.number in self._lost:
+                self._forget(trial)
+                continue
             now = self.study._storage.get_trial(original._trial_id)
             if not now.state.is_finished():
                 self._copies.append((trial, original))
@@ -390,6 +364,7 @@ class Search:
             tuple(sorted((name, str(value)) for name, value in trial.params.items()))
             for trial in trials
             if len(trial.params) == len(self.space.distributions)
+            and not (trial.state.is_finished() and KIND not in trial.user_attrs)
         }
         return len(points) >= self.space.size
 

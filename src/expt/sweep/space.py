@@ -7,15 +7,20 @@ so that a file of `conf/search` and ``-m key=interval(0,1)`` on the command line
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 from optuna.distributions import (
     BaseDistribution,
+    CategoricalChoiceType,
     CategoricalDistribution,
     FloatDistribution,
     IntDistribution,
@@ -106,10 +111,30 @@ class Space:
 
 
 def line(name: str, value: object) -> str:
-    """Return a setting as it is written on the command line."""
+    """Return a setting as it is written on the command line; a string is one in its grammar."""
     if isinstance(value, bool):
         return f"{name}={str(value).lower()}"
     return f"{name}={'null' if value is None else value}"
+
+
+def typed(value: Any) -> Any:
+    """Return what Hydra makes of a value of a point: a list, a dictionary, None, or itself."""
+    if not isinstance(value, str):
+        return value
+    return plain(OverridesParser.create().parse_override(f"x={value}").value())
+
+
+def plain(value: Any) -> Any:
+    """Return a value of Hydra's grammar or of a configuration as plain Python."""
+    if OmegaConf.is_config(value):
+        return OmegaConf.to_container(value, resolve=True, enum_to_str=True)
+    if isinstance(value, Mapping):
+        return {str(name): plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    if isinstance(value, QuotedString):
+        return value.text
+    return value.name if isinstance(value, Enum) else value
 
 
 def choices(one: BaseDistribution) -> list[Any] | None:
@@ -139,7 +164,9 @@ def _distribution(name: str, text: str) -> BaseDistribution:
     if key in KEPT or key.partition(".")[0] in KEPT_GROUPS:
         raise ConfigError(f"search.space: {name} cannot be varied, the search decides it itself")
     try:
-        override = OverridesParser.create().parse_override(f"{name}={text}")
+        override = _parsed(name, text)
+        if override.is_choice_sweep():
+            return CategoricalDistribution([_choice(one) for one in override.sweep_iterator()])
         found = create_optuna_distribution_from_override(override)
     except (HydraException, AssertionError, ValueError, NotImplementedError) as error:
         said = " ".join(str(error).split())[:200]
@@ -152,6 +179,33 @@ def _distribution(name: str, text: str) -> BaseDistribution:
             "set it outside of the space"
         )
     return found
+
+
+def _parsed(name: str, text: str) -> Override:
+    parser = OverridesParser.create()
+    try:
+        return parser.parse_override(f"{name}={text}")
+    except HydraException:
+        # In `choice(...)` there is no null, in a list of values there is.
+        inner = re.fullmatch(r"choice\((.*\bnull\b.*)\)", text.strip())
+        if inner is None:
+            raise
+        return parser.parse_override(f"{name}={inner[1]}")
+
+
+def _choice(value: Any) -> CategoricalChoiceType:
+    """Return a choice as the study keeps it: a number, or what gives it on the command line."""
+    if isinstance(value, bool | int | float):
+        return value
+    if not isinstance(value, str | QuotedString):
+        return str(Override._get_value_element_as_str(value))
+    text = plain(value)
+    try:
+        override = OverridesParser.create().parse_override(f"x={text}")
+        same = not override.is_sweep_override() and plain(override.value()) == text
+    except HydraException:
+        same = False
+    return text if same else str(QuotedString(text, Quote.single).with_quotes())
 
 
 def _samples(one: BaseDistribution) -> list[Any]:
@@ -168,12 +222,19 @@ def _samples(one: BaseDistribution) -> list[Any]:
 def _fitting(one: BaseDistribution, value: Any) -> tuple[Any] | None:
     """Return a composed value as a distribution has it, None if it is not in there."""
     if isinstance(one, CategoricalDistribution):
-        written = _written(value)
-        same = [choice for choice in one.choices if _written(choice) == written]
+        same = [choice for choice in one.choices if _equal(typed(choice), plain(value))]
+        same += [choice for choice in one.choices if _written(choice) == _written(value)]
         return (same[0],) if same else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return (value,) if one._contains(value) else None
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Tell whether two plain values are the same setting: 1 is 1.0, and not True."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
 
 
 def _written(value: Any) -> str:

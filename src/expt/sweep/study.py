@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -75,7 +76,7 @@ def open_storage(text: str) -> BaseStorage:
     """
     if "://" not in text:
         if not text.endswith(JOURNALS):
-            raise ConfigError(NOT_A_STORAGE.format(text=text))
+            raise ConfigError(NOT_A_STORAGE.format(text=without_password(text)))
         try:
             Path(text).parent.mkdir(parents=True, exist_ok=True)
             return JournalStorage(JournalFileBackend(text))
@@ -86,6 +87,9 @@ def open_storage(text: str) -> BaseStorage:
         return _open_database(text)
     try:
         database.parent.mkdir(parents=True, exist_ok=True)
+        problem = _file_problem(database)
+        if problem is not None:
+            raise UserError(f"search.storage={text}: {problem}")
         # Two processes that make the tables at the same time get in each other's way.
         lock = Lock(database.with_name(f"{database.name}.lock"))
         lock.acquire(wait=True)
@@ -97,6 +101,15 @@ def open_storage(text: str) -> BaseStorage:
         return storage
     finally:
         lock.release()
+
+
+def _file_problem(path: Path) -> str | None:
+    """Say why a file cannot be a SQLite database that is written to."""
+    if path.is_dir():
+        return f"this is a folder; name a file in it, like sqlite:///{path / DATABASE_NAME}"
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        return "it may not be written; choose another file, or change its permissions"
+    return None
 
 
 def open_study(
@@ -182,8 +195,8 @@ def answering(name: str) -> Iterator[None]:
             raise
         raise StorageError(
             f"the storage of the study {name} does not answer any more "
-            f"({str(error).splitlines()[0][:200]}); what was told before is safe. Start the same "
-            "command again: it goes on with what is left"
+            f"({without_password(str(error).splitlines()[0][:200])}); what was told before is "
+            "safe. Start the same command again: it goes on with what is left"
         ) from error
 
 
@@ -219,9 +232,11 @@ def _open_database(url: str) -> RDBStorage:
             f"({' '.join(str(error).split())[:200]})"
         ) from error
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        hint = "is the server running, and the address right?"
+        if backend == "sqlite":
+            hint = "the file may be damaged, or its disk full; choose another one"
         raise UserError(
-            f"search.storage={shown} does not answer: {_innermost(error)}; is the server running, "
-            "and the address right?"
+            f"search.storage={shown} does not answer: {_innermost(error)}; {hint}"
         ) from error
 
 

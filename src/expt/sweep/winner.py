@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from expt.results import load_result
 from expt.search_config import MAE
 from expt.sweep.reservation import counts
+from expt.sweep.space import typed
 from expt.sweep.summary import SweepSummary
 from expt.sweep.trials import CONSTRAINT, FAILED, KIND, OVER
 from expt.tracking.journal import State
@@ -60,7 +61,7 @@ def describe(trial: FrozenTrial, tested: Mapping[str, Any]) -> dict[str, Any]:
     run_dir = attributes.get("run_dir")
     return {
         "trial": trial.number,
-        "params": trial.params,
+        "params": {name: typed(value) for name, value in trial.params.items()},
         MAE: trial.values[0],
         "peak_allocated_bytes": peak_of(trial),
         "run_id": attributes.get("run_id") or run_id_in(run_dir),

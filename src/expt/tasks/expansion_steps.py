@@ -7,7 +7,7 @@ from typing import Any
 
 from hydra import compose
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from expt.errors import ConfigError, nearest
@@ -16,6 +16,10 @@ from expt.validation import validated
 
 NO_STEPS = ("task", "expand", "report", "search", "tracking", "hydra", "trainer.resume")
 """Keys, and beginnings of keys, that are not part of what is trained."""
+CHOICES = ("model", "optimizer")
+"""Groups whose choice is one thing, and may be a step."""
+ONLY_CHOSEN = ("experiment", "debug", "local")
+"""Groups without a node of their own."""
 BUDGET, PRESET = "memory.budget", "memory"
 
 
@@ -65,6 +69,9 @@ def _problem(
 ) -> str | None:
     if "=" not in step:
         return "a step is one setting, like model.num_stages=3"
+    many = _many(plain, step)
+    if many is not None:
+        return many
     try:
         cfg = compose(CONFIG_NAME, overrides=[*base, step])
     except (HydraException, OmegaConfBaseException) as error:
@@ -77,6 +84,21 @@ def _problem(
             validated(compose(CONFIG_NAME, overrides=lines), [key(line) for line in lines])
         except ConfigError:
             return "; ".join(error.problems)
+    return None
+
+
+def _many(plain: DictConfig, step: str) -> str | None:
+    """Say why a step is more than one setting: a choice of a group, or a dictionary."""
+    name, value = key(step).partition("@")[0], step.partition("=")[2].strip()
+    group = name in plain or name in ONLY_CHOSEN
+    if value.startswith("{") and (group or OmegaConf.is_dict(OmegaConf.select(plain, name))):
+        several = "a dictionary is several settings at once"
+        return f"{several}; give each as a step, like {name}.NAME=VALUE"
+    if group and "." not in name and name not in CHOICES and not value.startswith("{"):
+        return (
+            f"{name}=… is many settings at once; give it as part of the starting point, and single "
+            "settings as steps"
+        )
     return None
 
 

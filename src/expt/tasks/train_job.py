@@ -7,9 +7,11 @@ whatever happens is written to ``result.json`` and the tracker before `run` retu
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -141,7 +143,7 @@ class TrainJob:
         name = f"{self._model_name()}-{self.recorder.result.preset or 'lite'}"
         self.recorder.start(
             f"{name}-{self.context.run_dir.name}",
-            {str(key): value for key, value in resolved.items() if key != "tracking"},
+            _parameters(resolved),
             {
                 "model": self._model_name(),
                 "data.fingerprint": self.data.fingerprint(),
@@ -150,8 +152,9 @@ class TrainJob:
         )
         if load_launch(self.context.run_dir) is None:
             save_launch(self.context.run_dir, self.context.launch)
-        if resolved["tracking"]["uri"]:
-            resolved["tracking"]["uri"] = without_password(resolved["tracking"]["uri"])
+        for group, name in (("tracking", "uri"), ("search", "storage")):
+            if resolved.get(group) and resolved[group][name]:
+                resolved[group][name] = without_password(resolved[group][name])
         write_text(self.context.run_dir / CONFIG_NAME, OmegaConf.to_yaml(resolved))
 
     def _announce(self, trainer: Trainer) -> None:
@@ -245,3 +248,12 @@ def _set_deterministic(wanted: bool) -> None:
         # cuBLAS reads this when it starts (CUDA's documentation on reproducible results).
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(wanted)
+
+
+def _parameters(resolved: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the settings that a run is compared by: not where it is recorded, or read from."""
+    found = {str(key): value for key, value in resolved.items() if key != "tracking"}
+    found["memory"] = {k: v for k, v in found["memory"].items() if k != "plan_file"}
+    if found.get("search"):
+        found["search"] = {k: v for k, v in found["search"].items() if k != "storage"}
+    return found

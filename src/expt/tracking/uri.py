@@ -15,6 +15,12 @@ from urllib.parse import quote, urlsplit
 PASSWORD = "MLFLOW_TRACKING_PASSWORD"
 """MLflow's own environment variable for the password of a server."""
 HIDDEN = "***"
+IN_AUTHORITY = re.compile(
+    r"(://[^:/@\s\[]*):(?:[^/?#\s]*@|(?!\d+(?:[/?#\s]|$))[^@\s]*@)",
+)
+"""A password before the host. One that was not escaped may hold ``@`` or ``/``; a port does not."""
+IN_QUERY = re.compile(r"([?&]\w*(?:password|passwd|pwd)\\?=)[^&#\s\"']*", re.IGNORECASE)
+"""One among the options, as ``?password=``; on a command line ``=`` may be escaped."""
 
 
 class PasswordMissingError(Exception):
@@ -43,8 +49,8 @@ def is_server(uri: str) -> bool:
 
 
 def without_password(uri: str) -> str:
-    """Return the URI as it may be shown."""
-    return re.sub(r"(://[^:/@]*):[^@/]*@", rf"\1:{HIDDEN}@", uri)
+    """Return the URI as it may be shown, or any text with URIs in it."""
+    return IN_QUERY.sub(rf"\1{HIDDEN}", IN_AUTHORITY.sub(rf"\1:{HIDDEN}@", uri))
 
 
 def shown_lines(lines: Iterable[str]) -> list[str]:
@@ -59,11 +65,11 @@ def with_password(uri: str) -> str:
         PasswordMissingError: the password is hidden, and the environment does not have it.
 
     """
-    if f":{HIDDEN}@" not in uri:
+    if without_password(uri) != uri or HIDDEN not in uri:
         return uri
     password = os.environ.get(PASSWORD)
     if not password:
         raise PasswordMissingError(
             f"the password of {uri} is never written down; set {PASSWORD} and try again"
         )
-    return uri.replace(f":{HIDDEN}@", f":{quote(password, safe='')}@")
+    return uri.replace(HIDDEN, quote(password, safe=""))
