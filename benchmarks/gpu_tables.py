@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, markdown, source_line
+from gpu_record import GROUPS
 
 PRESETS = ("minimal", "lite", "full")
 ABSENT = "not measured"
@@ -45,6 +46,15 @@ def details(record: Record) -> str:
         markdown(("check", "result"), check_rows(record)),
     ]
     return "\n".join(parts)
+
+
+def all_details(record: Record) -> str:
+    """Return the details of the group measured last, and every table of the groups before it."""
+    (name, shown), *older = [*record.get(GROUPS, {}).items()][::-1] or [("", {})]
+    text = details(shown) + (f"\nMeasured with {name}.\n" if name else "")
+    for other, sections in older:
+        text += f"\n## Earlier: {other}\n\n{tables(sections)}\n{details(sections)}"
+    return text
 
 
 def figure(record: Record, section: str, item: str, key: str) -> Any:
