@@ -119,7 +119,7 @@ def steps(plan: Plan) -> dict[str, Item]:
 def loops(plan: Plan) -> dict[str, Item]:
     from gpu_steps import rivals
 
-    rounds, count = (1, 2) if plan.smoke else (5, 60)
+    rounds, count = (1, 2) if plan.smoke else (3, 60)
     return {p: partial(rivals, p, plan.device, rounds, count, *plan.small) for p in plan.presets}
 
 

@@ -95,7 +95,7 @@ def loop_row(record: Record, preset: str) -> tuple[str, ...]:
 
     def windows(name: str) -> str:
         if row and "error" not in row and name not in row:
-            return "not installed"
+            return "failed" if name in row.get("failed", {}) else "not installed"
         return number(row.get(name, {}).get("windows_per_second"), "{:.0f}")
 
     def over(name: str) -> str:

@@ -69,6 +69,24 @@ def test_every_contender_is_timed_in_every_round() -> None:
     assert row["bare loop"]["ours_over_it"] > 0
 
 
+def test_a_lightning_that_fails_costs_its_own_column(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import loop_times
+
+    def run(command: list[str], **_: Any) -> SimpleNamespace:
+        broken = command[2] == loop_times.LIGHTNING
+        return SimpleNamespace(
+            returncode=int(broken), stdout="2.0\n", stderr="Traceback\nModuleNotFoundError: x\n"
+        )
+
+    monkeypatch.setattr(loop_times.subprocess, "run", run)
+    row = loop_times.measure("minimal", "cpu", 2, 4, tmp_path)
+    assert row["ours"]["rounds"] == [0.5, 0.5]
+    assert row["failed"] == {"lightning": "ModuleNotFoundError: x"}
+    assert "lightning" not in row
+
+
 def test_what_takes_time_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     import bookkeeping
 
