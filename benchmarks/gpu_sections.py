@@ -84,7 +84,8 @@ def environment(plan: Plan) -> dict[str, Item]:
 
 
 def correctness(plan: Plan) -> dict[str, Item]:
-    from gpu_correctness import CASES, against_cpu, against_eager, waiting, with_dropout
+    from gpu_correctness import CASES, against_cpu, against_eager, with_dropout
+    from gpu_waiting import waiting
 
     steps = 3 if plan.smoke else 200
     items: dict[str, Item] = {"no waiting": partial(waiting, plan.device, steps, *plan.small)}

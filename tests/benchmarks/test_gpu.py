@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -355,3 +356,17 @@ def test_nothing_is_begun_when_the_minutes_are_up() -> None:
     import gpu
 
     assert list(gpu.rows(gpu.Plan("cpu", False, time.time() - 1), "steps", ["x"])) == []
+
+
+def test_an_epoch_that_reads_a_value_in_every_step_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from gpu_sections import TINY
+    from gpu_waiting import waiting
+
+    from expt.averaging import NoAverage
+
+    assert waiting("cpu", 2, *TINY)["readings"] is not None
+    monkeypatch.setattr(NoAverage, "update", lambda self, step: torch.zeros(()).item())
+    with pytest.raises(AssertionError, match="readings grow with the steps"):
+        waiting("cpu", 2, *TINY)
