@@ -17,24 +17,31 @@ from expt.files import write_json, write_text
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+COMMIT = "EXPT_COMMIT"
+"""Names the commit of a copy without its history."""
 
 
-def provenance() -> dict[str, Any]:
-    """Return date, commit, command, hardware and versions."""
+def provenance(gpu: str | None = None) -> dict[str, Any]:
+    """Return date, commit, command, hardware and versions; with `gpu`, the card is not asked."""
     import torch
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-        )
+        try:
+            done = subprocess.run(
+                ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+            )
+        except OSError:  # a machine without git
+            return ""
         return done.stdout.strip()
 
     hardware = {"cpu": _cpu_name(), "cores": os.cpu_count(), "machine": platform.machine()}
-    if torch.cuda.is_available():
+    if gpu is not None:
+        hardware["gpu"] = gpu
+    elif torch.cuda.is_available():
         hardware["gpu"] = torch.cuda.get_device_name()
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": git("rev-parse", "HEAD"),
+        "commit": git("rev-parse", "HEAD") or os.environ.get(COMMIT, "unknown"),
         "uncommitted_changes": bool(git("status", "--porcelain", "--", "src", "conf")),
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "hardware": hardware,

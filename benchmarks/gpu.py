@@ -3,12 +3,17 @@
     python benchmarks/gpu.py --minutes 20 [--sections NAME ...] [--only TEXT] [--again]
     python benchmarks/gpu.py --device cpu --smoke      # every section, tiny: does it all work?
 
-Stops by itself when the minutes are up; the same command goes on: rows in the result file are
-kept, and trainings resume from their checkpoints. Needs torch >= 2.11, hydra-core, omegaconf and
-lightning-fabric, and no network; MLflow and Optuna are not used, lightning's Trainer is measured
-where `pytorch_lightning` is installed. EXPT_METR_LA may name a file of the whole METR-LA series.
+Stops by itself when the minutes are up, or less than a minute later if it is training, and the
+same command goes on: rows that are stored are kept, trainings resume from their checkpoints, and
+an item that was under way begins anew. Rows of another card, torch or code are kept apart
+(`gpu_record.py`). Where `expt` is not installed, set PYTHONPATH=src. Needs torch >= 2.11,
+hydra-core, omegaconf, pydantic and lightning-fabric (which comes with pytorch-lightning), and no
+network; MLflow and Optuna are not used, lightning's Trainer is measured where
+`pytorch_lightning` is installed. EXPT_METR_LA may name a file of the whole METR-LA series.
 
-A section is measured in a process of its own, which is started again after an item that ends it.
+An item is measured in a process of its own where memory is its figure; others share a process,
+which is started again after an item that ends it. `measured_in` says which. What needs
+torch.compile comes after all the rest but the trainings, since compiling takes long.
 `--smoke` writes outputs/benchmarks/gpu-smoke.json and .md and no result.
 """
 
@@ -17,15 +22,19 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from itertools import groupby
 from typing import Any
 
-from common import ROOT, load, provenance, stamped, store
-from gpu_sections import NEEDED, SECTIONS, Plan, version
-from gpu_tables import details, draw, tables
+from common import ROOT, load, store
+from gpu_record import Group, last_group, looked_up
+from gpu_sections import MARGIN_SECONDS, NEEDED, OWN_PROCESS, SECTIONS, Plan, importable, version
+from gpu_tables import all_details, draw, tables
+from watched import Watched
 
 from expt.files import write_json, write_text
 
@@ -33,66 +42,101 @@ SCRATCH = ROOT / "outputs" / "benchmarks"
 OLDEST_TORCH = (2, 11)
 ANSWER = '{"item"'
 """How a line of a section's process begins that holds a row."""
+ITEM_SECONDS = 600.0
+"""The most that an item may take, but for trainings."""
+TOO_LONG = "it took more than"
 
 
 def main() -> None:
     arguments = parse()
     until = arguments.until or time.time() + 60 * arguments.minutes
-    plan = Plan(arguments.device, arguments.smoke, until)
+    plan = Plan(arguments.device, arguments.smoke, until, arguments.again, arguments.group)
     if arguments.section:
         for item, row in rows(plan, arguments.section, arguments.items):
             print(json.dumps({"item": item, "row": row}), flush=True)
         return
     record: dict[str, Any] = {} if plan.smoke else load("gpu")
     if arguments.tables:
-        store("gpu", record, tables(record), details(record))
+        store("gpu", record, tables(last_group(record)), all_details(record))
         return
     check(plan)
-    for name in arguments.sections:
-        found = record.setdefault(name, {})
-        wanted = [
-            item
-            for item in SECTIONS[name](plan)
-            if arguments.only in item and (arguments.again or not done(found.get(item)))
-        ]
-        measure(plan, name, wanted, record)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    group = Group(record, looked_up(plan.device))
+    plan = Plan(plan.device, plan.smoke, until, arguments.again, group.folder)
+    for name, wanted in in_order(plan, arguments.sections, arguments.only, group):
+        measure(plan, name, wanted, group)
     if plan.seconds_left < 0:
         print("the minutes are up; the same command goes on")
 
 
-def measure(plan: Plan, section: str, wanted: list[str], record: dict[str, Any]) -> None:
+def in_order(
+    plan: Plan, sections: list[str], only: str, group: Group
+) -> list[tuple[str, list[str]]]:
+    """Return sections with the items to measure, those last that may take all of the minutes."""
+
+    def rank(place: tuple[str, str]) -> int:
+        section, item = place
+        late = TOO_LONG in str(group.sections.get(section, {}).get(item, {}).get("error"))
+        return 3 if section == "accuracy" else 2 if late else 1 if "compile" in item else 0
+
+    wanted = [
+        (name, item)
+        for name in sections
+        for item in SECTIONS[name](plan)
+        if only in item and (plan.again or not done(group.sections.get(name, {}).get(item)))
+    ]
+    ordered = groupby(sorted(wanted, key=rank), key=lambda place: place[0])
+    return [(name, [item for _, item in places]) for name, places in ordered]
+
+
+def measure(plan: Plan, section: str, wanted: list[str], group: Group) -> None:
     """Measure a section's items, and store each as it comes."""
     source = rows if plan.smoke else answers  # a smoke run saves itself the processes
+    together = not plan.smoke and section in OWN_PROCESS
     while wanted and plan.seconds_left > 0:
-        for item, row in source(plan, section, wanted):
+        for item, row in source(plan, section, wanted[:1] if together else wanted):
             wanted.remove(item)
-            record[section][item] = stamped(row)
+            group.put(section, item, row)
             print(f"{section}: {item}: {brief(row)}", flush=True)
-            keep(plan, record)
-        if version("matplotlib") is not None:  # welcome, not needed
-            draw(record, SCRATCH if plan.smoke else None)
+            keep(plan, group)
         if plan.smoke:
-            return
+            break
+    if version("matplotlib") is not None:  # welcome, not needed
+        draw(group.sections, SCRATCH if plan.smoke else None)
 
 
 def answers(plan: Plan, section: str, wanted: list[str]) -> Iterator[tuple[str, Any]]:
     """Yield items and rows from a process of its own; the one that ended it is an error."""
     command = [sys.executable, __file__, "--device", plan.device, "--section", section]
-    command += ["--until", str(plan.until)]
+    command += ["--until", str(plan.until), "--group", plan.group]
+    command += ["--again"] if plan.again else []
     left = list(wanted)
-    with subprocess.Popen(
-        [*command, "--items", *left], stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
+    with Watched([*command, "--items", *left]) as worker:
+        worker.allow(allowed(plan, section))
+        for line in worker.lines():
             if line.startswith(ANSWER):
                 answer = json.loads(line)
                 left.remove(answer["item"])
                 yield answer["item"], answer["row"]
-    if process.returncode != 0:
-        if not left:
-            sys.exit(f"{section}: the process ended with {process.returncode}")
-        yield left[0], {"error": f"the process ended with {process.returncode}"}
+                worker.allow(allowed(plan, section))
+        failed = worker.returncode != 0
+    if not failed:
+        return
+    if not left:
+        sys.exit(f"{section}: the process ended with {worker.returncode}")
+    if not worker.timed_out:
+        yield left[0], {"error": f"the process ended with {worker.returncode}"}
+    elif plan.seconds_left > 0:
+        yield left[0], {"error": f"{TOO_LONG} {ITEM_SECONDS:.0f} s"}
+    else:
+        print(f"{section}: {left[0]}: the minutes were up before it was measured", flush=True)
+
+
+def allowed(plan: Plan, section: str) -> float:
+    """Return the seconds that an item may take from now on."""
+    if section == "accuracy":  # it stops by itself, and saves
+        return plan.seconds_left + MARGIN_SECONDS
+    return min(plan.seconds_left, ITEM_SECONDS)
 
 
 def rows(plan: Plan, section: str, wanted: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -100,33 +144,35 @@ def rows(plan: Plan, section: str, wanted: list[str]) -> Iterator[tuple[str, dic
     from expt.errors import UserError
 
     items = SECTIONS[section](plan)
-    for name in list(wanted):
+    for number, name in enumerate(list(wanted)):
         if plan.seconds_left < 0:
             return
         try:
             row = dict(items[name]())
         except (
             UserError, RuntimeError, ValueError, AssertionError, subprocess.SubprocessError,
+            OSError, ImportError,
         ) as error:  # fmt: skip
             if plan.smoke:
                 raise
             row = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
-        yield name, row
+        after = f"the process of {number} items before it" if number else "a process of its own"
+        yield name, {**row, "measured_in": after}
         tidy(plan.device)
 
 
-def keep(plan: Plan, record: dict[str, Any]) -> None:
-    record["made"] = provenance()
+def keep(plan: Plan, group: Group) -> None:
+    shown = tables(group.sections)
     if plan.smoke:
-        write_json(SCRATCH / "gpu-smoke.json", record)
-        write_text(SCRATCH / "gpu-smoke.md", tables(record) + details(record))
+        write_json(SCRATCH / "gpu-smoke.json", group.record)
+        write_text(SCRATCH / "gpu-smoke.md", shown + all_details(group.record))
     else:
-        store("gpu", record, tables(record), details(record))
+        store("gpu", group.record, shown, all_details(group.record))
 
 
 def check(plan: Plan) -> None:
     """End with what is missing, if something is."""
-    absent = [name for name in NEEDED if version(name) is None]
+    absent = [name for name, module in NEEDED.items() if not importable(module)]
     if absent:
         sys.exit(f"benchmarks/gpu.py needs {', '.join(absent)}: bring the wheels along")
     import torch
@@ -165,11 +211,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--only", default="", help="items whose name holds this")
     parser.add_argument("--tables", action="store_true", help="write the tables of what is stored")
-    parser.add_argument("--again", action="store_true", help="measure what is stored already")
+    parser.add_argument(
+        "--again", action="store_true", help="anew, what is stored too; once, not to go on"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--smoke", action="store_true", help="tiny; stores no result")
-    for name in ("--section", "--until", "--items"):
-        kind: dict[str, Any] = {"--until": {"type": float}, "--items": {"nargs": "*"}}
+    for name in ("--section", "--until", "--items", "--group"):
+        kind: dict[str, Any] = {
+            "--until": {"type": float}, "--items": {"nargs": "*"}, "--group": {"default": ""},
+        }  # fmt: skip
         parser.add_argument(name, help=argparse.SUPPRESS, **kind.get(name, {}))
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Is the fast path right: against eager steps, against the CPU, and without waiting for the device.
+"""Is the fast path right: against eager steps, and against the CPU.
 
 Distances are relative, over all weights together: |a - b| / |b|. Steps that are equal to rounding
 drift apart slowly, since rounding errors are trained on.
@@ -66,26 +66,6 @@ def against_cpu(device: str, steps: int, *small: str) -> dict[str, Any]:
     finally:
         torch.backends.cuda.matmul.allow_tf32 = exact
     return {"steps": steps, "weights_distance": distance(runs[0]["weights"], runs[1]["weights"])}
-
-
-def waiting(device: str, steps: int, *small: str) -> dict[str, Any]:
-    """Run steps in which torch raises where the host waits for the device (CUDA only)."""
-    trainer = make_trainer(*common(device), *small)
-    batches = order(trainer, steps + 8)
-    for indices in batches[:8]:
-        trainer.steps(indices)
-    total = torch.zeros((), device=device)
-    if device == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        for indices in batches[8:]:
-            loss, weight = trainer.steps(indices)
-            total += loss * weight
-    finally:
-        if device == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
-    captured = bool(getattr(trainer.steps, "captured", False))
-    return {"steps": steps, "checked": device == "cuda", "captured": captured, "sum": float(total)}
 
 
 def common(device: str) -> list[str]:

@@ -20,20 +20,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import planned_steps
 import torch
-from common import (
-    load,
-    make_trainer,
-    markdown,
-    provenance,
-    settings_for,
-    source_line,
-    stamped,
-    store,
-)
-from foreign_models import MODELS, ForeignModel
+from common import load, markdown, source_line, store
+from foreign_models import MODELS
+from gpu_record import Group, looked_up
 from prediction import OPTIMIZERS, rows
-from torch import Tensor
 
 CLAIMED_GB = {"full": 30, "lite": 6, "minimal": 3}  # the guide's own estimates
 GIB, MIB = 1024**3, 1024**2
@@ -66,23 +58,28 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("benchmarks/gpu_memory.py measures a CUDA device, and there is none here")
     ends = time.monotonic() + 60 * arguments.minutes
-    record = {"rows": {}, **load("gpu_memory")}
+    record = load("gpu_memory")
+    group = Group(record, looked_up("cuda"))
+    rows_so_far = group.sections.setdefault("rows", {})
     for name in all_rows():
-        if arguments.only not in name or (name in record["rows"] and not arguments.again):
+        if arguments.only not in name or (name in rows_so_far and not arguments.again):
             continue
-        if time.monotonic() > ends:
+        left = ends - time.monotonic()
+        try:
+            done = subprocess.run(
+                [sys.executable, __file__, "--row", name],
+                capture_output=True, text=True, check=False, timeout=max(left, 0.1),
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
             print("the minutes are up; run it again to go on")
             return
-        done = subprocess.run(
-            [sys.executable, __file__, "--row", name], capture_output=True, text=True, check=False
-        )
         if done.returncode:
-            print(f"{name}: not measured: {done.stderr.strip().splitlines()[-1]}", flush=True)
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            print(f"{name}: not measured: {reason}", flush=True)
             continue
-        row = record["rows"][name] = stamped(json.loads(done.stdout.splitlines()[-1]))
-        print(f"{name}: {100 * error(row):+.2f} %", flush=True)
-        record["made"] = provenance()
-        store("gpu_memory", record, tables(record))
+        group.put("rows", name, json.loads(done.stdout.splitlines()[-1]))
+        print(f"{name}: {100 * error(group.sections['rows'][name]):+.2f} %", flush=True)
+        store("gpu_memory", record, tables(group.sections))
 
 
 def measure(
@@ -95,69 +92,26 @@ def measure(
     """Return predicted and measured peaks of one configuration."""
     if overrides is not None:
         return measure_ours(overrides)
-    return measure_foreign(MODELS[foreign], precision, batch, OPTIMIZERS[optimizer])
+    made = planned_steps.foreign(MODELS[foreign], precision, batch, OPTIMIZERS[optimizer], "cuda")
+    return as_row(made)
 
 
 def measure_ours(overrides: list[str], device: str = "cuda") -> dict[str, Any]:
-    """Return both peaks of one of our configurations; on the CPU to see that this works."""
-    from expt.construction import build
-    from expt.foresight import plan_training
+    """Return both peaks of one of our configurations; on the CPU to see that this works.
 
-    settings = settings_for(*overrides)
-    target: Any = device
-    predicted = plan_training(settings, build(settings, "data"), target)
-    # Eager steps: a captured one is measured by benchmarks/gpu.py.
-    trainer = make_trainer(*overrides, f"trainer.device={device}", "trainer.compile=off")
-    data = trainer.data
-    train = torch.arange(data.batch_size, device=device)
-    val = torch.arange(min(data.eval_batch_size, data.size("val")), device=device)
-
-    def step() -> None:
-        trainer.train_step(train)
-        trainer.model.eval()
-        with torch.no_grad():
-            batch = data.gather("val", val)
-            data.metrics().update(trainer.model(**batch.inputs), batch)
-        trainer.model.train()
-
-    return as_row(predicted, step)
+    Its steps are eager: captured ones are measured by benchmarks/gpu.py.
+    """
+    return as_row(planned_steps.ours(overrides, device))
 
 
-def measure_foreign(
-    foreign: ForeignModel, precision: str, size: int, optimizer_fn: Callable[..., Any]
-) -> dict[str, Any]:
-    from expt.memory.planning import plan
-
-    predicted = plan(
-        foreign.model,
-        lambda: foreign.batch(size),
-        optimizer_fn,
-        foreign.loss,
-        target="cuda",
-        precision=precision,  # type: ignore[arg-type]
-    )
-    model = foreign.model().cuda()
-    optimizer = optimizer_fn(list(model.parameters()))
-
-    def forward(x: Tensor) -> Any:
-        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
-            output = model(x)
-        if isinstance(output, Tensor):
-            return output.float()
-        output.logits = output.logits.float()
-        return output
-
-    def step() -> None:
-        inputs, target = foreign.batch(size)
-        foreign.loss(forward, (inputs.cuda(), target.cuda())).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return as_row(predicted, step)
-
-
-def as_row(predicted: Any, step: Callable[[], None]) -> dict[str, Any]:
+def as_row(made: planned_steps.PlannedStep) -> dict[str, Any]:
     """Measure a warm step; what is reserved is that of the whole process."""
+    predicted = made.predicted
+
+    def step() -> None:
+        for part in made.parts:
+            part()
+
     for _ in range(2):
         step()
     allocated, reserved = peaks(step, predicted.target)

@@ -12,13 +12,21 @@ from functools import partial
 from typing import Any
 
 PRESETS = ("minimal", "lite", "full")
-NEEDED = ("torch", "hydra-core", "omegaconf", "lightning-fabric", "numpy")
+NEEDED = {
+    "torch": "torch", "hydra-core": "hydra", "omegaconf": "omegaconf", "numpy": "numpy",
+    "lightning-fabric": "lightning_fabric", "pydantic": "pydantic",
+}  # fmt: skip
+"""Distributions and what is imported of them; pytorch-lightning brings lightning_fabric along."""
 WELCOME = ("triton", "pytorch-lightning", "matplotlib", "mlflow", "optuna", "bitsandbytes")
 TINY = (
     "model.embed_dim=8", "model.num_heads=2", "model.num_layers=1", "model.num_stages=1",
     "model.patch_sizes=[1]", "data.batch_size=2", "data.eval_batch_size=4",
 )  # fmt: skip
 SERIES = "EXPT_METR_LA"
+OWN_PROCESS = ("steps", "recovery", "memory")
+"""Sections whose figures are peaks: what an item leaves behind would count in the next one's."""
+MARGIN_SECONDS = 60.0
+"""After the minutes are up, for a training to finish its step and save itself."""
 Item = Callable[[], Mapping[str, Any]]
 
 
@@ -29,6 +37,8 @@ class Plan:
     device: str
     smoke: bool
     until: float  # seconds since the epoch
+    again: bool = False  # begin trainings anew
+    group: str = ""  # the folder of trainings of this card and code
 
     @property
     def small(self) -> tuple[str, ...]:
@@ -53,6 +63,9 @@ def environment(plan: Plan) -> dict[str, Item]:
         found: dict[str, Any] = {
             name: version(name) or "not installed" for name in (*NEEDED, *WELCOME)
         }
+        for name, module in NEEDED.items():
+            if version(name) is None and importable(module):
+                found[name] = "part of another package"
         if plan.device == "cuda":
             properties = torch.cuda.get_device_properties(0)
             free, total = torch.cuda.mem_get_info()
@@ -71,7 +84,8 @@ def environment(plan: Plan) -> dict[str, Item]:
 
 
 def correctness(plan: Plan) -> dict[str, Item]:
-    from gpu_correctness import CASES, against_cpu, against_eager, waiting, with_dropout
+    from gpu_correctness import CASES, against_cpu, against_eager, with_dropout
+    from gpu_waiting import waiting
 
     steps = 3 if plan.smoke else 200
     items: dict[str, Item] = {"no waiting": partial(waiting, plan.device, steps, *plan.small)}
@@ -106,7 +120,7 @@ def steps(plan: Plan) -> dict[str, Item]:
 def loops(plan: Plan) -> dict[str, Item]:
     from gpu_steps import rivals
 
-    rounds, count = (1, 2) if plan.smoke else (5, 60)
+    rounds, count = (1, 2) if plan.smoke else (3, 60)
     return {p: partial(rivals, p, plan.device, rounds, count, *plan.small) for p in plan.presets}
 
 
@@ -161,7 +175,10 @@ def accuracy(plan: Plan) -> dict[str, Item]:
 def budgeted(plan: Plan, train: Any, *arguments: Any) -> Mapping[str, Any]:
     """Train for the seconds that are left."""
     model, series, seed, *small = arguments
-    found: Mapping[str, Any] = train(model, series, seed, plan.device, plan.seconds_left, *small)
+    found: Mapping[str, Any] = train(
+        model, series, seed, plan.device, plan.seconds_left, *small,
+        group=plan.group, anew=plan.again or plan.smoke,
+    )  # fmt: skip
     return found
 
 
@@ -175,6 +192,10 @@ def hows(plan: Plan) -> tuple[str, ...]:
 def last(overrides: tuple[str, ...]) -> list[str]:
     """Return overrides without those that a later one replaces."""
     return list({line.partition("=")[0]: line for line in overrides}.values())
+
+
+def importable(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def version(name: str) -> str | None:

@@ -31,11 +31,13 @@ MOMENTS_BYTES = 28
 PASSES_OVER_ACTIVATIONS = 4
 
 
-def step(preset: str, device: str, seconds: float, *overrides: str) -> dict[str, Any]:
+def step(
+    preset: str, device: str, seconds: float, *overrides: str, data: str = "data=metr_la_week"
+) -> dict[str, Any]:
     """Return time, windows a second and peaks of the steps of one configuration."""
     said: list[str] = []
     trainer = make_trainer(
-        f"+memory={preset}", "data=metr_la_week", f"trainer.device={device}", *overrides,
+        f"+memory={preset}", data, f"trainer.device={device}", *overrides,
         apply=apply,
     )  # fmt: skip
     for part in (trainer.steps, trainer.steps.take):  # why it stays eager, if it does

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, markdown, source_line
+from gpu_record import GROUPS
 
 PRESETS = ("minimal", "lite", "full")
 ABSENT = "not measured"
@@ -47,6 +48,15 @@ def details(record: Record) -> str:
     return "\n".join(parts)
 
 
+def all_details(record: Record) -> str:
+    """Return the details of the group measured last, and every table of the groups before it."""
+    (name, shown), *older = [*record.get(GROUPS, {}).items()][::-1] or [("", {})]
+    text = details(shown) + (f"\nMeasured with {name}.\n" if name else "")
+    for other, sections in older:
+        text += f"\n## Earlier: {other}\n\n{tables(sections)}\n{details(sections)}"
+    return text
+
+
 def figure(record: Record, section: str, item: str, key: str) -> Any:
     """Return a figure, or None."""
     return record.get(section, {}).get(item, {}).get(key)
@@ -85,7 +95,7 @@ def loop_row(record: Record, preset: str) -> tuple[str, ...]:
 
     def windows(name: str) -> str:
         if row and "error" not in row and name not in row:
-            return "not installed"
+            return "failed" if name in row.get("failed", {}) else "not installed"
         return number(row.get(name, {}).get("windows_per_second"), "{:.0f}")
 
     def over(name: str) -> str:

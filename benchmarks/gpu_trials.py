@@ -26,7 +26,7 @@ from expt.memory.techniques import apply
 
 SHARE = 0.6
 """The budget, as a share of what the plain step is predicted to need."""
-GRACE_SECONDS = 90
+GRACE_SECONDS = 45
 """Between SIGTERM and giving up: finish the step, save, record."""
 
 
@@ -69,6 +69,7 @@ def run(overrides: list[str], steps: int, budget: Budget | None) -> dict[str, An
     device = torch.device("cuda" if "trainer.device=cuda" in overrides else "cpu")
     if device.type == "cuda":
         gc.collect()  # the trainer before this one is in cycles, and would count in the budget
+        torch._C._cuda_clearCublasWorkspaces()  # and so would what its matrix products took
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with budget.enforce(device) if budget else nullcontext() as ledger:
@@ -92,17 +93,36 @@ def run(overrides: list[str], steps: int, budget: Budget | None) -> dict[str, An
 
 
 def accuracy(
-    model: str, data: str, seed: int, device: str, seconds: float, *overrides: str
+    model: str,
+    data: str,
+    seed: int,
+    device: str,
+    seconds: float,
+    *overrides: str,
+    group: str = "",
+    anew: bool = False,
 ) -> dict[str, Any]:
-    """Train from where it was left until it is done or the seconds are up; return where it is."""
-    folder = ROOT / "outputs" / "gpu" / f"{model}-{data}-seed{seed}-{device}"
+    """Train from where it was left until it is done or the seconds are up; return where it is.
+
+    Args:
+        model: a key of `accuracy.MODELS`.
+        data: a name of the group `data`.
+        seed: of the run.
+        device: cpu or cuda.
+        seconds: to train; it then has `GRACE_SECONDS` to save itself.
+        overrides: more settings of the configuration.
+        group: the folder under outputs/gpu, of one card and one code.
+        anew: from the beginning, whatever was left.
+
+    """
+    folder = ROOT / "outputs" / "gpu" / group / f"{model}-{data}-seed{seed}-{device}"
     command = [
         sys.executable, "-m", "expt", *MODELS[model], f"data={data}", f"trainer.seed={seed}",
         f"trainer.device={device}", "trainer.resume=true", "trainer.progress=false",
         f"hydra.run.dir='{folder}'", "tracking=none", *overrides,
     ]  # fmt: skip
-    if "debug=smoke" in overrides:
-        shutil.rmtree(folder, ignore_errors=True)  # to see it train, every time
+    if anew:
+        shutil.rmtree(folder, ignore_errors=True)
     started = time.monotonic()
     folder.parent.mkdir(parents=True, exist_ok=True)
     output = folder.parent / f"{folder.name}.log"
@@ -118,7 +138,7 @@ def accuracy(
                 process.wait(timeout=GRACE_SECONDS)
             finally:
                 process.kill()  # or it would train on, beside the one that resumes it
-    if process.returncode not in (0, 128 + signal.SIGTERM):
+    if process.returncode not in (0, 128 + signal.SIGTERM, -signal.SIGTERM):
         tail = output.read_text(encoding="utf-8")[-1000:]
         raise RuntimeError(f"training {model} failed ({process.returncode}): {tail}")
     return state(folder, model, data, seed, time.monotonic() - started)
@@ -126,16 +146,17 @@ def accuracy(
 
 def state(folder: Path, model: str, data: str, seed: int, seconds: float) -> dict[str, Any]:
     """Return what a run has come to; `done` says that it was tested."""
+    place = {"model": model, "data": data, "seed": seed, "seconds_this_time": seconds}
     stored = folder / "history.json"  # there is none before the first epoch is over
     history = json.loads(stored.read_text("utf-8")) if stored.exists() else []
+    if not (folder / "result.json").exists():  # ended before it had begun
+        return {**place, "done": False, "epochs": len(history)}
     result = json.loads((folder / "result.json").read_text("utf-8"))
     epochs = [row["seconds"] for row in history]
     spans = [after - before for before, after in zip([0.0, *epochs], epochs, strict=False)]
     metrics = result["metrics"]
     return {
-        "model": model,
-        "data": data,
-        "seed": seed,
+        **place,
         "done": result["status"] == "completed",
         "stop_reason": result["stop_reason"],
         "epochs": len(history),
@@ -144,5 +165,4 @@ def state(folder: Path, model: str, data: str, seed: int, seconds: float) -> dic
         "metrics": {name: metrics[name] for name in METRICS if name in metrics},
         "memory": result["memory"],
         "history": [{key: row[key] for key in ("epoch", "seconds", "val")} for row in history],
-        "seconds_this_time": seconds,
     }

@@ -18,9 +18,10 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import planned_steps
 import torch
-from common import load, make_trainer, markdown, provenance, source_line, stamped, store
-from foreign_models import MODELS, ForeignModel
+from common import load, markdown, provenance, source_line, stamped, store
+from foreign_models import MODELS
 from torch import Tensor, nn
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
@@ -112,76 +113,15 @@ def measure(
     optimizer: str = "",
 ) -> dict[str, Any]:
     """Return predicted and measured peak of one configuration."""
-    if not foreign:
-        return measure_ours(list(overrides))
-    return measure_foreign(MODELS[foreign], precision, batch, OPTIMIZERS[optimizer])
-
-
-def measure_ours(overrides: list[str]) -> dict[str, Any]:
-    from common import settings_for
-
-    from expt.construction import build
-    from expt.foresight import plan_training
-
-    settings = settings_for(*overrides)
-    predicted = plan_training(settings, build(settings, "data"), "cpu")
-    trainer = make_trainer(*overrides)
-    data = trainer.data
-    train = torch.arange(data.batch_size)
-    val = torch.arange(data.eval_batch_size)
+    if foreign:
+        made = planned_steps.foreign(
+            MODELS[foreign], precision, batch, OPTIMIZERS[optimizer], "cpu"
+        )
+    else:
+        made = planned_steps.ours(list(overrides), "cpu")
     for _ in range(2):
-        trainer.train_step(train)
-
-    def evaluate() -> None:
-        trainer.model.eval()
-        with torch.no_grad():
-            batch = data.gather("val", val)
-            data.metrics().update(trainer.model(**batch.inputs), batch)
-        trainer.model.train()
-
-    def live() -> list[Tensor]:
-        return [*tensors(vars(data)), *state(trainer.model, trainer.optimizer)]
-
-    peak = max(
-        profiled_peak(lambda: trainer.train_step(train), live),
-        profiled_peak(evaluate, live),
-    )
-    return as_row(predicted, peak)
-
-
-def measure_foreign(
-    foreign: ForeignModel, precision: str, size: int, optimizer_fn: Callable[..., Any]
-) -> dict[str, Any]:
-    from expt.memory.planning import plan
-
-    predicted = plan(
-        foreign.model,
-        lambda: foreign.batch(size),
-        optimizer_fn,
-        foreign.loss,
-        target="cpu",
-        precision=precision,  # type: ignore[arg-type]
-    )
-    model = foreign.model()
-    optimizer = optimizer_fn(list(model.parameters()))
-
-    def forward(x: Tensor) -> Any:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            output = model(x)
-        if isinstance(output, Tensor):
-            return output.float()
-        output.logits = output.logits.float()
-        return output
-
-    def step() -> None:
-        batch = foreign.batch(size)
-        foreign.loss(forward, batch).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    for _ in range(2):
-        step()
-    return as_row(predicted, profiled_peak(step, lambda: state(model, optimizer)))
+        made.parts[0]()
+    return as_row(made.predicted, max(profiled_peak(part, made.live) for part in made.parts))
 
 
 def as_row(predicted: Any, measured: int) -> dict[str, Any]:
@@ -208,17 +148,6 @@ def profiled_peak(step: Callable[[], object], live: Callable[[], list[Tensor]]) 
     events = profiler.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     return before + max(itertools.accumulate((change for _, change in changes), initial=0))
-
-
-def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    slots = [tensors(slot) for slot in optimizer.state.values()]
-    return [*model.parameters(), *model.buffers(), *itertools.chain(*slots)]
-
-
-def tensors(values: Any) -> list[Tensor]:
-    if isinstance(values, dict):
-        return list(itertools.chain(*(tensors(value) for value in values.values())))
-    return [values] if isinstance(values, Tensor) else []
 
 
 def error(row: dict[str, Any]) -> float:

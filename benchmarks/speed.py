@@ -1,4 +1,4 @@
-"""How fast: answering, the first step, the loop against others, bookkeeping, cost of a step.
+"""How fast: answering, the first step, the loop against others, bookkeeping, steps, what pays.
 
     python benchmarks/speed.py [--sections NAME ...] [--again] [--smoke]
 
@@ -87,19 +87,13 @@ def measure_step_costs(effort: Effort, arguments: argparse.Namespace) -> Any:
     )  # fmt: skip
 
 
-def measure_fast_path(effort: Effort, arguments: argparse.Namespace) -> Any:
-    """Time steps operator by operator and compiled, in both precisions."""
-    from gpu_steps import step
+def measure_cpu(effort: Effort, arguments: argparse.Namespace) -> Any:
+    """Time what a CPU may gain: bf16, torch.compile, threads."""
+    from cpu_contenders import measure
 
-    seconds = 0.05 if arguments.smoke else 10.0
-    return {
-        f"{precision}, {how}": step(
-            "minimal", arguments.device, seconds,
-            f"memory.precision={precision}", f"trainer.compile={how}",
-        )
-        for precision in ("fp32", "bf16")
-        for how in (("off",) if arguments.smoke else ("off", "compile"))
-    }  # fmt: skip
+    if arguments.smoke:
+        return measure(PRESETS[:1], (29,), 0.05, "model.embed_dim=8", "data.batch_size=2")
+    return measure(PRESETS, (29, 207), 4.0)
 
 
 def middle_series() -> Path | None:
@@ -114,7 +108,7 @@ SECTIONS: dict[str, Callable[[Effort, argparse.Namespace], Any]] = {
     "loops": measure_loops,
     "bookkeeping": measure_bookkeeping,
     "step_costs": measure_step_costs,
-    "fast_path": measure_fast_path,
+    "cpu": measure_cpu,
 }
 
 
@@ -180,8 +174,10 @@ def tables(record: dict[str, Any]) -> str:
         parts.append(markdown(columns, [book_row(books[name]) for name in PRESETS]))
     if costs := results.get("step_costs"):
         parts.append(cost_table(costs))
-    if fast := results.get("fast_path"):
-        parts.append(markdown(("minimal, 207 sensors, ms a step", *fast), [fast_row(fast)]))
+    if cpu := results.get("cpu"):
+        from cpu_contenders import CONTENDERS, table_rows
+
+        parts.append(markdown(("ms a step, on the CPU", *CONTENDERS), table_rows(cpu)))
     return "\n".join(parts) + "\n" + source_line(record, "speed")
 
 
@@ -209,10 +205,6 @@ def loop_row(row: dict[str, Any]) -> tuple[str, ...]:
 def book_row(row: dict[str, Any]) -> tuple[str, ...]:
     parts = [*row["shares_of_an_epoch"].values(), row["share"]]
     return (row["preset"], *(f"{100 * part:.2f} %" for part in parts))
-
-
-def fast_row(fast: dict[str, Any]) -> tuple[str, ...]:
-    return ("trainer.compile", *(f"{1e3 * row['seconds_per_step']:.0f}" for row in fast.values()))
 
 
 def cost_table(costs: dict[str, Any]) -> str:

@@ -334,12 +334,52 @@ def test_running_out_of_memory_in_a_capture_leaves_eager_steps(tmp_path):
     assert_the_same(run, eager)
 
 
-def raising_in_capture() -> Callable[[], None]:
+LIBRARIES = [
+    "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+    "CUDA driver error: out of memory",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+]
+
+
+@pytest.mark.parametrize("cannot_be_ended", [False, True])
+@pytest.mark.parametrize("words", LIBRARIES)
+def test_a_library_without_memory_in_a_capture_leaves_eager_steps(
+    tmp_path, monkeypatch, words, cannot_be_ended
+):
+    eager = Run(tmp_path / "eager", captured=False, epochs=2).fit()
+    run = Run(tmp_path / "run", epochs=2)
+    run.net.hook = raising_in_capture(RuntimeError(words))
+    begun, mend, order = run.tape.capture, run.tape.mend, list[str]()
+
+    def capture(*given: Any) -> Any:
+        try:
+            return begun(*given)
+        finally:
+            if cannot_be_ended:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    run.tape.capture = capture
+    run.tape.mend = lambda: (order.append("mended"), mend())[1]
+    released = "expt.memory.recovery.release"
+    monkeypatch.setattr(released, lambda device: order.append("released"))
+    run.fit()
+    assert run.rungs == [(WARM_STEPS, "eager")]
+    assert run.trainer.recovery.events[0]["phase"] == "capture"
+    # While the allocator believes in the capture, it refuses to release anything.
+    assert order == ["mended", "released"]
+    assert (run.tape.replays, run.tape.mended) == (0, 1)
+    assert ["there is no memory for it" in line for line in run.said] == [True]
+    assert_the_same(run, eager)
+
+
+def raising_in_capture(error: Exception | None = None) -> Callable[[], None]:
     raised = itertools.count()
+    words = "CUDA out of memory. Tried to allocate 2.00 MiB."
 
     def hook() -> None:
         if capturing() and next(raised) == 0:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+            raise error or torch.OutOfMemoryError(words)
 
     return hook
 

@@ -102,3 +102,33 @@ def test_the_mode_is_set_back_after_an_error(modes: list[object]) -> None:
     with pytest.raises(torch.OutOfMemoryError), watched([]):
         raise torch.OutOfMemoryError
     assert modes == ["warn", 0]
+
+
+def test_nothing_is_mended_where_nothing_broke(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: pytest.fail("touched"))
+    CudaGraphs(torch.device("cuda:0")).mend()
+
+
+def test_memory_is_released_before_mending_asks_for_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    zeros = torch.zeros
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, Stream)
+    for name in ("stream", "device"):
+        monkeypatch.setattr(torch.cuda, name, lambda given: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr("expt.cuda_graphs.release", lambda device: done.append("released"))
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: _noting(done, "captured"))
+    monkeypatch.setattr(torch, "zeros", lambda count, device: zeros(count))
+    monkeypatch.setattr(torch, "rand", lambda count, device: zeros(count))
+    graphs = CudaGraphs(torch.device("cuda:0"))
+    graphs._broken = object()
+    graphs.mend()
+    assert done == ["released", "captured"]
+
+
+def _noting(done: list[str], word: str) -> nullcontext[None]:
+    done.append(word)
+    return nullcontext()

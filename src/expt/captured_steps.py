@@ -35,6 +35,9 @@ WARM_STEPS = 3
 ledger watches as many (`expt.memory.meter.LEDGER_STEPS`)."""
 
 
+NO_ROOM = "there is no memory for it beside the rest; trainer.compile=off does not try"
+
+
 class Machinery(Protocol):
     """What captures and replays; `expt.cuda_graphs.CudaGraphs` on CUDA."""
 
@@ -147,13 +150,13 @@ class CapturedSteps(Steps):
             torch.full((), float(group["lr"]), device=indices.device) for group in self._groups()
         ]
         seed = (torch.initial_seed() * 1_000_003 + self.recovery.position[0]) % 2**63
-        work = partial(self.take, self._indices)
+        capture = partial(
+            self._machinery.capture, partial(self.take, self._indices), self._blocks, seed
+        )
         reason = None
         with self._rates_on_device():
             try:
-                captured = self.recovery.capture(
-                    partial(self._machinery.capture, work, self._blocks, seed)
-                )
+                captured = self.recovery.capture(capture, self._machinery.mend)
             except Exception as error:
                 if shortage(error) is not None:
                     raise
@@ -166,8 +169,7 @@ class CapturedSteps(Steps):
         self._optimizer.zero_grad()
         if reason is not None:
             self._machinery.mend()
-            self._stay_eager(f"the capture failed ({reason})")
-        self._given_up = True
+        self._stay_eager(f"the capture failed ({reason})" if reason else NO_ROOM)
         state.restore()
         release(self.recovery.device)
         return False

@@ -4,7 +4,7 @@ Facts from torch's documentation of CUDA graphs and from `torch/cuda/graphs.py` 
 capture needs a stream other than the default one, and eager steps on that stream before it;
 nothing in it may wait for the device; the default generator takes part by itself and a replay
 draws what eager steps would have drawn; other generator states have to be registered before.
-Nothing in this file has been run on a GPU by this project yet.
+None of it can be tested without a card: docs/speed.md says what was.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from expt.errors import UserError
+from expt.memory.attempt import release
 from expt.memory.block_randomness import BlockRandomness, block_randomness
 
 SYNCHRONISING = "synchronizing CUDA operation"
@@ -95,11 +96,14 @@ class CudaGraphs:
 
         """
         broken, self._broken = self._broken, None
+        if broken is None:
+            return
         with suppress(Exception):  # not public, and not needed where the capture was ended
             torch._C._cuda_endAllocateToPool(self.device.index or 0, broken.pool())
         del broken
         try:
             torch.cuda.synchronize(self.device)
+            release(self.device)  # the capture below needs room, where memory has just run out
             with torch.cuda.device(self.device):
                 current = torch.cuda.current_stream(self.device)
                 with (

@@ -165,10 +165,19 @@ class Trainer:
         self.model.train()  # an evaluation may have broken off
         self.recovery.position = (progress.step, progress.epoch)
         order = self.recovery.once_more(partial(self._order, progress.epoch), "epoch")
-        batches = order.split(self.data.batch_size)
         self.meter.start_epoch()
         loss_sum = torch.full((), progress.epoch_loss, device=self.fabric.device)
         weight_sum = torch.full((), progress.epoch_weight, device=self.fabric.device)
+        limit = self._take_steps(order.split(self.data.batch_size), loss_sum, weight_sum)
+        if limit in ("signal", "non_finite_loss"):
+            return limit
+        return self._validate(float(loss_sum), float(weight_sum)) or limit
+
+    def _take_steps(
+        self, batches: tuple[Tensor, ...], loss_sum: Tensor, weight_sum: Tensor
+    ) -> StopReason | None:
+        """Take the steps left of the epoch and add to its sums; a GPU is not waited for."""
+        progress = self.progress
         limit = limit_reached(progress, self.settings, before_validation=True)
         while progress.step_in_epoch < self.steps_per_epoch and limit is None:
             self._set_rate(progress.step / self.total_steps)
@@ -183,9 +192,7 @@ class Trainer:
             progress.step_in_epoch += 1
             self.profiler.step()
             limit = self._after_step(loss, loss_sum, weight_sum)
-        if limit in ("signal", "non_finite_loss"):
-            return limit
-        return self._validate(float(loss_sum), float(weight_sum)) or limit
+        return limit
 
     def _after_step(self, loss: Tensor, loss_sum: Tensor, weight_sum: Tensor) -> StopReason | None:
         """Read, report and save what is due; return why to stop before the epoch is over."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -31,8 +32,10 @@ def test_every_section_runs_without_a_gpu() -> None:
         assert f"{section}: " in ran.stdout, section
     assert "error" not in ran.stdout
     stored = FOLDER.parent / "outputs" / "benchmarks" / "gpu-smoke.json"
-    record = json.loads(stored.read_text("utf-8"))
+    (record,) = json.loads(stored.read_text("utf-8"))["groups"].values()
     assert all(record[section] for section in SECTIONS)
+    assert record["steps"]["full, bf16, off"]["card"]["name"] == "cpu"
+    assert record["steps"]["full, bf16, off"]["measured_in"] == "a process of its own"
     assert record["recovery"]["full"]["events"], "the budget was too small on purpose"
     assert record["recovery"]["full"]["weights_distance"] < 1e-3
     assert record["accuracy"]["lite, metr_la_week, seed 0"]["done"]
@@ -82,19 +85,35 @@ def test_tables_hold_the_figures_and_name_what_is_absent() -> None:
     assert "not measured" in accuracy_rows({"accuracy": {"a": unfinished}})[0]
 
 
+CARD = {"name": "A card", "total_bytes": 2**34, "driver": "1", "cuda": "13.0", "torch": "2.11.0"}
+
+
+def group(record: dict[str, Any] | None = None, sections: Any = None, **other: Any) -> Any:
+    """A group of a result file, which holds `sections` already."""
+    from gpu_record import Group
+
+    found = Group({} if record is None else record, CARD | other)
+    found.sections |= sections or {}
+    return found
+
+
 def test_what_is_stored_is_not_measured_again_but_errors_and_unfinished_trainings_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import gpu
 
-    stored: dict[str, Any] = {
-        "steps": {"a": {"seconds_per_step": 1.0}, "b": {"error": "no"}, "c": {"done": False}}
-    }
+    stored: dict[str, Any] = {}
+    group(
+        stored,
+        {"steps": {"a": {"seconds_per_step": 1.0}, "b": {"error": "no"}, "c": {"done": False}}},
+    )
     asked: list[list[str]] = []
     items = dict.fromkeys("abcd", dict)
     monkeypatch.setattr(gpu, "SECTIONS", {"steps": lambda plan: items})
     monkeypatch.setattr(gpu, "load", lambda name: stored)
     monkeypatch.setattr(gpu, "check", lambda plan: None)
+    monkeypatch.setattr(gpu, "looked_up", lambda device: CARD)
+    monkeypatch.setattr(gpu.signal, "signal", lambda *given: None)
     monkeypatch.setattr(gpu, "measure", lambda p, name, wanted, record: asked.append(wanted))
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--sections", "steps"])
     gpu.main()
@@ -117,11 +136,156 @@ def test_an_item_that_ends_its_process_costs_that_item_alone(
     monkeypatch.setattr(gpu, "__file__", str(worker))
     monkeypatch.setattr(gpu, "keep", lambda plan, record: None)
     monkeypatch.setattr(gpu, "draw", lambda record, folder: None)
-    record: dict[str, Any] = {"steps": {}}
+    for section in ("steps", "floors"):  # in a process each, and in one
+        record = group()
+        plan = gpu.Plan("cuda", False, time.time() + 60)
+        gpu.measure(plan, section, ["one", "fatal", "two"], record)
+        found = record.sections[section]
+        assert found["one"]["figure"] == found["two"]["figure"] == 1
+        assert found["fatal"]["error"] == "the process ended with 9"
+
+
+def endless(tmp_path: Path) -> Path:
+    """A worker that answers once and then, with a process it started, never again."""
+    worker = tmp_path / "worker.py"
+    program = (
+        "import json, subprocess, sys, time\n"
+        "items = sys.argv[sys.argv.index('--items') + 1:]\n"
+        "print(json.dumps({'item': items[0], 'row': {'figure': 1}}), flush=True)\n"
+        "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+    )
+    worker.write_text(program, encoding="utf-8")
+    return worker
+
+
+@pytest.mark.parametrize(
+    ("minutes_left", "most", "error"), [(1, 1.0, "it took more than 1 s"), (0.03, 60.0, None)]
+)
+def test_an_item_is_ended_in_time_and_what_came_before_it_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    minutes_left: float,
+    most: float,
+    error: str | None,
+) -> None:
+    import gpu
+
+    monkeypatch.setattr(gpu, "__file__", str(endless(tmp_path)))
+    monkeypatch.setattr(gpu, "ITEM_SECONDS", most)
+    kept: list[Any] = []
+    monkeypatch.setattr(gpu, "keep", lambda plan, record: kept.append(dict(record.sections)))
+    monkeypatch.setattr(gpu, "draw", lambda record, folder: None)
+    record, started = group(), time.monotonic()
+    plan = gpu.Plan("cuda", False, time.time() + 60 * minutes_left)
+    gpu.measure(plan, "floors", ["one", "hangs"], record)
+    assert time.monotonic() - started < 15
+    assert kept[0]["floors"]["one"]["figure"] == 1
+    assert record.sections["floors"].get("hangs", {}).get("error") == error
+
+
+def test_an_interrupted_worker_gets_time_to_save(tmp_path: Path) -> None:
+    from watched import Watched
+
+    saved = tmp_path / "saved"
+    program = (
+        "import signal, subprocess, sys, time\n"
+        f"def save(*_):\n    time.sleep(0.5); open({str(saved)!r}, 'w').close(); sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with pytest.raises(KeyboardInterrupt), Watched([sys.executable, "-c", program]) as worker:
+        assert next(worker.lines()) == "ready\n"
+        raise KeyboardInterrupt
+    assert saved.exists()
+
+
+def test_rows_of_another_card_or_code_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu_record
+    from gpu_tables import all_details
+
+    record: dict[str, Any] = {}
+    group(record).put("steps", "a", {"figure": 1})
+    group(record, torch="2.13.0").put("steps", "a", {"figure": 2})
+    monkeypatch.setattr(gpu_record, "code", lambda: "0123456789")
+    group(record).put("steps", "a", {"figure": 3})
+    rows = [found["steps"]["a"] for found in record["groups"].values()]
+    assert [row["figure"] for row in rows] == [1, 2, 3]
+    assert rows[1]["card"] == CARD | {"torch": "2.13.0"}
+    assert rows[2]["code"] == "0123456789" and rows[0]["commit"]
+    assert gpu_record.last_group(record)["steps"]["a"]["figure"] == 3
+    assert all_details(record).count("## Earlier: A card, 16 GiB, driver 1") == 2
+
+
+def test_no_path_of_the_machine_is_stored() -> None:
+    from gpu_record import ROOT, without_places
+
+    row = {
+        "error": f"CalledProcessError: ['/usr/bin/python3', '{ROOT}/benchmarks/loop_times.py']",
+        "said": ["waits, at /opt/x/torch/nn/functional.py:12 (a value is read)"],
+        "figure": 1.5,
+        "unit": "s/epoch, captured / floor, https://hydra.cc/docs",
+    }
+    assert without_places(row) == {
+        "error": "CalledProcessError: ['python3', 'benchmarks/loop_times.py']",
+        "said": ["waits, at functional.py:12 (a value is read)"],
+        "figure": 1.5,
+        "unit": "s/epoch, captured / floor, https://hydra.cc/docs",
+    }
+
+
+def test_what_compiles_comes_late_and_trainings_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu
+
+    items = {"steps": ["a, off", "a, compile", "slow"], "accuracy": ["lite"], "loops": ["b"]}
+    monkeypatch.setattr(
+        gpu, "SECTIONS", {name: lambda plan, f=found: f for name, found in items.items()}
+    )
+    stored = group(sections={"steps": {"slow": {"error": "it took more than 600 s"}}})
     plan = gpu.Plan("cuda", False, time.time() + 60)
-    gpu.measure(plan, "steps", ["one", "fatal", "two"], record)
-    assert record["steps"]["one"]["figure"] == record["steps"]["two"]["figure"] == 1
-    assert record["steps"]["fatal"]["error"] == "the process ended with 9"
+    assert gpu.in_order(plan, list(items), "", stored) == [
+        ("steps", ["a, off"]), ("loops", ["b"]), ("steps", ["a, compile", "slow"]),
+        ("accuracy", ["lite"]),
+    ]  # fmt: skip
+
+
+def test_a_distribution_that_comes_inside_another_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import gpu
+    import gpu_sections
+
+    monkeypatch.setattr(gpu_sections, "version", lambda name: None)
+    plan = gpu.Plan("cpu", True, time.time() + 60)
+    gpu.check(plan)
+    found = gpu_sections.environment(plan)["here"]()
+    assert found["lightning-fabric"] == "part of another package"
+    monkeypatch.setattr(gpu, "importable", lambda module: module != "pydantic")
+    with pytest.raises(SystemExit, match="needs pydantic"):
+        gpu.check(plan)
+
+
+def test_again_begins_a_training_anew_and_only_then(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import gpu_trials
+
+    class Ended:
+        returncode = 0
+
+        def __init__(self, *given: Any, **other: Any) -> None: ...
+
+        def wait(self, timeout: float) -> None: ...
+
+    monkeypatch.setattr(gpu_trials, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_trials.subprocess, "Popen", Ended)
+    left = tmp_path / "outputs" / "gpu" / "card" / "lite-metr_la_29-seed0-cpu" / "left"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    for anew in (False, True):
+        row = gpu_trials.accuracy("lite", "metr_la_29", 0, "cpu", 1.0, group="card", anew=anew)
+        assert left.exists() is not anew
+        assert row["done"] is False
 
 
 def test_the_loops_are_those_of_207_sensors_with_lightning_where_it_is(
@@ -164,7 +328,7 @@ def test_plots_are_left_out_where_there_is_no_matplotlib(monkeypatch: pytest.Mon
     monkeypatch.setattr(gpu, "keep", lambda plan, record: None)
     monkeypatch.setattr(gpu, "draw", lambda record, folder: pytest.fail("drew"))
     monkeypatch.setattr(gpu, "rows", lambda plan, section, wanted: [(name, {}) for name in "a"])
-    gpu.measure(gpu.Plan("cpu", True, time.time() + 60), "steps", ["a"], {"steps": {}})
+    gpu.measure(gpu.Plan("cpu", True, time.time() + 60), "steps", ["a"], group())
 
 
 def test_a_training_that_does_not_end_is_ended(
@@ -192,3 +356,17 @@ def test_nothing_is_begun_when_the_minutes_are_up() -> None:
     import gpu
 
     assert list(gpu.rows(gpu.Plan("cpu", False, time.time() - 1), "steps", ["x"])) == []
+
+
+def test_an_epoch_that_reads_a_value_in_every_step_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from gpu_sections import TINY
+    from gpu_waiting import waiting
+
+    from expt.averaging import NoAverage
+
+    assert waiting("cpu", 2, *TINY)["readings"] is not None
+    monkeypatch.setattr(NoAverage, "update", lambda self, step: torch.zeros(()).item())
+    with pytest.raises(AssertionError, match="readings grow with the steps"):
+        waiting("cpu", 2, *TINY)

@@ -69,6 +69,24 @@ def test_every_contender_is_timed_in_every_round() -> None:
     assert row["bare loop"]["ours_over_it"] > 0
 
 
+def test_a_lightning_that_fails_costs_its_own_column(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import loop_times
+
+    def run(command: list[str], **_: Any) -> SimpleNamespace:
+        broken = command[2] == loop_times.LIGHTNING
+        return SimpleNamespace(
+            returncode=int(broken), stdout="2.0\n", stderr="Traceback\nModuleNotFoundError: x\n"
+        )
+
+    monkeypatch.setattr(loop_times.subprocess, "run", run)
+    row = loop_times.measure("minimal", "cpu", 2, 4, tmp_path)
+    assert row["ours"]["rounds"] == [0.5, 0.5]
+    assert row["failed"] == {"lightning": "ModuleNotFoundError: x"}
+    assert "lightning" not in row
+
+
 def test_what_takes_time_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     import bookkeeping
 
@@ -163,3 +181,32 @@ def test_absent_lightning_is_said_and_not_invented() -> None:
         "bare loop": {"seconds_per_step": 0.2, "ours_over_it": 0.5},
     }
     assert speed.loop_row(row) == ("lite", "100.0", "200.0", "not installed", "0.50")
+
+
+def test_contenders_on_a_cpu_differ_in_one_thing_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    import cpu_contenders
+
+    asked: list[tuple[list[str], str]] = []
+
+    def run(command: list[str], env: dict[str, str], **_: Any) -> SimpleNamespace:
+        asked.append((command[5:], env["OMP_NUM_THREADS"]))
+        if "trainer.compile=compile" in command:
+            raise subprocess.TimeoutExpired(command, 1.0)
+        row = {"seconds_per_step": 0.5 if "memory.precision=bf16" in command else 1.0}
+        return SimpleNamespace(returncode=0, stdout=json.dumps(row), stderr="")
+
+    monkeypatch.setattr(cpu_contenders.subprocess, "run", run)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    result = cpu_contenders.measure(["lite"], [29], 1.0)
+    assert asked == [
+        (["memory.precision=fp32", "trainer.compile=off"], "4"),
+        (["memory.precision=bf16", "trainer.compile=off"], "4"),
+        (["memory.precision=fp32", "trainer.compile=compile"], "4"),
+        (["memory.precision=fp32", "trainer.compile=off"], "1"),
+    ]
+    (line,) = cpu_contenders.table_rows(result)
+    assert line == ("lite, 29", "1000", "500 (x2.00)", "not measured", "1000 (x1.00)")
+    assert result["processor"].keys() == set(cpu_contenders.FLAGS)
+    monkeypatch.setattr(cpu_contenders, "BUDGET_SECONDS", 0.0)
+    late = cpu_contenders.measure(["lite"], [29], 1.0)["rows"]
+    assert {row["error"] for row in late} == {"not reached within 0 s"}

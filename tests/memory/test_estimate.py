@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -161,3 +163,17 @@ def test_what_is_about_fake_tensors_is_told_from_the_rest(error, known) -> None:
     wrapped = ValueError("my layer failed")
     wrapped.__cause__ = error
     assert (estimate.untraceable(wrapped) is not None) == known
+
+
+def test_it_is_loaded_by_the_oldest_torch_that_is_allowed(monkeypatch) -> None:
+    from torch._subclasses import fake_tensor
+
+    monkeypatch.delattr(fake_tensor, "FakeTensorDeviceMismatchError", raising=False)  # torch 2.11
+    place = sys.modules["expt.memory.estimate"].__file__
+    spec = importlib.util.spec_from_file_location("estimate_of_2_11", place)
+    assert spec is not None and spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    assert all(issubclass(kind, Exception) for kind in loaded.UNTRACEABLE)
+    words = "Unhandled FakeTensor Device Propagation for aten.mm, found two different devices"
+    assert loaded.untraceable(RuntimeError(words))

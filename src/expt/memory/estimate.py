@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensorDeviceMismatchError,
     MetadataMismatchError,
     UnsupportedFakeTensorException,
     UnsupportedMutationAliasingException,
@@ -35,11 +35,13 @@ log = logging.getLogger(__name__)
 UNTRACEABLE = (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensorDeviceMismatchError,  # tensors that a model hides were left on meta
     MetadataMismatchError,
     UnsupportedFakeTensorException,
     UnsupportedMutationAliasingException,
     UnsupportedOperatorException,
+    # Tensors that a model hides were left on meta. torch 2.11 has only words for it, with
+    # "FakeTensor" among them.
+    *filter(None, [getattr(fake_tensor, "FakeTensorDeviceMismatchError", None)]),
 )
 UNTRACEABLE_WORDS = (
     "not supported for tensor subclasses",  # .numpy()

@@ -183,11 +183,30 @@ class Recovery:
         self._record(outcome, move, reason)
         return False
 
-    def capture(self, work: Callable[[], T]) -> T | None:
-        """Do work that only makes later steps faster; None if there is no memory for it."""
-        outcome = self._attempt(work, "capture", Trouble())
+    def capture(self, work: Callable[[], T], mend: Callable[[], None]) -> T | None:
+        """Do work that only makes later steps faster; None if there is no memory for it.
+
+        Args:
+            work: may leave the allocator in a state in which nothing can be released.
+            mend: brings it out of that; called unless torch's own allocator said that memory ran
+                out, in which case the work was ended as it should.
+
+        """
+        cleanly = False
+
+        def watched() -> T:
+            nonlocal cleanly
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                cleanly = True
+                raise
+
+        outcome = self._attempt(watched, "capture", Trouble())
         if isinstance(outcome, Success):
             return outcome.value
+        if not cleanly:
+            mend()
         release(self.device)
         self.phase = "capture"
         self._record(outcome, Move("eager", self.techniques, ()), None)

@@ -1,0 +1,103 @@
+"""A training step with its prediction, to be measured: one of ours, or of a model not ours."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from common import make_trainer, settings_for
+from foreign_models import ForeignModel
+from torch import Tensor, nn
+
+Part = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A prediction, and what it is of: `parts` in order, of which the first trains."""
+
+    predicted: Any
+    parts: tuple[Part, ...]
+    live: Callable[[], list[Tensor]]  # what is held between parts
+
+
+def ours(overrides: list[str], device: str) -> PlannedStep:
+    """Return an eager training step and a batch of evaluation of one of our configurations.
+
+    It is planned before the device is touched.
+    """
+    from expt.construction import build
+    from expt.foresight import plan_training
+
+    settings = settings_for(*overrides)
+    target: Any = device
+    predicted = plan_training(settings, build(settings, "data"), target)
+    given = [line for line in overrides if not line.startswith("trainer.device=")]
+    trainer = make_trainer(*given, f"trainer.device={device}", "trainer.compile=off")
+    data = trainer.data
+    train = torch.arange(data.batch_size, device=device)
+    val = torch.arange(min(data.eval_batch_size, data.size("val")), device=device)
+
+    def evaluate() -> None:
+        trainer.model.eval()
+        with torch.no_grad():
+            batch = data.gather("val", val)
+            data.metrics().update(trainer.model(**batch.inputs), batch)
+        trainer.model.train()
+
+    def live() -> list[Tensor]:
+        return [*tensors(vars(data)), *state(trainer.model, trainer.optimizer)]
+
+    return PlannedStep(predicted, (lambda: trainer.train_step(train), evaluate), live)
+
+
+def foreign(
+    made: ForeignModel,
+    precision: str,
+    size: int,
+    optimizer_fn: Callable[..., torch.optim.Optimizer],
+    device: str,
+) -> PlannedStep:
+    """Return a training step of a model from elsewhere, planned before the device is touched."""
+    from expt.memory.planning import plan
+
+    predicted = plan(
+        made.model,
+        lambda: made.batch(size),
+        optimizer_fn,
+        made.loss,
+        target=device,  # type: ignore[arg-type]
+        precision=precision,  # type: ignore[arg-type]
+    )
+    model = made.model().to(device)
+    optimizer = optimizer_fn(list(model.parameters()))
+
+    def forward(x: Tensor) -> Any:
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            output = model(x)
+        if isinstance(output, Tensor):
+            return output.float()
+        output.logits = output.logits.float()
+        return output
+
+    def step() -> None:
+        inputs, target = made.batch(size)
+        made.loss(forward, (inputs.to(device), target.to(device))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return PlannedStep(predicted, (step,), lambda: state(model, optimizer))
+
+
+def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    slots = [tensors(slot) for slot in optimizer.state.values()]
+    return [*model.parameters(), *model.buffers(), *itertools.chain(*slots)]
+
+
+def tensors(values: Any) -> list[Tensor]:
+    if isinstance(values, dict):
+        return list(itertools.chain(*(tensors(value) for value in values.values())))
+    return [values] if isinstance(values, Tensor) else []
