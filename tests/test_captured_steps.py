@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from expt.acceleration import make_fabric
 from expt.capture_rules import why_not_captured
 from expt.captured_steps import WARM_STEPS, CapturedSteps
+from expt.errors import UserError
 from expt.interruption import Interruption
 from expt.memory.meter import LedgerMeter
 from expt.memory.recovery import Recovery
@@ -371,6 +372,20 @@ def test_a_library_without_memory_in_a_capture_leaves_eager_steps(
     assert (run.tape.replays, run.tape.mended) == (0, 1)
     assert ["there is no memory for it" in line for line in run.said] == [True]
     assert_the_same(run, eager)
+
+
+def test_what_cannot_be_mended_ends_the_run_and_is_said(tmp_path):
+    run = Run(tmp_path)
+    run.net.hook = raising_in_capture(RuntimeError(LIBRARIES[0]))
+
+    def mend() -> None:
+        raise UserError("run it again with trainer.compile=off")
+
+    run.tape.mend = mend
+    with pytest.raises(UserError, match="trainer.compile=off"):
+        run.trainer.fit()
+    assert run.said == [], "no eager step is taken on a device that cannot be used"
+    assert run.trainer.progress.step == WARM_STEPS
 
 
 def raising_in_capture(error: Exception | None = None) -> Callable[[], None]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from expt.capture_rules import why_not_captured
+from expt.errors import UserError
 from expt.memory.attempt import release
 from expt.memory.block_randomness import BlockCounter, block_randomness
 from expt.memory.one_by_one import bare_optimizer
@@ -157,6 +158,8 @@ class CapturedSteps(Steps):
         with self._rates_on_device():
             try:
                 captured = self.recovery.capture(capture, self._machinery.mend)
+            except UserError:
+                raise  # it could not be mended, so that nothing would work from here on
             except Exception as error:
                 if shortage(error) is not None:
                     raise
