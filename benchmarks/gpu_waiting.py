@@ -58,21 +58,28 @@ def waiting(device: str, steps: int, *small: str) -> dict[str, Any]:
     Raises:
         RuntimeError: the host waited for the device (CUDA).
         AssertionError: the longer epoch read more values than the shorter one.
+        ValueError: an epoch of the data has fewer steps than the longer one and its first eight.
 
     """
     found = [epoch(device, count, *small) for count in (steps, 2 * steps)]
     readings = [row["readings"] for row in found]
     assert readings[0] == readings[1], f"readings grow with the steps: {readings}"
-    return {"steps": 2 * steps, "checked": device == "cuda", **found[1]}
+    return {"checked": device == "cuda", **found[1]}
 
 
 def epoch(device: str, steps: int, *small: str) -> dict[str, Any]:
-    """Run the loop of an epoch; return its sum of losses, and on a CPU how often it read."""
+    """Run the loop of an epoch; return its sum of losses, and on a CPU how often it read.
+
+    `steps` are those after the first eight, as is `steps` of what is returned.
+    """
     length = WARM_STEPS + steps
     trainer = make_trainer(
         *common(device), *small, "trainer.checkpoint_every_steps=null",
         f"trainer.steps_per_epoch={length}", "trainer.log_every_steps=10",
     )  # fmt: skip
+    most = trainer.steps_per_epoch
+    if most < length:  # it would end early, and the longer epoch be no longer than the other
+        raise ValueError(f"an epoch has {most} steps, and {length} are asked for")
     trainer._read_loss_every = 10 * length  # copies on a CPU are readings
     if device == "cuda":
         trainer._read_loss_every = trainer.settings.log_every_steps
@@ -89,4 +96,9 @@ def epoch(device: str, steps: int, *small: str) -> dict[str, Any]:
         if device == "cuda":
             torch.cuda.set_sync_debug_mode("default")
     captured = bool(getattr(inner, "captured", False))
-    return {"readings": dict(readings.seen), "captured": captured, "sum": float(loss)}
+    return {
+        "steps": trainer.steps.taken - WARM_STEPS,
+        "readings": dict(readings.seen),
+        "captured": captured,
+        "sum": float(loss),
+    }

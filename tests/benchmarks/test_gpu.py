@@ -366,7 +366,23 @@ def test_an_epoch_that_reads_a_value_in_every_step_is_told(
 
     from expt.averaging import NoAverage
 
-    assert waiting("cpu", 2, *TINY)["readings"] is not None
+    row = waiting("cpu", 2, *TINY)
+    assert row["readings"] is not None and row["steps"] == 4
     monkeypatch.setattr(NoAverage, "update", lambda self, step: torch.zeros(()).item())
     with pytest.raises(AssertionError, match="readings grow with the steps"):
         waiting("cpu", 2, *TINY)
+
+
+def test_the_watched_epochs_are_as_long_as_they_are_said_to_be() -> None:
+    """minimal's own batches of the week: an epoch that ended early would not be twice as long."""
+    from common import make_trainer
+    from gpu_correctness import common
+    from gpu_sections import TINY, WATCHED_STEPS
+    from gpu_waiting import WARM_STEPS, epoch
+
+    sizes = [line for line in TINY if "batch_size" not in line]
+    trainer = make_trainer(*common("cpu"), *sizes)
+    full = trainer.data.size("train") // trainer.data.batch_size
+    assert WARM_STEPS + 2 * WATCHED_STEPS <= full
+    with pytest.raises(ValueError, match="an epoch has .* steps, and 10008 are asked for"):
+        epoch("cpu", 10_000, *sizes)
