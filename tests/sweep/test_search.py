@@ -542,6 +542,8 @@ def test_what_a_stop_kills_is_left_to_the_next_start(make):
         search.run()
     assert states(search) == [TrialState.RUNNING]
     assert SweepSummary.load(search.folder).finished == 0
+    (trial,) = search.runner.trials
+    assert trial.looks == 6, "what has told its end is not asked again: its last seed has no next"
 
 
 def test_a_point_that_was_ended_by_another_hand_is_not_counted_as_tried(make):

@@ -248,10 +248,10 @@ class Search:
                 except UpdateFinishedTrialError:
                     self._lose(one)
                 continue
+            self.under_way.remove(one)  # what has told its end is not asked again
             if stopping and outcome.kind == "killed":
                 continue  # by what stops this worker, and the next one goes on with it
             ended = True
-            self.under_way.remove(one)
             retries = self.config.retry
             if outcome.kind in AGAIN and one.attempts <= retries:
                 self.say(f"trial {one.trial.number}: {outcome.kind} ({outcome.error}), once more")
