@@ -24,6 +24,7 @@ def test_uris(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert without_password("postgresql://me:word@host/db") == "postgresql://me:***@host/db"
     assert without_password("http://[::1]:5000/a@b") == "http://[::1]:5000/a@b"
     assert without_password("http://127.0.0.1:5000/a@b") == "http://127.0.0.1:5000/a@b"
+    assert without_password("http://me@host:5000/a@b") == "http://me@host:5000/a@b"
 
 
 def test_a_hidden_password_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,6 +59,7 @@ def test_only_a_sqlite_uri_names_a_file(uri: str, path: str | None) -> None:
         ("postgresql://me:se?cret@host/db", "postgresql://me:***@host/db"),
         ("mysql://:secret@host:3306/db", "mysql://:***@host:3306/db"),
         ("postgresql://me:12secret@host/a@b", "postgresql://me:***@host/a@b"),
+        ("postgresql://me@server:secret@host/db", "postgresql://me@server:***@host/db"),
         ("postgresql://host/db?user=me&password=secret", "postgresql://host/db?user=me&password=***"),
         ("postgresql://h/db?password=secret&a=b", "postgresql://h/db?password=***&a=b"),
         ('search.storage="mysql://h/db?PASSWD=secret"', 'search.storage="mysql://h/db?PASSWD=***"'),
