@@ -59,6 +59,23 @@ def test_a_sampler_that_ranks_by_the_error_alone_sees_what_does_not_fit_as_worst
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("sampler", [GPSampler, CmaEsSampler])
+def test_a_duplicate_is_shown_as_what_it_repeats(sampler):
+    """Also where its constraint is not known: else it would count as one that fits."""
+    study = optuna.create_study(sampler=sampler())
+    study.add_trials(TRIALS[:9])
+    for number in (4, 7):  # oom, pruned
+        first = study.trials[number]
+        again = trial("duplicate", excess=first.constraints.get("peak_memory"), state=first.state)
+        again.set_user_attr("duplicate_of", number)
+        study.add_trial(again)
+    shown = SeenStudy(study).trials
+    for number, again in ((4, 9), (7, 10)):
+        assert shown[again].values == shown[number].values
+        assert shown[again].constraints == shown[number].constraints
+        assert shown[again].state is TrialState.COMPLETE
+
+
 def test_the_study_itself_keeps_what_was_measured():
     study = optuna.create_study(sampler=GPSampler(seed=0))
     study.add_trials(TRIALS[:9])

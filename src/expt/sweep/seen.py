@@ -3,14 +3,15 @@
     trial = SeenStudy(study).ask(distributions)
 
 In Optuna 5.0 (`optuna/samplers`), TPE learns from COMPLETE and PRUNED trials, GP, NSGA-II and -III
-from COMPLETE ones, CMA-ES from COMPLETE ones and ones that the pruner ended, and CMA-ES uses no
-constraint; nobody learns from FAIL. So a region that runs out of memory, or crashes, would be
-suggested again and again. Here those trials get the figures that such a sampler can read, while
-it is asked and nowhere else: the study itself holds nothing that was not measured.
+and CMA-ES from COMPLETE ones, and CMA-ES uses no constraint; nobody learns from FAIL. So a region
+that runs out of memory, or crashes, would be suggested again and again. Here those trials get the
+figures that such a sampler can read, while it is asked and nowhere else: the study itself holds
+nothing that was not measured.
 
 A trial over the budget gets the median error, since it says nothing of the error and its
 constraint says the rest; for CMA-ES, which ranks, it is worse than the worst by its excess. A
-trial that failed gets the worst error. One that the pruner ended gets what it last reported.
+trial that failed gets the worst error. One that the pruner ended gets what it last reported. A
+duplicate is shown as the trial that it repeats.
 """
 
 from __future__ import annotations
@@ -78,7 +79,18 @@ def seen(trials: Sequence[FrozenTrial], sampler: BaseSampler) -> list[FrozenTria
     median, worst = [statistics.median(one) for one in columns], [max(one) for one in columns]
     limited = any(CONSTRAINT in trial.constraints for trial in trials)
     ranks = isinstance(sampler, CmaEsSampler)
-    return [_as_complete(trial, median, worst, limited, ranks) for trial in trials]
+    numbered = {trial.number: trial for trial in trials}
+    return [
+        _as_complete(
+            trial,
+            numbered.get(trial.user_attrs.get("duplicate_of", trial.number), trial),
+            median,
+            worst,
+            limited,
+            ranks,
+        )
+        for trial in trials
+    ]
 
 
 def _as_pruned(trial: FrozenTrial) -> FrozenTrial:
@@ -91,12 +103,20 @@ def _as_pruned(trial: FrozenTrial) -> FrozenTrial:
 
 
 def _as_complete(
-    trial: FrozenTrial, median: list[float], worst: list[float], limited: bool, ranks: bool
+    trial: FrozenTrial,
+    first: FrozenTrial,
+    median: list[float],
+    worst: list[float],
+    limited: bool,
+    ranks: bool,
 ) -> FrozenTrial:
-    """Let a sampler that reads COMPLETE trials see one of another kind."""
-    kind = trial.user_attrs.get(KIND)
-    if not trial.state.is_finished() or kind is None:
+    """Let a sampler that reads COMPLETE trials see one of another kind.
+
+    `first` is the trial that it repeats, or itself.
+    """
+    if not trial.state.is_finished() or trial.user_attrs.get(KIND) is None:
         return trial
+    kind = first.user_attrs.get(KIND)
     excess = trial.constraints.get(CONSTRAINT)
     if excess is None and kind == "oom":
         excess = UNKNOWN_EXCESS
@@ -105,8 +125,8 @@ def _as_complete(
         values = trial.values
     elif over:
         values = median
-    elif trial.intermediate_values and kind not in FAILED:
-        values = [trial.intermediate_values[max(trial.intermediate_values)]]
+    elif first.intermediate_values and kind not in FAILED:
+        values = [first.intermediate_values[max(first.intermediate_values)]]
     else:
         values = worst
     if over and ranks and excess is not None:
