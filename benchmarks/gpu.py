@@ -12,7 +12,7 @@ network; MLflow and Optuna are not used, lightning's Trainer is measured where
 `pytorch_lightning` is installed. EXPT_METR_LA may name a file of the whole METR-LA series.
 
 An item is measured in a process of its own where memory is its figure; others share a process,
-which is started again after an item that ends it. `measured_in` says which. What needs
+which is started again after an item that fails or ends it. `measured_in` says which. What needs
 torch.compile comes after all the rest but the trainings, since compiling takes long.
 `--smoke` writes outputs/benchmarks/gpu-smoke.json and .md and no result.
 """
@@ -122,9 +122,9 @@ def answers(plan: Plan, section: str, wanted: list[str]) -> Iterator[tuple[str, 
         failed = worker.returncode != 0
     if not failed:
         return
-    if not left:
-        sys.exit(f"{section}: the process ended with {worker.returncode}")
-    if not worker.timed_out:
+    if not left:  # all was measured; the rest of the sections can be as well
+        print(f"{section}: the process ended with {worker.returncode} after its last item")
+    elif not worker.timed_out:
         yield left[0], {"error": f"the process ended with {worker.returncode}"}
     elif plan.seconds_left > 0:
         yield left[0], {"error": f"{TOO_LONG} {ITEM_SECONDS:.0f} s"}
@@ -140,7 +140,11 @@ def allowed(plan: Plan, section: str) -> float:
 
 
 def rows(plan: Plan, section: str, wanted: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Measure items one after the other, until the minutes are up."""
+    """Measure items one after the other, until the minutes are up or one goes wrong.
+
+    After an error of CUDA nothing works in this process any more, and what comes next would be
+    blamed for it; `measure` goes on with the rest in another one.
+    """
     from expt.errors import UserError
 
     items = SECTIONS[section](plan)
@@ -158,6 +162,8 @@ def rows(plan: Plan, section: str, wanted: list[str]) -> Iterator[tuple[str, dic
             row = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
         after = f"the process of {number} items before it" if number else "a process of its own"
         yield name, {**row, "measured_in": after}
+        if "error" in row:
+            return
         tidy(plan.device)
 
 

@@ -145,6 +145,59 @@ def test_an_item_that_ends_its_process_costs_that_item_alone(
         assert found["fatal"]["error"] == "the process ended with 9"
 
 
+def test_what_comes_after_an_error_is_measured_in_another_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An error of CUDA stays in its process, where tidying up would fail too."""
+    import gpu
+
+    def fails() -> dict[str, Any]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    processes: list[list[str]] = []
+
+    def answers(plan: Any, section: str, wanted: list[str]) -> Any:
+        processes.append(list(wanted))
+        return gpu.rows(plan, section, wanted)
+
+    items = {"one": dict, "bad": fails, "two": dict}
+    tidied: list[str] = []
+    monkeypatch.setattr(gpu, "SECTIONS", {"floors": lambda plan: items})
+    monkeypatch.setattr(gpu, "answers", answers)
+    monkeypatch.setattr(gpu, "tidy", tidied.append)
+    monkeypatch.setattr(gpu, "keep", lambda plan, record: None)
+    monkeypatch.setattr(gpu, "draw", lambda record, folder: None)
+    record = group()
+    gpu.measure(gpu.Plan("cuda", False, time.time() + 60), "floors", list(items), record)
+    assert processes == [["one", "bad", "two"], ["two"]]
+    assert "illegal memory access" in record.sections["floors"]["bad"]["error"]
+    assert "error" not in record.sections["floors"]["two"]
+    assert len(tidied) == 2
+
+
+def test_a_process_that_ends_badly_after_its_last_item_costs_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import gpu
+
+    worker = tmp_path / "worker.py"
+    program = (
+        "import json, sys\n"
+        "for item in sys.argv[sys.argv.index('--items') + 1:]:\n"
+        "    print(json.dumps({'item': item, 'row': {'figure': 1}}), flush=True)\n"
+        "sys.exit(9)\n"
+    )
+    worker.write_text(program, encoding="utf-8")
+    monkeypatch.setattr(gpu, "__file__", str(worker))
+    monkeypatch.setattr(gpu, "keep", lambda plan, record: None)
+    monkeypatch.setattr(gpu, "draw", lambda record, folder: None)
+    record = group()
+    gpu.measure(gpu.Plan("cuda", False, time.time() + 60), "steps", ["one", "two"], record)
+    assert {row["figure"] for row in record.sections["steps"].values()} == {1}
+    assert len(record.sections["steps"]) == 2
+    assert "ended with 9 after its last item" in capsys.readouterr().out
+
+
 def endless(tmp_path: Path) -> Path:
     """A worker that answers once and then, with a process it started, never again."""
     worker = tmp_path / "worker.py"
