@@ -103,6 +103,8 @@ def table_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
             own = cells[preset, sensors, name].get("seconds_per_step")
             if own is None:
                 line.append("not measured")
+            elif name == "compile" and cells[preset, sensors, name].get("said"):
+                line.append("stayed eager")  # and its row says why
             elif name == EAGER or eager is None:
                 line.append(f"{1e3 * own:.0f}")
             else:

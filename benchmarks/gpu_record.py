@@ -21,7 +21,8 @@ from common import ROOT, provenance
 GIB = 1024**3
 MEASURING = (
     "gpu_correctness", "gpu_memory", "gpu_sections", "gpu_steps", "gpu_trials", "gpu_waiting",
-    "accuracy", "foreign_models", "loop_times", "planned_steps", "prediction", "rival_loops",
+    "accuracy", "common", "foreign_models", "loop_times", "planned_steps", "prediction",
+    "rival_loops",
 )  # fmt: skip
 """Programs of this folder on which a figure depends."""
 GROUPS = "groups"

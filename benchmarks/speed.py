@@ -196,7 +196,9 @@ def launch_rows(results: dict[str, Any]) -> Any:
 
 def loop_row(row: dict[str, Any]) -> tuple[str, ...]:
     def cell(name: str) -> str:
-        return f"{1e3 * row[name]['seconds_per_step']:.1f}" if name in row else "not installed"
+        if name not in row:
+            return "failed" if name in row.get("failed", {}) else "not installed"
+        return f"{1e3 * row[name]['seconds_per_step']:.1f}"
 
     ratio = f"{row['bare loop']['ours_over_it']:.2f}"
     return (row["preset"], cell("ours"), cell("bare loop"), cell("lightning"), ratio)

@@ -181,6 +181,8 @@ def test_absent_lightning_is_said_and_not_invented() -> None:
         "bare loop": {"seconds_per_step": 0.2, "ours_over_it": 0.5},
     }
     assert speed.loop_row(row) == ("lite", "100.0", "200.0", "not installed", "0.50")
+    failed = {**row, "failed": {"lightning": "ImportError: no such thing"}}
+    assert speed.loop_row(failed)[3] == "failed"
 
 
 def test_contenders_on_a_cpu_differ_in_one_thing_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,6 +208,8 @@ def test_contenders_on_a_cpu_differ_in_one_thing_each(monkeypatch: pytest.Monkey
     ]
     (line,) = cpu_contenders.table_rows(result)
     assert line == ("lite, 29", "1000", "500 (x2.00)", "not measured", "1000 (x1.00)")
+    result["rows"][2] = {**result["rows"][0], "contender": "compile", "said": ["no compiler"]}
+    assert cpu_contenders.table_rows(result)[0][3] == "stayed eager"
     assert result["processor"].keys() == set(cpu_contenders.FLAGS)
     monkeypatch.setattr(cpu_contenders, "BUDGET_SECONDS", 0.0)
     late = cpu_contenders.measure(["lite"], [29], 1.0)["rows"]
