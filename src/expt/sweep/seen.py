@@ -83,7 +83,7 @@ def seen(trials: Sequence[FrozenTrial], sampler: BaseSampler) -> list[FrozenTria
     return [
         _as_complete(
             trial,
-            numbered.get(trial.user_attrs.get("duplicate_of", trial.number), trial),
+            numbered.get(trial.user_attrs.get("duplicate_of"), trial),
             median,
             worst,
             limited,
