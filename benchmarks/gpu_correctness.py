@@ -34,6 +34,7 @@ def against_eager(how: str, case: str, device: str, steps: int, *small: str) -> 
         "case": case,
         "steps": steps,
         "captured": bool(getattr(fast["trainer"].steps, "captured", False)),
+        "said": fast["said"],
         "weights_distance": distance(fast["weights"], eager["weights"]),
         "largest_loss_difference": max(
             abs(one - other) for one, other in zip(fast["losses"], eager["losses"], strict=True)
@@ -74,10 +75,17 @@ def common(device: str) -> list[str]:
 
 
 def trained(overrides: list[str], steps: int) -> dict[str, Any]:
-    """Take `steps` steps of a run; return the trainer, its weights on the host, and every loss."""
+    """Take `steps` steps of a run; return the trainer, its weights on the host, and every loss.
+
+    `said` is why steps were not taken as asked for, if they were not.
+    """
     keys = [line.partition("=")[0] for line in overrides]
     last = [line for n, line in enumerate(overrides) if keys[n] not in keys[n + 1 :]]
     trainer = make_trainer(*last, apply=apply)
+    said: list[str] = []
+    for part in (trainer.steps, trainer.steps.take):
+        if hasattr(part, "_say"):
+            part._say = said.append
     trainer.model.train()
     losses = []
     for number, indices in enumerate(order(trainer, steps)):
@@ -86,7 +94,8 @@ def trained(overrides: list[str], steps: int) -> dict[str, Any]:
         trainer.average.update(number)
         losses.append(loss.detach().clone())
     weights = [weight.detach().cpu() for weight in trainer.model.parameters()]
-    return {"trainer": trainer, "weights": weights, "losses": torch.stack(losses).tolist()}
+    values = torch.stack(losses).tolist()
+    return {"trainer": trainer, "weights": weights, "losses": values, "said": said}
 
 
 def order(trainer: Any, steps: int) -> list[Tensor]:

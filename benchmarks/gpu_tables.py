@@ -65,8 +65,9 @@ def figure(record: Record, section: str, item: str, key: str) -> Any:
 def step_row(record: Record, preset: str) -> tuple[str, ...]:
     def of(how: str, key: str) -> float | None:
         item = f"{preset}, bf16, {how}"
-        if how != "off" and figure(record, "steps", item, "captured") is False:
-            return None  # it fell back to eager steps, and its row says why
+        captured = figure(record, "steps", item, "captured")
+        if how != "off" and (captured is False or figure(record, "steps", item, "said")):
+            return None  # it fell back to eager steps, or did not compile, and its row says why
         found: float | None = figure(record, "steps", item, key)
         return found
 
@@ -132,6 +133,7 @@ def check_rows(record: Record) -> list[tuple[str, str]]:
         distance = row.get("weights_distance")
         if distance is not None:
             eager = " (nothing was captured)" if row.get("captured") is False else ""
+            eager = eager or (" (not as asked for; its row says why)" if row.get("said") else "")
             name = f"{item}: distance of weights after {row['steps']} steps"
             rows.append((name, f"{distance:.1e}{eager}"))
     waits = record.get("correctness", {}).get("no waiting")

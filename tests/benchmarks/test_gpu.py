@@ -79,8 +79,16 @@ def test_tables_hold_the_figures_and_name_what_is_absent() -> None:
     )  # fmt: skip
     record["steps"]["lite, bf16, graph"]["captured"] = False  # it fell back to eager steps
     assert step_row(record, "lite")[2:] == ("not measured",) * 3 + ("1.00", *("not measured",) * 3)
-    equal = {"weights_distance": 0.0, "steps": 200, "captured": False}
+    record["steps"]["lite, bf16, compile"] = {
+        "seconds_per_step": 0.001, "captured": True, "said": ["the model is not compiled: no"],
+    }  # fmt: skip
+    assert step_row(record, "lite")[3] == "not measured"
+    equal: dict[str, Any] = {"weights_distance": 0.0, "steps": 200, "captured": False}
     assert "nothing was captured" in check_rows({"correctness": {"graph, fp32": equal}})[0][1]
+    equal |= {"captured": True, "said": ["the model is not compiled: no"]}
+    assert "not as asked for" in check_rows({"correctness": {"compile, fp32": equal}})[0][1]
+    equal["said"] = []
+    assert check_rows({"correctness": {"compile, fp32": equal}})[0][1] == "0.0e+00"
     unfinished = {"model": "lite", "data": "metr_la_29", "done": False}
     assert "not measured" in accuracy_rows({"accuracy": {"a": unfinished}})[0]
 
