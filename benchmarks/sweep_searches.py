@@ -70,6 +70,7 @@ def run_stock(folder: Path, lines: Sequence[str], trials: int, seed: int) -> dic
     command = [
         program, "-m", "hydra/sweeper=optuna", *lines, "memory.plan=false",
         "hydra.sweeper.direction=minimize", "hydra.sweeper.max_failure_rate=1",
+        "hydra.sweeper.n_jobs=1",  # as ours: one suggestion at a time, from all before it
         f"hydra.sweeper.sampler.seed={seed}", "hydra.sweeper.study_name=stock",
         f"hydra.sweeper.storage='sqlite:///{database}'",
         *(f"{name}={text}" for name, text in SPACE.items()),
