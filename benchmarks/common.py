@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 COMMIT = "EXPT_COMMIT"
 """Names the commit of a copy without its history."""
+ABSOLUTE = re.compile(r"(?<![\w./])/(?:[\w.+@~-]+/)*([\w.+@~-]+)/?")
+"""A path from the root of the file system, and its last part."""
 
 
 def provenance(gpu: str | None = None) -> dict[str, Any]:
@@ -55,6 +58,21 @@ def stamped(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row with its own date and commit, since others of its file may be older."""
     made = provenance()
     return {**row, "date": made["date"], "commit": made["commit"]}
+
+
+def without_places(value: Any) -> Any:
+    """Return a row with the names of files where paths of this machine stood."""
+    if isinstance(value, str):
+        return ABSOLUTE.sub(r"\1", value.replace(f"{ROOT}/", ""))
+    if isinstance(value, Mapping):
+        return {key: without_places(one) for key, one in value.items()}
+    return [without_places(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def last_words(stderr: str) -> str:
+    """Return what a program that failed said last, for a row."""
+    lines = stderr.strip().splitlines() or ["no message"]
+    return str(without_places(lines[-1]))[:300]
 
 
 def _cpu_name() -> str:

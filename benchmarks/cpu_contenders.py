@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common import last_words
+
 DATA = {29: "data=metr_la_29", 207: "data=metr_la_week"}
 EAGER = "eager"
 CONTENDERS: dict[str, tuple[str, ...]] = {
@@ -66,7 +68,7 @@ def contend(
     """Return one contender's figures, or why there are none."""
     if left <= 0:
         return {"error": f"not reached within {BUDGET_SECONDS:.0f} s"}
-    threads = 1 if name == "one thread" else os.cpu_count() or 1
+    threads = 1 if name == "one thread" else cores()
     given = dict(line.split("=", 1) for line in (*BASE, *CONTENDERS[name], *overrides))
     command = [sys.executable, __file__, preset, str(seconds), DATA[sensors]]
     try:
@@ -78,9 +80,16 @@ def contend(
     except subprocess.TimeoutExpired:
         return {"error": f"not done within {min(MOST_SECONDS, left):.0f} s"}
     if done.returncode != 0:
-        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
+        return {"error": last_words(done.stderr)}
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return {**row, "threads": threads}
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # on Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def flags() -> set[str]:

@@ -119,13 +119,15 @@ def answers(plan: Plan, section: str, wanted: list[str]) -> Iterator[tuple[str, 
                 left.remove(answer["item"])
                 yield answer["item"], answer["row"]
                 worker.allow(allowed(plan, section))
-        failed = worker.returncode != 0
-    if not failed:
-        return
-    if not left:  # all was measured; the rest of the sections can be as well
-        print(f"{section}: the process ended with {worker.returncode} after its last item")
+        status = worker.returncode
+    if not left:
+        if status != 0:  # all was measured; the rest of the sections can be as well
+            print(f"{section}: the process ended with {status} after its last item")
     elif not worker.timed_out:
-        yield left[0], {"error": f"the process ended with {worker.returncode}"}
+        if status != 0:
+            yield left[0], {"error": f"the process ended with {status}"}
+        elif len(left) == len(wanted) and plan.seconds_left > 0:  # else it stopped on purpose
+            yield left[0], {"error": "the process ended well, but with no row"}
     elif plan.seconds_left > 0:
         yield left[0], {"error": f"{TOO_LONG} {ITEM_SECONDS:.0f} s"}
     else:

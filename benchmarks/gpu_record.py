@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from common import ROOT, provenance
+from common import ROOT, provenance, without_places
 
 GIB = 1024**3
 MEASURING = (
@@ -26,8 +26,6 @@ MEASURING = (
 )  # fmt: skip
 """Programs of this folder on which a figure depends."""
 GROUPS = "groups"
-ABSOLUTE = re.compile(r"(?<![\w./])/(?:[\w.+@~-]+/)*([\w.+@~-]+)/?")
-"""A path from the root of the file system, and its last part."""
 
 
 def card(device: str) -> dict[str, Any]:
@@ -109,15 +107,6 @@ def last_group(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sections of the group that was measured last; empty if there is none."""
     groups: list[dict[str, Any]] = list(record.get(GROUPS, {}).values())
     return groups[-1] if groups else {}
-
-
-def without_places(value: Any) -> Any:
-    """Return a row with the names of files where paths of this machine stood."""
-    if isinstance(value, str):
-        return ABSOLUTE.sub(r"\1", value.replace(f"{ROOT}/", ""))
-    if isinstance(value, Mapping):
-        return {key: without_places(one) for key, one in value.items()}
-    return [without_places(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 if __name__ == "__main__":

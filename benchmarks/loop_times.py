@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import make_trainer, settings_for
+from common import last_words, make_trainer, settings_for
 from rival_loops import WARM_STEPS, Rivals, bare_seconds, lightning_seconds, now
 
 from expt.progress import LineDisplay
@@ -49,7 +49,7 @@ def measure(
             command += [f"+memory={preset}", *overrides]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode != 0 and name == LIGHTNING:  # the others are worth having
-                failed[name] = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                failed[name] = last_words(done.stderr)
                 continue
             if done.returncode != 0:
                 raise RuntimeError(f"the loop {name!r} failed: {done.stderr.strip()[-400:]}")

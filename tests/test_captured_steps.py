@@ -382,7 +382,7 @@ def test_what_cannot_be_mended_ends_the_run_and_is_said(tmp_path):
         raise UserError("run it again with trainer.compile=off")
 
     run.tape.mend = mend
-    with pytest.raises(UserError, match="trainer.compile=off"):
+    with pytest.raises(UserError, match=r"trainer\.compile=off"):
         run.trainer.fit()
     assert run.said == [], "no eager step is taken on a device that cannot be used"
     assert run.trainer.progress.step == WARM_STEPS

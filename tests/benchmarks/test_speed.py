@@ -77,13 +77,13 @@ def test_a_lightning_that_fails_costs_its_own_column(
     def run(command: list[str], **_: Any) -> SimpleNamespace:
         broken = command[2] == loop_times.LIGHTNING
         return SimpleNamespace(
-            returncode=int(broken), stdout="2.0\n", stderr="Traceback\nModuleNotFoundError: x\n"
+            returncode=int(broken), stdout="2.0\n", stderr="Traceback\nOSError: /home/me/x.so: no\n"
         )
 
     monkeypatch.setattr(loop_times.subprocess, "run", run)
     row = loop_times.measure("minimal", "cpu", 2, 4, tmp_path)
     assert row["ours"]["rounds"] == [0.5, 0.5]
-    assert row["failed"] == {"lightning": "ModuleNotFoundError: x"}
+    assert row["failed"] == {"lightning": "OSError: x.so: no"}
     assert "lightning" not in row
 
 
@@ -198,7 +198,7 @@ def test_contenders_on_a_cpu_differ_in_one_thing_each(monkeypatch: pytest.Monkey
         return SimpleNamespace(returncode=0, stdout=json.dumps(row), stderr="")
 
     monkeypatch.setattr(cpu_contenders.subprocess, "run", run)
-    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1, 5, 6}, raising=False)
     result = cpu_contenders.measure(["lite"], [29], 1.0)
     assert asked == [
         (["memory.precision=fp32", "trainer.compile=off"], "4"),
@@ -208,6 +208,9 @@ def test_contenders_on_a_cpu_differ_in_one_thing_each(monkeypatch: pytest.Monkey
     ]
     (line,) = cpu_contenders.table_rows(result)
     assert line == ("lite, 29", "1000", "500 (x2.00)", "not measured", "1000 (x1.00)")
+    monkeypatch.delattr("os.sched_getaffinity", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: None)
+    assert cpu_contenders.cores() == 1
     result["rows"][2] = {**result["rows"][0], "contender": "compile", "said": ["no compiler"]}
     assert cpu_contenders.table_rows(result)[0][3] == "stayed eager"
     assert result["processor"].keys() == set(cpu_contenders.FLAGS)

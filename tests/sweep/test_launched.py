@@ -84,6 +84,21 @@ def test_a_batch_is_launched_together_and_ends_together(launcher, tmp_path):
     assert len(launcher.batches) == 1, "nothing is left to launch"
 
 
+def test_a_trial_that_was_lost_before_its_batch_is_not_launched(launcher, tmp_path):
+    """Another worker has it, and would write to the same folder."""
+    runner = LauncherRunner(launcher, tmp_path)
+    lost, kept = (runner.start(job(tmp_path, number, "good")) for number in (4, 5))
+    lost.kill()
+    runner.flush()
+    ((launched,),) = launcher.batches
+    assert "hydra.sweep.subdir=trial_005" in launched and launcher.first == [5]
+    assert not (tmp_path / "trial_004" / "result.json").exists()
+    assert kept.poll().value == 3.0
+    runner.start(job(tmp_path, 6, "good")).kill()
+    runner.flush()
+    assert len(launcher.batches) == 1, "nothing is left to launch"
+
+
 def test_a_job_that_goes_wrong_costs_itself_alone(launcher, tmp_path):
     runner = LauncherRunner(launcher, tmp_path)
     kinds = ("good", "refused", "crash")

@@ -76,6 +76,15 @@ def test_a_duplicate_is_shown_as_what_it_repeats(sampler):
         assert shown[again].state is TrialState.COMPLETE
 
 
+def test_a_trial_of_another_hand_does_not_stop_a_search_under_a_budget():
+    """GP asks of every complete trial how far it is over, and raises if one does not say."""
+    study = optuna.create_study(sampler=GPSampler(seed=0, n_startup_trials=1))
+    study.add_trials([*TRIALS[:9], trial(None, value=1.0, state=TrialState.COMPLETE)])
+    assert SeenStudy(study).trials[9].constraints == {"peak_memory": 0.0}
+    SeenStudy(study).ask({"x": FloatDistribution(0, 1)})
+    assert study.trials[9].constraints == {}
+
+
 def test_the_study_itself_keeps_what_was_measured():
     study = optuna.create_study(sampler=GPSampler(seed=0))
     study.add_trials(TRIALS[:9])

@@ -154,8 +154,8 @@ def test_a_choice_reaches_the_trial_and_comes_back_as_it_was_meant(form, text, v
 
 
 def test_choices_that_look_alike_are_told_apart():
-    space = Space.parse({"x": "choice(null,'null',true,'true',1,'1',[1],'[1]')"})
-    values = [None, "null", True, "true", 1, "1", [1], "[1]"]
+    space = Space.parse({"x": "choice(null,'null',true,'true',2,'2',[1],'[1]')"})
+    values = [None, "null", True, "true", 2, "2", [1], "[1]"]
     kept = [space.point({"x": value})["x"] for value in values]
     assert kept == list(space.distributions["x"].choices)
     assert len(set(map(repr, kept))) == 8
@@ -164,3 +164,17 @@ def test_choices_that_look_alike_are_told_apart():
 def test_a_number_is_the_same_as_a_float_that_equals_it():
     assert Space.parse({"x": "choice(1,2.5)"}).point({"x": 1.0}) == {"x": 1}
     assert Space.parse({"x": "choice(1,2)"}).point({"x": True}) == {}
+
+
+def test_nothing_and_a_flag_are_no_text():
+    """A preset's null is not the word, even if the word alone is a choice."""
+    space = Space.parse({"x": "choice('null','true',3)"})
+    assert space.point({"x": None}) == space.point({"x": True}) == {}
+    assert space.point({"x": "null"}) == {"x": "'null'"}
+
+
+@pytest.mark.parametrize(("text", "both"), [("true,1", "true and 1"), ("1,2,1", "1 and 1"),
+                                            ("0.0,false", "0.0 and false")])  # fmt: skip
+def test_choices_that_the_study_would_take_for_one_another_are_refused(text, both):
+    with pytest.raises(ConfigError, match=f"choice.{text}. has {both}, which a study cannot tell"):
+        Space.parse({"x": f"choice({text})"})

@@ -49,6 +49,7 @@ class LaunchedTrial:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.outcomes: list[TrialOutcome] = []
+        self.wanted = True
 
     @property
     def next_seed(self) -> int | None:
@@ -70,7 +71,8 @@ class LaunchedTrial:
         """Do nothing: the launcher ends its jobs itself."""
 
     def kill(self) -> None:
-        """Do nothing: the launcher ends its jobs itself."""
+        """Leave it out of what is launched from now on; what was launched ends by itself."""
+        self.wanted = False
 
 
 @dataclass
@@ -106,7 +108,7 @@ class LauncherRunner:
             SearchError: the launcher started none of the jobs; the trials are left to be done.
 
         """
-        batch, self._batch = self._batch, []
+        batch, self._batch = [trial for trial in self._batch if trial.wanted], []
         if batch:
             with self._beating():
                 self._launch(batch)

@@ -272,8 +272,8 @@ class Search:
         self._lost.discard(trial.number)
         self.reservations.release(trial.number)
         self.say(
-            f"trial {trial.number}: this worker was silent for so long that another one took it "
-            "over; it is left to that one"
+            f"trial {trial.number}: it was ended from elsewhere, or another worker took it over "
+            "after this one had been silent for too long; it is left as it is"
         )
 
     def _watch(self, one: UnderWay) -> None:

@@ -83,7 +83,7 @@ def seen(trials: Sequence[FrozenTrial], sampler: BaseSampler) -> list[FrozenTria
     return [
         _as_complete(
             trial,
-            numbered.get(trial.user_attrs.get("duplicate_of"), trial),
+            numbered.get(trial.user_attrs.get("duplicate_of", trial.number), trial),
             median,
             worst,
             limited,
@@ -114,14 +114,15 @@ def _as_complete(
 
     `first` is the trial that it repeats, or itself.
     """
-    if not trial.state.is_finished() or trial.user_attrs.get(KIND) is None:
+    complete = trial.state is TrialState.COMPLETE
+    if not complete and (not trial.state.is_finished() or trial.user_attrs.get(KIND) is None):
         return trial
     kind = first.user_attrs.get(KIND)
     excess = trial.constraints.get(CONSTRAINT)
     if excess is None and kind == "oom":
         excess = UNKNOWN_EXCESS
     over = excess is not None and excess > 0
-    if trial.state is TrialState.COMPLETE:
+    if complete:
         values = trial.values
     elif over:
         values = median
@@ -134,7 +135,7 @@ def _as_complete(
     if limited and excess is None:
         excess = 0.0  # GP wants to know it of all trials
     told = excess is None or CONSTRAINT in trial.constraints
-    if trial.state is TrialState.COMPLETE and told and values == trial.values:
+    if complete and told and values == trial.values:
         return trial
     shown = copy.copy(trial)
     shown.state, shown.values = TrialState.COMPLETE, values

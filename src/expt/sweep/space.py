@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -166,7 +166,7 @@ def _distribution(name: str, text: str) -> BaseDistribution:
     try:
         override = _parsed(name, text)
         if override.is_choice_sweep():
-            return CategoricalDistribution([_choice(one) for one in override.sweep_iterator()])
+            return _categorical(f"{name}={text}", map(_choice, override.sweep_iterator()))
         found = create_optuna_distribution_from_override(override)
     except (HydraException, AssertionError, ValueError, NotImplementedError) as error:
         said = " ".join(str(error).split())[:200]
@@ -179,6 +179,26 @@ def _distribution(name: str, text: str) -> BaseDistribution:
             "set it outside of the space"
         )
     return found
+
+
+def _categorical(written: str, values: Iterable[CategoricalChoiceType]) -> BaseDistribution:
+    """Return the choices; equal ones would be one to the study, which finds them by equality.
+
+    Raises:
+        ConfigError: two are equal: the same one twice, or like 1 and true.
+
+    """
+    found: list[CategoricalChoiceType] = []
+    for value in values:
+        equal = [one for one in found if one == value]
+        if equal:
+            both = f"{line('', equal[0])[1:]} and {line('', value)[1:]}"
+            raise ConfigError(
+                f"search.space: {written} has {both}, which a study cannot tell apart; leave one "
+                "out"
+            )
+        found.append(value)
+    return CategoricalDistribution(found)
 
 
 def _parsed(name: str, text: str) -> Override:
@@ -223,7 +243,8 @@ def _fitting(one: BaseDistribution, value: Any) -> tuple[Any] | None:
     """Return a composed value as a distribution has it, None if it is not in there."""
     if isinstance(one, CategoricalDistribution):
         same = [choice for choice in one.choices if _equal(typed(choice), plain(value))]
-        same += [choice for choice in one.choices if _written(choice) == _written(value)]
+        if value is not None and not isinstance(value, bool):
+            same += [choice for choice in one.choices if _written(choice) == _written(value)]
         return (same[0],) if same else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
