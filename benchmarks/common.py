@@ -93,6 +93,14 @@ def load(name: str) -> dict[str, Any]:
         return {}
 
 
+def kept(name: str, again: bool) -> bool:
+    """Tell whether a result that is stored stays as it is, and say so."""
+    stays = bool(load(name)) and not again
+    if stays:
+        print(f"{name} is measured already; --again measures it anew")
+    return stays
+
+
 def store(name: str, result: Mapping[str, Any], tables: str, more: str = "") -> None:
     """Write ``results/NAME.json`` and ``.md``, and put the tables, not `more`, into the README."""
     write_json(RESULTS / f"{name}.json", dict(result))

@@ -110,11 +110,12 @@ def nth_trained(rows: Sequence[Mapping[str, Any]], count: int) -> int:
 
 def tables(record: Mapping[str, Any]) -> str:
     """Return the README's table."""
-    columns = ("search", "launched", "trained", "wasted", "best val MAE", "wall time")
+    columns = ("search", "launched", "trained", "wasted", "best val MAE", "found after", "total")
     rows = []
     for name, search in record["searches"].items():
         for side, found in search["sides"].items():
             best = found["best_val_mae"]
+            after = reached(search["rows"][OURS if side == OURS else STOCK], best)
             rows.append(
                 (
                     side if len(record["searches"]) == 1 else f"{side} ({name})",
@@ -122,46 +123,72 @@ def tables(record: Mapping[str, Any]) -> str:
                     str(found["trained"]),
                     f"{found['wasted']} ({found['wasted_share']:.0%})",
                     "-" if best is None else f"{best:.3f}",
-                    f"{found['seconds'] / 60:.1f} min",
+                    minutes(after),
+                    minutes(found["seconds"]),
                 )
             )
-    search = next(iter(record["searches"].values()))
+    searches = record["searches"].values()
+    unlaunched = " and ".join(str(search["not_started"]) for search in searches)
+    level = ", ".join(
+        minutes(reached(search["rows"][OURS], search["sides"][STOCK_TRAINED]["best_val_mae"]))
+        for search in searches
+    )
     note = (
         f"TPE, the same space and seed, every trial under an enforced budget of {BUDGET}, no "
-        f"recovery. Wasted: launched, and out of memory. Ours left {search['not_started']} "
-        "suggestions unlaunched, which were predicted not to fit. "
+        f"recovery. Wasted: launched, and out of memory. Ours left {unlaunched} "
+        "suggestions unlaunched, which were predicted not to fit, and was as good as the stock "
+        f"search at its end after: {level}. "
         f"Load of the machine at the end: {record['load_average']}. "
     )
     return markdown(columns, rows) + "\n" + note + source_line(record, NAME)
 
 
+def reached(rows: Sequence[Mapping[str, Any]], error: float | None) -> float | None:
+    """Return the seconds after which a search had an error this small, None if it never had."""
+    for row in rows:
+        if error is not None and row["kind"] == "complete" and row["val_mae"] <= error:
+            return float(row["at_seconds"])
+    return None
+
+
+def minutes(seconds: float | None) -> str:
+    return "never" if seconds is None else f"{seconds / 60:.1f} min"
+
+
 def plot(record: Mapping[str, Any]) -> None:
-    """Draw the best error so far against wall time, and the trials that were wasted."""
+    """Draw the best error so far against wall time, and the trials wasted; a panel per seed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    search = list(record["searches"].values())[-1]
-    for color, (side, rows) in zip(("C0", "C1"), search["rows"].items(), strict=True):
-        minutes, best, crosses = [], [], []
-        for row in rows:
-            if row["kind"] == "complete":
-                best.append(min([row["val_mae"], *best[-1:]]))
-                minutes.append(row["at_seconds"] / 60)
-            elif row["kind"] in OVER and best:
-                crosses.append((row["at_seconds"] / 60, best[-1]))
-        if best:
-            minutes.append(rows[-1]["at_seconds"] / 60)
-            best.append(best[-1])
-        axes.step(minutes, best, where="post", color=color, linewidth=1.4, label=side)
-        if crosses:
-            axes.plot(*zip(*crosses, strict=True), "x", color=color, markersize=5,
-                      label=f"{side}: out of memory")  # fmt: skip
-    axes.set(xlabel="wall time (min)", ylabel="best validation MAE so far (mph)")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    searches = record["searches"]
+    figure = Figure(figsize=(3 + 3.2 * len(searches), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(searches), sharey=True, squeeze=False)[0]
+    for axes, (name, search) in zip(panels, searches.items(), strict=True):
+        for color, (side, rows) in zip(("C0", "C1"), search["rows"].items(), strict=True):
+            draw(axes, color, side, rows)
+        axes.set(xlabel="wall time (min)", title=name if len(searches) > 1 else None)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("best validation MAE so far (mph)")
+    panels[0].legend(frameon=False)
     path: Path = RESULTS / f"{NAME}.png"
     replace_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+
+
+def draw(axes: Any, color: str, side: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draw one search."""
+    times, best, crosses = [], [], []
+    for row in rows:
+        if row["kind"] == "complete":
+            best.append(min([row["val_mae"], *best[-1:]]))
+            times.append(row["at_seconds"] / 60)
+        elif row["kind"] in OVER and best:
+            crosses.append((row["at_seconds"] / 60, best[-1]))
+    if best:
+        times.append(rows[-1]["at_seconds"] / 60)
+        best.append(best[-1])
+    axes.step(times, best, where="post", color=color, linewidth=1.4, label=side)
+    if crosses:
+        axes.plot(*zip(*crosses, strict=True), "x", color=color, markersize=4, alpha=0.6,
+                  label=f"{side}: out of memory")  # fmt: skip
 
 
 if __name__ == "__main__":

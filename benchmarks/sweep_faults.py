@@ -5,7 +5,7 @@ more memory than it may, hangs, crashes, or kills its own process. Meanwhile tri
 from outside, and so is the search itself, three times, without a word; each time the same command
 is started again. Then the study, the tracker and ``sweep.json`` are compared trial by trial.
 
-    python benchmarks/sweep_faults.py
+    python benchmarks/sweep_faults.py [--again] [--keep FOLDER]
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from common import markdown, provenance, source_line, store
+from common import kept, markdown, provenance, source_line, store
 from faulty_model import CRASH, DIE, HANG, NAN, OUT_OF_MEMORY
 
 from expt.sweep.reservation import identity, is_alive
@@ -262,7 +262,10 @@ def _kill(pid: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--keep", type=Path, help="a folder for the search, kept afterwards")
+    parser.add_argument("--again", action="store_true", help="also if a result is stored")
     arguments = parser.parse_args()
+    if kept(NAME, arguments.again):
+        return
     del sys.argv[1:]  # the folder changes nothing that is found
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.keep or Path(temporary)).absolute()

@@ -5,11 +5,12 @@ trial's process, is what the search adds: suggestion, prediction, telling, recor
 gets 10,000 told trials, and a suggestion by Optuna alone is compared with one by the search, which
 also counts, looks for duplicates and signs the trial.
 
-    python benchmarks/sweep_overhead.py
+    python benchmarks/sweep_overhead.py [--again]
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import subprocess
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from common import markdown, provenance, source_line, store
+from common import kept, markdown, provenance, source_line, store
 from optuna.trial import TrialState
 
 from expt.results import load_result
@@ -103,6 +104,10 @@ def per_suggestion(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--again", action="store_true", help="also if a result is stored")
+    if kept(NAME, parser.parse_args().again):
+        return
     with tempfile.TemporaryDirectory() as folder:
         trial = per_trial(Path(folder))
         suggestion = per_suggestion(Path(folder))
