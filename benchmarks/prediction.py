@@ -52,6 +52,11 @@ def rows() -> dict[str, dict[str, Any]]:
     found["alternating lite accumulation 4"] = ours(
         "+memory=lite", "memory.gradient_accumulation=4"
     )
+    for model in ("alternating", "stid"):
+        found[f"{model} optimizer in backward"] = ours(
+            "+memory=lite", f"model={model}", "memory.optimizer_in_backward=true",
+            "trainer.gradient_clip_norm=null",
+        )  # fmt: skip
     for preset, precision in (("minimal", "fp32"), ("minimal", "bf16"), ("lite", "fp32")):
         found[f"alternating {preset} {precision} 207 sensors"] = ours(
             f"+memory={preset}", f"memory.precision={precision}", "data=metr_la_week"

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import io
+import weakref
 from typing import Any
 
 import pytest
@@ -142,7 +144,7 @@ def test_removed_it_is_an_ordinary_optimizer_again() -> None:
 def test_an_error_in_a_step_leaves_the_groups_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     net = Net()
     inner = optimizer_for(net, "sgd")
-    OptimizerInBackward(inner)
+    optimizer = OptimizerInBackward(inner)
 
     def fail() -> None:
         raise RuntimeError("out of memory")
@@ -151,7 +153,7 @@ def test_an_error_in_a_step_leaves_the_groups_whole(monkeypatch: pytest.MonkeyPa
     groups = inner.param_groups
     with pytest.raises(RuntimeError, match="out of memory"):
         net(torch.ones(2, 8)).sum().backward()
-    assert inner.param_groups is groups
+    assert optimizer.param_groups is inner.param_groups is groups
 
 
 def test_an_optimizer_that_counts_steps_in_its_groups_is_refused() -> None:
@@ -162,9 +164,21 @@ def test_an_optimizer_that_counts_steps_in_its_groups_is_refused() -> None:
                 group["steps_taken"] = group.get("steps_taken", 0) + 1
 
     net = Net()
-    OptimizerInBackward(Counting(net.parameters(), lr=0.1))
+    optimizer = OptimizerInBackward(Counting(net.parameters(), lr=0.1))
     with pytest.raises(ConfigError, match=r"Counting counts steps.*steps_taken"):
         net(torch.ones(2, 8)).sum().backward()
+    assert optimizer.weights_stepped == 0
+
+
+def test_weights_and_optimizer_are_freed_when_nobody_uses_them() -> None:
+    """Python's collector does not see what a hook of a weight holds."""
+    net = Net()
+    optimizer = OptimizerInBackward(optimizer_for(net, "sgd"))
+    train(net, optimizer, 2)
+    left = [weakref.ref(net.last.weight), weakref.ref(optimizer)]
+    del net, optimizer
+    gc.collect()
+    assert [one() for one in left] == [None, None]
 
 
 def test_a_group_added_later_is_refused_not_forgotten() -> None:

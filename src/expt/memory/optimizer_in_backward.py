@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ class OptimizerInBackward(Optimizer):
     """An optimizer that steps in the backward pass, by hooks on the weights of `inner`.
 
     `param_groups`, `state` and `state_dict` are those of `inner`: schedules act, and checkpoints
-    can be exchanged with runs that step the ordinary way.
+    can be exchanged with runs that step the ordinary way. It has to be kept for as long as it is
+    to step: the weights do not keep it alive.
 
     Raises:
         ConfigError: in the first backward pass, for an optimizer whose groups change in a step.
@@ -44,8 +46,16 @@ class OptimizerInBackward(Optimizer):
             for index, group in enumerate(inner.param_groups)
             for weight in group["params"]
         }
+        # Weak, or neither the optimizer nor a weight would ever be freed: Python's collector does
+        # not see what a weight's hooks hold.
+        step_one = WeakMethod(self._step_one)
+
+        def done(weight: Tensor) -> None:
+            if step := step_one():
+                step(weight)
+
         self._hooks = [
-            weight.register_post_accumulate_grad_hook(self._step_one)
+            weight.register_post_accumulate_grad_hook(done)
             for weight in self._group_of
             if weight.requires_grad
         ]

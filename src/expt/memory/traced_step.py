@@ -196,11 +196,12 @@ def _make_state(
         for group in optimizer.param_groups:
             if group.get("foreach", False) is None and group.get("fused") is None:
                 group["foreach"] = True
+    bare: Optimizer = getattr(optimizer, "inner", optimizer)  # of one that steps in backward
     with trace.phase("optimizer_state"):
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        optimizer.zero_grad()
+        bare.step()
+        bare.zero_grad()
 
 
 def _foreach_by_default(optimizer: Optimizer) -> bool:
