@@ -380,7 +380,7 @@ def test_help_text(expt, capfd):
     with pytest.raises(SystemExit):
         expt("--help", small=False)
     out = capfd.readouterr().out
-    assert out.count("  python -m expt") == 12
+    assert out.count("  python -m expt") == 14
     for word in ("full", "lite", "minimal", "experiment: ", "debug: ", "-sc install=bash"):
         assert word in out
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 from optuna.samplers import (
     BaseSampler,
@@ -83,7 +83,7 @@ def seen(trials: Sequence[FrozenTrial], sampler: BaseSampler) -> list[FrozenTria
     return [
         _as_complete(
             trial,
-            numbered.get(trial.user_attrs.get("duplicate_of", trial.number), trial),
+            _repeated(trial, numbered),
             median,
             worst,
             limited,
@@ -91,6 +91,12 @@ def seen(trials: Sequence[FrozenTrial], sampler: BaseSampler) -> list[FrozenTria
         )
         for trial in trials
     ]
+
+
+def _repeated(trial: FrozenTrial, numbered: Mapping[int, FrozenTrial]) -> FrozenTrial:
+    """Return the trial that one repeats, or itself."""
+    number = trial.user_attrs.get("duplicate_of")
+    return trial if number is None else numbered.get(number, trial)
 
 
 def _as_pruned(trial: FrozenTrial) -> FrozenTrial:
