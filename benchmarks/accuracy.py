@@ -122,8 +122,7 @@ def tables(record: dict[str, Any]) -> str:
         )
     note = (
         "Test MAE in mph on `metr_la_29` (29 of the 207 sensors, harder than the average), "
-        "whole-set masked, best epoch by validation, tested once; every run's own commit is in the "
-        "file. "
+        "whole-set masked, best epoch by validation, tested once. "
     )
     return markdown(columns, rows) + "\n" + note + source_line(record, "accuracy")
 

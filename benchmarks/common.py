@@ -6,9 +6,10 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def provenance(gpu: str | None = None) -> dict[str, Any]:
             return ""
         return done.stdout.strip()
 
-    hardware = {"cpu": _cpu_name(), "cores": os.cpu_count(), "machine": platform.machine()}
+    hardware = {"cpu": _cpu_name(), "cores": cores(), "machine": platform.machine()}
     if gpu is not None:
         hardware["gpu"] = gpu
     elif torch.cuda.is_available():
@@ -46,7 +47,7 @@ def provenance(gpu: str | None = None) -> dict[str, Any]:
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": git("rev-parse", "HEAD") or os.environ.get(COMMIT, "unknown"),
         "uncommitted_changes": bool(git("status", "--porcelain", "--", "src", "conf")),
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "hardware": hardware,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -73,6 +74,13 @@ def last_words(stderr: str) -> str:
     """Return what a program that failed said last, for a row."""
     lines = stderr.strip().splitlines() or ["no message"]
     return str(without_places(lines[-1]))[:300]
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # on Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _cpu_name() -> str:
@@ -121,14 +129,25 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def source_line(result: Mapping[str, Any], name: str) -> str:
-    """Say where a table's figures come from."""
+    """Say where a table's figures come from; of which commits, if its rows are of several."""
     made = result["made"]
+    commits = list(dict.fromkeys(commit[:10] for commit in [made["commit"], *_commits(result)]))
+    named = f"commit {commits[0]}" if len(commits) == 1 else f"commits {', '.join(commits)}"
     hardware = made["hardware"]
     device = hardware.get("gpu") or f"{hardware['cores']} cores, {hardware['cpu']}"
     return (
-        f"From `benchmarks/results/{name}.json` ({made['date']}, commit {made['commit'][:10]}, "
+        f"From `benchmarks/results/{name}.json` ({made['date']}, {named}, "
         f"{device}, torch {made['torch']}): `{made['command']}`.\n"
     )
+
+
+def _commits(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for name, one in value.items():
+            if name == "commit":
+                yield str(one)
+            else:
+                yield from _commits(one)
 
 
 def settings_for(*overrides: str) -> Any:

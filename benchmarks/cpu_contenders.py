@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import last_words
+from common import cores, last_words
 
 DATA = {29: "data=metr_la_29", 207: "data=metr_la_week"}
 EAGER = "eager"
@@ -83,13 +83,6 @@ def contend(
         return {"error": last_words(done.stderr)}
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return {**row, "threads": threads}
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # on Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def flags() -> set[str]:

@@ -110,15 +110,18 @@ def answers(plan: Plan, section: str, wanted: list[str]) -> Iterator[tuple[str, 
     command = [sys.executable, __file__, "--device", plan.device, "--section", section]
     command += ["--until", str(plan.until), "--group", plan.group]
     command += ["--again"] if plan.again else []
-    left = list(wanted)
+    left, failed = list(wanted), False
     with Watched([*command, "--items", *left]) as worker:
         worker.allow(allowed(plan, section))
         for line in worker.lines():
             if line.startswith(ANSWER):
                 answer = json.loads(line)
                 left.remove(answer["item"])
+                failed = "error" in answer["row"]
                 yield answer["item"], answer["row"]
                 worker.allow(allowed(plan, section))
+                if failed:  # the rest is for another process, however this one ends
+                    return
         status = worker.returncode
     if not left:
         if status != 0:  # all was measured; the rest of the sections can be as well

@@ -83,9 +83,7 @@ def trained(overrides: list[str], steps: int) -> dict[str, Any]:
     last = [line for n, line in enumerate(overrides) if keys[n] not in keys[n + 1 :]]
     trainer = make_trainer(*last, apply=apply)
     said: list[str] = []
-    for part in (trainer.steps, trainer.steps.take):
-        if hasattr(part, "_say"):
-            part._say = said.append
+    listen(trainer, said)
     trainer.model.train()
     losses = []
     for number, indices in enumerate(order(trainer, steps)):
@@ -96,6 +94,13 @@ def trained(overrides: list[str], steps: int) -> dict[str, Any]:
     weights = [weight.detach().cpu() for weight in trainer.model.parameters()]
     values = torch.stack(losses).tolist()
     return {"trainer": trainer, "weights": weights, "losses": values, "said": said}
+
+
+def listen(trainer: Any, said: list[str]) -> None:
+    """Let `said` get what a trainer says about staying eager."""
+    for part in (trainer.steps, trainer.steps.take):
+        if hasattr(part, "_say"):
+            part._say = said.append
 
 
 def order(trainer: Any, steps: int) -> list[Tensor]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from common import make_trainer, settings_for
-from gpu_correctness import order
+from gpu_correctness import listen, order
 from rival_loops import now
 
 from expt.construction import build
@@ -40,9 +40,7 @@ def step(
         f"+memory={preset}", data, f"trainer.device={device}", *overrides,
         apply=apply,
     )  # fmt: skip
-    for part in (trainer.steps, trainer.steps.take):  # why it stays eager, if it does
-        if hasattr(part, "_say"):
-            part._say = said.append
+    listen(trainer, said)
     trainer.model.train()
     batch = trainer.data.batch_size
     batches = [indices for indices in order(trainer, 200) if len(indices) == batch]

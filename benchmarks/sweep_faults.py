@@ -261,10 +261,10 @@ def _kill(pid: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--keep", type=Path, help="a folder for the search, kept afterwards")
+    parser.add_argument("--keep", type=Path, help="measure anew, in a folder that stays")
     parser.add_argument("--again", action="store_true", help="also if a result is stored")
     arguments = parser.parse_args()
-    if kept(NAME, arguments.again):
+    if kept(NAME, arguments.again or arguments.keep is not None):
         return
     del sys.argv[1:]  # the folder changes nothing that is found
     with tempfile.TemporaryDirectory() as temporary:

@@ -206,6 +206,29 @@ def test_a_process_that_ends_badly_after_its_last_item_costs_nothing(
     assert "ended with 9 after its last item" in capsys.readouterr().out
 
 
+def test_the_item_after_an_error_is_not_blamed_for_how_the_process_ends(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import gpu
+
+    worker = tmp_path / "worker.py"
+    program = (
+        "import json, sys\n"
+        "item = sys.argv[sys.argv.index('--items') + 1]\n"
+        "row = {'error': 'illegal memory access'} if item == 'bad' else {'figure': 1}\n"
+        "print(json.dumps({'item': item, 'row': row}), flush=True)\n"
+        "sys.exit(9 if item == 'bad' else 0)\n"
+    )
+    worker.write_text(program, encoding="utf-8")
+    monkeypatch.setattr(gpu, "__file__", str(worker))
+    monkeypatch.setattr(gpu, "keep", lambda plan, record: None)
+    monkeypatch.setattr(gpu, "draw", lambda record, folder: None)
+    record = group()
+    gpu.measure(gpu.Plan("cuda", False, time.time() + 60), "floors", ["bad", "two"], record)
+    assert record.sections["floors"]["bad"]["error"] == "illegal memory access"
+    assert record.sections["floors"]["two"]["figure"] == 1
+
+
 def test_a_process_that_ends_well_without_a_row_is_an_error_and_not_asked_for_ever(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

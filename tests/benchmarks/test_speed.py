@@ -186,6 +186,7 @@ def test_absent_lightning_is_said_and_not_invented() -> None:
 
 
 def test_contenders_on_a_cpu_differ_in_one_thing_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    import common
     import cpu_contenders
 
     asked: list[tuple[list[str], str]] = []
@@ -210,7 +211,7 @@ def test_contenders_on_a_cpu_differ_in_one_thing_each(monkeypatch: pytest.Monkey
     assert line == ("lite, 29", "1000", "500 (x2.00)", "not measured", "1000 (x1.00)")
     monkeypatch.delattr("os.sched_getaffinity", raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: None)
-    assert cpu_contenders.cores() == 1
+    assert common.cores() == 1
     result["rows"][2] = {**result["rows"][0], "contender": "compile", "said": ["no compiler"]}
     assert cpu_contenders.table_rows(result)[0][3] == "stayed eager"
     assert result["processor"].keys() == set(cpu_contenders.FLAGS)

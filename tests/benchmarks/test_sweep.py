@@ -41,6 +41,61 @@ def test_what_was_wasted_and_what_it_took() -> None:
     assert figures(rows(), 6)["other"] == 1
 
 
+def searched(ours: list[dict[str, object]], stock: list[dict[str, object]]) -> dict[str, object]:
+    from sweep import OURS, STOCK, STOCK_TRAINED, figures
+
+    return {
+        "not_started": 2,
+        "sides": {
+            OURS: figures(ours, 9), STOCK: figures(stock, 2), STOCK_TRAINED: figures(stock, 9),
+        },
+        "rows": {OURS: ours, STOCK: stock},
+        "commit": "c" * 40,
+    }  # fmt: skip
+
+
+def test_the_table_says_how_soon_each_was_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sweep
+
+    better = [{**row, "val_mae": row["val_mae"] - 2.5} for row in rows()]
+    nothing = [{**row, "kind": "oom"} for row in rows()]
+    record = {
+        "searches": {
+            "seed 0": searched(better, rows()),
+            "seed 1": searched(rows(), better),
+            "seed 2": searched(rows(), nothing),
+        },
+        "load_average": 0.1,
+        "made": {
+            "date": "2026-01-01", "commit": "d" * 40, "torch": "2", "command": "python x",
+            "hardware": {"cores": 2, "cpu": "A"},
+        },
+    }  # fmt: skip
+    lines = sweep.tables(record).splitlines()
+    assert lines[2] == "| ours (seed 0) | 6 | 3 | 2 (33%) | 1.500 | 1.0 min | 1.0 min |"
+    assert lines[3] == "| stock (seed 0) | 2 | 1 | 1 (50%) | 9.000 | 0.2 min | 0.3 min |"
+    assert lines[-1].count("2 and 2 and 2 suggestions") == 1
+    assert "after: 0.7 min, never, no trial of which was trained." in lines[-1]
+    assert "commits dddddddddd, cccccccccc" in lines[-1]
+    monkeypatch.setattr(sweep, "RESULTS", tmp_path)
+    sweep.plot(record)
+    assert (tmp_path / "sweep.png").stat().st_size > 10_000
+
+
+def test_a_result_that_is_stored_is_kept_unless_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import common
+
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    assert not common.kept("faults", again=False)
+    (tmp_path / "faults.json").write_text('{"a": 1}')
+    assert common.kept("faults", again=False) and "--again" in capsys.readouterr().out
+    assert not common.kept("faults", again=True)
+
+
 def test_a_stop_in_between_takes_no_time(tmp_path: Path) -> None:
     from sweep_searches import _row
 

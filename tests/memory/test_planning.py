@@ -235,6 +235,29 @@ def test_clipping_and_stepping_in_the_backward_pass() -> None:
     assert early.notes == (), "nothing of the trace is left"
 
 
+EVERY = [
+    torch.optim.Adadelta, torch.optim.Adafactor, torch.optim.Adagrad, torch.optim.Adam,
+    torch.optim.Adamax, torch.optim.AdamW, torch.optim.ASGD, torch.optim.NAdam,
+    torch.optim.RAdam, torch.optim.RMSprop, torch.optim.Rprop,
+    partial(torch.optim.SGD, momentum=0.9),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer", EVERY)
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_every_optimizer_of_torch_is_traced_also_in_the_backward_pass(optimizer, target) -> None:
+    plain = predict(optimizer_fn=lambda weights: optimizer(weights, lr=1e-3), target=target)
+    early = predict(
+        optimizer_fn=lambda weights: OptimizerInBackward(optimizer(weights, lr=1e-3)),
+        target=target,
+    )
+    for planned in (plain, early):
+        assert planned.method == "trace"
+        assert not any("without values" in note for note in planned.notes)
+    state = [one.by_category["optimizer_state"] for one in (plain, early)]
+    assert state[0] == state[1] > 0
+
+
 @pytest.mark.parametrize(
     ("optimizer", "copies"),
     [

@@ -173,6 +173,22 @@ def test_other_workers_hear_of_us_while_a_batch_runs(launcher, tmp_path, monkeyp
     assert not beats[0].is_alive(), "and no more afterwards"
 
 
+def test_a_trial_that_is_lost_during_a_seed_is_not_launched_with_the_next(launcher, tmp_path):
+    runner = LauncherRunner(launcher, tmp_path)
+    lost, kept = (runner.start(job(tmp_path, n, "good", seeds=(1, 2))) for n in (0, 1))
+    launch = launcher.launch
+
+    def taken(batch, initial_job_idx):
+        lost.kill()  # as the beat does, which runs meanwhile
+        return launch(batch, initial_job_idx)
+
+    launcher.launch = taken
+    runner.flush()
+    assert [len(batch) for batch in launcher.batches] == [2, 1]
+    assert "hydra.sweep.subdir=trial_001/seed_2" in launcher.batches[1][0]
+    assert kept.poll().value == 1.5
+
+
 def test_seeds_are_launched_in_turn(launcher, tmp_path):
     runner = LauncherRunner(launcher, tmp_path)
     trial = runner.start(job(tmp_path, 0, "good", seeds=(1, 2)))

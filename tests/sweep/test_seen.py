@@ -59,6 +59,26 @@ def test_a_sampler_that_ranks_by_the_error_alone_sees_what_does_not_fit_as_worst
     ]  # fmt: skip
 
 
+def test_tpe_sees_a_duplicate_as_what_it_repeats():
+    study = optuna.create_study(sampler=TPESampler())
+    study.add_trials(TRIALS[:9])
+    again = trial("duplicate", state=TrialState.PRUNED)
+    again.set_user_attr("duplicate_of", 7)
+    study.add_trial(again)
+    shown = SeenStudy(study).trials
+    assert shown[9].state is TrialState.PRUNED
+    assert shown[9].intermediate_values == shown[7].intermediate_values != {}
+
+
+def test_a_duplicate_of_what_nobody_saw_the_end_of_is_not_shown_as_a_result():
+    study = optuna.create_study(sampler=GPSampler())
+    ended = trial(None, epochs={1: 0.5}, state=TrialState.FAIL)
+    again = trial("duplicate", state=TrialState.FAIL)
+    again.set_user_attr("duplicate_of", 9)
+    study.add_trials([*TRIALS[:9], ended, again])
+    assert [one.state for one in SeenStudy(study).trials[9:]] == [TrialState.FAIL] * 2
+
+
 @pytest.mark.parametrize("sampler", [GPSampler, CmaEsSampler])
 def test_a_duplicate_is_shown_as_what_it_repeats(sampler):
     """Also where its constraint is not known: else it would count as one that fits."""

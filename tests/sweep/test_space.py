@@ -174,7 +174,10 @@ def test_nothing_and_a_flag_are_no_text():
 
 
 @pytest.mark.parametrize(("text", "both"), [("true,1", "true and 1"), ("1,2,1", "1 and 1"),
-                                            ("0.0,false", "0.0 and false")])  # fmt: skip
+                                            ("0.0,false", "0.0 and false"),
+                                            ("nan,nan", "nan and nan")])  # fmt: skip
 def test_choices_that_the_study_would_take_for_one_another_are_refused(text, both):
-    with pytest.raises(ConfigError, match=f"choice.{text}. has {both}, which a study cannot tell"):
+    with pytest.raises(
+        ConfigError, match=f"^search.space: x=choice.{text}. has {both}, which a study cannot tell"
+    ):
         Space.parse({"x": f"choice({text})"})

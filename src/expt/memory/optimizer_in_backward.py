@@ -23,6 +23,11 @@ from torch.optim import Optimizer
 from expt.errors import ConfigError
 
 
+def stepping(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer that steps: the inner one of one that steps in the backward pass."""
+    return optimizer.inner if isinstance(optimizer, OptimizerInBackward) else optimizer
+
+
 class OptimizerInBackward(Optimizer):
     """An optimizer that steps in the backward pass, by hooks on the weights of `inner`.
 

@@ -35,6 +35,12 @@ DEVICE_OF = torch.ops.prim.device.default
 
 ITEM_OF = torch.ops.aten._local_scalar_dense.default
 
+FAR = 1000.0
+"""What an optimizer reads from its own state: steps taken, far enough for what it only does later.
+
+Some divide by its distance from 0 or 1.
+"""
+
 
 @dataclass(slots=True)
 class Storage:
@@ -69,6 +75,7 @@ class StorageTrace(TorchDispatchMode):
         self._holders: dict[int, int] = {}  # addresses by number, where there is more than one
         self._modules: list[str] = []
         self._names: dict[int, str] = {}
+        self._stepping = False
 
     def __torch_dispatch__(
         self,
@@ -83,8 +90,8 @@ class StorageTrace(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func.name() if hasattr(func, "name") else str(func)
         self._enter_all((args, kwargs), name, made=False)
-        if func is ITEM_OF and self.phases[-1].startswith("optimizer"):
-            return 1.0  # a count of steps, whose value changes no size
+        if func is ITEM_OF and self._stepping:
+            return FAR  # a count of steps, or what follows from one
         in_place = self._in_place_sums.has(func, args)
         result = lstm_workspace(func, args, func(*args, **kwargs))
         if in_place and result.nbytes == args[0].nbytes:
@@ -104,6 +111,14 @@ class StorageTrace(TorchDispatchMode):
             yield
         finally:
             self.phases.append("between")
+
+    def step_begins(self) -> None:
+        """Say that an optimizer steps from now on, in whatever phase."""
+        self._stepping = True
+
+    def step_ends(self) -> None:
+        """Say that the optimizer has stepped."""
+        self._stepping = False
 
     @contextmanager
     def naming(self, model: nn.Module) -> Iterator[None]:

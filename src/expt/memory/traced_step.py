@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_iter, tree_map
 
 from expt.memory.casting import autocast, backward, target_rules
 from expt.memory.fake import build_fake, fake_mode
+from expt.memory.optimizer_in_backward import stepping
 from expt.memory.peak_plan import Precision, Target
 from expt.memory.scratch import cpu_scratch
 from expt.memory.trace import StorageTrace
@@ -76,6 +77,9 @@ class Step:
         for weight, average in averages.items():
             trace.enter([average], "parameters", homes[id(weight)])
         optimizer = self.optimizer_fn(parameters)
+        bare = stepping(optimizer)
+        bare.register_step_pre_hook(lambda *_: trace.step_begins())
+        bare.register_step_post_hook(lambda *_: trace.step_ends())
         _make_state(trace, optimizer, trained, self.target)
         for owner, slots in optimizer.state.items():
             trace.enter(_tensors(slots), "optimizer_state", homes.get(id(owner), ""))
@@ -196,12 +200,11 @@ def _make_state(
         for group in optimizer.param_groups:
             if group.get("foreach", False) is None and group.get("fused") is None:
                 group["foreach"] = True
-    bare: Optimizer = getattr(optimizer, "inner", optimizer)  # of one that steps in backward
     with trace.phase("optimizer_state"):
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-        bare.step()
-        bare.zero_grad()
+        stepping(optimizer).step()
+        optimizer.zero_grad()
 
 
 def _foreach_by_default(optimizer: Optimizer) -> bool:
@@ -209,8 +212,8 @@ def _foreach_by_default(optimizer: Optimizer) -> bool:
 
     Most optimizers of torch do; Adafactor has the option and leaves it off.
     """
-    bare = getattr(optimizer, "inner", optimizer)
-    modules = [sys.modules[kind.__module__] for kind in type(bare).mro() if kind is not Optimizer]
+    kinds = type(stepping(optimizer)).mro()
+    modules = [sys.modules[kind.__module__] for kind in kinds if kind is not Optimizer]
     return any(hasattr(module, "_default_to_fused_or_foreach") for module in modules)
 
 

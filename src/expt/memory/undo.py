@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from expt.memory.one_by_one import bare_optimizer, steps_at_once
+from expt.memory.optimizer_in_backward import stepping
 
 SMALL_BYTES = 4 * 1024**2
 """Buffers up to this size, together, are copied for every step; larger ones are compared. (The
@@ -138,10 +139,10 @@ class StepUndo:
 
     def _written_unseen(self, phase: str) -> bool:
         """Tell whether the optimizer may have written past the version counters."""
-        inner = getattr(self.optimizer, "inner", None)  # one that steps in the backward pass
-        if phase not in STEPPING and not (inner is not None and phase == "backward"):
+        optimizer = stepping(self.optimizer)
+        in_backward = optimizer is not self.optimizer
+        if phase not in STEPPING and not (in_backward and phase == "backward"):
             return False
-        optimizer = self.optimizer if inner is None else inner
         known = type(optimizer).__module__.startswith("torch.optim")
         if known and not steps_at_once(optimizer):
             return False

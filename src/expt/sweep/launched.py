@@ -134,7 +134,7 @@ class LauncherRunner:
             thread.join()
 
     def _launch(self, batch: Sequence[LaunchedTrial]) -> None:
-        while left := [trial for trial in batch if trial.next_seed is not None]:
+        while left := [one for one in batch if one.wanted and one.next_seed is not None]:
             folders = [_next_folder(trial) for trial in left]
             before = [_last_written(folder) for folder in folders]
             lines = [self._lines(trial) for trial in left]

@@ -149,9 +149,13 @@ class Search:
 
     def beat(self) -> None:
         """Say to workers on other machines that what runs, or waits here, is being seen to."""
-        for trial in [one.trial for one in self.under_way] + [copy for copy, _ in self._copies]:
-            if not self.reservations.beat(trial):
-                self._lost.add(trial.number)
+        for one in list(self.under_way):
+            if not self.reservations.beat(one.trial):
+                self._lost.add(one.trial.number)
+                one.running.kill()  # over a launcher, before its next seed is sent
+        for copy, _ in self._copies:
+            if not self.reservations.beat(copy):
+                self._lost.add(copy.number)
 
     def trial_folder(self, number: int) -> Path:
         """Return the folder of a trial."""

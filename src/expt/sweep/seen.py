@@ -65,7 +65,8 @@ class SeenStudy(Study):
 def seen(trials: Sequence[FrozenTrial], sampler: BaseSampler) -> list[FrozenTrial]:
     """Return the trials as a sampler may use them; what it can use as it is, is not copied."""
     if isinstance(sampler, TPESampler):
-        return [_as_pruned(trial) for trial in trials]
+        numbered = {trial.number: trial for trial in trials}
+        return [_as_pruned(trial, _repeated(trial, numbered)) for trial in trials]
     if not isinstance(sampler, COMPLETE_ONLY):
         return list(trials)
     known = [
@@ -99,12 +100,20 @@ def _repeated(trial: FrozenTrial, numbered: Mapping[int, FrozenTrial]) -> Frozen
     return trial if number is None else numbered.get(number, trial)
 
 
-def _as_pruned(trial: FrozenTrial) -> FrozenTrial:
-    """Let TPE see what failed: as bad as what was pruned before its first epoch."""
-    if trial.state is not TrialState.FAIL or trial.user_attrs.get(KIND) is None:
+def _as_pruned(trial: FrozenTrial, first: FrozenTrial) -> FrozenTrial:
+    """Let TPE see what failed: as bad as what was pruned before its first epoch.
+
+    `first` is the trial that it repeats, or itself.
+    """
+    repeats = first is not trial and trial.state is not TrialState.COMPLETE
+    if not repeats and trial.state is not TrialState.FAIL:
+        return trial
+    if trial.user_attrs.get(KIND) is None:
         return trial
     shown = copy.copy(trial)
-    shown.state, shown.intermediate_values = TrialState.PRUNED, {}
+    pruned = first.state is TrialState.PRUNED
+    shown.state = TrialState.PRUNED
+    shown.intermediate_values = first.intermediate_values if repeats and pruned else {}
     return shown
 
 
@@ -124,6 +133,8 @@ def _as_complete(
     if not complete and (not trial.state.is_finished() or trial.user_attrs.get(KIND) is None):
         return trial
     kind = first.user_attrs.get(KIND)
+    if not complete and kind is None:
+        return trial  # it repeats what nobody here has seen the end of
     excess = trial.constraints.get(CONSTRAINT)
     if excess is None and kind == "oom":
         excess = UNKNOWN_EXCESS

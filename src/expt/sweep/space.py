@@ -168,6 +168,8 @@ def _distribution(name: str, text: str) -> BaseDistribution:
         if override.is_choice_sweep():
             return _categorical(f"{name}={text}", map(_choice, override.sweep_iterator()))
         found = create_optuna_distribution_from_override(override)
+    except ConfigError:
+        raise
     except (HydraException, AssertionError, ValueError, NotImplementedError) as error:
         said = " ".join(str(error).split())[:200]
         raise ConfigError(
@@ -190,7 +192,7 @@ def _categorical(written: str, values: Iterable[CategoricalChoiceType]) -> BaseD
     """
     found: list[CategoricalChoiceType] = []
     for value in values:
-        equal = [one for one in found if one == value]
+        equal = [one for one in found if one == value or (one != one and value != value)]
         if equal:
             both = f"{line('', equal[0])[1:]} and {line('', value)[1:]}"
             raise ConfigError(
