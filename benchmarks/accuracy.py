@@ -111,7 +111,7 @@ def tables(record: dict[str, Any]) -> str:
         label = model if model == "stid" else f"alternating, {model}"
         rows.append(
             (
-                label + (f" ({len(runs)} seeds)" if len(runs) > 1 else ""),
+                label + seeds(runs),
                 f"{first['parameters'] / 1e3:.0f} K",
                 horizons({key: mean(runs, key) for key in METRICS}),
                 f"{mean(runs, 'test/mae'):.3f}{spread(runs)}",
@@ -131,6 +131,10 @@ def mean(runs: list[dict[str, Any]], name: str) -> float:
     return statistics.mean(run["metrics"][name] for run in runs)
 
 
+def seeds(runs: list[dict[str, Any]]) -> str:
+    return f" ({len(runs)} seeds)" if len(runs) > 1 else ""
+
+
 def spread(runs: list[dict[str, Any]]) -> str:
     values = [run["metrics"]["test/mae"] for run in runs]
     return f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
@@ -147,11 +151,13 @@ def plot(record: dict[str, Any]) -> None:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     for number, model in enumerate(MODELS):
-        for run in (run for run in record["runs"].values() if run["model"] == model):
+        runs = [run for run in record["runs"].values() if run["model"] == model]
+        for run in runs:
             minutes = [row["seconds"] / 60 for row in run["history"]]
             values = [row["val"] for row in run["history"]]
             best = min(range(len(values)), key=values.__getitem__)
-            label = model if model == "stid" else f"alternating, {model}"
+            name = (model if model == "stid" else f"alternating, {model}") + seeds(runs)
+            label = name if run is runs[0] else None
             axes.plot(minutes, values, color=f"C{number}", linewidth=1.2, label=label)
             axes.plot(minutes[best], values[best], "o", color=f"C{number}")
     axes.set(
