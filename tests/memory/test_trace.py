@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from expt.memory.fake import build_fake, fake_mode
-from expt.memory.trace import Storage, StorageTrace, find_peak
+from expt.memory.trace import FAR, Storage, StorageTrace, find_peak
 
 KIB = 1024
 
@@ -146,9 +146,13 @@ def test_a_count_of_steps_is_answered_inside_the_optimizer_only() -> None:
     trace = StorageTrace()
     with fake_mode(), trace:
         count = torch.empty(())
-        with trace.phase("optimizer_step"):
-            assert count.item() == 1.0
-        with trace.phase("forward"), pytest.raises(RuntimeError, match="_local_scalar_dense"):
+        trace.step_begins()
+        assert count.item() == FAR
+        trace.step_ends()
+        with (
+            trace.phase("optimizer_step"),
+            pytest.raises(RuntimeError, match="_local_scalar_dense"),
+        ):
             count.item()
 
 
