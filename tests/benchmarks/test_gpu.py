@@ -183,35 +183,41 @@ def test_what_comes_after_an_error_is_measured_in_another_process(
     assert len(tidied) == 2
 
 
-def test_a_process_that_ends_badly_after_its_last_item_costs_nothing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: str, items: list[str]
+) -> dict[str, Any]:
+    """Return the rows of items that a worker of this program answers for."""
     import gpu
 
     worker = tmp_path / "worker.py"
+    worker.write_text(program, encoding="utf-8")
+    monkeypatch.setattr(gpu, "__file__", str(worker))
+    monkeypatch.setattr(gpu, "keep", lambda plan, record: None)
+    monkeypatch.setattr(gpu, "draw", lambda record, folder: None)
+    record = group()
+    gpu.measure(gpu.Plan("cuda", False, time.time() + 60), "floors", list(items), record)
+    rows: dict[str, Any] = record.sections["floors"]
+    assert list(rows) == items
+    return rows
+
+
+def test_a_process_that_ends_badly_after_its_last_item_costs_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     program = (
         "import json, sys\n"
         "for item in sys.argv[sys.argv.index('--items') + 1:]:\n"
         "    print(json.dumps({'item': item, 'row': {'figure': 1}}), flush=True)\n"
         "sys.exit(9)\n"
     )
-    worker.write_text(program, encoding="utf-8")
-    monkeypatch.setattr(gpu, "__file__", str(worker))
-    monkeypatch.setattr(gpu, "keep", lambda plan, record: None)
-    monkeypatch.setattr(gpu, "draw", lambda record, folder: None)
-    record = group()
-    gpu.measure(gpu.Plan("cuda", False, time.time() + 60), "steps", ["one", "two"], record)
-    assert {row["figure"] for row in record.sections["steps"].values()} == {1}
-    assert len(record.sections["steps"]) == 2
+    rows = measured(monkeypatch, tmp_path, program, ["one", "two"])
+    assert {row["figure"] for row in rows.values()} == {1}
     assert "ended with 9 after its last item" in capsys.readouterr().out
 
 
 def test_the_item_after_an_error_is_not_blamed_for_how_the_process_ends(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import gpu
-
-    worker = tmp_path / "worker.py"
     program = (
         "import json, sys\n"
         "item = sys.argv[sys.argv.index('--items') + 1]\n"
@@ -219,31 +225,16 @@ def test_the_item_after_an_error_is_not_blamed_for_how_the_process_ends(
         "print(json.dumps({'item': item, 'row': row}), flush=True)\n"
         "sys.exit(9 if item == 'bad' else 0)\n"
     )
-    worker.write_text(program, encoding="utf-8")
-    monkeypatch.setattr(gpu, "__file__", str(worker))
-    monkeypatch.setattr(gpu, "keep", lambda plan, record: None)
-    monkeypatch.setattr(gpu, "draw", lambda record, folder: None)
-    record = group()
-    gpu.measure(gpu.Plan("cuda", False, time.time() + 60), "floors", ["bad", "two"], record)
-    assert record.sections["floors"]["bad"]["error"] == "illegal memory access"
-    assert record.sections["floors"]["two"]["figure"] == 1
+    rows = measured(monkeypatch, tmp_path, program, ["bad", "two"])
+    assert rows["bad"]["error"] == "illegal memory access"
+    assert rows["two"]["figure"] == 1
 
 
 def test_a_process_that_ends_well_without_a_row_is_an_error_and_not_asked_for_ever(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import gpu
-
-    worker = tmp_path / "worker.py"
-    worker.write_text("print('no row')\n", encoding="utf-8")
-    monkeypatch.setattr(gpu, "__file__", str(worker))
-    monkeypatch.setattr(gpu, "keep", lambda plan, record: None)
-    monkeypatch.setattr(gpu, "draw", lambda record, folder: None)
-    record = group()
-    gpu.measure(gpu.Plan("cuda", False, time.time() + 60), "floors", ["a", "b"], record)
-    assert {row["error"] for row in (record.sections["floors"][one] for one in "ab")} == {
-        "the process ended well, but with no row"
-    }
+    rows = measured(monkeypatch, tmp_path, "print('no row')\n", ["a", "b"])
+    assert {row["error"] for row in rows.values()} == {"the process ended well, but with no row"}
 
 
 def endless(tmp_path: Path) -> Path:
