@@ -134,7 +134,8 @@ def source_line(result: Mapping[str, Any], name: str) -> str:
     commits = list(dict.fromkeys(commit[:10] for commit in [made["commit"], *_commits(result)]))
     named = f"commit {commits[0]}" if len(commits) == 1 else f"commits {', '.join(commits)}"
     hardware = made["hardware"]
-    device = hardware.get("gpu") or f"{hardware['cores']} cores, {hardware['cpu']}"
+    cores = "1 core" if hardware["cores"] == 1 else f"{hardware['cores']} cores"
+    device = hardware.get("gpu") or f"{cores}, {hardware['cpu']}"
     return (
         f"From `benchmarks/results/{name}.json` ({made['date']}, {named}, "
         f"{device}, torch {made['torch']}): `{made['command']}`.\n"
