@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import resource
 from collections.abc import Callable
@@ -233,6 +234,25 @@ def test_clipping_and_stepping_in_the_backward_pass() -> None:
     saved = predict().peak_bytes - early.peak_bytes
     assert saved == pytest.approx(256 * 256 * 4, rel=0.05), "one of the two large gradients"
     assert early.notes == (), "nothing of the trace is left"
+
+
+def test_pythons_collector_is_as_it_was_after_a_plan() -> None:
+    """It is kept to what the plan makes meanwhile, which is a small part of all objects."""
+    inside = []
+
+    def model() -> nn.Module:
+        inside.append(gc.get_freeze_count())
+        return mlp()
+
+    predict(model)
+    assert inside[0] > 1000 and gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        before = gc.get_freeze_count()
+        predict()
+        assert gc.get_freeze_count() >= before * 0.9, "what others set aside stays aside"
+    finally:
+        gc.unfreeze()
 
 
 EVERY = [

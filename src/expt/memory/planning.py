@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from expt.memory.breakdown import read
 from expt.memory.estimate import estimate, untraceable
-from expt.memory.leftovers import clear_leftovers
+from expt.memory.leftovers import any_left, clear_leftovers, older_objects_aside
 from expt.memory.peak_plan import Plan, Precision, Target
 from expt.memory.traced_step import Step, trace_step
 
@@ -88,15 +88,17 @@ def plan(
         prepare=prepare, resident=tuple(resident), averaged=averaged,
     )  # fmt: skip
     found, reason = None, ""
-    try:
-        found = read(trace_step(step), target, time.perf_counter() - started)
-    except Exception as error:
-        found_reason = untraceable(error)
-        if found_reason is None:
-            raise
-        reason = found_reason
-    # Outside the handler, whose traceback holds what the trace had made.
-    left = clear_leftovers()
+    with older_objects_aside():
+        try:
+            found = read(trace_step(step), target, time.perf_counter() - started)
+        except Exception as error:
+            found_reason = untraceable(error)
+            if found_reason is None:
+                raise
+            reason = found_reason
+        # Outside the handler, whose traceback holds what the trace had made.
+        left = any_left()
+    count = clear_leftovers() if left else 0
     if found is None:
         found = replace(estimate(step, reason), seconds=time.perf_counter() - started)
-    return replace(found, notes=(*found.notes, LEFT.format(count=left))) if left else found
+    return replace(found, notes=(*found.notes, LEFT.format(count=count))) if count else found
