@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from hydra.utils import instantiate
 
-from expt.errors import ConfigError, nearest
+from expt.errors import ConfigError, ModelError, nearest
 from expt.memory.techniques import Techniques, apply
 from expt.memory.techniques import problems as technique_problems
 from expt.protocols import DataSet
@@ -124,9 +124,13 @@ def assemble(settings: Settings, fabric: Fabric, data: DataSet) -> tuple[nn.Modu
 
     Raises:
         ConfigError: an argument is missing, or a technique does not apply to this model.
+        ModelError: its forward does not take the data's inputs.
 
     """
-    model: nn.Module = build(settings, "model", **data.model_arguments())
+    import torch
+
+    indices = torch.arange(1, device=fabric.device)
+    model = build_model(settings, data, data.gather("train", indices).inputs)
     techniques = techniques_of(settings.memory)
     problems = technique_problems(model, techniques)
     if techniques.saved_tensor_offload and fabric.device.type != "cuda":
@@ -141,6 +145,31 @@ def assemble(settings: Settings, fabric: Fabric, data: DataSet) -> tuple[nn.Modu
         optimizer = OptimizerInBackward(optimizer)
     wrapped = fabric.setup(model, optimizer)
     return wrapped[0], wrapped[1]
+
+
+def build_model(settings: Settings, data: DataSet, inputs: Iterable[str]) -> nn.Module:
+    """Build the model for data that hands its forward `inputs` by name.
+
+    Raises:
+        ConfigError: a required argument is neither in the configuration nor provided.
+        ModelError: its forward does not take these inputs.
+
+    """
+    model: nn.Module = build(settings, "model", **data.model_arguments())
+    names = list(inputs)
+    try:
+        signature = inspect.signature(model.forward)
+    except ValueError:  # compiled code tells nothing about itself
+        return model
+    try:
+        signature.bind(**dict.fromkeys(names))
+    except TypeError as error:
+        raise ModelError(
+            f"{type(model).__name__}.forward{signature} does not take what the data gives it by "
+            f"name ({', '.join(names)}): {error}; name the ones it uses, and let **others take "
+            "the rest"
+        ) from error
+    return model
 
 
 def techniques_of(memory: MemoryConfig) -> Techniques:

@@ -5,7 +5,7 @@
     ExptError                 (exit 1, message only)
     ├── UserError             (exit 2, message only; also a ValueError)
     │   ├── ConfigError       a key, value or combination in the configuration
-    │   ├── ModelError        a model that does not return what the data asks for
+    │   ├── ModelError        a model that does not fit the data: its inputs, or what it returns
     │   └── DataError         a data file that is absent or not what it should be
     ├── RecoveryError         memory ran out and nothing was left to try
     │   └── BrokenStepError   memory ran out in the middle of an optimizer's step
@@ -47,7 +47,7 @@ class ConfigError(UserError):
 
 
 class ModelError(UserError):
-    """A model does not return what the data set asks for."""
+    """A model does not take what the data set gives, or not return what it asks for."""
 
 
 class DataError(UserError):

@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from expt.construction import Settings, build, techniques_of
+from expt.construction import Settings, build, build_model, techniques_of
 from expt.errors import ConfigError
 from expt.memory.budget import Budget
 from expt.memory.planning import Plan, Target, plan
@@ -27,6 +27,8 @@ from expt.units import parse_bytes
 log = logging.getLogger(__name__)
 
 MAX_SAVINGS = 3
+MIN_SAVING = 0.01
+"""Part of the peak that a change must save to be worth a line."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,12 @@ def plan_training(
 
     Raises:
         ConfigError: the model or a technique refuses its settings.
+        ModelError: the model does not fit the data.
 
     """
     techniques = techniques or techniques_of(settings.memory)
-    micro_batch = -(-(batch_size or data.batch_size) // techniques.gradient_accumulation)
+    samples = min(batch_size or data.batch_size, data.size("train"))  # as the loop takes them
+    micro_batch = -(-samples // techniques.gradient_accumulation)
 
     def batch_fn() -> tuple[Batch, Tensor]:
         indices = torch.arange(micro_batch)
@@ -82,8 +86,9 @@ def plan_training(
     def prepare(model: nn.Module) -> None:
         apply(model, techniques)
 
+    inputs = data.gather("train", torch.arange(1)).inputs
     return plan(
-        lambda: build(settings, "model", **data.model_arguments()),
+        lambda: build_model(settings, data, inputs),
         batch_fn,
         optimizer_fn,
         loss_fn,
@@ -108,7 +113,7 @@ def savings(settings: Settings, data: DataSet, planned: Plan) -> list[Saving]:
         except Exception:  # the model may have nothing to apply it to, or not work with it
             log.info("no prediction for %s", change, exc_info=True)
             continue
-        if then.peak_bytes < planned.peak_bytes:
+        if then.peak_bytes < (1 - MIN_SAVING) * planned.peak_bytes:
             found.append(Saving(change, then.peak_bytes, then.demand_bytes))
     return sorted(found, key=lambda saving: saving.peak_bytes)[:MAX_SAVINGS]
 

@@ -31,7 +31,7 @@ from expt.sweep.processes import Worker, WorkerError
 from expt.sweep.running import setting
 from expt.sweep.space import plain
 from expt.sweep.trials import Prediction
-from expt.tasks.planned import what_fits
+from expt.tasks.overflow import what_fits
 from expt.validation import argument_problems, validated
 
 log = logging.getLogger(__name__)

@@ -77,10 +77,10 @@ def format_allocation(count: int) -> str:
 
 
 def format_bytes(count: int | None) -> str:
-    """Return `count` bytes for a reader: ``0.47 GiB``, ``31.2 MiB``, or ``not measured``."""
+    """Return `count` bytes for a reader: ``4.88 GiB``, ``481.3 MiB``, or ``not measured``."""
     if count is None:
         return "not measured"
-    if count >= GIB / 10:
+    if count >= GIB:
         return f"{count / GIB:.2f} GiB"
     return f"{count / MIB:.1f} MiB"
 

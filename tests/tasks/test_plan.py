@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from expt import foresight
+from expt.construction import build
 from expt.memory.peak_plan import CATEGORIES
 from expt.tasks import plan as module
 from expt.tracking.null import NullTracker
+from expt.units import format_bytes
+from expt.validation import validated
 
 MIB = 2**20
 KEYS = {
@@ -33,6 +38,36 @@ def without_advice(monkeypatch) -> None:
     monkeypatch.setattr(module, "savings", lambda *arguments: [])
 
 
+@pytest.mark.parametrize(("part", "lines"), [(0.9, 1), (0.999, 0)])
+def test_what_saves_next_to_nothing_is_not_told(composed, monkeypatch, part, lines) -> None:
+    settings = validated(composed("+memory=minimal", "model=stid"))
+    data = build(settings, "data")
+    planned = foresight.plan_training(settings, data, "cuda")
+    then = replace(planned, peak_bytes=int(part * planned.peak_bytes))
+    monkeypatch.setattr(foresight, "plan_training", lambda *arguments: then)
+    monkeypatch.setattr(foresight, "_changes", lambda *arguments: [("a=b", None, None)])
+    assert len(foresight.savings(settings, data, planned)) == lines
+
+
+def test_a_batch_is_never_larger_than_the_training_part(composed, monkeypatch) -> None:
+    settings = validated(composed("+memory=minimal", "model=stid"))
+    data = build(settings, "data")
+    monkeypatch.setattr(type(data), "size", lambda self, split: 48)
+    peaks = [
+        foresight.plan_training(settings, data, "cpu", batch_size=count).peak_bytes
+        for count in (24, 48, 5000)
+    ]
+    assert peaks[0] < peaks[1] == peaks[2]
+
+
+def test_a_plan_for_this_machine_says_what_it_has(expt, without_advice, monkeypatch) -> None:
+    for there, said in ((MIB, 1), (1 << 50, 0)):
+        monkeypatch.setattr(module, "host_bytes", lambda there=there: there)
+        code, out, _ = expt(*STID, "memory.target=cpu")
+        assert code == 0
+        assert out.count("that is more than this machine has: 1.0 MiB") == said
+
+
 def test_a_plan_is_printed_and_written(expt, home, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, out, err = expt(*STID)
@@ -52,7 +87,9 @@ def test_a_plan_is_printed_and_written(expt, home, monkeypatch) -> None:
     )
     for saving in record["savings"]:
         assert saving["peak_bytes"] < record["peak_bytes"]
-        assert f"would save: {saving['change']}" in out
+        line = next(line for line in out.splitlines() if f"would save: {saving['change']} " in line)
+        saved = format_bytes(record["peak_bytes"] - saving["peak_bytes"])
+        assert line.endswith(f" {saved}, leaving {format_bytes(saving['peak_bytes'])}")
     assert out.count("planned for cuda, which is not here; memory.target=cpu") == 1
     assert "predicted peak on cuda" in out
     assert "note: " in out

@@ -11,9 +11,11 @@ import pytest
 
 from expt.construction import build
 from expt.foresight import Saving, plan_training
+from expt.memory.peak_plan import Plan
 from expt.results import load_result
-from expt.tasks import planned as module
-from expt.units import MIB
+from expt.tasks import overflow as module
+from expt.tasks.planned import _inside
+from expt.units import MIB, parse_bytes
 from expt.validation import validated
 
 MODEL = """
@@ -123,8 +125,51 @@ def test_adapting_to_what_nothing_fits_is_refused(expt, home) -> None:
     code, _, err, result = train(expt, home, "memory.budget=11MiB", "memory.on_overflow=adapt")
     assert code == 2
     assert result is None
-    assert "nothing is left that would make it fit" in err
-    assert "lighter_optimizer: " in err
+    assert "nothing is left that would make it fit. No technique is predicted to fit" in err
+    least = parse_bytes(err.partition("the least they reach is ")[2].partition(";")[0])
+    assert 11 * MIB < least < 100 * MIB
+    code, _, err, _ = train(expt, home, "memory.budget=11MiB")
+    assert code == 2
+    assert "the least they reach is " in err
+    assert "on_overflow=adapt" not in err, "it would end the same"
+
+
+def test_what_the_machine_does_not_have_must_not_start(expt, home, whole, monkeypatch) -> None:
+    # The system would end it without a word, and nothing can recover from that.
+    monkeypatch.setattr(module, "total_bytes", lambda device: whole * 6 // 10)
+    code, _, err, result = train(expt, home)
+    assert code == 2
+    assert result is None
+    assert "the memory of this machine (" in err
+    for word in (
+        "What would fit: ",
+        "on_overflow=adapt",
+        "on_overflow=train",
+        "memory.budget=100%",
+    ):
+        assert word in err
+    assert train(expt, home, "memory.fallback=preset")[0] == 2, "no error, no fallback"
+    code, out, err, result = train(expt, home, "memory.on_overflow=adapt", to="adapted")
+    assert code == 0, err
+    assert result.memory["peak_allocated_bytes"] <= whole * 6 // 10
+    code, out, err, result = train(expt, home, "memory.on_overflow=train", to="all-the-same")
+    assert code == 0, err
+    assert "; there is no budget, and the memory of this machine (" in out
+    assert "the system may end it" in out
+
+
+@pytest.mark.parametrize("fallback", ["none", "preset"])
+def test_a_card_without_a_budget_raises_by_itself(composed, capsys, monkeypatch, fallback) -> None:
+    settings = validated(composed("memory.recover=true", f"memory.fallback={fallback}"))
+    planned = Plan(
+        "cuda", 50 * MIB, 60 * MIB, (40, 70), "backward", {"inputs": 1}, {}, {}, "trace", 0.0
+    )
+    limit = module.Limit(55 * MIB, None, "cuda")
+    assert _inside(settings, None, planned, limit) == (settings, planned)
+    line = module.remark(settings, planned, limit)
+    assert line.startswith("; there is no budget, and the memory of this card (55.0 MiB) is less")
+    assert ("memory.fallback" in line) == (fallback == "preset")
+    assert module.remark(settings, planned, module.Limit(60 * MIB, None, "cuda")) == ""
 
 
 def test_training_all_the_same_meets_the_budget_by_recovery(expt, home, whole) -> None:
@@ -166,6 +211,25 @@ def test_the_users_own_error_is_said_by_the_plan_and_raised_by_the_training(expt
     with pytest.raises(RuntimeError, match=r"Expected size|multiplied"):
         train(expt, home, wrong)
     assert load_result(home / "run").status == "failed"
+
+
+def test_a_forward_that_does_not_take_the_inputs_is_refused(expt, home) -> None:
+    (home / "lab_narrow.py").write_text(MODEL.format(body="return x").replace(", **others", ""))
+    for more in ((), ("memory.plan=false",), ("task=plan",)):
+        code, _, err, result = train(expt, home, "model._target_=lab_narrow.Net", *more)
+        assert (code, result) == (2, None)
+        assert "Net.forward(speed) does not take what the data gives it by name (speed, obs" in err
+        assert "let **others take the rest" in err
+        assert "Traceback" not in err
+        assert not (home / "run").exists()
+
+
+def test_a_wrong_shape_is_said_once_and_leaves_nothing(expt, home) -> None:
+    wrong = lab(home, "lab_turned", "return output.transpose(1, 2)")
+    code, out, err, result = train(expt, home, wrong)
+    assert (code, result) == (2, None)
+    assert (out + err).count("the model returned [") == 1
+    assert not (home / "run").exists()
 
 
 def test_the_plans_line_about_the_users_own_error(expt, home, capfd) -> None:
@@ -229,7 +293,7 @@ def test_what_would_fit_is_told_by_what_the_budget_counts(composed, monkeypatch)
     large = replace(found, peak_bytes=12 * MIB, reserved_bytes=20 * MIB)
     ways = [Saving("too=much", 4 * MIB, 12 * MIB), Saving("enough=true", 5 * MIB, 9 * MIB)]
     monkeypatch.setattr(module, "savings", lambda *arguments: ways)
-    message = module._refusal(settings, data, large, 10 * MIB)
+    message = module.refusal(settings, data, large, module.Limit(10 * MIB, "10MiB", "cuda"))
     assert "bytes reserved by the allocator, which are 20.0 MiB" in message
     assert "What would fit: enough=true (9.0 MiB)" in message
     assert "too=much" not in message

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from expt.results import load_result
+from expt.schema import Fallback, MemoryConfig, Precision, Preset
+from expt.tasks.room import advice
 
 MODEL = """
 import torch
@@ -83,6 +85,31 @@ def test_when_nothing_is_left_the_run_says_what_was_tried_and_what_would_help(ex
     assert (result.status, result.stop_reason) == ("failed", "out_of_memory")
     assert result.fallback_run is None
     assert (home / "run/checkpoints/last.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("memory", "takes_over", "words"),
+    [
+        (
+            MemoryConfig(preset=Preset.full, budget="1GiB"),
+            None,
+            "a smaller preset (memory=lite or memory=minimal), or memory.fallback=preset to have "
+            "it tried, a higher memory.budget, memory.precision=bf16, or another device",
+        ),
+        (
+            MemoryConfig(preset=Preset.minimal, fallback=Fallback.preset, budget="5MiB"),
+            "phase1",
+            "a higher memory.budget, memory.precision=bf16, or another device",
+        ),
+        (
+            MemoryConfig(preset=Preset.minimal, precision=Precision.bf16),
+            None,
+            "a smaller model than memory=minimal, or another device",
+        ),
+    ],
+)
+def test_advice_names_nothing_that_is_in_force(memory, takes_over, words):
+    assert advice(memory, takes_over) == f"What would help: {words}"
 
 
 def test_smaller_runs_take_over_and_each_record_says_where_the_other_is(expt, home):

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from expt.construction import RunContext, Settings, build
 from expt.files import write_json
 from expt.foresight import Saving, budget_bytes, plan_training, savings, target_of, target_remark
+from expt.memory.device_memory import host_bytes
 from expt.memory.planning import Plan
 from expt.plan_tables import plan_table
 from expt.report import print_table
@@ -47,10 +48,16 @@ def run(cfg: DictConfig, context: RunContext) -> PlanResult:
     planned = plan_training(settings, data, target)
     record = as_record(settings, planned, budget, savings(settings, data, planned))
     print_table(plan_table(record))
+    if target == "cpu" and budget is None and planned.demand_bytes > host_bytes():
+        print(f"that is more than this machine has: {format_bytes(host_bytes())}")
     for note in planned.notes:
         print(f"note: {note}")
     for saving in record["savings"]:
-        print(f"would save: {saving['change']:44s} {format_bytes(saving['peak_bytes'])}")
+        saved = planned.peak_bytes - saving["peak_bytes"]
+        print(
+            f"would save: {saving['change']:44s} {format_bytes(saved)}, "
+            f"leaving {format_bytes(saving['peak_bytes'])}"
+        )
     write_json(context.run_dir / PLAN_NAME, record)
     print(f"files: {context.run_dir}")
     _record(settings, context, record)

@@ -20,15 +20,30 @@ from expt.memory.recovery_limits import Limits
 from expt.memory.techniques import apply
 from expt.protocols import DataSet
 from expt.recording import Recorder
-from expt.schema import MemoryConfig
+from expt.schema import Fallback, MemoryConfig, Precision, Preset
 from expt.units import format_bytes
 
 log = logging.getLogger(__name__)
 
-ADVICE = (
-    "What would help: a smaller preset (memory=minimal, or memory.fallback=preset to have it "
-    "tried), a higher memory.budget, memory.precision=bf16, or another device"
-)
+
+def advice(memory: MemoryConfig, takes_over: str | None) -> str:
+    """Return what would help a run that memory was not enough for, in a sentence.
+
+    Args:
+        memory: as it was.
+        takes_over: the smaller size that is tried next.
+
+    """
+    ways = []
+    if takes_over is None:
+        ways.append(smaller_sizes(memory))
+        if memory.fallback is Fallback.none and memory.preset is not Preset.minimal:
+            ways[-1] += ", or memory.fallback=preset to have it tried"
+    if memory.budget is not None:
+        ways.append("a higher memory.budget")
+    if memory.precision in (Precision.auto, Precision.fp32):
+        ways.append("memory.precision=bf16")
+    return "What would help: " + ", ".join([*ways, "or another device"])
 
 
 class Room:

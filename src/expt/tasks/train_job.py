@@ -33,8 +33,8 @@ from expt.report import plot_history, print_result
 from expt.results import RunResult, load_launch, save_launch
 from expt.stopping import Outcome
 from expt.tasks.fallback import folder, next_size
-from expt.tasks.planned import Predictor
-from expt.tasks.room import ADVICE, Room, manager_for
+from expt.tasks.prediction import Predictor
+from expt.tasks.room import Room, advice, manager_for
 from expt.tracking.once import OncePerStep
 from expt.tracking.opening import open_tracker
 from expt.tracking.uri import without_password
@@ -127,7 +127,7 @@ class TrainJob:
         """Say that memory is not enough, and which smaller run takes over, if one is wanted."""
         size = next_size(self.settings)
         self._start()
-        print(f"{message}. {ADVICE}")
+        print(f"{message}. {advice(self.settings.memory, size)}")
         result = self.recorder.result
         result.status, result.stop_reason = "failed", "out_of_memory"
         if size is not None:
