@@ -299,6 +299,10 @@ def test_a_prediction_of_another_shape_is_refused_not_broadcast(expt, home):
     assert code == 2
     assert "[4, 12, 1]" in err
     assert "[4, 12, 29]" in err
+    assert not (home / "run").exists(), "the plan meets it before anything starts"
+    code, _, err = expt("model._target_=lab_wide.Net", "hydra.run.dir=run", "memory.plan=false")
+    assert code == 2
+    assert "[4, 12, 1]" in err
     assert load_result(home / "run").status == "failed"
 
 

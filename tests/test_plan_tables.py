@@ -35,7 +35,7 @@ def printed(table: Table) -> str:
 
 def test_a_headline_says_what_matters() -> None:
     line = headline(RECORD)
-    assert line.startswith("predicted peak on cuda: 1.00 GiB (0.98 GiB to 1.17 GiB)")
+    assert line.startswith("predicted peak on cuda: 1.00 GiB (1000.0 MiB to 1.17 GiB)")
     assert "in optimizer step, mostly optimizer state" in line
     assert "budget" not in line
     fitting = headline({**RECORD, "budget_bytes": 2048 * MIB, "fits": True})
