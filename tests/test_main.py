@@ -28,6 +28,7 @@ def runs(home: Path) -> list[Path]:
 def test_a_run_ends_with_its_table_and_its_record(expt, home):
     code, out, _ = expt("hydra.run.dir=run")
     assert code == 0
+    assert "\ndata: 29 sensors, every 5 min, 34,272 steps, 7.75 % missing; windows: 23,974" in out
     assert "test MAE, 60 min" in out
     assert "peak allocated memory" in out
     result = json.loads((home / "run/result.json").read_text())

@@ -92,6 +92,14 @@ class Checked(Protocol):
         """Return one message per impossible value or combination among `arguments`."""
 
 
+@runtime_checkable
+class Described(Protocol):
+    """A data set that can say what it holds; optional, and told where a run begins."""
+
+    def describe(self) -> str:
+        """Return one line of facts, and one more per warning."""
+
+
 class Tracker(Protocol):
     """Where a run is recorded. No method waits for a server, and none raises because of one."""
 

@@ -266,8 +266,42 @@ def test_what_is_wrong_with_the_file_is_said(changes: dict[str, Any], parts: lis
 @pytest.mark.parametrize(("steps", "windows"), [(10, 0), (24, 1), (26, 3)])
 def test_a_series_too_short_for_every_split(tmp_path: Path, steps: int, windows: int) -> None:
     path = saved(tmp_path, times(steps))
-    with pytest.raises(DataError, match=f"series.npz: only {windows} windows without a gap"):
+    with pytest.raises(DataError) as caught:
         traffic(path=path)
+    plural = "" if windows == 1 else "s"
+    assert f"series.npz: only {windows} window{plural} without a gap" in str(caught.value)
+    assert "a longer series" in str(caught.value)
+
+
+def test_too_few_windows_are_blamed_on_what_broke_them(tmp_path: Path) -> None:
+    late = times(3000)
+    late[::20] += np.timedelta64(1, "s")
+    with pytest.raises(DataError) as caught:
+        traffic(path=saved(tmp_path, late))
+    message = str(caught.value)
+    assert "series.npz: only 0 windows" in message
+    assert "interval is 5 min, and 299 of 2,999 differences" in message
+    assert "round or resample" in message
+    assert "longer" not in message and "smaller" not in message
+    with pytest.raises(DataError, match=r"149 of 2,850 differences .* Rows are missing: .*smaller"):
+        traffic(path=saved(tmp_path, np.delete(times(3000), np.arange(20, 3000, 20)[:150])))
+
+
+def test_a_step_that_does_not_divide_the_day_is_refused_with_the_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"series.npz: a time step of 420 seconds"):
+        traffic(path=saved(tmp_path, times(400, step=420)))
+
+
+def test_the_facts_count_what_the_splits_hold(metr_la: TrafficData, tmp_path: Path) -> None:
+    assert metr_la.describe() == (
+        "data: 29 sensors, every 5 min, 34,272 steps, 7.75 % missing; "
+        "windows: 23,974 train, 3,425 val, 6,850 test"
+    )
+    late = times(3000)
+    late[::60] += np.timedelta64(1, "s")
+    facts, warning = traffic(path=saved(tmp_path, late)).describe().splitlines()
+    assert facts.endswith("; 1,177 of 2,977 (39.5 %) lost to gaps")
+    assert "99 of 2,999 differences" in warning and "round or resample" in warning
 
 
 def test_a_training_part_without_two_readings_is_refused(tmp_path: Path) -> None:

@@ -22,9 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from expt.data.facts import counted, describe, deviations
 from expt.data.masked_errors import MaskedErrors, check_shape
 from expt.data.reading import read_series
 from expt.data.series import Series
+from expt.data.source import named
 from expt.errors import DataError
 from expt.protocols import Batch, Split
 
@@ -71,20 +73,25 @@ class TrafficData:
         self.input_steps, self.horizon = input_steps, horizon
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.series = self.read(path, adjacency_path, where_to_get)
+        source = path or type(self).__name__
         num_sensors = self.series.values.shape[1]
         if expected_sensors is not None and num_sensors != expected_sensors:
             raise DataError(
-                f"{path}: found {num_sensors} sensors, data.expected_sensors={expected_sensors}; "
+                f"{source}: found {num_sensors} sensors, data.expected_sensors={expected_sensors}; "
                 "set data.expected_sensors=null to take any number"
             )
         starts = window_starts(self.series, input_steps + horizon)
-        self.split_starts = split_windows(starts, train_fraction, test_fraction, path)
+        self.split_starts = split_windows(
+            starts, train_fraction, test_fraction, source, deviations(self.series)
+        )
+        with named(source):
+            _ = self.series.steps_per_day  # refused here, before anything is built for it
         self.mean, self.std = self._scaling()
         self._on_device(torch.device("cpu"))
         for split, observed in self._observed_targets.items():
             if not observed.any():
                 raise DataError(
-                    f"{path}: every target reading of the {split} part is missing, so there is "
+                    f"{source}: every target reading of the {split} part is missing, so there is "
                     "nothing to compare a forecast with"
                 )
 
@@ -184,6 +191,12 @@ class TrafficData:
         """Undo the scaling of a prediction."""
         return prediction.float() * self.std + self.mean
 
+    def describe(self) -> str:
+        """Return a line of facts about the series, and one per warning; see `expt.data.facts`."""
+        sizes = {split: len(starts) for split, starts in self.split_starts.items()}
+        possible = len(self.series.values) - (self.input_steps + self.horizon) + 1
+        return describe(self.series, sizes, possible)
+
     def fingerprint(self) -> str:
         """Return a short hash of the series."""
         return self.series.fingerprint()
@@ -234,17 +247,25 @@ def window_starts(series: Series, length: int) -> np.ndarray:
 
 
 def split_windows(
-    starts: np.ndarray, train_fraction: float, test_fraction: float, path: str | None
+    starts: np.ndarray,
+    train_fraction: float,
+    test_fraction: float,
+    path: str | None,
+    deviations: str = "",
 ) -> dict[Split, np.ndarray]:
-    """Cut the windows [W] in time order; sizes are rounded as in the published code."""
+    """Cut the windows [W] in time order; sizes are rounded as in the published code.
+
+    Raises `DataError` when a split would be empty; `deviations` says what the gaps are, if any.
+    """
     num_train = round(len(starts) * train_fraction)
     num_test = round(len(starts) * test_fraction)
     num_val = len(starts) - num_train - num_test
     if min(num_train, num_val, num_test) < 1:
+        longer = "a longer series, or smaller data.input_steps and data.horizon, would do"
+        remedy = deviations or longer
         raise DataError(
-            f"{path}: only {len(starts)} windows without a gap, which leaves {num_train} for "
-            f"training, {num_val} for validation, {num_test} for the test; "
-            "a longer series, or smaller data.input_steps and data.horizon, would do"
+            f"{path}: only {counted(len(starts), 'window')} without a gap, which leaves "
+            f"{num_train} for training, {num_val} for validation, {num_test} for the test; {remedy}"
         )
     return {
         "train": starts[:num_train],
