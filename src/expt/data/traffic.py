@@ -13,6 +13,7 @@ Letters: `S` steps in the series, `N` sensors, `W` windows, `B` batch, `T` input
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -74,6 +75,11 @@ class TrafficData:
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.series = self.read(path, adjacency_path, where_to_get)
         source = path or type(self).__name__
+        if not isinstance(self.series, Series):
+            raise DataError(
+                f"{type(self).__name__}.read returned {type(self.series).__name__}; expected an "
+                "expt.data.series.Series, which Series.from_arrays(values, timestamps) makes"
+            )
         num_sensors = self.series.values.shape[1]
         if expected_sensors is not None and num_sensors != expected_sensors:
             raise DataError(
@@ -86,7 +92,7 @@ class TrafficData:
         )
         with named(source):
             _ = self.series.steps_per_day  # refused here, before anything is built for it
-        self.mean, self.std = self._scaling()
+            self.mean, self.std = self._scaling()
         self._on_device(torch.device("cpu"))
         for split, observed in self._observed_targets.items():
             if not observed.any():
@@ -96,7 +102,17 @@ class TrafficData:
                 )
 
     def read(self, path: str | None, adjacency_path: str | None, where_to_get: str) -> Series:
-        """Return the series; a subclass with a format of its own overrides this."""
+        """Return the series; a subclass with a format of its own overrides this.
+
+        Args:
+            path: `data.path`, whatever it means to the subclass.
+            adjacency_path: `data.adjacency_path`.
+            where_to_get: what to say when there is nothing at `path`.
+
+        Raises:
+            DataError: there is nothing to read, or it is not a series.
+
+        """
         if path is None:
             raise DataError(f"data.path is not set. {where_to_get}")
         graph = Path(adjacency_path).expanduser() if adjacency_path else None
@@ -111,6 +127,13 @@ class TrafficData:
     @classmethod
     def problems(cls, arguments: Mapping[str, Any]) -> list[str]:
         """Judge the arguments before any file is read; see `expt.protocols.Checked`."""
+        try:
+            inspect.signature(cls.read).bind("self", "path", "adjacency_path", "where_to_get")
+        except TypeError as error:
+            return [
+                f"{cls.__module__}.{cls.__name__}.read is called as read(self, path, "
+                f"adjacency_path, where_to_get), which its signature does not allow: {error}"
+            ]
         found = [
             f"data.{name} must be at least 1, got {arguments[name]}"
             for name in ("input_steps", "horizon", "batch_size", "eval_batch_size")
