@@ -62,6 +62,15 @@ def test_the_table_of_a_completed_run(capsys: pytest.CaptureFixture[str]) -> Non
     }
 
 
+@pytest.mark.parametrize(("unit", "shown"), [("km/h", "3.307 km/h"), (None, "3.307")])
+def test_figures_are_in_the_unit_of_the_data(
+    unit: str | None, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = completed()
+    result.unit = unit
+    assert printed(result, capsys)["test MAE, all steps"] == shown
+
+
 def test_the_table_of_a_failed_run(capsys: pytest.CaptureFixture[str]) -> None:
     shown = printed(RunResult("failed", "non_finite_loss"), capsys)
     assert "failed (non_finite_loss) after 0 epochs, 0 steps" in shown
@@ -157,7 +166,9 @@ def test_what_the_plot_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         save(figure, *args, **kwargs)
 
     monkeypatch.setattr(Figure, "savefig", kept)
+    plot_history(history(3, **LEDGER), "mae", tmp_path, "km/h")
     plot_history(history(3, **LEDGER), "mae", tmp_path)
+    assert [figure.axes[0].get_ylabel() for figure in drawn] == ["MAE (km/h)", "MAE"]
     losses, memory = drawn[0].axes
     lines = {line.get_label(): line for line in [*losses.lines, *memory.lines]}
     assert list(lines["training loss"].get_xdata()) == [100, 200, 300]

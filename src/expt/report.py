@@ -24,11 +24,13 @@ def print_result(result: RunResult, run_dir: Path) -> None:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("measure")
     table.add_column("value", justify="right")
-    table.add_row("validation MAE (best)", _figure(metrics.get("val/mae"), "mph"))
+    table.add_row("validation MAE (best)", _figure(metrics.get("val/mae"), result.unit))
     for minutes in (15, 30, 60):
         table.add_row(f"test MAE, {minutes} min", _figure(metrics.get(f"test/mae_{minutes}min")))
-    table.add_row("test MAE, all steps", _figure(metrics.get("test/mae"), "mph"), style="bold")
-    table.add_row("test RMSE", _figure(metrics.get("test/rmse"), "mph"))
+    table.add_row(
+        "test MAE, all steps", _figure(metrics.get("test/mae"), result.unit), style="bold"
+    )
+    table.add_row("test RMSE", _figure(metrics.get("test/rmse"), result.unit))
     mape = metrics.get("test/mape")
     table.add_row("test MAPE", "-" if mape is None else f"{100 * mape:.2f} %")
     predicted = memory.get("predicted_peak_bytes")
@@ -92,8 +94,13 @@ def print_table(table: Table) -> None:
     console.print(table)
 
 
-def plot_history(history: Sequence[Mapping[str, float]], monitor: str, folder: Path) -> list[Path]:
-    """Draw loss and validation over steps, and memory over steps; return the PNG files."""
+def plot_history(
+    history: Sequence[Mapping[str, float]], monitor: str, folder: Path, unit: str | None = None
+) -> list[Path]:
+    """Draw loss and validation over steps, and memory over steps; return the PNG files.
+
+    `unit` is that of the errors (`RunResult.unit`); without one the axis says only what they are.
+    """
     if not history:
         return []
     import matplotlib
@@ -116,7 +123,8 @@ def plot_history(history: Sequence[Mapping[str, float]], monitor: str, folder: P
         ha="center",
         fontsize=9,
     )
-    losses.set_ylabel("MAE (mph)" if monitor == "mae" else monitor)
+    name = "MAE" if monitor == "mae" else monitor
+    losses.set_ylabel(f"{name} ({unit})" if unit else name)
     losses.margins(x=0.08, y=0.2)
     losses.legend(frameon=False)
     labels = {
@@ -137,5 +145,5 @@ def plot_history(history: Sequence[Mapping[str, float]], monitor: str, folder: P
     return [path]
 
 
-def _figure(value: float | None, unit: str = "") -> str:
-    return "-" if value is None else f"{value:.3f} {unit}".rstrip()
+def _figure(value: float | None, unit: str | None = None) -> str:
+    return "-" if value is None else f"{value:.3f} {unit or ''}".rstrip()

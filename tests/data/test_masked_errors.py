@@ -13,7 +13,7 @@ from expt.protocols import Batch
 MEAN, STD = 54.0, 15.0
 
 
-def to_mph(prediction: Tensor) -> Tensor:
+def to_speed(prediction: Tensor) -> Tensor:
     return prediction.float() * STD + MEAN
 
 
@@ -47,7 +47,7 @@ def brute_force(drawn: list[tuple[Tensor, Batch]]) -> dict[str, float]:
 def added(
     drawn: list[tuple[Tensor, Batch]], horizon: int = 12, step_seconds: int = 300
 ) -> MaskedErrors:
-    metrics = MaskedErrors(to_mph, horizon, step_seconds)
+    metrics = MaskedErrors(to_speed, horizon, step_seconds)
     for prediction, batch in drawn:
         metrics.update(prediction, batch)
     return metrics
@@ -115,7 +115,7 @@ def test_only_horizons_that_are_forecast_are_reported(
 
 
 def test_the_sums_are_not_rounded_to_float32() -> None:
-    metrics = MaskedErrors(to_mph, 1, 300)
+    metrics = MaskedErrors(to_speed, 1, 300)
     target = torch.full((64, 1, 64), MEAN + 0.1)
     for _ in range(30):
         metrics.update(torch.zeros_like(target), Batch({}, target))
@@ -130,6 +130,6 @@ def test_half_precision_predictions_are_judged_in_float32() -> None:
 
 
 def test_nothing_added_is_an_error() -> None:
-    for ask in (MaskedErrors(to_mph, 12, 300).compute, MaskedErrors(to_mph, 12, 300).by_step):
+    for ask in (MaskedErrors(to_speed, 12, 300).compute, MaskedErrors(to_speed, 12, 300).by_step):
         with pytest.raises(ValueError, match="no batch was added"):
             ask()

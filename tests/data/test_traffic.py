@@ -31,6 +31,7 @@ ARGUMENTS: dict[str, Any] = {
     "eval_batch_size": 64,
     "train_fraction": 0.7,
     "test_fraction": 0.2,
+    "unit": "mph",
 }
 
 
@@ -106,9 +107,9 @@ def test_the_target_is_in_mph_and_scaling_is_undone(metr_la: TrafficData) -> Non
     assert 40 < observed.mean() < 70
     speed, seen = batch.inputs["speed"], batch.inputs["observed"]
     original = metr_la.series.values[metr_la.split_starts["test"][:64, None] + np.arange(12)]
-    mph = metr_la.to_mph(speed)
+    mph = metr_la.to_speed(speed)
     torch.testing.assert_close(mph[seen], torch.from_numpy(original)[seen])
-    assert metr_la.to_mph(speed.bfloat16()).dtype == torch.float32
+    assert metr_la.to_speed(speed.bfloat16()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -182,7 +183,7 @@ def test_model_arguments_are_what_the_file_says(metr_la: TrafficData) -> None:
     adjacency = arguments.pop("adjacency")
     assert adjacency.shape == (29, 29)
     missing = torch.tensor(arguments.pop("missing_value"))
-    assert metr_la.to_mph(missing) == pytest.approx(0, abs=1e-5)
+    assert metr_la.to_speed(missing) == pytest.approx(0, abs=1e-5)
     assert arguments == {
         "num_sensors": 29,
         "input_steps": 12,

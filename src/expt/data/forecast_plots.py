@@ -16,8 +16,10 @@ SENSORS_SHOWN = 4
 MINUTES_SHOWN = (15, 60)
 
 
-def plot_day(forecasts: np.ndarray, series: Series, first: np.ndarray, folder: Path) -> Path:
-    """Draw forecasts [W, P, N] in mph of consecutive windows; `first` [W] is their first step.
+def plot_day(
+    forecasts: np.ndarray, series: Series, first: np.ndarray, folder: Path, unit: str
+) -> Path:
+    """Draw forecasts [W, P, N] in `unit` of consecutive windows; `first` [W] is their first step.
 
     The sensors shown are those whose speed varies most; missing readings are marked on the axis.
     """
@@ -27,6 +29,7 @@ def plot_day(forecasts: np.ndarray, series: Series, first: np.ndarray, folder: P
     figure = Figure(figsize=(10, 2.2 * len(sensors) + 0.6), layout="constrained")
     rows = figure.subplots(len(sensors), 1, sharex=True, squeeze=False)[:, 0]
     times = series.timestamps[first]
+    top = 1.15 * float(truth[:, sensors].max()) or 1.0
     for axes, sensor in zip(rows, sensors, strict=True):
         observed = truth[:, sensor] > 0
         axes.plot(
@@ -41,8 +44,8 @@ def plot_day(forecasts: np.ndarray, series: Series, first: np.ndarray, folder: P
                 predicted = forecasts[reached, ahead, sensor]
                 axes.plot(when, predicted, linewidth=1.2, label=f"{minutes} min ahead")
         missing = times[~observed]
-        axes.plot(missing, np.full(len(missing), 2.0), "|", color="tab:red", label="missing")
-        axes.set(ylabel="mph", ylim=(0, 80))
+        axes.plot(missing, np.full(len(missing), top / 40), "|", color="tab:red", label="missing")
+        axes.set(ylabel=unit, ylim=(0, top))
         axes.set_title(f"sensor {series.sensor_ids[sensor]}", fontsize=9, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
     locator = AutoDateLocator()
@@ -54,7 +57,7 @@ def plot_day(forecasts: np.ndarray, series: Series, first: np.ndarray, folder: P
     return _save(figure, folder / "forecast.png")
 
 
-def plot_horizon(mae_by_step: Sequence[float], step_seconds: int, folder: Path) -> Path:
+def plot_horizon(mae_by_step: Sequence[float], step_seconds: int, folder: Path, unit: str) -> Path:
     """Draw the test MAE of every forecast step."""
     minutes = [(step + 1) * step_seconds / 60 for step in range(len(mae_by_step))]
     figure = Figure(figsize=(6, 3.6), layout="constrained")
@@ -65,7 +68,7 @@ def plot_horizon(mae_by_step: Sequence[float], step_seconds: int, folder: Path) 
             axes.annotate(
                 f"{value:.2f}", (at, value), textcoords="offset points", xytext=(0, 7), ha="center"
             )
-    axes.set(xlabel="minutes ahead", ylabel="test MAE (mph)", xticks=minutes)
+    axes.set(xlabel="minutes ahead", ylabel=f"test MAE ({unit})", xticks=minutes)
     axes.margins(y=0.15)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title("Error by horizon", fontsize=11, loc="left")

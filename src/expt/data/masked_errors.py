@@ -28,19 +28,21 @@ def check_shape(prediction: Tensor, batch: Batch) -> None:
 
 
 class MaskedErrors:
-    """Accumulates errors in mph per forecast step; implements `expt.protocols.Metrics`."""
+    """Errors per forecast step, in the target's unit; implements `expt.protocols.Metrics`."""
 
-    def __init__(self, to_mph: Callable[[Tensor], Tensor], horizon: int, step_seconds: int) -> None:
-        self.to_mph = to_mph
+    def __init__(
+        self, to_speed: Callable[[Tensor], Tensor], horizon: int, step_seconds: int
+    ) -> None:
+        self.to_speed = to_speed
         self.horizon = horizon
         self.step_seconds = step_seconds
         self.sums: Tensor | None = None  # [4, P] float64: |e|, e^2, |e|/truth, observed
 
     def update(self, prediction: Tensor, batch: Batch) -> None:
-        """Add predictions [B,P,N] (normalised) for targets [B,P,N] in mph, 0 = missing."""
+        """Add predictions [B,P,N] (normalised) for targets [B,P,N], 0 = missing."""
         check_shape(prediction, batch)
         observed = batch.target > 0
-        error = torch.where(observed, self.to_mph(prediction) - batch.target, 0.0)
+        error = torch.where(observed, self.to_speed(prediction) - batch.target, 0.0)
         relative = error.abs() / torch.where(observed, batch.target, 1.0)
         parts = (error.abs(), error.square(), relative, observed)
         # MPS has no float64; the per-batch sums there are exact enough in float32.

@@ -131,7 +131,7 @@ def _numbers(
         if bad.size:
             raise DataError(
                 f"column {name!r} holds {column.iloc[bad[0]]!r} at {times[bad[0]]}, which is not a "
-                "number; expected miles per hour, or an empty cell for missing"
+                "number; expected a speed, or an empty cell for missing"
             )
         with np.errstate(over="ignore"):  # float32 makes it infinite, and Series refuses that
             speeds[:, position] = numbers.to_numpy(dtype=np.float64, na_value=np.nan)

@@ -2,8 +2,8 @@
 
 Protocol (Li et al., DCRNN, ICLR 2018, and the published code after it): windows of
 `input_steps` + `horizon` consecutive steps, cut first and then split in time 70/10/20; scaling
-by the training part; errors in mph on what was measured, over the whole split. A gap in the
-timestamps is respected: no window reaches across it.
+by the training part; errors in the series' own unit on what was measured, over the whole split.
+A gap in the timestamps is respected: no window reaches across it.
 
 A batch is gathered on the device by window index; nothing is copied per sample.
 
@@ -49,6 +49,7 @@ class TrafficData:
         eval_batch_size: windows per forward pass in evaluation.
         train_fraction: leading part of the windows.
         test_fraction: trailing part; what is between is for validation.
+        unit: what the readings are in, ``mph`` or ``km/h``, for labels and records.
 
     Raises:
         DataError: the file is absent or not what it should be, or too short for one window
@@ -70,7 +71,9 @@ class TrafficData:
         eval_batch_size: int,
         train_fraction: float,
         test_fraction: float,
+        unit: str,
     ) -> None:
+        self.unit = unit
         self.input_steps, self.horizon = input_steps, horizon
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.series = self.read(path, adjacency_path, where_to_get)
@@ -145,6 +148,8 @@ class TrafficData:
                 "data.train_fraction and data.test_fraction must be positive and leave a part "
                 f"for validation, got {train} and {test}"
             )
+        if not arguments.get("unit", "mph").strip():
+            found.append("data.unit must name the unit of the readings, like mph or km/h")
         return found
 
     def to(self, device: torch.device) -> None:
@@ -167,7 +172,7 @@ class TrafficData:
         return len(self.split_starts[split])
 
     def gather(self, split: Split, indices: Tensor) -> Batch:
-        """Return windows `indices` [B]: inputs [B,T,N] and [B,T], target [B,P,N] in mph."""
+        """Return windows `indices` [B]: inputs [B,T,N] and [B,T], target [B,P,N] in `unit`."""
         steps = self._starts[split][indices].unsqueeze(1) + self._offsets  # [B, T+P]
         past, future = steps[:, : self.input_steps], steps[:, self.input_steps :]
         inputs = {
@@ -183,14 +188,14 @@ class TrafficData:
         return self._observed_targets[split][indices].sum().clamp(min=1)
 
     def loss(self, prediction: Tensor, batch: Batch) -> Tensor:
-        """Return the absolute error in mph summed over observed targets."""
+        """Return the absolute error in `unit` summed over observed targets."""
         check_shape(prediction, batch)
-        error = (self.to_mph(prediction) - batch.target).abs()
+        error = (self.to_speed(prediction) - batch.target).abs()
         return torch.where(batch.target > 0, error, 0.0).sum()
 
     def metrics(self) -> MaskedErrors:
-        """Return an accumulator in mph, per horizon."""
-        return MaskedErrors(self.to_mph, self.horizon, self.series.step_seconds)
+        """Return an accumulator in `unit`, per horizon."""
+        return MaskedErrors(self.to_speed, self.horizon, self.series.step_seconds)
 
     def plots(
         self, predict: Callable[[Batch], Tensor], metrics: MaskedErrors, folder: Path
@@ -201,17 +206,17 @@ class TrafficData:
         count = min(self.series.steps_per_day, self.size("test"))
         windows = torch.arange(count, device=self._offsets.device)
         forecasts = [
-            self.to_mph(predict(self.gather("test", chunk)))
+            self.to_speed(predict(self.gather("test", chunk)))
             for chunk in windows.split(self.eval_batch_size)
         ]
         first = self.split_starts["test"][:count] + self.input_steps
         return [
-            plot_day(torch.cat(forecasts).cpu().numpy(), self.series, first, folder),
-            plot_horizon(metrics.by_step(), self.series.step_seconds, folder),
+            plot_day(torch.cat(forecasts).cpu().numpy(), self.series, first, folder, self.unit),
+            plot_horizon(metrics.by_step(), self.series.step_seconds, folder, self.unit),
         ]
 
-    def to_mph(self, prediction: Tensor) -> Tensor:
-        """Undo the scaling of a prediction."""
+    def to_speed(self, prediction: Tensor) -> Tensor:
+        """Undo the scaling of a prediction; the result is in `unit`."""
         return prediction.float() * self.std + self.mean
 
     def describe(self) -> str:
