@@ -24,7 +24,10 @@ METRIC_NAMES = (
     "test/rmse",
     "test/mape",
 )
-"""Always present in ``metrics``; null where they were not reached."""
+"""Always present in ``metrics``; null where they were not reached, or the series has no such step.
+
+Then ``test/mae_{minutes}min`` of other steps may follow (`expt.data.masked_errors`).
+"""
 
 
 @dataclass

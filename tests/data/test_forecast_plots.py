@@ -100,7 +100,7 @@ def test_fewer_sensors_steps_and_no_missing_reading(tmp_path: Path, figures: lis
     plot_day(np.full((20, 3, 1), 50.0), speeds, np.arange(10, 30), tmp_path, "mph")
     assert len(figures[0].axes) == 1
     labels = {one.get_label() for one in figures[0].axes[0].lines}
-    assert labels == {"measured", "15 min ahead", "missing"}
+    assert labels == {"measured", "5 min ahead", "15 min ahead", "missing"}
 
 
 def test_the_error_of_every_step(tmp_path: Path, figures: list[Figure]) -> None:
@@ -114,6 +114,15 @@ def test_the_error_of_every_step(tmp_path: Path, figures: list[Figure]) -> None:
     np.testing.assert_allclose(axes.lines[0].get_ydata(), errors)
     noted = [(note.xy[0], note.get_text()) for note in axes.texts]
     assert noted == [(15, "2.20"), (30, "2.50"), (60, "3.10")]
+
+
+def test_an_hourly_series_shows_its_own_horizons(tmp_path: Path, figures: list[Figure]) -> None:
+    speeds = series(steps=100, step=3600)
+    plot_day(np.full((24, 12, 6), 50.0), speeds, np.arange(50, 74), tmp_path, "mph")
+    plot_horizon([2.0 + 0.1 * step for step in range(12)], 3600, tmp_path, "mph")
+    labels = {one.get_label() for one in figures[0].axes[0].lines}
+    assert labels == {"measured", "60 min ahead", "720 min ahead", "missing"}
+    assert [note.xy[0] for note in figures[1].axes[0].texts] == [60, 180, 360, 720]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from expt.data.masked_errors import MaskedErrors
+from expt.data.masked_errors import MaskedErrors, reported_steps
 from expt.protocols import Batch
 
 MEAN, STD = 54.0, 15.0
@@ -98,20 +98,26 @@ def test_mae_of_every_step() -> None:
     ("horizon", "step_seconds", "minutes"),
     [
         (12, 300, [15, 30, 60]),
-        (6, 300, [15, 30]),
-        (2, 300, []),
+        (24, 300, [15, 30, 60]),
         (4, 900, [15, 30, 60]),
-        (3, 3600, [60]),
-        (12, 60, []),
-        (6, 600, [30, 60]),
+        (6, 300, [10, 15, 30]),
+        (2, 300, [5, 10]),
+        (1, 300, [5]),
+        (3, 3600, [60, 120, 180]),
+        (12, 3600, [60, 180, 360, 720]),
+        (12, 60, [3, 6, 12]),
+        (12, 600, [30, 60, 120]),
+        (4, 90, [1.5, 3, 6]),
     ],
 )
-def test_only_horizons_that_are_forecast_are_reported(
-    horizon: int, step_seconds: int, minutes: list[int]
+def test_fixed_horizons_and_parts_of_the_whole_where_one_is_not_there(
+    horizon: int, step_seconds: int, minutes: list[float]
 ) -> None:
     figures = added(batches(horizon=horizon), horizon, step_seconds).compute()
     reported = [name for name in figures if name.startswith("mae_")]
     assert reported == [f"mae_{count}min" for count in minutes]
+    steps = reported_steps(horizon, step_seconds)
+    assert [step * step_seconds for step in steps.values()] == [60 * count for count in minutes]
 
 
 def test_the_sums_are_not_rounded_to_float32() -> None:
