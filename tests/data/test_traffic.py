@@ -14,7 +14,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from expt.data.traffic import TrafficData, split_windows, window_starts
+from expt.data.traffic import TrafficData
+from expt.data.windows import split_windows, window_starts
 from expt.errors import DataError
 from expt.protocols import Batch, Split
 
