@@ -70,7 +70,7 @@ def persistence() -> dict[str, float]:
     errors = MaskedErrors(lambda mph: mph, 12, data.series.step_seconds)
     for indices in torch.arange(data.size("test")).split(256):
         batch = data.gather("test", indices)
-        last = torch.where(batch.inputs["observed"], data.to_mph(batch.inputs["speed"]), 0.0)
+        last = torch.where(batch.inputs["observed"], data.to_speed(batch.inputs["speed"]), 0.0)
         errors.update(last[:, -1:].expand_as(batch.target), batch)
     return {f"test/{name}": value for name, value in errors.compute().items()}
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
@@ -124,6 +126,51 @@ def test_local_settings_are_read_when_they_are_there(expt, home):
     code, _, err = expt("--config-dir=mine", "memory=minimal", small=False)
     assert code == 2
     assert "trainer.epochs must be at least 1" in err
+
+
+def test_the_examples_of_the_readme_run_as_they_stand(expt, home):
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    section = text.partition("## Your own model or data set")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```(?:python|yaml)\n(.*?)```", section, re.DOTALL)
+    names = ("my_lab.py", "my_conf/model/mynet.yaml", "my_data.py", "my_conf/data/mine.yaml")
+    for name, block in zip(names, blocks, strict=True):
+        path = home / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(block)
+    speeds = np.random.default_rng(0).uniform(20, 70, (400, 3))
+    np.savetxt(home / "speeds.txt", speeds)
+    commands = [line.split()[3:] for line in section.splitlines() if line.startswith("    python")]
+    assert len(commands) == 3
+    for number, command in enumerate(commands):
+        code, out, err = expt(*command, f"hydra.run.dir=run{number}")
+        assert code == 0, err
+    assert "data: 3 sensors, every 5 min, 400 steps" in out
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("def read(self): ...", ["my_data.Mine.read", "adjacency_path, where_to_get"]),
+        ("def read(self, path, adjacency_path, where_to_get): ...", ["NoneType", "from_arrays"]),
+    ],
+)
+def test_a_reader_of_the_wrong_form_is_one_message(expt, home, body, words):
+    (home / "my_data.py").write_text(
+        f"from expt.data.traffic import TrafficData\nclass Mine(TrafficData):\n    {body}\n"
+    )
+    code, _, err = expt("data._target_=my_data.Mine")
+    assert code == 2
+    assert "Traceback" not in err
+    assert all(word in err for word in words), err
+
+
+def test_a_yaml_without_the_common_settings_says_how_to_get_them(expt, home):
+    (home / "mine/data").mkdir(parents=True)
+    (home / "mine/data/own.yaml").write_text("_target_: expt.data.traffic.TrafficData\n")
+    for given in ((), ("data.path=x.npz",)):
+        code, _, err = expt("--config-dir=mine", "data=own", *given, small=False)
+        assert code == 2
+        assert "defaults: [NAME, _self_]" in err
 
 
 def test_a_model_and_a_data_set_of_ones_own_take_a_class_and_a_yaml_each(expt, home):

@@ -28,6 +28,7 @@ def runs(home: Path) -> list[Path]:
 def test_a_run_ends_with_its_table_and_its_record(expt, home):
     code, out, _ = expt("hydra.run.dir=run")
     assert code == 0
+    assert "\ndata: 29 sensors, every 5 min, 34,272 steps, 7.75 % missing; windows: 23,974" in out
     assert "test MAE, 60 min" in out
     assert "peak allocated memory" in out
     result = json.loads((home / "run/result.json").read_text())
@@ -55,6 +56,13 @@ def test_a_run_ends_with_its_table_and_its_record(expt, home):
     assert progress["val/mae"] >= result["metrics"]["val/mae"] > 0
     for name in ("forecast.png", "horizon.png", "history.png"):
         assert (home / "run/plots" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_unit_of_the_data_is_in_table_and_record(expt, home):
+    code, out, _ = expt("hydra.run.dir=run", "data.unit=km/h")
+    assert code == 0
+    assert "km/h" in out and "mph" not in out
+    assert load_result(home / "run").unit == "km/h"
 
 
 @pytest.mark.parametrize(
@@ -92,6 +100,8 @@ def test_a_run_ends_with_its_table_and_its_record(expt, home):
         (["data.path=missing.npz"], ["missing.npz", "no such file"]),
         (["data=metr_la"], ["data.path", "metr-la.h5", "data=metr_la_29"]),
         (["data=pems_bay"], ["data.path", "pems-bay.h5", "data=metr_la_29"]),
+        (["data.unit="], ["data.unit", "km/h"]),
+        (["data.unit=null"], ["data.unit", "str"]),
         (["data.expected_sensors=207"], ["29", "207"]),
         (["model=null"], ["model=null", "alternating"]),
         (["tracking="], ["tracking=", "none"]),

@@ -9,7 +9,15 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from expt.report import COLUMNS, comparison_table, plot_history, print_result, print_table, row
+from expt.report import (
+    columns,
+    comparison_markdown,
+    comparison_table,
+    plot_history,
+    print_result,
+    print_table,
+    row,
+)
 from expt.results import RunResult
 from expt.units import GIB, MIB
 
@@ -62,11 +70,21 @@ def test_the_table_of_a_completed_run(capsys: pytest.CaptureFixture[str]) -> Non
     }
 
 
+@pytest.mark.parametrize(("unit", "shown"), [("km/h", "3.307 km/h"), (None, "3.307")])
+def test_figures_are_in_the_unit_of_the_data(
+    unit: str | None, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = completed()
+    result.unit = unit
+    assert printed(result, capsys)["test MAE, all steps"] == shown
+
+
 def test_the_table_of_a_failed_run(capsys: pytest.CaptureFixture[str]) -> None:
     shown = printed(RunResult("failed", "non_finite_loss"), capsys)
     assert "failed (non_finite_loss) after 0 epochs, 0 steps" in shown
-    for name in ("validation MAE (best)", "test MAE, 15 min", "test MAE, all steps", "test MAPE"):
+    for name in ("validation MAE (best)", "test MAE, all steps", "test MAPE"):
         assert shown[name] == "-"
+    assert not any(name.endswith(" min") for name in shown)
     assert shown["peak allocated memory"] == "not measured"
     assert shown["time"] == "0.0 s"
     assert not any(name.startswith(("memory measured", "MLflow")) for name in shown)
@@ -85,7 +103,8 @@ def test_what_a_gpu_and_a_tracker_add(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_the_cells_of_a_run() -> None:
-    assert dict(zip(COLUMNS, row("0", completed()), strict=True)) == {
+    minutes = ["15", "30", "60"]
+    assert dict(zip(columns(minutes), row("0", completed(), minutes), strict=True)) == {
         "job": "0",
         "preset": "lite",
         "status": "completed",
@@ -95,8 +114,33 @@ def test_the_cells_of_a_run() -> None:
         "peak": "64.0 MiB",
         "time": "3:07 min",
     }
-    failed = row("1", RunResult("failed", "error"))
+    failed = row("1", RunResult("failed", "error"), minutes)
     assert failed == ("1", "-", "failed", "-", "-", "-/-/-", "not measured", "0.0 s")
+
+
+def hourly() -> RunResult:
+    result = RunResult("completed", "epochs")
+    result.metrics |= {f"test/mae_{ahead}min": ahead / 60 for ahead in (720, 360, 180, 60)}
+    return result
+
+
+def test_the_rows_are_the_steps_that_were_tested(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = printed(hourly(), capsys)
+    assert [(name, text) for name, text in shown.items() if name.endswith(" min")] == [
+        ("test MAE, 60 min", "1.000"),
+        ("test MAE, 180 min", "3.000"),
+        ("test MAE, 360 min", "6.000"),
+        ("test MAE, 720 min", "12.000"),
+    ]
+
+
+def test_runs_of_several_intervals_share_a_table() -> None:
+    head, _, first, second = comparison_markdown({"0": completed(), "1": hourly()}).splitlines()
+    assert "| 15/30/60/180/360/720 min |" in head
+    assert "| 3.000/3.380/3.740/-/-/- |" in first
+    assert "| -/-/1.000/3.000/6.000/12.000 |" in second
+    untested = comparison_markdown({"0": RunResult("failed", "error")})
+    assert "| 15/30/60 min |" in untested and "| - | not measured |" in untested
 
 
 def test_runs_side_by_side_are_not_cut_off(capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,7 +149,7 @@ def test_runs_side_by_side_are_not_cut_off(capsys: pytest.CaptureFixture[str]) -
     out = capsys.readouterr().out
     assert "…" not in out
     header, _, first, second = [line.split() for line in out.splitlines() if line.strip()]
-    assert header == " ".join(COLUMNS).split()
+    assert header == " ".join(columns(["15", "30", "60"])).split()
     assert first[:3] == ["0", "lite", "completed"]
     assert second[:3] == ["1", "-", "failed"]
 
@@ -157,7 +201,9 @@ def test_what_the_plot_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         save(figure, *args, **kwargs)
 
     monkeypatch.setattr(Figure, "savefig", kept)
+    plot_history(history(3, **LEDGER), "mae", tmp_path, "km/h")
     plot_history(history(3, **LEDGER), "mae", tmp_path)
+    assert [figure.axes[0].get_ylabel() for figure in drawn] == ["MAE (km/h)", "MAE"]
     losses, memory = drawn[0].axes
     lines = {line.get_label(): line for line in [*losses.lines, *memory.lines]}
     assert list(lines["training loss"].get_xdata()) == [100, 200, 300]

@@ -49,6 +49,14 @@ def test_the_file_is_plain_json_with_every_field(tmp_path: Path) -> None:
     }
 
 
+def test_a_record_without_a_unit_is_in_mph(tmp_path: Path) -> None:
+    stored = asdict(RunResult("failed", "error"))
+    del stored["unit"]
+    (tmp_path / FILE_NAME).write_text(json.dumps(stored))
+    loaded = load_result(tmp_path)
+    assert loaded is not None and loaded.unit == "mph"
+
+
 def test_a_figure_that_is_no_number_is_null(tmp_path: Path) -> None:
     result = filled()
     result.metrics["val/mae"] = float("nan")

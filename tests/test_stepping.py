@@ -63,6 +63,7 @@ def make(tmp_path: Any, precision: Precision = Precision.fp32, **settings: Any) 
         2,
         0.7,
         0.2,
+        "mph",
     )
     fabric = make_fabric(Device.cpu, precision)
     fabric.seed_everything(0, verbose=False)

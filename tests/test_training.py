@@ -133,6 +133,14 @@ def test_an_epoch_uses_every_sample_once_and_the_last_batch_is_smaller(make):
     assert sorted(seen) == list(range(NUM_TRAIN))
 
 
+def test_what_the_data_say_of_themselves_comes_first(make, monkeypatch, capsys):
+    make("silent", epochs=1).fit()
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(Line, "describe", lambda self: "data: a line", raising=False)
+    make(epochs=1).fit()
+    assert capsys.readouterr().out == "data: a line\n"
+
+
 def test_two_epochs_have_different_orders_but_the_same_ones_for_a_seed(make):
     trainer = make()
     assert not torch.equal(trainer._order(0), trainer._order(1))

@@ -104,8 +104,13 @@ def build(settings: Settings, group: str, **provided: Any) -> Any:
     if missing:
         raise ConfigError(
             [
-                f"{group}.{name} is required by {arguments['_target_']} and not set; the data "
-                f"provides {', '.join(sorted(provided)) or 'nothing'}"
+                f"{group}.{name} is required by {arguments['_target_']} and not set; "
+                + (
+                    f"the data provides {', '.join(sorted(provided))}"
+                    if provided
+                    else "give it in the YAML, or let its first line take over the settings of "
+                    "another: defaults: [NAME, _self_]"
+                )
                 for name in missing
             ]
         )

@@ -134,7 +134,10 @@ def _unknown_key(cfg: DictConfig, dotted: str, groups: set[str]) -> str | None:
         names = {str(name) for name in node} if isinstance(node, DictConfig) else set()
         if part not in names:
             if len(walked) == 1 and part in _accepted(cfg, walked[0]):
-                return f"it is not set in the YAML file; to add it, write +{dotted}=VALUE"
+                return (
+                    f"it is not set in the YAML file; to add it, write +{dotted}=VALUE, or begin "
+                    "the file with another's settings, `defaults: [NAME, _self_]`"
+                )
             known = names | groups if not walked else names | _accepted(cfg, walked[0])
             where = f" in {'.'.join(walked)}" if walked else ""
             return f"there is no {part!r}{where}; {nearest(part, known)}"

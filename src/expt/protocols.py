@@ -4,8 +4,9 @@ How to add a model: a `torch.nn.Module` whose `forward` takes the data's inputs 
 returns a prediction. Its constructor may ask, by name, for anything in
 `DataSet.model_arguments()`; the rest comes from its YAML.
 
-How to add a data set: a class with the methods of `DataSet`. For one more speed series,
-`expt.data.traffic.TrafficData` already is that class and a YAML with a `path` is enough.
+How to add a data set: a class with the methods of `DataSet`, and of `Described` if it likes. For
+one more speed series, `expt.data.traffic.TrafficData` already is that class and a YAML with a
+`path` is enough.
 
 Letters: `B` samples in a batch.
 """
@@ -90,6 +91,14 @@ class Checked(Protocol):
     @classmethod
     def problems(cls, arguments: Mapping[str, Any]) -> list[str]:
         """Return one message per impossible value or combination among `arguments`."""
+
+
+@runtime_checkable
+class Described(Protocol):
+    """A data set that can say what it holds; optional, and told where a run begins."""
+
+    def describe(self) -> str:
+        """Return one line of facts, and one more per warning."""
 
 
 class Tracker(Protocol):

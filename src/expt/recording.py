@@ -49,6 +49,7 @@ class Recorder:
         if not self.started:
             self.started = True
             preset = {"preset": str(self.result.preset), "device": str(self.result.device)}
+            self.result.unit = parameters.get("data", {}).get("unit")
             origin = {"run_dir": str(self.run_dir), **_versions()}
             self.tracker.start(name, parameters, {**preset, **origin, **tags})
             self._tell()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich import box
@@ -13,7 +14,7 @@ from expt.files import replace_atomically
 from expt.results import RunResult
 from expt.units import GIB, format_bytes, format_seconds
 
-COLUMNS = ("job", "preset", "status", "val MAE", "test MAE", "15/30/60 min", "peak", "time")
+_AT_MINUTES = re.compile(r"test/mae_(.+)min")
 
 
 def print_result(result: RunResult, run_dir: Path) -> None:
@@ -24,11 +25,13 @@ def print_result(result: RunResult, run_dir: Path) -> None:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("measure")
     table.add_column("value", justify="right")
-    table.add_row("validation MAE (best)", _figure(metrics.get("val/mae"), "mph"))
-    for minutes in (15, 30, 60):
+    table.add_row("validation MAE (best)", _figure(metrics.get("val/mae"), result.unit))
+    for minutes in minutes_of([result]):
         table.add_row(f"test MAE, {minutes} min", _figure(metrics.get(f"test/mae_{minutes}min")))
-    table.add_row("test MAE, all steps", _figure(metrics.get("test/mae"), "mph"), style="bold")
-    table.add_row("test RMSE", _figure(metrics.get("test/rmse"), "mph"))
+    table.add_row(
+        "test MAE, all steps", _figure(metrics.get("test/mae"), result.unit), style="bold"
+    )
+    table.add_row("test RMSE", _figure(metrics.get("test/rmse"), result.unit))
     mape = metrics.get("test/mape")
     table.add_row("test MAPE", "-" if mape is None else f"{100 * mape:.2f} %")
     predicted = memory.get("predicted_peak_bytes")
@@ -54,31 +57,52 @@ def print_result(result: RunResult, run_dir: Path) -> None:
 def comparison_table(results: Mapping[str, RunResult]) -> Table:
     """Return runs side by side, one row each."""
     table = Table(box=box.SIMPLE_HEAD)
-    for number, name in enumerate(COLUMNS):
+    minutes = minutes_of(results.values())
+    for number, name in enumerate(columns(minutes)):
         table.add_column(name, justify="left" if number < 3 else "right")
     for name, result in results.items():
-        table.add_row(*row(name, result))
+        table.add_row(*row(name, result, minutes))
     return table
 
 
 def comparison_markdown(results: Mapping[str, RunResult]) -> str:
     """Return the same table as Markdown."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(row(name, result)) + " |" for name, result in results.items()]
+    minutes = minutes_of(results.values())
+    heads = columns(minutes)
+    rows = [heads, *(row(name, result, minutes) for name, result in results.items())]
+    lines = ["| " + " | ".join(cells) + " |" for cells in rows]
+    lines.insert(1, "|" + "---|" * len(heads))
     return "\n".join(lines) + "\n"
 
 
-def row(name: str, result: RunResult) -> tuple[str, ...]:
-    """Return a run's cells for `COLUMNS`."""
+def minutes_of(results: Iterable[RunResult]) -> list[str]:
+    """Return how far ahead the runs were tested, in minutes: ``["15", "30", "60"]``."""
+    found = {
+        match[1]
+        for result in results
+        for name, value in result.metrics.items()
+        if value is not None and (match := _AT_MINUTES.fullmatch(name))
+    }
+    return sorted(found, key=float)
+
+
+def columns(minutes: Sequence[str]) -> tuple[str, ...]:
+    """Return the heads of a table of runs; one column holds the errors at all of `minutes`."""
+    ahead = "/".join(minutes or ("15", "30", "60"))
+    return ("job", "preset", "status", "val MAE", "test MAE", f"{ahead} min", "peak", "time")
+
+
+def row(name: str, result: RunResult, minutes: Sequence[str]) -> tuple[str, ...]:
+    """Return a run's cells for `columns`."""
     metrics = result.metrics
-    horizons = (_figure(metrics.get(f"test/mae_{minutes}min")) for minutes in (15, 30, 60))
+    horizons = (_figure(metrics.get(f"test/mae_{ahead}min")) for ahead in minutes)
     return (
         name,
         result.preset or "-",
         result.status,
         _figure(metrics.get("val/mae")),
         _figure(metrics.get("test/mae")),
-        "/".join(horizons),
+        "/".join(horizons) or "-",
         format_bytes(result.memory["peak_allocated_bytes"]),
         format_seconds(result.seconds),
     )
@@ -92,8 +116,13 @@ def print_table(table: Table) -> None:
     console.print(table)
 
 
-def plot_history(history: Sequence[Mapping[str, float]], monitor: str, folder: Path) -> list[Path]:
-    """Draw loss and validation over steps, and memory over steps; return the PNG files."""
+def plot_history(
+    history: Sequence[Mapping[str, float]], monitor: str, folder: Path, unit: str | None = None
+) -> list[Path]:
+    """Draw loss and validation over steps, and memory over steps; return the PNG files.
+
+    `unit` is that of the errors (`RunResult.unit`); without one the axis says only what they are.
+    """
     if not history:
         return []
     import matplotlib
@@ -116,7 +145,8 @@ def plot_history(history: Sequence[Mapping[str, float]], monitor: str, folder: P
         ha="center",
         fontsize=9,
     )
-    losses.set_ylabel("MAE (mph)" if monitor == "mae" else monitor)
+    name = "MAE" if monitor == "mae" else monitor
+    losses.set_ylabel(f"{name} ({unit})" if unit else name)
     losses.margins(x=0.08, y=0.2)
     losses.legend(frameon=False)
     labels = {
@@ -137,5 +167,5 @@ def plot_history(history: Sequence[Mapping[str, float]], monitor: str, folder: P
     return [path]
 
 
-def _figure(value: float | None, unit: str = "") -> str:
-    return "-" if value is None else f"{value:.3f} {unit}".rstrip()
+def _figure(value: float | None, unit: str | None = None) -> str:
+    return "-" if value is None else f"{value:.3f} {unit or ''}".rstrip()

@@ -24,7 +24,10 @@ METRIC_NAMES = (
     "test/rmse",
     "test/mape",
 )
-"""Always present in ``metrics``; null where they were not reached."""
+"""Always present in ``metrics``; null where they were not reached, or the series has no such step.
+
+Then ``test/mae_{minutes}min`` of other steps may follow (`expt.data.masked_errors`).
+"""
 
 
 @dataclass
@@ -32,7 +35,8 @@ class RunResult:
     """One run, whichever way it ended.
 
     `weights_sha256` is over the weights after the last step; the test figures are those of the
-    best weights by validation. `metrics` are in mph, `seconds` cover all parts of a resumed run.
+    best weights by validation. `metrics` are in `unit` (null: the
+    data set names none), `seconds` cover all parts of a resumed run.
     `oom_events` are `expt.memory.oom_event.OomEvent`; `fallback_run` is the directory of the
     smaller run that took over.
     """
@@ -48,6 +52,7 @@ class RunResult:
     steps: int = 0
     seconds: float = 0.0
     parameters: int | None = None
+    unit: str | None = "mph"  # what a record without one was in
     metrics: dict[str, float | None] = field(
         default_factory=lambda: dict.fromkeys(METRIC_NAMES, None)
     )

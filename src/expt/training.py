@@ -32,7 +32,7 @@ from expt.memory.recovery import Recovery
 from expt.optim import schedules
 from expt.profiling import StepProfiler
 from expt.progress import Display, ProgressFile
-from expt.protocols import DataSet, MemoryMeter, Tracker
+from expt.protocols import DataSet, Described, MemoryMeter, Tracker
 from expt.schema import TrainerConfig
 from expt.stepping import steps_for
 from expt.stopping import Outcome, StopReason, limit_reached
@@ -106,6 +106,8 @@ class Trainer:
     def fit(self) -> Outcome:
         """Train until one of the reasons to stop; the checkpoints are complete when it returns."""
         self._started = time.monotonic() - self.progress.seconds
+        if isinstance(self.data, Described):
+            print(self.data.describe(), flush=True)
         self.display.start(self.total_steps, self.progress.step)
         self.model.train()
         if self.recovery.limits.enabled and self.progress.step == 0:

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from expt.data.masked_errors import MaskedErrors
+from expt.data.masked_errors import MaskedErrors, reported_steps
 from expt.protocols import Batch
 
 MEAN, STD = 54.0, 15.0
 
 
-def to_mph(prediction: Tensor) -> Tensor:
+def to_speed(prediction: Tensor) -> Tensor:
     return prediction.float() * STD + MEAN
 
 
@@ -47,7 +47,7 @@ def brute_force(drawn: list[tuple[Tensor, Batch]]) -> dict[str, float]:
 def added(
     drawn: list[tuple[Tensor, Batch]], horizon: int = 12, step_seconds: int = 300
 ) -> MaskedErrors:
-    metrics = MaskedErrors(to_mph, horizon, step_seconds)
+    metrics = MaskedErrors(to_speed, horizon, step_seconds)
     for prediction, batch in drawn:
         metrics.update(prediction, batch)
     return metrics
@@ -98,24 +98,30 @@ def test_mae_of_every_step() -> None:
     ("horizon", "step_seconds", "minutes"),
     [
         (12, 300, [15, 30, 60]),
-        (6, 300, [15, 30]),
-        (2, 300, []),
+        (24, 300, [15, 30, 60]),
         (4, 900, [15, 30, 60]),
-        (3, 3600, [60]),
-        (12, 60, []),
-        (6, 600, [30, 60]),
+        (6, 300, [10, 15, 30]),
+        (2, 300, [5, 10]),
+        (1, 300, [5]),
+        (3, 3600, [60, 120, 180]),
+        (12, 3600, [60, 180, 360, 720]),
+        (12, 60, [3, 6, 12]),
+        (12, 600, [30, 60, 120]),
+        (4, 90, [1.5, 3, 6]),
     ],
 )
-def test_only_horizons_that_are_forecast_are_reported(
-    horizon: int, step_seconds: int, minutes: list[int]
+def test_fixed_horizons_and_parts_of_the_whole_where_one_is_not_there(
+    horizon: int, step_seconds: int, minutes: list[float]
 ) -> None:
     figures = added(batches(horizon=horizon), horizon, step_seconds).compute()
     reported = [name for name in figures if name.startswith("mae_")]
     assert reported == [f"mae_{count}min" for count in minutes]
+    steps = reported_steps(horizon, step_seconds)
+    assert [step * step_seconds for step in steps.values()] == [60 * count for count in minutes]
 
 
 def test_the_sums_are_not_rounded_to_float32() -> None:
-    metrics = MaskedErrors(to_mph, 1, 300)
+    metrics = MaskedErrors(to_speed, 1, 300)
     target = torch.full((64, 1, 64), MEAN + 0.1)
     for _ in range(30):
         metrics.update(torch.zeros_like(target), Batch({}, target))
@@ -130,6 +136,6 @@ def test_half_precision_predictions_are_judged_in_float32() -> None:
 
 
 def test_nothing_added_is_an_error() -> None:
-    for ask in (MaskedErrors(to_mph, 12, 300).compute, MaskedErrors(to_mph, 12, 300).by_step):
+    for ask in (MaskedErrors(to_speed, 12, 300).compute, MaskedErrors(to_speed, 12, 300).by_step):
         with pytest.raises(ValueError, match="no batch was added"):
             ask()

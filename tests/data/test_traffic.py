@@ -14,7 +14,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from expt.data.traffic import TrafficData, split_windows, window_starts
+from expt.data.traffic import TrafficData
+from expt.data.windows import split_windows, window_starts
 from expt.errors import DataError
 from expt.protocols import Batch, Split
 
@@ -31,6 +32,7 @@ ARGUMENTS: dict[str, Any] = {
     "eval_batch_size": 64,
     "train_fraction": 0.7,
     "test_fraction": 0.2,
+    "unit": "mph",
 }
 
 
@@ -106,9 +108,9 @@ def test_the_target_is_in_mph_and_scaling_is_undone(metr_la: TrafficData) -> Non
     assert 40 < observed.mean() < 70
     speed, seen = batch.inputs["speed"], batch.inputs["observed"]
     original = metr_la.series.values[metr_la.split_starts["test"][:64, None] + np.arange(12)]
-    mph = metr_la.to_mph(speed)
+    mph = metr_la.to_speed(speed)
     torch.testing.assert_close(mph[seen], torch.from_numpy(original)[seen])
-    assert metr_la.to_mph(speed.bfloat16()).dtype == torch.float32
+    assert metr_la.to_speed(speed.bfloat16()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -182,7 +184,7 @@ def test_model_arguments_are_what_the_file_says(metr_la: TrafficData) -> None:
     adjacency = arguments.pop("adjacency")
     assert adjacency.shape == (29, 29)
     missing = torch.tensor(arguments.pop("missing_value"))
-    assert metr_la.to_mph(missing) == pytest.approx(0, abs=1e-5)
+    assert metr_la.to_speed(missing) == pytest.approx(0, abs=1e-5)
     assert arguments == {
         "num_sensors": 29,
         "input_steps": 12,
@@ -266,8 +268,42 @@ def test_what_is_wrong_with_the_file_is_said(changes: dict[str, Any], parts: lis
 @pytest.mark.parametrize(("steps", "windows"), [(10, 0), (24, 1), (26, 3)])
 def test_a_series_too_short_for_every_split(tmp_path: Path, steps: int, windows: int) -> None:
     path = saved(tmp_path, times(steps))
-    with pytest.raises(DataError, match=f"series.npz: only {windows} windows without a gap"):
+    with pytest.raises(DataError) as caught:
         traffic(path=path)
+    plural = "" if windows == 1 else "s"
+    assert f"series.npz: only {windows} window{plural} without a gap" in str(caught.value)
+    assert "a longer series" in str(caught.value)
+
+
+def test_too_few_windows_are_blamed_on_what_broke_them(tmp_path: Path) -> None:
+    late = times(3000)
+    late[::20] += np.timedelta64(1, "s")
+    with pytest.raises(DataError) as caught:
+        traffic(path=saved(tmp_path, late))
+    message = str(caught.value)
+    assert "series.npz: only 0 windows" in message
+    assert "interval is 5 min, and 299 of 2,999 differences" in message
+    assert "round or resample" in message
+    assert "longer" not in message and "smaller" not in message
+    with pytest.raises(DataError, match=r"149 of 2,850 differences .* Rows are missing: .*smaller"):
+        traffic(path=saved(tmp_path, np.delete(times(3000), np.arange(20, 3000, 20)[:150])))
+
+
+def test_a_step_that_does_not_divide_the_day_is_refused_with_the_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"series.npz: a time step of 420 seconds"):
+        traffic(path=saved(tmp_path, times(400, step=420)))
+
+
+def test_the_facts_count_what_the_splits_hold(metr_la: TrafficData, tmp_path: Path) -> None:
+    assert metr_la.describe() == (
+        "data: 29 sensors, every 5 min, 34,272 steps, 7.75 % missing; "
+        "windows: 23,974 train, 3,425 val, 6,850 test"
+    )
+    late = times(3000)
+    late[::60] += np.timedelta64(1, "s")
+    facts, warning = traffic(path=saved(tmp_path, late)).describe().splitlines()
+    assert facts.endswith("; 1,177 of 2,977 (39.5 %) lost to gaps")
+    assert "99 of 2,999 differences" in warning and "round or resample" in warning
 
 
 def test_a_training_part_without_two_readings_is_refused(tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import optuna
+import pytest
 from matplotlib.image import imread
 from optuna.distributions import FloatDistribution
 from optuna.trial import create_trial
 
+from expt.results import RunResult
+from expt.sweep import plots
 from expt.sweep.plots import draw
 from expt.sweep.trials import KIND
 
@@ -38,6 +41,15 @@ def test_two_pictures_are_drawn(tmp_path):
 
 def test_one_trial_and_no_budget_are_enough(tmp_path):
     assert len(draw(study_of(1), None, tmp_path)) == 2
+
+
+@pytest.mark.parametrize(("unit", "label"), [("km/h", "val/mae (km/h)"), (None, "val/mae")])
+def test_the_error_is_in_the_unit_of_the_trials(tmp_path, monkeypatch, unit, label):
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    RunResult("completed", "epochs", unit=unit).save(tmp_path / "trial_000")
+    draw(study_of(2), None, tmp_path)
+    assert [figure.axes[0].get_ylabel() for figure in drawn] == [label, label]
 
 
 def test_nothing_is_drawn_of_nothing(tmp_path):

@@ -40,7 +40,9 @@ def wanted_keys(available: Collection[str]) -> dict[str, str]:
     if speed is None:
         raise DataError(f"has no speeds; found {found}; expected one of {', '.join(SPEED_KEYS)}")
     if "timestamps" not in available:
-        raise DataError(f"has no timestamps; found {found}; expected `timestamps`, datetime64 [S]")
+        raise DataError(
+            f"has no timestamps; found {found}; expected `timestamps`, one datetime64 per time step"
+        )
     keys = {"speed": speed, "timestamps": "timestamps"}
     return keys | {name: name for name in OPTIONAL_KEYS if name in available}
 

@@ -9,15 +9,17 @@ import numpy as np
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 
+from expt.data.masked_errors import reported_steps
 from expt.data.series import Series
 from expt.files import replace_atomically
 
 SENSORS_SHOWN = 4
-MINUTES_SHOWN = (15, 60)
 
 
-def plot_day(forecasts: np.ndarray, series: Series, first: np.ndarray, folder: Path) -> Path:
-    """Draw forecasts [W, P, N] in mph of consecutive windows; `first` [W] is their first step.
+def plot_day(
+    forecasts: np.ndarray, series: Series, first: np.ndarray, folder: Path, unit: str
+) -> Path:
+    """Draw forecasts [W, P, N] in `unit` of consecutive windows; `first` [W] is their first step.
 
     The sensors shown are those whose speed varies most; missing readings are marked on the axis.
     """
@@ -27,22 +29,23 @@ def plot_day(forecasts: np.ndarray, series: Series, first: np.ndarray, folder: P
     figure = Figure(figsize=(10, 2.2 * len(sensors) + 0.6), layout="constrained")
     rows = figure.subplots(len(sensors), 1, sharex=True, squeeze=False)[:, 0]
     times = series.timestamps[first]
+    reported = list(reported_steps(forecasts.shape[1], series.step_seconds).items())
+    shown = dict([reported[0], reported[-1]]).items()
+    top = 1.15 * float(truth[:, sensors].max()) or 1.0
     for axes, sensor in zip(rows, sensors, strict=True):
         observed = truth[:, sensor] > 0
         axes.plot(
             times, np.where(observed, truth[:, sensor], np.nan), color="0.25", label="measured"
         )
-        for minutes in MINUTES_SHOWN:
-            steps, between = divmod(minutes * 60, series.step_seconds)
-            ahead = steps - 1
-            if not between and 0 <= ahead < forecasts.shape[1]:
-                reached = first + ahead < len(series.timestamps)
-                when = series.timestamps[(first + ahead)[reached]]
-                predicted = forecasts[reached, ahead, sensor]
-                axes.plot(when, predicted, linewidth=1.2, label=f"{minutes} min ahead")
+        for minutes, step in shown:
+            ahead = step - 1
+            reached = first + ahead < len(series.timestamps)
+            when = series.timestamps[(first + ahead)[reached]]
+            predicted = forecasts[reached, ahead, sensor]
+            axes.plot(when, predicted, linewidth=1.2, label=f"{minutes} min ahead")
         missing = times[~observed]
-        axes.plot(missing, np.full(len(missing), 2.0), "|", color="tab:red", label="missing")
-        axes.set(ylabel="mph", ylim=(0, 80))
+        axes.plot(missing, np.full(len(missing), top / 40), "|", color="tab:red", label="missing")
+        axes.set(ylabel=unit, ylim=(0, top))
         axes.set_title(f"sensor {series.sensor_ids[sensor]}", fontsize=9, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
     locator = AutoDateLocator()
@@ -54,18 +57,18 @@ def plot_day(forecasts: np.ndarray, series: Series, first: np.ndarray, folder: P
     return _save(figure, folder / "forecast.png")
 
 
-def plot_horizon(mae_by_step: Sequence[float], step_seconds: int, folder: Path) -> Path:
+def plot_horizon(mae_by_step: Sequence[float], step_seconds: int, folder: Path, unit: str) -> Path:
     """Draw the test MAE of every forecast step."""
     minutes = [(step + 1) * step_seconds / 60 for step in range(len(mae_by_step))]
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.plot(minutes, mae_by_step, "o-")
-    for at, value in zip(minutes, mae_by_step, strict=True):
-        if at in (15, 30, 60):
-            axes.annotate(
-                f"{value:.2f}", (at, value), textcoords="offset points", xytext=(0, 7), ha="center"
-            )
-    axes.set(xlabel="minutes ahead", ylabel="test MAE (mph)", xticks=minutes)
+    for step in reported_steps(len(mae_by_step), step_seconds).values():
+        at, value = minutes[step - 1], mae_by_step[step - 1]
+        axes.annotate(
+            f"{value:.2f}", (at, value), textcoords="offset points", xytext=(0, 7), ha="center"
+        )
+    axes.set(xlabel="minutes ahead", ylabel=f"test MAE ({unit})", xticks=minutes)
     axes.margins(y=0.15)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title("Error by horizon", fontsize=11, loc="left")

@@ -30,7 +30,7 @@ class Series:
     """
 
     values: npt.NDArray[np.float32]
-    """Miles per hour [S, N]; 0 = missing."""
+    """Speeds [S, N], in one unit throughout; 0 = missing."""
     timestamps: npt.NDArray[np.datetime64]
     """Local clock times [S], ``datetime64[s]``, strictly increasing; gaps are allowed."""
     sensor_ids: tuple[str, ...]
@@ -198,8 +198,8 @@ def _check_values(series: Series) -> None:
             row, column = np.argwhere(bad)[0]
             raise DataError(
                 f"{bad.sum()} speeds are {what}, the first {values[row, column]} at sensor "
-                f"{series.sensor_ids[column]}, {series.timestamps[row]}; expected miles per hour "
-                "of 0 or more, with 0 or NaN for missing"
+                f"{series.sensor_ids[column]}, {series.timestamps[row]}; expected speeds of 0 or "
+                "more, with 0 or NaN for missing"
             )
     if not values.any():
         raise DataError("all values are missing (0 or NaN); expected some speed above 0")

@@ -54,7 +54,7 @@ def checked_suffix(path: Path, known: Collection[str]) -> str:
 
 
 @contextmanager
-def named(path: Path) -> Iterator[None]:
+def named(path: Path | str) -> Iterator[None]:
     """Put the path in front of the message of any `DataError` raised inside."""
     try:
         yield

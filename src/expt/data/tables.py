@@ -28,6 +28,7 @@ def read_csv(path: Path) -> Arrays:
     with translated(path, "CSV", OSError, ValueError):
         header = pd.read_csv(path, header=None, nrows=1, dtype=str, keep_default_na=False)
         names = [str(name) for name in header.iloc[0]]
+        _refuse_other_separators(names)
         _refuse_data_as_header(names)
         try:
             frame = pd.read_csv(path, header=None, skiprows=1, low_memory=False)
@@ -68,6 +69,15 @@ def read_parquet(path: Path) -> Arrays:
     clock = times.tz_localize(None).to_numpy().astype("datetime64[s]")
     speeds = _numbers(rest, columns, clock)
     return {"speed": speeds, "timestamps": clock, "sensor_ids": np.array(columns)}
+
+
+def _refuse_other_separators(names: list[str]) -> None:
+    for separator in ";\t|":
+        if len(names) == 1 and separator in names[0]:
+            raise DataError(
+                f"its columns are separated by {separator!r}: the header is {names[0][:40]!r}; "
+                "expected commas between columns, and points in numbers"
+            )
 
 
 def _refuse_data_as_header(names: list[str]) -> None:
@@ -121,7 +131,7 @@ def _numbers(
         if bad.size:
             raise DataError(
                 f"column {name!r} holds {column.iloc[bad[0]]!r} at {times[bad[0]]}, which is not a "
-                "number; expected miles per hour, or an empty cell for missing"
+                "number; expected a speed, or an empty cell for missing"
             )
         with np.errstate(over="ignore"):  # float32 makes it infinite, and Series refuses that
             speeds[:, position] = numbers.to_numpy(dtype=np.float64, na_value=np.nan)

@@ -2,8 +2,8 @@
 
 Protocol (Li et al., DCRNN, ICLR 2018, and the published code after it): windows of
 `input_steps` + `horizon` consecutive steps, cut first and then split in time 70/10/20; scaling
-by the training part; errors in mph on what was measured, over the whole split. A gap in the
-timestamps is respected: no window reaches across it.
+by the training part; errors in the series' own unit on what was measured, over the whole split.
+A gap in the timestamps is respected: no window reaches across it.
 
 A batch is gathered on the device by window index; nothing is copied per sample.
 
@@ -13,6 +13,7 @@ Letters: `S` steps in the series, `N` sensors, `W` windows, `B` batch, `T` input
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -22,9 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from expt.data.facts import describe, deviations
 from expt.data.masked_errors import MaskedErrors, check_shape
 from expt.data.reading import read_series
 from expt.data.series import Series
+from expt.data.source import named
+from expt.data.windows import split_windows, window_starts
 from expt.errors import DataError
 from expt.protocols import Batch, Split
 
@@ -46,6 +50,7 @@ class TrafficData:
         eval_batch_size: windows per forward pass in evaluation.
         train_fraction: leading part of the windows.
         test_fraction: trailing part; what is between is for validation.
+        unit: what the readings are in, ``mph`` or ``km/h``, for labels and records.
 
     Raises:
         DataError: the file is absent or not what it should be, or too short for one window
@@ -67,29 +72,51 @@ class TrafficData:
         eval_batch_size: int,
         train_fraction: float,
         test_fraction: float,
+        unit: str,
     ) -> None:
+        self.unit = unit
         self.input_steps, self.horizon = input_steps, horizon
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.series = self.read(path, adjacency_path, where_to_get)
+        source = path or type(self).__name__
+        if not isinstance(self.series, Series):
+            raise DataError(
+                f"{type(self).__name__}.read returned {type(self.series).__name__}; expected an "
+                "expt.data.series.Series, which Series.from_arrays(values, timestamps) makes"
+            )
         num_sensors = self.series.values.shape[1]
         if expected_sensors is not None and num_sensors != expected_sensors:
             raise DataError(
-                f"{path}: found {num_sensors} sensors, data.expected_sensors={expected_sensors}; "
+                f"{source}: found {num_sensors} sensors, data.expected_sensors={expected_sensors}; "
                 "set data.expected_sensors=null to take any number"
             )
         starts = window_starts(self.series, input_steps + horizon)
-        self.split_starts = split_windows(starts, train_fraction, test_fraction, path)
-        self.mean, self.std = self._scaling()
+        self.split_starts = split_windows(
+            starts, train_fraction, test_fraction, source, deviations(self.series)
+        )
+        with named(source):
+            _ = self.series.steps_per_day  # refused here, before anything is built for it
+            self.mean, self.std = self._scaling()
         self._on_device(torch.device("cpu"))
         for split, observed in self._observed_targets.items():
             if not observed.any():
                 raise DataError(
-                    f"{path}: every target reading of the {split} part is missing, so there is "
+                    f"{source}: every target reading of the {split} part is missing, so there is "
                     "nothing to compare a forecast with"
                 )
 
     def read(self, path: str | None, adjacency_path: str | None, where_to_get: str) -> Series:
-        """Return the series; a subclass with a format of its own overrides this."""
+        """Return the series; a subclass with a format of its own overrides this.
+
+        Args:
+            path: `data.path`, whatever it means to the subclass.
+            adjacency_path: `data.adjacency_path`.
+            where_to_get: what to say when there is nothing at `path`.
+
+        Raises:
+            DataError: there is nothing to read, or it is not a series.
+
+        """
         if path is None:
             raise DataError(f"data.path is not set. {where_to_get}")
         graph = Path(adjacency_path).expanduser() if adjacency_path else None
@@ -104,6 +131,13 @@ class TrafficData:
     @classmethod
     def problems(cls, arguments: Mapping[str, Any]) -> list[str]:
         """Judge the arguments before any file is read; see `expt.protocols.Checked`."""
+        try:
+            inspect.signature(cls.read).bind("self", "path", "adjacency_path", "where_to_get")
+        except TypeError as error:
+            return [
+                f"{cls.__module__}.{cls.__name__}.read is called as read(self, path, "
+                f"adjacency_path, where_to_get), which its signature does not allow: {error}"
+            ]
         found = [
             f"data.{name} must be at least 1, got {arguments[name]}"
             for name in ("input_steps", "horizon", "batch_size", "eval_batch_size")
@@ -115,6 +149,8 @@ class TrafficData:
                 "data.train_fraction and data.test_fraction must be positive and leave a part "
                 f"for validation, got {train} and {test}"
             )
+        if not arguments.get("unit", "mph").strip():
+            found.append("data.unit must name the unit of the readings, like mph or km/h")
         return found
 
     def to(self, device: torch.device) -> None:
@@ -137,7 +173,7 @@ class TrafficData:
         return len(self.split_starts[split])
 
     def gather(self, split: Split, indices: Tensor) -> Batch:
-        """Return windows `indices` [B]: inputs [B,T,N] and [B,T], target [B,P,N] in mph."""
+        """Return windows `indices` [B]: inputs [B,T,N] and [B,T], target [B,P,N] in `unit`."""
         steps = self._starts[split][indices].unsqueeze(1) + self._offsets  # [B, T+P]
         past, future = steps[:, : self.input_steps], steps[:, self.input_steps :]
         inputs = {
@@ -153,14 +189,14 @@ class TrafficData:
         return self._observed_targets[split][indices].sum().clamp(min=1)
 
     def loss(self, prediction: Tensor, batch: Batch) -> Tensor:
-        """Return the absolute error in mph summed over observed targets."""
+        """Return the absolute error in `unit` summed over observed targets."""
         check_shape(prediction, batch)
-        error = (self.to_mph(prediction) - batch.target).abs()
+        error = (self.to_speed(prediction) - batch.target).abs()
         return torch.where(batch.target > 0, error, 0.0).sum()
 
     def metrics(self) -> MaskedErrors:
-        """Return an accumulator in mph, per horizon."""
-        return MaskedErrors(self.to_mph, self.horizon, self.series.step_seconds)
+        """Return an accumulator in `unit`, per horizon."""
+        return MaskedErrors(self.to_speed, self.horizon, self.series.step_seconds)
 
     def plots(
         self, predict: Callable[[Batch], Tensor], metrics: MaskedErrors, folder: Path
@@ -171,18 +207,24 @@ class TrafficData:
         count = min(self.series.steps_per_day, self.size("test"))
         windows = torch.arange(count, device=self._offsets.device)
         forecasts = [
-            self.to_mph(predict(self.gather("test", chunk)))
+            self.to_speed(predict(self.gather("test", chunk)))
             for chunk in windows.split(self.eval_batch_size)
         ]
         first = self.split_starts["test"][:count] + self.input_steps
         return [
-            plot_day(torch.cat(forecasts).cpu().numpy(), self.series, first, folder),
-            plot_horizon(metrics.by_step(), self.series.step_seconds, folder),
+            plot_day(torch.cat(forecasts).cpu().numpy(), self.series, first, folder, self.unit),
+            plot_horizon(metrics.by_step(), self.series.step_seconds, folder, self.unit),
         ]
 
-    def to_mph(self, prediction: Tensor) -> Tensor:
-        """Undo the scaling of a prediction."""
+    def to_speed(self, prediction: Tensor) -> Tensor:
+        """Undo the scaling of a prediction; the result is in `unit`."""
         return prediction.float() * self.std + self.mean
+
+    def describe(self) -> str:
+        """Return a line of facts about the series, and one per warning; see `expt.data.facts`."""
+        sizes = {split: len(starts) for split, starts in self.split_starts.items()}
+        possible = len(self.series.values) - (self.input_steps + self.horizon) + 1
+        return describe(self.series, sizes, possible)
 
     def fingerprint(self) -> str:
         """Return a short hash of the series."""
@@ -218,36 +260,3 @@ class TrafficData:
             - observed_before[starts + self.input_steps]
             for split, starts in self._starts.items()
         }
-
-
-def window_starts(series: Series, length: int) -> np.ndarray:
-    """Return the first step of every run of `length` steps without a gap, int64 [W]."""
-    if len(series.timestamps) < length:
-        return np.empty(0, dtype=np.int64)
-    seconds = series.timestamps.astype(np.int64)
-    starts = np.arange(len(seconds) - length + 1, dtype=np.int64)
-    span = (length - 1) * series.step_seconds
-    irregular = np.concatenate(([0], np.cumsum(np.diff(seconds) != series.step_seconds)))
-    whole = seconds[starts + length - 1] - seconds[starts] == span
-    unbroken: np.ndarray = starts[whole & (irregular[starts + length - 1] == irregular[starts])]
-    return unbroken
-
-
-def split_windows(
-    starts: np.ndarray, train_fraction: float, test_fraction: float, path: str | None
-) -> dict[Split, np.ndarray]:
-    """Cut the windows [W] in time order; sizes are rounded as in the published code."""
-    num_train = round(len(starts) * train_fraction)
-    num_test = round(len(starts) * test_fraction)
-    num_val = len(starts) - num_train - num_test
-    if min(num_train, num_val, num_test) < 1:
-        raise DataError(
-            f"{path}: only {len(starts)} windows without a gap, which leaves {num_train} for "
-            f"training, {num_val} for validation, {num_test} for the test; "
-            "a longer series, or smaller data.input_steps and data.horizon, would do"
-        )
-    return {
-        "train": starts[:num_train],
-        "val": starts[num_train : num_train + num_val],
-        "test": starts[num_train + num_val :],
-    }

@@ -10,6 +10,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from expt.files import replace_atomically
+from expt.results import load_result
 from expt.search_config import MAE
 from expt.sweep.trials import KIND
 from expt.sweep.winner import best_trial, feasible, pareto, peak_of
@@ -29,14 +30,21 @@ def draw(study: Study, budget_bytes: int | None, folder: Path) -> list[Path]:
     ]
     if not done:
         return []
-    limited = budget_bytes is not None
+    limited, name, error = budget_bytes is not None, study.study_name, _error_label(folder)
     return [
-        _save(_history(done, limited, study.study_name), folder / FOLDER / "history.png"),
-        _save(_memory(done, budget_bytes, study.study_name), folder / FOLDER / "memory.png"),
+        _save(_history(done, limited, name, error), folder / FOLDER / "history.png"),
+        _save(_memory(done, budget_bytes, name, error), folder / FOLDER / "memory.png"),
     ]
 
 
-def _history(done: list[FrozenTrial], limited: bool, name: str) -> Figure:
+def _error_label(folder: Path) -> str:
+    """Return the error with its unit, as the first trial that has a record says."""
+    results = (load_result(path.parent) for path in sorted(folder.glob("trial_*/**/result.json")))
+    unit = next((result.unit for result in results if result is not None), None)
+    return f"{MAE} ({unit})" if unit else MAE
+
+
+def _history(done: list[FrozenTrial], limited: bool, name: str, error: str) -> Figure:
     """Draw the error of every trial, and the best inside the budget so far."""
     figure = Figure(figsize=(7.0, 3.6), layout="constrained")
     axes = figure.add_subplot()
@@ -55,13 +63,13 @@ def _history(done: list[FrozenTrial], limited: bool, name: str) -> Figure:
             numbers.append(trial.number)
             values.append(best)
     axes.step(numbers, values, where="post", color=BEST, linewidth=1.4, label="best so far")
-    axes.set(xlabel="trial", ylabel=f"{MAE} (mph)", title=f"{name}: the search")
+    axes.set(xlabel="trial", ylabel=error, title=f"{name}: the search")
     axes.legend(frameon=False, fontsize=8)
     axes.grid(alpha=0.25)
     return figure
 
 
-def _memory(done: list[FrozenTrial], budget_bytes: int | None, name: str) -> Figure:
+def _memory(done: list[FrozenTrial], budget_bytes: int | None, name: str, error: str) -> Figure:
     """Draw error against measured peak, the front of what no other trial beats, the budget."""
     known = [(trial, peak) for trial in done if (peak := peak_of(trial)) is not None]
     unit, factor = ("GiB", GIB) if max((p for _, p in known), default=0) > GIB / 2 else ("MiB", MIB)
@@ -90,7 +98,7 @@ def _memory(done: list[FrozenTrial], budget_bytes: int | None, name: str) -> Fig
         axes.axvline(budget_bytes / factor, color="black", linestyle="--", linewidth=1)
         axes.annotate("budget", (budget_bytes / factor, 0.97), xycoords=("data", "axes fraction"),
                       rotation=90, va="top", ha="right", fontsize=8)  # fmt: skip
-    axes.set(xlabel=f"peak memory ({unit})", ylabel=f"{MAE} (mph)", title=f"{name}: what it costs")
+    axes.set(xlabel=f"peak memory ({unit})", ylabel=error, title=f"{name}: what it costs")
     handles, _ = axes.get_legend_handles_labels()
     if handles:
         axes.legend(frameon=False, fontsize=8)
