@@ -54,8 +54,11 @@ def test_the_value_that_was_light_elsewhere_comes_first(told):
 
 def test_without_a_figure_there_is_nothing_to_go_by():
     study = optuna.create_study()
-    study.ask(dict(SPACE.distributions))
+    refused = study.ask(dict(SPACE.distributions))
     assert lighter_point(study.get_trials(), SPACE) is None
+    refused.set_constraint(CONSTRAINT, -1.0)
+    study.tell(refused, state=TrialState.FAIL)
+    assert lighter_point(study.get_trials(), SPACE) is None, "it would have fitted"
 
 
 @pytest.mark.parametrize(

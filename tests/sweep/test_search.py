@@ -279,6 +279,13 @@ def test_what_ran_out_of_memory_does_not_show_that_something_fits(make):
     assert len(search.study.trials) < 60
 
 
+def test_no_point_is_left_waiting_once_all_trials_are_done(make):
+    search = make(lambda params: TrialOutcome("oom", excess_bytes=MIB), n_trials=12)
+    with pytest.raises(SearchError):
+        search.run()
+    assert states(search) == [TrialState.PRUNED] * 12
+
+
 def test_where_something_fitted_a_search_goes_on_longer(make):
     def predict(params):
         return None if params["search.trial"] == 0 else weights(params)

@@ -56,7 +56,7 @@ def lighter_point(trials: Sequence[FrozenTrial], space: Space) -> dict[str, Any]
 
     The values that were lightest so far come first.
     """
-    known = [trial for trial in trials if CONSTRAINT in trial.constraints]
+    known = [trial for trial in trials if trial.constraints.get(CONSTRAINT, 0.0) > 0]
     if not known:
         return None
     lightest = min(known, key=lambda trial: (trial.constraints[CONSTRAINT], trial.number))

@@ -32,7 +32,7 @@ from expt.sweep.exhaustion import (
 from expt.sweep.nothing_fits import Nearest, nothing_found
 from expt.sweep.processes import kill_leftover
 from expt.sweep.records import Records
-from expt.sweep.reservation import BEAT_SECONDS, Reservations, Reserved
+from expt.sweep.reservation import BEAT_SECONDS, Reservations, Reserved, counts
 from expt.sweep.running import Job, Runner, Running
 from expt.sweep.space import Space
 from expt.sweep.study import answering
@@ -375,11 +375,11 @@ class Search:
         is_grid = isinstance(self.study.sampler, GridSampler)
         if len(trials) < LEAST_SUGGESTIONS or is_grid or not nothing_fitted(trials):
             return False
-        if waiting(trials):
+        if waiting(trials) or sum(map(counts, trials)) >= self.reservations.n_trials:
             return False
         if point := lighter_point(trials, self.space):
             self.study.enqueue_trial(point)
-        known = any(CONSTRAINT in trial.constraints for trial in trials)
+        known = any(trial.constraints.get(CONSTRAINT, 0.0) > 0 for trial in trials)
         return point is None and known and len(trials) >= LEAST_TRIALS
 
     def _stop(self, number: int) -> None:
