@@ -130,6 +130,7 @@ def test_the_unit_of_the_data_is_in_table_and_record(expt, home):
         (["memory.gradient_accumulation=9"], ["gradient_accumulation=9", "batch_size=4"]),
         (["--config-dir=nowhere", "model=own"], ["nowhere", "no such folder"]),
         (["-m", "trainer.epochs=1,abc"], ["trainer.epochs=abc"]),
+        (["-m", "memory=lite,minimal", "trainer.epochs=-1"], ["trainer.epochs", "at least 1"]),
         (["-m", "memory=full,lit"], ["memory=lit", "'lite'"]),
         (["-m", "trainer.resume=somewhere"], ["trainer.resume=somewhere", "-m"]),
     ],
@@ -143,6 +144,13 @@ def test_a_mistake_is_one_clear_message(expt, home, arguments, words):
         assert word in message
     assert runs(home) == [], "a refused run leaves nothing behind"
     assert not list(home.rglob("*.db")), "nor does a refused multirun"
+    assert not list(home.rglob("multirun.yaml"))
+
+
+def test_a_refused_multirun_leaves_a_folder_that_was_there(expt, home):
+    (home / "mine").mkdir()
+    assert expt("-m", "memory=full,lit", "hydra.sweep.dir=mine")[0] == 2
+    assert [path.name for path in (home / "mine").iterdir()] == ["multirun.yaml"]
 
 
 def test_all_problems_come_in_one_message(expt):

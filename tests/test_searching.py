@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import optuna
 import pytest
@@ -194,6 +196,25 @@ def test_a_budget_under_which_nothing_fits_ends_with_what_would(expt, home):
     assert "memory.budget=" in err
     assert SweepSummary.load(home / "outputs/sweeps/debug").best is None
     assert "all 2 points of the space were tried" in out
+
+
+def test_ctrl_c_before_anything_fitted_says_the_smallest_peak(expt, home, monkeypatch):
+    from expt.search_jobs import TrialJobs
+    from expt.sweep.trials import Prediction
+
+    def predict(self, lines):
+        if "search.trial=1" in lines:
+            os.kill(os.getpid(), signal.SIGINT)
+        peak = 20 * 1024**2 if "search.trial=0" in lines else 30 * 1024**2
+        return Prediction(peak, peak, (peak, peak), {"peak_bytes": peak})
+
+    monkeypatch.setattr(TrialJobs, "predict", predict)
+    code, out, err = expt(
+        *SEARCH, "memory.budget=5MiB", "model.embed_dim=choice(8,32,48)", "search.presets=[]",
+        small=False,
+    )  # fmt: skip
+    assert code == 130, err
+    assert "nothing fits so far: the smallest peak seen is 20.0 MiB, with " in out
 
 
 def test_a_preset_that_the_settings_do_not_allow_is_one_message(expt, home, monkeypatch):

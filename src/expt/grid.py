@@ -8,6 +8,7 @@ jobs run on other machines. At the end the parent gets the table that is printed
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,8 @@ from expt.tracking.opening import open_tracker
 from expt.tracking.uri import shown_lines
 
 TABLE_NAME = "comparison.md"
+HYDRA_FILE = "multirun.yaml"
+"""What Hydra's sweeper leaves in a multirun's folder before it looks at a job."""
 
 
 class Grid(Callback):
@@ -33,11 +36,13 @@ class Grid(Callback):
         self._config: DictConfig | None = None
         self._tracker: Tracker | None = None
         self._whole = True
+        self._is_new = False
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Remember the multirun; its jobs are not known to be valid yet."""
         if config.search is None:  # else the sweeper keeps the records
             self._config = config
+            self._is_new = not _sweep_dir(config).exists()
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Open the parent run with the first job."""
@@ -67,6 +72,8 @@ class Grid(Callback):
         if self._config is None:
             return
         directory = _sweep_dir(config)
+        if self._is_new and (self._tracker is None or not self._whole):
+            _remove_traces(directory)
         children = child_results(directory) if directory.is_dir() else {}
         if children:
             print_table(comparison_table(children))
@@ -94,6 +101,15 @@ class Grid(Callback):
         else:
             whole = self._whole and statuses == {"completed"}
             self._tracker.finish("FINISHED" if whole else "FAILED")
+
+
+def _remove_traces(directory: Path) -> None:
+    """Remove the folder that was made for a multirun of which no job was started."""
+    with suppress(OSError):
+        if [entry.name for entry in directory.iterdir()] == [HYDRA_FILE]:
+            (directory / HYDRA_FILE).unlink()
+            directory.rmdir()
+            directory.parent.rmdir()  # the date's folder; one with other multiruns stays
 
 
 def child_results(directory: Path) -> dict[str, RunResult]:

@@ -27,6 +27,7 @@ from expt.search_jobs import TrialJobs, base_facts, check_presets, checker, pres
 from expt.search_request import Request, fixed_settings, given_points, request_of
 from expt.sweep.folder import claim
 from expt.sweep.launched import PRUNED_LATE, UNLIMITED, LauncherRunner
+from expt.sweep.nothing_fits import smallest_seen
 from expt.sweep.plots import draw
 from expt.sweep.processes import Worker, WorkerError, prepare_server, visible_devices
 from expt.sweep.records import Records
@@ -103,6 +104,7 @@ def search(
     with reservations.locked():
         records.open(_parameters(request, space, type(made).__name__, jobs.budget_bytes))
     status: Any = "FAILED"
+    seen = None
     try:
         with answering(node.study):
             records.reconcile(study, loop.trial_folder)
@@ -118,6 +120,8 @@ def search(
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
+        with answering(node.study):
+            seen = smallest_seen(study, loop.nearest, jobs.budget_bytes, space)
         raise
     finally:
         jobs.worker.close()
@@ -128,7 +132,7 @@ def search(
             with answering(node.study):
                 summary = loop.summary()
         finally:  # also without the storage: the parent's run is not left open
-            _conclude(summary, request, space)
+            _conclude(summary, request, space, seen)
             records.close(status, summary)
     return summary
 
@@ -276,14 +280,18 @@ def _announce(
     )
 
 
-def _conclude(summary: SweepSummary, request: Request, space: Space) -> None:
-    """Say what was found, and how to train it again."""
+def _conclude(
+    summary: SweepSummary, request: Request, space: Space, seen: str | None = None
+) -> None:
+    """Say what was found, and how to train it again; `seen` is for where nothing was found yet."""
     print(
         f"{summary.finished} of {summary.n_trials} trials trained: {summary.pruned} pruned, "
         f"{summary.infeasible_measured} ran out of memory, {summary.failed} failed; not started: "
         f"{summary.infeasible_predicted} that would not fit, {summary.duplicates} duplicates"
     )
     best = summary.best
+    if best is None and seen is not None:
+        print(f"nothing fits so far: {seen}")
     if best is not None:
         test = f", test MAE {best['test/mae']:.4f}" if "test/mae" in best else ""
         print(

@@ -72,3 +72,61 @@ def test_a_long_table_is_cut_and_says_so(record, tmp_path) -> None:
     assert len(found.table.rows) == 9
     assert found.page.table.columns[-1] == "width", "settings that differ have a column"
     assert found.page.table_words.startswith("The first 4 of 9 runs")
+
+
+def test_runs_on_several_data_are_not_ranked_against_each_other(record, tmp_path) -> None:
+    def on(path: str, name: str, error: float, peak: float, **more):
+        settings = {"data._target_": "Speeds", "data.path": path, "model.width": name}
+        return record(name, error, peak, settings=settings, **more)
+
+    runs = RunSet(
+        (
+            on("own.npz", "ref", 0.8, 0.5),
+            *(on("la.npz", f"r{n}", 5.0 - n / 10, 1.0 + n / 10) for n in range(12)),
+            on("own.npz", "ref2", 0.9, 0.4),
+        ),
+        "here",
+    )
+    found = contents(runs, wanted(), tmp_path)
+    assert found.best.name == "r11"
+    assert {one.name for one in found.pareto} == {f"r{n}" for n in range(12)}
+    assert "on 2 different data" in found.page.lead
+    assert list(found.page.by_data) == [
+        "la (12 runs): r11, validation MAE 3.900, peak 2.10 GiB",
+        "own (2 runs): ref, validation MAE 0.800, peak 0.50 GiB",
+    ]
+    assert [row[:2] for row in found.page.table.rows][11:13] == [("r0", "la"), ("ref", "own")]
+    assert list(found.page.marked) == [0, 12], "the best on each"
+    words = {picture.title: picture.words for picture in found.page.pictures}
+    for title in ("Error against memory", "Run after run", "What mattered"):
+        if title in words:
+            assert words[title].endswith("Only runs on la, 12 of 14.")
+    assert "Error against memory" in words and "Run after run" in words
+    assert found.importance.runs == 12
+    page = render(found.page)
+    assert "<li>own (2 runs): ref" in page
+    assert "best validation MAE on la" in page
+
+
+def test_runs_on_the_same_data_are_shown_as_if_there_were_no_other(record, tmp_path) -> None:
+    settings = {"data._target_": "Speeds", "data.path": "la.npz"}
+    runs = RunSet(tuple(record(str(n), 3.0 + n, settings=settings) for n in range(3)), "here")
+    found = contents(runs, wanted(), tmp_path)
+    assert found.page.lead.startswith("The best of 3 runs is 0: ")
+    assert found.page.by_data == []
+    assert "data" not in found.page.table.columns
+    assert all("Only runs" not in picture.words for picture in found.page.pictures)
+    assert " on la" not in render(found.page)
+
+
+def test_of_many_data_the_first_are_told(record, tmp_path) -> None:
+    runs = RunSet(
+        tuple(
+            record(str(n), 3.0, settings={"data._target_": "S", "data.path": f"{n}.npz"})
+            for n in range(10)
+        ),
+        "here",
+    )
+    lines = contents(runs, wanted(), tmp_path).page.by_data
+    assert len(lines) == 9
+    assert lines[-1] == "… and 2 more data, in report.json"

@@ -3,10 +3,18 @@ from __future__ import annotations
 import csv
 import io
 
+import pytest
 from rich.console import Console
 
 from expt.reporting.claims import Claim
-from expt.reporting.tables import as_csv, as_markdown, console_table, ordered, run_table
+from expt.reporting.tables import (
+    as_csv,
+    as_markdown,
+    console_table,
+    ordered,
+    print_runs,
+    run_table,
+)
 
 GIB = 2**30
 
@@ -56,8 +64,45 @@ def test_markdown_and_console_have_the_same_cells(record, capsys) -> None:
     assert lines[0].startswith("| run | state | val MAE |")
     assert lines[1].startswith("|---|---|---:|")
     assert "a\\|b" in lines[2]
-    Console(width=120).print(console_table(cells))
+    Console(width=120).print(console_table(cells, 120))
     assert "1.00 GiB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_nothing_is_cut_on_the_console(record, capsys, width) -> None:
+    settings = {"model._target_": "expt.models.alternating.Alternating", "optimizer.lr": "0.001"}
+    runs = [
+        record("2026-11-21/17-43-07-b88466-a-long-name", 11.722, preset="minimal",
+               settings=settings, metrics={"test/mae": 5.097}),
+        record("b", None, state="out_of_memory", settings=settings),
+    ]  # fmt: skip
+    claims = [Claim("minimal", "3 GB", "4.5", {})]
+    data = {id(runs[0]): "metr_la_29 eval_batches=2", id(runs[1]): "ten TrafficData horizon=12"}
+    cells = run_table(runs, "val/mae", claims, [*settings], data)
+    table = console_table(cells, width)
+    Console(width=width).print(table)
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert max(map(len, out.splitlines())) <= width
+    for word in ("run", "data", "val", "MAE", "measured", "11.722", "5.097", "1.00 GiB"):
+        assert word in out
+    assert ("out of memory" in out) is (width == 120), "what there is no room for is left out"
+    assert len(table.columns) >= (5 if width == 80 else 7)
+
+
+def test_a_class_is_shown_by_its_name(record) -> None:
+    runs = [record(n, 1.0, settings={"model._target_": f"expt.models.m.{n}"}) for n in "AB"]
+    cells = run_table(runs, "val/mae", [], ["model._target_"])
+    assert cells.columns[-1] == "model"
+    assert [row[-1] for row in cells.rows] == ["A", "B"]
+
+
+def test_under_the_table_it_says_what_claims_are_about(record, capsys) -> None:
+    runs = [record("a", 3.0, preset="lite", metrics={"test/mae": 3.4})]
+    print_runs(run_table(runs, "val/mae", [Claim("lite", "6 GB", "< 4.0", {})]))
+    assert "for all 207 sensors" in capsys.readouterr().out
+    print_runs(run_table(runs, "val/mae", []))
+    assert "claim" not in capsys.readouterr().out.lower()
 
 
 def test_csv_has_figures_in_full_and_every_setting_that_differs(record) -> None:

@@ -231,6 +231,71 @@ def test_nothing_fits_says_the_smallest_peak_and_what_would_fit(make):
     assert SweepSummary.load(search.folder).best is None
 
 
+def weights(params):
+    """Predict a peak that each of three settings adds to; 8 MiB at the least."""
+    peak = int((params["width"] * params["depth"] + params["batch"]) * MIB)
+    return Prediction(peak, peak, (peak, peak), {})
+
+
+WIDE = {"width": "range(2,200)", "depth": "range(2,100)", "batch": "choice(4,8,16)",
+        "lr": "interval(0.0,1.0)"}  # fmt: skip
+
+
+def test_that_nothing_fits_is_known_after_a_few_dozen_trials(make):
+    search = make(fine, weights, space=WIDE, budget_bytes=7 * MIB, n_trials=60)
+    with pytest.raises(SearchError, match=r"smallest peak seen is 8\.0 MiB"):
+        search.run()
+    assert 30 <= len(search.study.trials) < 60
+    assert any("none of" in line and "lightest" in line for line in make.said)
+    again = make(fine, weights, space=WIDE, budget_bytes=7 * MIB, storage=search.study._storage)
+    with pytest.raises(SearchError, match=r"smallest peak seen is 8\.0 MiB"):
+        again.run()
+    assert again.jobs.predicted == 0, "the study knows it already"
+
+
+def test_a_small_corner_that_fits_is_found(make):
+    """One point in 20,000 but for `lr`: suggestions alone would take hundreds."""
+
+    def objective(params):
+        return TrialOutcome("complete", params["lr"], 8 * MIB, 8 * MIB)
+
+    search = make(objective, weights, space=WIDE, budget_bytes=8 * MIB, n_trials=1)
+    best = search.run().best
+    assert [best["params"][name] for name in ("width", "depth", "batch")] == [2, 2, 4]
+    assert len(search.study.trials) < 60
+
+
+def test_what_ran_out_of_memory_does_not_show_that_something_fits(make):
+    def closely(params):
+        return replace(weights(params), interval_bytes=(0, None)) if params["width"] < 9 else (
+            weights(params)
+        )  # fmt: skip
+
+    search = make(lambda params: TrialOutcome("oom"), closely, space=WIDE,
+                  budget_bytes=7 * MIB, n_trials=50)  # fmt: skip
+    with pytest.raises(SearchError):
+        search.run()
+    assert "oom" in kinds(search)
+    assert len(search.study.trials) < 60
+
+
+def test_no_point_is_left_waiting_once_all_trials_are_done(make):
+    search = make(lambda params: TrialOutcome("oom", excess_bytes=MIB), n_trials=12)
+    with pytest.raises(SearchError):
+        search.run()
+    assert states(search) == [TrialState.PRUNED] * 12
+
+
+def test_where_something_fitted_a_search_goes_on_longer(make):
+    def predict(params):
+        return None if params["search.trial"] == 0 else weights(params)
+
+    search = make(lambda params: TrialOutcome("complete", 1.0, MIB, MIB), predict, space=WIDE,
+                  budget_bytes=7 * MIB, n_trials=2)  # fmt: skip
+    assert search.run().finished == 1
+    assert any("100 suggestions in a row were not trained" in line for line in make.said)
+
+
 def test_all_failed_says_why(make):
     search = make(lambda params: TrialOutcome("crashed", error="no such file"), n_trials=2)
     with pytest.raises(SearchError, match="2 failed, the last with: no such file"):

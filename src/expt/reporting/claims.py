@@ -24,6 +24,8 @@ from expt.units import GIB, format_bytes, parse_bytes
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+ABOUT_CLAIMS = "Claims are the guide's own, for all 207 sensors, of other data and other hardware."
+
 
 @dataclass(frozen=True)
 class Claim:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 
 from expt.reporting.claims import Claim, claimed, plot_claims
 from expt.reporting.importance import Importance, importance, plot_importance
+from expt.reporting.measured_on import Group, groups_by_data
 from expt.reporting.names import STATES, metric_words
 from expt.reporting.page import Card, Page, Picture
 from expt.reporting.prediction import accuracy, plot_prediction
@@ -22,6 +23,11 @@ from expt.reporting.trade_off import best_run, front, plot_trade_off
 from expt.units import format_bytes, format_seconds
 
 MOST_PROBLEMS = 12
+MOST_GROUPS = 8
+SEVERAL_DATA = (
+    "The runs are on {} different data, and an error on one says nothing about another. "
+    "The best on each:"
+)
 MOST_SETTINGS = 6
 """Columns of settings in the page and on the console; runs.csv has all that differ."""
 
@@ -40,7 +46,11 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Contents:
-    """A report in parts: its page, its files of figures, and the whole table."""
+    """A report in parts: its page, its files of figures, and the whole table.
+
+    `best`, `pareto` and `importance` are of the first of `groups`, the data with the most runs;
+    `best_of` is the best run of each group, by the group's name.
+    """
 
     page: Page
     figures: Sequence[Path]
@@ -48,13 +58,20 @@ class Contents:
     best: RunRecord | None
     pareto: Sequence[RunRecord]
     importance: Importance
+    groups: Sequence[Group]
+    best_of: Mapping[str, RunRecord | None]
 
 
 def contents(runs: RunSet, wanted: Wanted, folder: Path) -> Contents:
     """Draw the figures into `folder` and put all parts together."""
     records, metric, budget = runs.records, wanted.metric, wanted.budget_bytes
-    best = best_run(records, budget)
-    shares = importance(runs)
+    groups = groups_by_data(runs)
+    largest, several = groups[0], len(groups) > 1
+    best_of = {group.name: best_run(group.records, budget) for group in groups}
+    best = best_of[largest.name]
+    shares = importance(replace(runs, records=largest.records))
+    on_data = f" Only runs on {largest.name}, {len(largest.records)} of {len(records)}."
+    of_largest = on_data if several else ""
     figures: list[Path] = []
     pictures: list[Picture] = []
 
@@ -62,11 +79,11 @@ def contents(runs: RunSet, wanted: Wanted, folder: Path) -> Contents:
         figures.extend(files)
         pictures.extend(Picture(title, path, words) for path in files if path.suffix == ".png")
 
-    best_of_all = front([r for r in records if r.state in ("completed", "over_budget")])
+    best_of_all = front([r for r in largest.records if r.state in ("completed", "over_budget")])
     add(
         "Error against memory",
-        plot_trade_off(records, metric, budget, folder),
-        _front_words(best_of_all, metric, budget),
+        plot_trade_off(largest.records, metric, budget, folder),
+        _front_words(best_of_all, metric, budget) + of_largest,
     )
     about = claimed(records, wanted.claims)
     add(
@@ -83,37 +100,63 @@ def contents(runs: RunSet, wanted: Wanted, folder: Path) -> Contents:
     )
     add(
         "How the search went" if runs.study else "Run after run",
-        plot_progress(records, metric, budget, folder),
+        plot_progress(largest.records, metric, budget, folder),
         f"The {metric_words(metric)} of every run in the order of starting, and the best so far"
-        + (" inside the budget." if budget is not None else "."),
+        + (" inside the budget." if budget is not None else ".")
+        + of_largest,
     )
     add(
         "What mattered",
         plot_importance(shares, folder),
         f"Importance of each setting for being among the best tenth of {shares.runs} finished "
-        "runs (PED-ANOVA)" + (f"; the study {runs.study}." if runs.study else "."),
+        "runs (PED-ANOVA)" + (f"; the study {runs.study}." if runs.study else ".") + of_largest,
     )
-    rows = ordered(records, budget)
+    rows = [record for group in groups for record in ordered(group.records, budget)]
+    data = {id(r): group.name for group in groups for r in group.records} if several else {}
+    winners = [id(record) for record in best_of.values() if record is not None]
     # The settings that mattered first, then the others that differ.
-    columns = list(dict.fromkeys([*shares.shares, *varied(records)]))[:MOST_SETTINGS]
+    columns = list(dict.fromkeys([*shares.shares, *varied(largest.records), *varied(records)]))[
+        :MOST_SETTINGS
+    ]
     shown = rows[: wanted.rows]
     page = Page(
         title=wanted.title or (f"Search {runs.study}" if runs.study else "Runs compared"),
         subtitle=_subtitle(runs),
-        lead=_lead(records, best, metric, budget),
-        cards=_cards(records, best, metric, budget),
+        lead=SEVERAL_DATA.format(len(groups)) if several else _lead(records, best, metric, budget),
+        by_data=_by_data(groups, best_of, metric),
+        cards=_cards(records, best, metric, budget, largest.name if several else ""),
         pictures=pictures,
-        table=run_table(shown, metric, wanted.claims, columns),
-        table_words=_table_words(len(shown), len(rows), metric),
-        marked=[n for n, record in enumerate(shown) if record is best],
+        table=run_table(shown, metric, wanted.claims, columns, data),
+        table_words=_table_words(len(shown), len(rows), metric, several),
+        marked=[n for n, record in enumerate(shown) if id(record) in winners],
         dimmed=[n for n, record in enumerate(shown) if not record.fits(budget)],
-        missing=_missing(runs, shares, wanted.metric, bool(told)),
+        missing=_missing(runs, shares, wanted.metric, bool(told), of_largest),
         problems=_problems(records),
         footer=_footer(records),
         command=wanted.command,
     )
-    table = run_table(rows, metric, wanted.claims, columns)
-    return Contents(page, figures, table, best, best_of_all, shares)
+    table = run_table(rows, metric, wanted.claims, columns, data)
+    return Contents(page, figures, table, best, best_of_all, shares, groups, best_of)
+
+
+def _by_data(
+    groups: Sequence[Group], best_of: Mapping[str, RunRecord | None], metric: str
+) -> list[str]:
+    """Return the best run of each group in a line, nothing where there is one group."""
+    if len(groups) == 1:
+        return []
+    found = []
+    for group in groups[:MOST_GROUPS]:
+        best, count = best_of[group.name], len(group.records)
+        words = f"{group.name} ({count} run{'s' if count != 1 else ''}): "
+        if best is None or best.error is None:
+            found.append(f"{words}none finished inside the budget")
+            continue
+        peak = "" if best.demand_bytes is None else f", peak {format_bytes(best.demand_bytes)}"
+        found.append(f"{words}{best.name}, {metric_words(metric)} {best.error:.3f}{peak}")
+    if len(groups) > MOST_GROUPS:
+        found.append(f"… and {len(groups) - MOST_GROUPS} more data, in report.json")
+    return found
 
 
 def _lead(
@@ -138,11 +181,16 @@ def _lead(
 
 
 def _cards(
-    records: Sequence[RunRecord], best: RunRecord | None, metric: str, budget: int | None
+    records: Sequence[RunRecord],
+    best: RunRecord | None,
+    metric: str,
+    budget: int | None,
+    data: str,
 ) -> list[Card]:
     found = []
+    on = f" on {data}" if data else ""
     if best is not None and best.error is not None:
-        found.append(Card(f"{best.error:.3f}", f"best {metric_words(metric)}", good=True))
+        found.append(Card(f"{best.error:.3f}", f"best {metric_words(metric)}{on}", good=True))
         if best.demand_bytes is not None:
             found.append(Card(format_bytes(best.demand_bytes), "its peak memory"))
         test = best.metrics.get("test/mae")
@@ -182,18 +230,21 @@ def _subtitle(runs: RunSet) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def _table_words(shown: int, count: int, metric: str) -> str:
+def _table_words(shown: int, count: int, metric: str, several: bool) -> str:
     which = "All runs" if shown == count else f"The first {shown} of {count} runs"
     return (
-        f"{which}, the smallest {metric_words(metric)} inside the budget first. Peaks are bytes "
+        f"{which}, {'by data, ' if several else ''}the smallest {metric_words(metric)} inside the "
+        "budget first. Peaks are bytes "
         "allocated to tensors; runs.csv has every run and every setting that differs."
     )
 
 
-def _missing(runs: RunSet, shares: Importance, metric: str, predicted: bool) -> list[str]:
+def _missing(
+    runs: RunSet, shares: Importance, metric: str, predicted: bool, of_largest: str
+) -> list[str]:
     found = list(runs.notes)
     if shares.reason:
-        found.append(f"Parameter importances: {shares.reason}.")
+        found.append(f"Parameter importances: {shares.reason}.{of_largest}")
     if not predicted:
         found.append("Error of the predictions: no run was both predicted and measured.")
     if all(record.error is None for record in runs.records):

@@ -14,7 +14,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from expt.errors import ConfigError
 from expt.reporting.records import RunRecord, RunSet, State, flattened
 from expt.reporting.studies import StudyError, with_study
-from expt.results import FILE_NAME, LAUNCH_NAME, RunResult, load_result
+from expt.results import FILE_NAME, LAUNCH_NAME, RunResult, load_launch, load_result
 from expt.sweep.summary import FILE_NAME as SWEEP_NAME
 
 CONFIG_NAME = "config.yaml"
@@ -87,12 +87,14 @@ def run_folders(folder: Path) -> Iterator[Path]:
 def read_run(folder: Path, name: str, metric: str) -> RunRecord:
     """Return what a run's folder says."""
     settings = _settings(folder)
+    launch = load_launch(folder)
+    cwd = None if launch is None else str(launch["cwd"])
     started = (folder / LAUNCH_NAME).stat().st_mtime if (folder / LAUNCH_NAME).exists() else 0.0
     result = load_result(folder)
     if result is None:
         return RunRecord(
             name, "unfinished", settings=settings, started=started, run_dir=str(folder),
-            preset=settings.get("memory.preset"), detail="no result was written",
+            cwd=cwd, preset=settings.get("memory.preset"), detail="no result was written",
         )  # fmt: skip
     state, detail = state_of(result)
     metrics = {key: value for key, value in result.metrics.items() if value is not None}
@@ -116,6 +118,7 @@ def read_run(folder: Path, name: str, metric: str) -> RunRecord:
         weights=result.parameters,
         started=started,
         run_dir=str(folder),
+        cwd=cwd,
         run_id=result.tracking.get("run_id"),
         detail=detail,
     )

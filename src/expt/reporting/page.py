@@ -53,6 +53,7 @@ class Page:
     problems: Sequence[str] = ()
     footer: Sequence[str] = field(default_factory=tuple)
     command: str = ""
+    by_data: Sequence[str] = ()
 
 
 def render(page: Page) -> str:
@@ -62,6 +63,7 @@ def render(page: Page) -> str:
         f"<header><h1>{escape(page.title)}</h1>",
         f'<p class="soft">{escape(page.subtitle)}</p></header>',
         f'<p class="lead">{escape(page.lead)}</p>',
+        *_items(page.by_data),
         _cards(page.cards),
         *(_picture(picture) for picture in page.pictures),
         "<h2>Runs</h2>",
@@ -129,14 +131,11 @@ def _table(page: Page) -> str:
 
 
 def _list(title: str, lines: Sequence[str]) -> list[str]:
-    if not lines:
-        return []
-    return [
-        f"<h2>{escape(title)}</h2>",
-        "<ul>",
-        *(f"<li>{escape(line)}</li>" for line in lines),
-        "</ul>",
-    ]
+    return [f"<h2>{escape(title)}</h2>", *_items(lines)] if lines else []
+
+
+def _items(lines: Sequence[str]) -> list[str]:
+    return ["<ul>", *(f"<li>{escape(line)}</li>" for line in lines), "</ul>"] if lines else []
 
 
 def _footer(page: Page) -> str:

@@ -41,7 +41,8 @@ class RunRecord:
     """One run; None is what is not known.
 
     `error` is the metric that is reported, the lower the better; `settings` are the flattened
-    configuration as text; `started` is in seconds since the epoch; `detail` says what went wrong.
+    configuration as text, and `cwd` is where relative paths in it start; `started` is in seconds
+    since the epoch; `detail` says what went wrong.
     """
 
     name: str
@@ -62,6 +63,7 @@ class RunRecord:
     weights: int | None = None
     started: float = 0.0
     run_dir: str | None = None
+    cwd: str | None = None
     run_id: str | None = None
     trial: int | None = None
     detail: str = ""

@@ -4,30 +4,45 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from types import MappingProxyType
+from typing import Literal
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
-from expt.reporting.claims import Claim, claim_of
+from expt.reporting.claims import ABOUT_CLAIMS, Claim, claim_of
 from expt.reporting.names import STATES, escaped, metric_header
 from expt.reporting.records import RunRecord, short_names, varied
 from expt.units import format_bytes, format_seconds
 
 NOTHING = "–"  # noqa: RUF001 (a dash is meant)
-CONSOLE_COLUMNS = 10
+DATA, CLAIMED, PEAK_CLAIMED = "data", "claimed", "peak claimed"
+LATE = ("state", "preset", "predicted", PEAK_CLAIMED, CLAIMED, "time", "off by", "reserved")
+"""Columns that the console shows where there is room beside the others; then come settings."""
+LONGEST = {"run": 24, DATA: 20}
+"""Characters on one line of the console."""
+BESIDE = 3
+"""Characters of a column besides its cells."""
+CLASS = "._target_"
+PIPE_WIDTH = 120
 MOST_DIGITS = 7
 
 
 @dataclass(frozen=True)
 class Cells:
-    """A table as text: column names, whether each holds figures, and the rows' cells."""
+    """A table as text: column names, whether each holds figures, and the rows' cells.
+
+    The last `settings` columns are settings.
+    """
 
     columns: tuple[str, ...]
     numeric: tuple[bool, ...]
     rows: tuple[tuple[str, ...], ...]
+    settings: int = 0
 
 
 def ordered(records: Sequence[RunRecord], budget_bytes: int | None) -> list[RunRecord]:
@@ -46,6 +61,7 @@ def run_table(
     metric: str,
     claims: Sequence[Claim],
     settings: Sequence[str] = (),
+    data: Mapping[int, str] = MappingProxyType({}),
 ) -> Cells:
     """Return a row per run, in the order given; a column that would be empty is left out.
 
@@ -54,31 +70,34 @@ def run_table(
         metric: that `error` is.
         claims: of presets, for the columns of what was claimed.
         settings: dotted names of those that get a column.
+        data: by the record's `id`, the name of what it was measured on, where that differs.
 
     """
     names = [name for name in settings if name != "memory.preset"]
-    short = short_names(names)
+    short = short_names(name.removesuffix(CLASS) for name in names)
     said = [claim_of(record, claims) for record in records]
     test = "" if metric == "test/mae" else "test/mae"
     columns: list[tuple[str, bool, list[str]]] = [
         ("run", False, [record.name for record in records]),
+        (DATA, False, [data.get(id(record), "") for record in records]),
         ("preset", False, [record.preset or "" for record in records]),
         ("state", False, [STATES[record.state] for record in records]),
         (metric_header(metric), True, [_decimal(record.error) for record in records]),
-        ("claimed", True, [claim.error if claim else "" for claim in said]),
+        (CLAIMED, True, [claim.error if claim else "" for claim in said]),
         (metric_header(test), True, [_decimal(r.metrics.get(test)) for r in records]),
-        ("peak claimed", True, [claim.peak if claim else "" for claim in said]),
+        (PEAK_CLAIMED, True, [claim.peak if claim else "" for claim in said]),
         ("predicted", True, [_bytes(r.predicted_peak_bytes) for r in records]),
         ("measured", True, [_bytes(r.peak_allocated_bytes) for r in records]),
         ("reserved", True, [_bytes(r.peak_reserved_bytes) for r in records]),
         ("off by", True, [_percent(r.prediction_error) for r in records]),
         ("time", True, [_time(r.seconds) for r in records]),
-        *(
-            (short[name], True, [_setting(r.settings.get(name, "")) for r in records])
-            for name in names
-        ),
     ]
-    kept = [column for column in columns if any(column[2])]
+    chosen = [
+        (short[name.removesuffix(CLASS)], True, [_setting(name, r.settings) for r in records])
+        for name in names
+    ]
+    settled = [column for column in chosen if any(column[2])]
+    kept = [column for column in columns if any(column[2])] + settled
     return Cells(
         tuple(name for name, _, _ in kept),
         tuple(numeric for _, numeric, _ in kept),
@@ -86,17 +105,56 @@ def run_table(
             tuple(cell or NOTHING for cell in row)
             for row in zip(*(cells for _, _, cells in kept), strict=True)
         ),
+        len(settled),
     )
 
 
-def console_table(cells: Cells) -> Table:
-    """Return the first columns as a table for the console."""
+def console_table(cells: Cells, width: int) -> Table:
+    """Return as many columns as are readable side by side, the most telling first.
+
+    Args:
+        cells: all columns.
+        width: of the console, in characters.
+
+    """
+    heads = [name.replace(" ", "\n") for name in cells.columns]
+    widths = {}
+    for name, head, *column in zip(cells.columns, heads, *cells.rows, strict=True):
+        longest = max(len(line) for text in (head, *column) for line in text.split("\n"))
+        widths[name] = BESIDE + min(longest, LONGEST.get(name, longest))
+    fixed = cells.columns[: len(cells.columns) - cells.settings]
+    first = [name for name in fixed if name not in LATE]
+    late = [name for name in LATE if name in fixed]
+    left, kept = width - 1, []
+    for name in (*first, *late, *cells.columns[len(fixed) :]):
+        if widths[name] <= left:
+            left -= widths[name]
+            kept.append(cells.columns.index(name))
     table = Table(box=box.SIMPLE_HEAD)
-    for name, numeric in list(zip(cells.columns, cells.numeric, strict=True))[:CONSOLE_COLUMNS]:
-        table.add_column(name, justify="right" if numeric else "left", no_wrap=True)
+    for place in sorted(kept):
+        justify: Literal["left", "right"] = "right" if cells.numeric[place] else "left"
+        table.add_column(
+            heads[place],
+            justify=justify,
+            no_wrap=cells.columns[place] not in LONGEST,
+            overflow="fold",
+        )
     for row in cells.rows:
-        table.add_row(*row[:CONSOLE_COLUMNS])
+        table.add_row(*(row[place] for place in sorted(kept)))
     return table
+
+
+def print_runs(cells: Cells) -> None:
+    """Print the table for the console, with what is to be known about claims under it."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=PIPE_WIDTH)
+    table = console_table(cells, console.width)
+    console.print(table)
+    if len(table.columns) < len(cells.columns):
+        print(f"{len(cells.columns) - len(table.columns)} more columns in runs.md and report.html")
+    if {CLAIMED, PEAK_CLAIMED} & set(cells.columns):
+        print(ABOUT_CLAIMS)
 
 
 def as_markdown(cells: Cells) -> str:
@@ -135,8 +193,11 @@ def as_csv(records: Sequence[RunRecord], metric: str) -> str:
     return out.getvalue()
 
 
-def _setting(text: str) -> str:
-    """Return a number of many digits with four that count, and any other text as it is."""
+def _setting(name: str, settings: Mapping[str, str]) -> str:
+    """Return a number of many digits with four that count, a class by its name, or the text."""
+    text = settings.get(name, "")
+    if name.endswith(CLASS):
+        return text.rpartition(".")[2]
     try:
         return f"{float(text):.4g}" if len(text) > MOST_DIGITS else text
     except ValueError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, Trial
 
 from expt.errors import SearchError
 from expt.sweep.space import Space
-from expt.sweep.trials import CONSTRAINT, FAILED, KIND, Prediction
+from expt.sweep.trials import CONSTRAINT, FAILED, KIND, OVER, Prediction
 from expt.units import GIB, MIB, format_bytes
 
 
@@ -43,8 +43,7 @@ def nothing_found(study: Study, nearest: Nearest, adviser: Adviser, space: Space
     """Return the error that says why nothing was found, and what would change that."""
     trials = study.get_trials(deepcopy=False)
     failed = [trial for trial in trials if trial.user_attrs.get(KIND) in FAILED]
-    over = [t for t in trials if t.user_attrs.get(KIND) in ("infeasible_predicted", "oom")]
-    over += [t for t in trials if t.user_attrs.get(KIND) == "infeasible_measured"]
+    over = _over(trials)
     if not over and failed:
         reasons = "; ".join(dict.fromkeys(str(t.user_attrs.get("error")) for t in failed[-3:]))
         return SearchError(
@@ -62,13 +61,30 @@ def nothing_found(study: Study, nearest: Nearest, adviser: Adviser, space: Space
     if smallest is None:
         return SearchError(f"{message}; raise the budget, or widen search.space")
     peak, params, lines = smallest
-    message += f": the smallest peak seen is {format_bytes(peak)}"
-    if params:
-        message += f", with {' '.join(space.lines(params))}"
+    message += f": {_words(peak, params, space)}"
     advice = adviser.advise(lines) if lines else None
     enough = -(-peak // MIB) + 1
     change = f"memory.budget={enough}MiB"
     return SearchError(f"{message}. What would fit: {f'{advice}, or ' if advice else ''}{change}")
+
+
+def smallest_seen(
+    study: Study, nearest: Nearest, budget_bytes: int | None, space: Space
+) -> str | None:
+    """Return the smallest peak of what did not fit, in words; None where none is known."""
+    if budget_bytes is None:
+        return None
+    found = _smallest(_over(study.get_trials(deepcopy=False)), nearest, budget_bytes)
+    return None if found is None else _words(found[0], found[1], space)
+
+
+def _words(peak: int, params: Mapping[str, object], space: Space) -> str:
+    point = f", with {' '.join(space.lines(params))}" if params else ""
+    return f"the smallest peak seen is {format_bytes(peak)}{point}"
+
+
+def _over(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    return [t for t in trials if t.user_attrs.get(KIND) in OVER | {"infeasible_predicted"}]
 
 
 def _smallest(

@@ -16,14 +16,23 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from optuna.exceptions import UpdateFinishedTrialError
+from optuna.samplers import GridSampler
 from optuna.trial import FrozenTrial, Trial
 
 from expt.interruption import Interruption, Stopped
 from expt.search_config import SearchConfig
+from expt.sweep.exhaustion import (
+    LEAST_SUGGESTIONS,
+    LEAST_TRIALS,
+    all_tried,
+    lighter_point,
+    nothing_fitted,
+    waiting,
+)
 from expt.sweep.nothing_fits import Nearest, nothing_found
 from expt.sweep.processes import kill_leftover
 from expt.sweep.records import Records
-from expt.sweep.reservation import BEAT_SECONDS, Reservations, Reserved
+from expt.sweep.reservation import BEAT_SECONDS, Reservations, Reserved, counts
 from expt.sweep.running import Job, Runner, Running
 from expt.sweep.space import Space
 from expt.sweep.study import answering
@@ -31,7 +40,7 @@ from expt.sweep.summary import SweepSummary
 from expt.sweep.telling import tell_study
 from expt.sweep.trials import (
     AGAIN,
-    KIND,
+    CONSTRAINT,
     STARTED,
     Prediction,
     TrialOutcome,
@@ -346,31 +355,32 @@ class Search:
     def _hopeless(self) -> bool:
         """Tell whether nothing new, or nothing that fits, is to be expected any more."""
         reason = None
-        if self._all_tried():
+        trials = self.study.get_trials(deepcopy=False)
+        if all_tried(trials, self.space):
             reason = f"all {self.space.size} points of the space were tried"
         elif self._duplicates >= MOST_DUPLICATES:
             reason = f"{self._duplicates} suggestions in a row were tried before; nothing is new"
         elif self._untrained >= min(UNTRAINED_PER_TRIAL * self.config.n_trials, MOST_UNTRAINED):
             reason = f"{self._untrained} suggestions in a row were not trained"
+        elif self._nothing_fits(trials):
+            reason = f"none of {len(trials)} fits, nor the lightest with any one setting changed"
         if reason is not None and not self._said_why:
             self._said_why = True
             self.say(f"no more trials: {reason}")
         return reason is not None
 
-    def _all_tried(self) -> bool:
-        """Tell whether every point of the space was suggested."""
-        if self.space.size is None:
+    def _nothing_fits(self, trials: Sequence[FrozenTrial]) -> bool:
+        """Tell whether nothing can be expected to fit; before that, try what is the lightest."""
+        # A grid tries every point in an order of its own.
+        is_grid = isinstance(self.study.sampler, GridSampler)
+        if len(trials) < LEAST_SUGGESTIONS or is_grid or not nothing_fitted(trials):
             return False
-        trials = self.study.get_trials(deepcopy=False)
-        if len(trials) < self.space.size:
+        if waiting(trials) or sum(map(counts, trials)) >= self.reservations.n_trials:
             return False
-        points = {
-            tuple(sorted((name, str(value)) for name, value in trial.params.items()))
-            for trial in trials
-            if len(trial.params) == len(self.space.distributions)
-            and not (trial.state.is_finished() and KIND not in trial.user_attrs)
-        }
-        return len(points) >= self.space.size
+        if point := lighter_point(trials, self.space):
+            self.study.enqueue_trial(point)
+        known = any(trial.constraints.get(CONSTRAINT, 0.0) > 0 for trial in trials)
+        return point is None and known and len(trials) >= LEAST_TRIALS
 
     def _stop(self, number: int) -> None:
         """Let what runs save and end, leave it to the next worker, and say what was found."""

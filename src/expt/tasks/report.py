@@ -17,14 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 from expt.construction import RunContext
 from expt.errors import ConfigError, nearest
 from expt.files import write_json, write_text
-from expt.report import print_table
 from expt.report_config import ReportConfig
 from expt.reporting.claims import Claim
 from expt.reporting.contents import Contents, Wanted, contents
 from expt.reporting.folders import runs_in_folders
 from expt.reporting.page import render
-from expt.reporting.records import RunSet
-from expt.reporting.tables import as_csv, as_markdown, console_table
+from expt.reporting.records import RunRecord, RunSet
+from expt.reporting.tables import as_csv, as_markdown, print_runs
 from expt.reporting.tracked import is_run_id, runs_by_filter, runs_by_id
 from expt.schema import TrackingConfig
 from expt.tracking.opening import open_tracker
@@ -71,8 +70,10 @@ def run(cfg: DictConfig, context: RunContext) -> ReportResult:
     found = contents(runs, wanted, context.run_dir / "plots")
     record = as_record(runs, wanted, found)
     files = _write(context.run_dir, runs, wanted, found, record)
-    print_table(console_table(found.table))
+    print_runs(found.table)
     print(found.page.lead)
+    for line in found.page.by_data:
+        print(f"  {line}")
     for line in found.page.missing:
         print(f"not shown: {line}")
     print(f"report: {context.run_dir / PAGE_NAME}")
@@ -124,21 +125,33 @@ def as_record(runs: RunSet, wanted: Wanted, found: Contents) -> dict[str, Any]:
         "runs": len(runs.records),
         "metric": wanted.metric,
         "budget_bytes": wanted.budget_bytes,
-        "best": None
-        if found.best is None
-        else {
-            "name": found.best.name,
-            "error": found.best.error,
-            "demand_bytes": found.best.demand_bytes,
-            "run_dir": found.best.run_dir,
-            "run_id": found.best.run_id,
-        },
+        "best": _described(found.best),
         "pareto": [
             {"name": one.name, "error": one.error, "demand_bytes": one.demand_bytes}
             for one in found.pareto
         ],
         "importance": dict(found.importance.shares),
+        "data": [
+            {
+                "name": group.name,
+                "runs": len(group.records),
+                "best": _described(found.best_of[group.name]),
+            }
+            for group in found.groups
+        ],
         "not_shown": list(found.page.missing),
+    }
+
+
+def _described(run: RunRecord | None) -> dict[str, Any] | None:
+    if run is None:
+        return None
+    return {
+        "name": run.name,
+        "error": run.error,
+        "demand_bytes": run.demand_bytes,
+        "run_dir": run.run_dir,
+        "run_id": run.run_id,
     }
 
 
