@@ -53,7 +53,7 @@ def printed(result: RunResult, capsys: pytest.CaptureFixture[str]) -> dict[str, 
 
 def test_the_table_of_a_completed_run(capsys: pytest.CaptureFixture[str]) -> None:
     shown = printed(completed(), capsys)
-    assert shown.pop("completed (early_stopping) after 12 epochs, 1200 steps") == ""
+    assert shown.pop("completed (early_stopping) after 12 epochs, 1,200 steps") == ""
     assert {name: text for name, text in shown.items() if "─" not in name} == {
         "measure": "value",
         "validation MAE (best)": "3.115 mph",

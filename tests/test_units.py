@@ -6,6 +6,7 @@ from expt.units import (
     GIB,
     MIB,
     budget_problem,
+    counted,
     format_allocation,
     format_bytes,
     format_seconds,
@@ -119,3 +120,11 @@ def test_a_share_is_of_the_device(value: str) -> None:
 )
 def test_bytes_as_an_allocator_writes_them(count: int, text: str) -> None:
     assert format_allocation(count) == text
+
+
+def test_a_noun_agrees_with_its_count() -> None:
+    assert [counted(count, "step") for count in (0, 1, 1000)] == [
+        "0 steps",
+        "1 step",
+        "1,000 steps",
+    ]

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from expt.files import replace_atomically
 from expt.results import RunResult
-from expt.units import GIB, format_bytes, format_seconds
+from expt.units import GIB, counted, format_bytes, format_seconds
 
 _AT_MINUTES = re.compile(r"test/mae_(.+)min")
 
@@ -20,7 +20,7 @@ _AT_MINUTES = re.compile(r"test/mae_(.+)min")
 def print_result(result: RunResult, run_dir: Path) -> None:
     """Print the table of errors and memory that a run ends with."""
     metrics, memory = result.metrics, result.memory
-    reached = f"{result.epochs} epochs, {result.steps} steps"
+    reached = f"{counted(result.epochs, 'epoch')}, {counted(result.steps, 'step')}"
     print(f"\n{result.status} ({result.stop_reason}) after {reached}")
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("measure")

@@ -94,3 +94,8 @@ def format_seconds(seconds: float) -> str:
         return f"{minutes}:{rest:02d} min"
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d} h"
+
+
+def counted(count: int, noun: str) -> str:
+    """Return ``1 step``, ``2 steps``, ``34,272 steps``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

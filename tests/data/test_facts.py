@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from expt.data.facts import counted, describe, deviations, interval, is_irregular
+from expt.data.facts import describe, deviations, interval, is_irregular
 from expt.data.series import Series
 
 START = np.datetime64("2012-03-01T00:00:00", "s")
@@ -55,8 +55,3 @@ def test_regular_timestamps_deviate_in_nothing() -> None:
 
 def test_words() -> None:
     assert [interval(seconds) for seconds in (300, 3600, 297)] == ["5 min", "1 h", "297 s"]
-    assert [counted(count, "step") for count in (0, 1, 1000)] == [
-        "0 steps",
-        "1 step",
-        "1,000 steps",
-    ]

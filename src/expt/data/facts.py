@@ -11,6 +11,7 @@ import numpy as np
 
 from expt.data.series import Series
 from expt.protocols import Split
+from expt.units import counted
 
 LARGE_SHARE = 0.1
 """Of the windows; a warning says so where more than this are lost to gaps."""
@@ -80,8 +81,3 @@ def interval(seconds: int) -> str:
         if seconds % size == 0:
             return f"{seconds // size} {unit}"
     return f"{seconds} s"
-
-
-def counted(count: int, noun: str) -> str:
-    """Return ``1 step``, ``2 steps``, ``34,272 steps``."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from expt.data.facts import counted
 from expt.data.series import Series
 from expt.errors import DataError
 from expt.protocols import Split
+from expt.units import counted
 
 
 def window_starts(series: Series, length: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from expt.memory.oom import OomReport, classify_oom
 from expt.memory.oom_figures import Figures
 from expt.memory.reading import LogContent, read_log
 from expt.memory.trend import Trend, judge
-from expt.units import format_bytes
+from expt.units import counted, format_bytes
 
 DiagnosisKind = Literal["oom", "leak", "fragmentation", "other_process", "steady", "not_oom"]
 
@@ -202,7 +202,7 @@ def _not_oom(text: str) -> Diagnosis:
     return Diagnosis(
         "not_oom",
         "neither an out-of-memory message nor a series of memory readings was found",
-        (f"{len(text.splitlines())} lines read",),
+        (f"{counted(len(text.splitlines()), 'line')} read",),
         (
             "Give the whole traceback, or a log whose lines name a step and an amount of memory, "
             "as in 'step 100: 18.2 GiB'",

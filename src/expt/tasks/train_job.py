@@ -39,6 +39,7 @@ from expt.tracking.once import OncePerStep
 from expt.tracking.opening import open_tracker
 from expt.tracking.uri import without_password
 from expt.training import Trainer
+from expt.units import counted
 
 
 @dataclass
@@ -161,7 +162,7 @@ class TrainJob:
         result = self.recorder.result
         print(
             f"{self._model_name()}, {result.parameters:,} parameters, {result.device}, "
-            f"{result.precision}; {trainer.steps_per_epoch} steps an epoch, at most "
+            f"{result.precision}; {counted(trainer.steps_per_epoch, 'step')} an epoch, at most "
             f"{trainer.total_steps} in all; {self.context.run_dir}",
             flush=True,
         )
@@ -198,7 +199,7 @@ class TrainJob:
             hashed = partial(checkpoint.weights_sha256, trainer.model)
             result.weights_sha256 = self.room.recovery.once_more(hashed, "conclusion")
         folder = self.context.run_dir / "plots"
-        plots = list(plot_history(trainer.progress.history, self.data.monitor, folder))
+        plots = list(plot_history(trainer.progress.history, self.data.monitor, folder, result.unit))
         if outcome.status == "completed" and trainer.settings.test:
             outcome, more = self._test(trainer, outcome, folder)
             plots += more
