@@ -18,7 +18,7 @@ import torch
 from common import RESULTS, load, markdown, provenance, source_line, store
 from torch import Tensor
 
-from expt.memory.meter import meter_for
+from expt.memory.measuring.meter import meter_for
 from expt.models import attention_kernels
 
 LENGTHS = (512, 1024, 2048, 4096)

@@ -25,7 +25,7 @@ from rich.console import Console
 from rival_loops import now
 
 from expt.foresight import plan_training, target_of
-from expt.memory.meter import LEDGER_STEPS
+from expt.memory.measuring.meter import LEDGER_STEPS
 from expt.progress import BarDisplay
 from expt.tasks.room import manager_for
 from expt.tracking.mlflow import MlflowTracker

@@ -166,13 +166,13 @@ def settings_for(*overrides: str) -> Any:
 def make_trainer(*overrides: str, **recovery: Any) -> Any:
     """Return a `Trainer` for a configuration, whose `train_step` can be called by itself.
 
-    `recovery` has further arguments of `expt.memory.recovery.Recovery`.
+    `recovery` has further arguments of `expt.memory.recovery.recovery.Recovery`.
     """
     from expt.acceleration import make_fabric
     from expt.construction import assemble, build
     from expt.interruption import Interruption
-    from expt.memory.meter import meter_for
-    from expt.memory.recovery import Recovery
+    from expt.memory.measuring.meter import meter_for
+    from expt.memory.recovery.recovery import Recovery
     from expt.profiling import StepProfiler
     from expt.progress import SilentDisplay
     from expt.tasks.room import techniques_of

@@ -12,7 +12,7 @@ import torch
 from common import make_trainer
 from torch import Tensor
 
-from expt.memory.techniques import apply
+from expt.memory.techniques.techniques import apply
 
 CASES: dict[str, tuple[str, ...]] = {
     "fp32": ("memory.precision=fp32",),

@@ -132,7 +132,7 @@ def peaks(step: Callable[[], None], device: str) -> tuple[int, int | None]:
         torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    from expt.memory.ledger import StorageLedger
+    from expt.memory.measuring.ledger import StorageLedger
 
     with StorageLedger() as ledger:
         step()

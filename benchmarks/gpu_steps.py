@@ -23,7 +23,7 @@ from rival_loops import now
 
 from expt.construction import build
 from expt.foresight import plan_training
-from expt.memory.techniques import apply
+from expt.memory.techniques.techniques import apply
 
 WARM_STEPS = 6
 """Before the clock starts: a step is captured in the fourth."""

@@ -21,8 +21,8 @@ from gpu_correctness import distance, order
 
 from expt.construction import build
 from expt.foresight import plan_training
-from expt.memory.budget import Budget
-from expt.memory.techniques import apply
+from expt.memory.measuring.budget import Budget
+from expt.memory.techniques.techniques import apply
 
 SHARE = 0.6
 """The budget, as a share of what the plain step is predicted to need."""

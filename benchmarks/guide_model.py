@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from expt.memory.ledger import StorageLedger
+from expt.memory.measuring.ledger import StorageLedger
 from expt.models import alternating, attention_kernels
 from expt.models.alternating import Alternating
 

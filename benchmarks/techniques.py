@@ -180,7 +180,7 @@ def seconds_per_step(trainer: Any, batch: torch.Tensor) -> float:
 @torch.no_grad()
 def evaluation_peak_bytes(trainer: Any) -> int | None:
     """Return the peak of one evaluation batch, in a meter of its own."""
-    from expt.memory.meter import meter_for
+    from expt.memory.measuring.meter import meter_for
 
     meter = meter_for(trainer.fabric.device)
     meter.start_epoch()

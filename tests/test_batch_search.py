@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from expt.batch_search import MAX_TRACES, Limit, largest
-from expt.memory.planning import Plan
+from expt.memory.planning.planning import Plan
 
 
 def plan_of(peak: float, reserved: int | None = None) -> Plan:

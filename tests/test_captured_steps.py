@@ -25,10 +25,10 @@ from expt.capture_rules import why_not_captured
 from expt.captured_steps import WARM_STEPS, CapturedSteps
 from expt.errors import UserError
 from expt.interruption import Interruption
-from expt.memory.meter import LedgerMeter
-from expt.memory.recovery import Recovery
-from expt.memory.techniques import Techniques, apply
-from expt.memory.undo import RandomState
+from expt.memory.measuring.meter import LedgerMeter
+from expt.memory.recovery.recovery import Recovery
+from expt.memory.recovery.undo import RandomState
+from expt.memory.techniques.techniques import Techniques, apply
 from expt.profiling import StepProfiler
 from expt.progress import SilentDisplay
 from expt.protocols import Batch
@@ -362,7 +362,7 @@ def test_a_library_without_memory_in_a_capture_leaves_eager_steps(
 
     run.tape.capture = capture
     run.tape.mend = lambda: (order.append("mended"), mend())[1]
-    released = "expt.memory.recovery.release"
+    released = "expt.memory.recovery.recovery.release"
     monkeypatch.setattr(released, lambda device: order.append("released"))
     run.fit()
     assert run.rungs == [(WARM_STEPS, "eager")]

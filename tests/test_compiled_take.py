@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from expt.compiled_take import LEDGER_STEPS, CompiledTake
-from expt.memory.budget_ledger import BudgetLedger
-from expt.memory.recovery import Recovery
-from expt.memory.techniques import Techniques, apply
+from expt.memory.measuring.budget_ledger import BudgetLedger
+from expt.memory.recovery.recovery import Recovery
+from expt.memory.techniques.techniques import Techniques, apply
 
 BATCH = 6
 

@@ -12,7 +12,7 @@ from expt.averaging import NoAverage
 from expt.checkpoint import Progress, load_last, save_last
 from expt.construction import assemble, build, smaller_sizes, techniques_of
 from expt.errors import ConfigError
-from expt.memory.techniques import Techniques
+from expt.memory.techniques.techniques import Techniques
 from expt.results import load_result
 from expt.schema import MemoryConfig, Preset
 from expt.validation import validated

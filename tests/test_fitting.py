@@ -9,7 +9,7 @@ import pytest
 from expt import fitting, foresight
 from expt.construction import build
 from expt.errors import ConfigError
-from expt.memory.peak_plan import CATEGORIES, Plan
+from expt.memory.planning.peak_plan import CATEGORIES, Plan
 from expt.units import MIB
 from expt.validation import validated
 

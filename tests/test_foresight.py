@@ -23,8 +23,8 @@ from expt.foresight import (
     target_of,
     target_remark,
 )
-from expt.memory.planning import Plan
-from expt.memory.techniques import Techniques
+from expt.memory.planning.planning import Plan
+from expt.memory.techniques.techniques import Techniques
 from expt.schema import Device, Precision, TrainerConfig
 from expt.validation import validated
 

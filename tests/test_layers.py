@@ -77,6 +77,8 @@ LAYERS = {  # from the top; a name stands for a module or a package under `expt`
         "results",
     },
 }
+MEMORY = ("watching", "planning", "recovery", "diagnosis", "techniques", "measuring")
+"""Packages of `expt.memory`, from the top: each may import those after it."""
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 CONFIGURATION = {"hydra", "omegaconf"}
 HEAVY = {"torch", "mlflow", "matplotlib", "pandas", "lightning_fabric"}
@@ -155,6 +157,10 @@ def violations(module: str, source: str, known: Iterable[str] = frozenset(SOURCE
             found.append(f"{where}, upwards ({below})")
         elif layer == below == "parts" and own != other:
             found.append(f"{where}, another part; what both need belongs to the ground")
+        elif own == other == "memory":
+            inner, within = (one.split(".")[2:3] for one in (name, module))
+            if inner and within and MEMORY.index(inner[0]) < MEMORY.index(within[0]):
+                found.append(f"{where}, upwards within memory")
     return found
 
 
@@ -190,7 +196,16 @@ def test_every_import_of_the_package_is_of_a_module_that_exists() -> None:
         ("expt.construction", "import expt.composition", "upwards (cli)"),
         ("expt.models.new", "from expt.data.series import Series", "another part"),
         ("expt.optim.new", "def f():\n    import omegaconf.listconfig", "know no configuration"),
-        ("expt.memory.new", "from hydra.utils import instantiate", "know no configuration"),
+        (
+            "expt.memory.measuring.new",
+            "from hydra.utils import instantiate",
+            "know no configuration",
+        ),
+        (
+            "expt.memory.measuring.new",
+            "from expt.memory.planning.planning import plan",
+            "upwards within memory",
+        ),
         ("expt.units", "import torch", "too heavy"),
         (
             "expt.files",

@@ -16,12 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from expt.acceleration import make_fabric
 from expt.evaluation import evaluate, predict
 from expt.interruption import Interruption
-from expt.memory.budget import Budget
-from expt.memory.meter import LedgerMeter, meter_for
-from expt.memory.oom_event import OomEvent
-from expt.memory.recovery import Recovery
-from expt.memory.recovery_limits import Limits
-from expt.memory.techniques import Techniques, apply
+from expt.memory.measuring.budget import Budget
+from expt.memory.measuring.meter import LedgerMeter, meter_for
+from expt.memory.recovery.oom_event import OomEvent
+from expt.memory.recovery.recovery import Recovery
+from expt.memory.recovery.recovery_limits import Limits
+from expt.memory.techniques.techniques import Techniques, apply
 from expt.profiling import StepProfiler
 from expt.progress import SilentDisplay
 from expt.protocols import Batch

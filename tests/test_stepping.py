@@ -15,9 +15,9 @@ from expt.acceleration import make_fabric
 from expt.data.traffic import TrafficData
 from expt.evaluation import evaluate
 from expt.interruption import Interruption
-from expt.memory.meter import LedgerMeter
-from expt.memory.recovery import Recovery
-from expt.memory.techniques import Techniques
+from expt.memory.measuring.meter import LedgerMeter
+from expt.memory.recovery.recovery import Recovery
+from expt.memory.techniques.techniques import Techniques
 from expt.models.alternating import Alternating
 from expt.profiling import StepProfiler
 from expt.progress import SilentDisplay

@@ -18,9 +18,9 @@ from expt.checkpoint import weights_sha256
 from expt.errors import StorageError
 from expt.files import replace_atomically
 from expt.interruption import Interruption
-from expt.memory.meter import LedgerMeter
-from expt.memory.recovery import Recovery
-from expt.memory.techniques import Techniques
+from expt.memory.measuring.meter import LedgerMeter
+from expt.memory.recovery.recovery import Recovery
+from expt.memory.techniques.techniques import Techniques
 from expt.profiling import StepProfiler
 from expt.progress import SilentDisplay
 from expt.protocols import Batch

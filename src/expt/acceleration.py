@@ -8,7 +8,7 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.precision import MixedPrecision
 
-from expt.memory.host_allocator import keep_freed_memory
+from expt.memory.measuring.host_allocator import keep_freed_memory
 from expt.schema import Device, Precision
 
 MIXED: dict[Precision, Literal["16-mixed", "bf16-mixed"]] = {

@@ -11,7 +11,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from expt.memory.planning import Plan
+from expt.memory.planning.planning import Plan
 
 MAX_TRACES = 18
 """A search that has not come to its end by then returns the largest size known to fit."""

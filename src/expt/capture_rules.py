@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch.optim import Optimizer
 
-from expt.memory.one_by_one import bare_optimizer
-from expt.memory.techniques import Techniques
+from expt.memory.recovery.one_by_one import bare_optimizer
+from expt.memory.techniques.techniques import Techniques
 
 CAPTURABLE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 """Optimizers whose fused kernel reads its rate, and its count of steps, from the device."""

@@ -22,18 +22,18 @@ from torch.optim import Optimizer
 
 from expt.capture_rules import why_not_captured
 from expt.errors import UserError
-from expt.memory.attempt import release
-from expt.memory.block_randomness import BlockCounter, block_randomness
-from expt.memory.one_by_one import bare_optimizer
-from expt.memory.recovery import Recovery
-from expt.memory.shortage import shortage
-from expt.memory.techniques import Techniques
-from expt.memory.undo import RandomState
+from expt.memory.recovery.attempt import release
+from expt.memory.recovery.one_by_one import bare_optimizer
+from expt.memory.recovery.recovery import Recovery
+from expt.memory.recovery.shortage import shortage
+from expt.memory.recovery.undo import RandomState
+from expt.memory.techniques.block_randomness import BlockCounter, block_randomness
+from expt.memory.techniques.techniques import Techniques
 from expt.stepping import Steps, Take
 
 WARM_STEPS = 3
 """Steps before the capture: optimizer state and library workspaces are made in the first; the CPU's
-ledger watches as many (`expt.memory.meter.LEDGER_STEPS`)."""
+ledger watches as many (`expt.memory.measuring.meter.LEDGER_STEPS`)."""
 
 
 NO_ROOM = "there is no memory for it beside the rest; trainer.compile=off does not try"

@@ -46,7 +46,8 @@ class Progress:
 
     `history` has one row per finished epoch; `epoch_loss` and `epoch_weight` are the sums of the
     epoch under way, so that its mean survives a resume; `recovery` is what
-    `expt.memory.recovery.Recovery.state` returned, empty in checkpoints from before there was one.
+    `Recovery.state` of `expt.memory.recovery.recovery` returned, empty in checkpoints from before
+    there was one.
     """
 
     step: int = 0

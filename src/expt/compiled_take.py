@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from expt.memory.recovery import Recovery
-from expt.memory.shortage import shortage
-from expt.memory.techniques import Techniques
-from expt.memory.undo import RandomState
-from expt.memory.wrapping import bare
+from expt.memory.recovery.recovery import Recovery
+from expt.memory.recovery.shortage import shortage
+from expt.memory.recovery.undo import RandomState
+from expt.memory.techniques.techniques import Techniques
+from expt.memory.techniques.wrapping import bare
 from expt.stepping import Take
 
 EAGER_STEPS = 1
 """Steps before compiling on CUDA: the second compiles, the third is watched before a capture."""
 LEDGER_STEPS = 3
-"""Steps that the CPU's ledger watches, operator by operator (`expt.memory.meter`)."""
+"""Steps that the CPU's ledger watches, operator by operator (`expt.memory.measuring.meter`)."""
 
 
 class CompiledTake:

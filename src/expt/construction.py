@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, cast
 from hydra.utils import instantiate
 
 from expt.errors import ConfigError, ModelError, nearest
-from expt.memory.techniques import Techniques, apply
-from expt.memory.techniques import problems as technique_problems
+from expt.memory.techniques.techniques import Techniques, apply
+from expt.memory.techniques.techniques import problems as technique_problems
 from expt.protocols import DataSet
 from expt.schema import (
     AUTO,
@@ -145,7 +145,7 @@ def assemble(settings: Settings, fabric: Fabric, data: DataSet) -> tuple[nn.Modu
     apply(model, techniques)
     optimizer: Optimizer = build(settings, "optimizer", params=list(model.parameters()))
     if techniques.optimizer_in_backward:
-        from expt.memory.optimizer_in_backward import OptimizerInBackward
+        from expt.memory.techniques.optimizer_in_backward import OptimizerInBackward
 
         optimizer = OptimizerInBackward(optimizer)
     wrapped = fabric.setup(model, optimizer)

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from expt.errors import UserError
-from expt.memory.attempt import release
-from expt.memory.block_randomness import BlockRandomness, block_randomness
+from expt.memory.recovery.attempt import release
+from expt.memory.techniques.block_randomness import BlockRandomness, block_randomness
 
 SYNCHRONISING = "synchronizing CUDA operation"
 """What torch's warning says in ``set_sync_debug_mode("warn")``."""

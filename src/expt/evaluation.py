@@ -9,7 +9,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from expt.memory.recovery import Recovery
+from expt.memory.recovery.recovery import Recovery
 from expt.protocols import Batch, DataSet, MemoryMeter, Metrics, Split
 
 

@@ -17,7 +17,7 @@ from expt.batch_search import Limit, largest
 from expt.construction import Settings, smaller_sizes, techniques_of
 from expt.errors import ConfigError, ExptError
 from expt.foresight import Saving, plan_training, savings
-from expt.memory.planning import Plan, Target
+from expt.memory.planning.planning import Plan, Target
 from expt.protocols import DataSet
 from expt.units import format_bytes
 

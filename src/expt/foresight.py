@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from expt.construction import Settings, build, build_model, techniques_of
 from expt.errors import ConfigError
-from expt.memory.budget import Budget
-from expt.memory.planning import Plan, Target, plan
-from expt.memory.techniques import Techniques, apply
+from expt.memory.measuring.budget import Budget
+from expt.memory.planning.planning import Plan, Target, plan
+from expt.memory.techniques.techniques import Techniques, apply
 from expt.protocols import Batch, DataSet
 from expt.schema import Device, Precision, TrainerConfig
 from expt.units import parse_bytes
@@ -79,7 +79,7 @@ def plan_training(
         optimizer = build(settings, "optimizer", params=parameters)
         if not techniques.optimizer_in_backward:
             return optimizer
-        from expt.memory.optimizer_in_backward import OptimizerInBackward
+        from expt.memory.techniques.optimizer_in_backward import OptimizerInBackward
 
         return OptimizerInBackward(optimizer)
 

@@ -17,9 +17,9 @@ from expt import __version__, checkpoint
 from expt.checkpoint import Progress
 from expt.errors import StorageError
 from expt.files import write_json
-from expt.memory.manager import MemoryManager
-from expt.memory.oom_event import OomEvent
-from expt.memory.planning import Plan
+from expt.memory.planning.planning import Plan
+from expt.memory.recovery.oom_event import OomEvent
+from expt.memory.watching.manager import MemoryManager
 from expt.protocols import MemoryMeter, Tracker
 from expt.results import PLAN_NAME, RunResult, Status
 

@@ -37,8 +37,8 @@ class RunResult:
     `weights_sha256` is over the weights after the last step; the test figures are those of the
     best weights by validation. `metrics` are in `unit` (null: the data set names none), `seconds`
     cover all parts of a resumed run.
-    `oom_events` are `expt.memory.oom_event.OomEvent`; `fallback_run` is the directory of the
-    smaller run that took over.
+    `oom_events` are `expt.memory.recovery.oom_event.OomEvent`; `fallback_run` is the directory of
+    the smaller run that took over.
     """
 
     status: Status

@@ -23,8 +23,8 @@ from expt.construction import Settings, build
 from expt.errors import ConfigError, UserError, nearest
 from expt.explanation import first_lines
 from expt.foresight import plan_training
-from expt.memory.budget import Budget
-from expt.memory.planning import Plan, Target
+from expt.memory.measuring.budget import Budget
+from expt.memory.planning.planning import Plan, Target
 from expt.protocols import DataSet
 from expt.schema import OPEN_GROUPS
 from expt.sweep.processes import Worker, WorkerError

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from expt.memory.recovery import Recovery
+from expt.memory.recovery.recovery import Recovery
 from expt.schema import Compile
 
 Take = Callable[[Tensor], tuple[Tensor, Tensor]]

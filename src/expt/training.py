@@ -4,7 +4,7 @@
 of the reasons in `StopReason`. The batch of one optimizer step is cut into micro-batches whose
 summed losses are divided by the weight of the whole batch, so that gradient accumulation does
 not change the mathematics, whatever is masked. A step that runs out of memory is taken again with
-techniques that save some (`expt.memory.recovery`).
+techniques that save some (`expt.memory.recovery.recovery`).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from expt.errors import BrokenStepError, RecoveryError
 from expt.evaluation import evaluate
 from expt.interruption import Interruption
 from expt.loss_reading import LossReader
-from expt.memory.manager import MemoryManager
-from expt.memory.recovery import Recovery
+from expt.memory.recovery.recovery import Recovery
+from expt.memory.watching.manager import MemoryManager
 from expt.optim import schedules
 from expt.profiling import StepProfiler
 from expt.progress import Display, ProgressFile

@@ -229,7 +229,7 @@ def _budget_problems(memory: MemoryConfig, name: str) -> list[str]:
         return []
     import torch
 
-    from expt.memory.budget import Budget
+    from expt.memory.measuring.budget import Budget
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

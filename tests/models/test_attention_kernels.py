@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from expt.memory.ledger import StorageLedger
+from expt.memory.measuring.ledger import StorageLedger
 from expt.models import attention_kernels
 from expt.models.attention import Attention
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from expt.child_process import Ended
-from expt.memory.planning import Plan
+from expt.memory.planning.planning import Plan
 from expt.results import RunResult, load_launch
 from expt.tasks import probe as module
 

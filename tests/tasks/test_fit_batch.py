@@ -9,7 +9,7 @@ import pytest
 
 from expt.construction import build
 from expt.fitting import fit
-from expt.memory.peak_plan import CATEGORIES, Plan
+from expt.memory.planning.peak_plan import CATEGORIES, Plan
 from expt.tasks import fit_batch
 from expt.units import MIB
 from expt.validation import validated

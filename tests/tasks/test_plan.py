@@ -12,7 +12,7 @@ import torch
 
 from expt import foresight
 from expt.construction import build
-from expt.memory.peak_plan import CATEGORIES
+from expt.memory.planning.peak_plan import CATEGORIES
 from expt.tasks import plan as module
 from expt.tracking.null import NullTracker
 from expt.units import format_bytes

@@ -11,7 +11,7 @@ import pytest
 
 from expt.construction import build
 from expt.foresight import Saving, plan_training
-from expt.memory.peak_plan import Plan
+from expt.memory.planning.peak_plan import Plan
 from expt.results import load_result
 from expt.tasks import overflow as module
 from expt.tasks.planned import _inside
@@ -194,7 +194,7 @@ def test_a_model_that_cannot_be_traced_is_estimated_and_trained(expt, home) -> N
 
 
 def test_without_an_upper_bound_no_prediction_is_recorded(expt, home, monkeypatch) -> None:
-    from expt.memory import estimate
+    from expt.memory.planning import estimate
 
     monkeypatch.setattr(estimate, "MAX_REAL_BYTES", 0)
     branch = lab(home, "lab_large", "return output if output.sum() > 0 else -output")
@@ -267,7 +267,7 @@ def test_a_plan_that_was_made_before_is_not_made_again(expt, home, monkeypatch) 
 
 def test_steps_stay_eager_where_a_captured_one_is_predicted_not_to_fit(capsys) -> None:
     from expt.construction import Settings
-    from expt.memory.peak_plan import Plan
+    from expt.memory.planning.peak_plan import Plan
     from expt.schema import Compile, MemoryConfig, TrackingConfig, TrainerConfig
     from expt.tasks.planned import _without_capture
 

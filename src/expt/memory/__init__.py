@@ -2,6 +2,17 @@
 
 What other code may call from its own training loop is offered here and imported when it is first
 asked for, so that ``import expt.memory`` stays without torch.
+
+::
+
+    watching     readings over a run, alarms, tidying up
+    planning     the peak before a run, from a step on fake tensors
+    recovery     going on after memory has run out
+    diagnosis    what messages, logs and readings say; no torch on import
+    techniques   what makes a training take less
+    measuring    bytes counted, limited, asked of a device
+
+Imports point downwards (`tests/test_layers.py`).
 """
 
 from __future__ import annotations
@@ -10,13 +21,14 @@ from importlib import import_module
 from typing import Any
 
 PUBLIC = {
-    "Budget": "expt.memory.budget",
-    "MemoryManager": "expt.memory.manager",
-    "OomReport": "expt.memory.oom",
-    "classify_oom": "expt.memory.oom",
-    "Plan": "expt.memory.planning",
-    "plan": "expt.memory.planning",
-    "recover": "expt.memory.recovered_step",
+    "Budget": "expt.memory.measuring.budget",
+    "MemoryManager": "expt.memory.watching.manager",
+    "OomReport": "expt.memory.diagnosis.oom",
+    "classify_oom": "expt.memory.diagnosis.oom",
+    "diagnose_error": "expt.memory.diagnosis.diagnosis",
+    "Plan": "expt.memory.planning.planning",
+    "plan": "expt.memory.planning.planning",
+    "recover": "expt.memory.recovery.recovered_step",
 }
 """Module by public name."""
 

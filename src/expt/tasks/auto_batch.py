@@ -18,8 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from expt.construction import RunContext, Settings, build
 from expt.errors import ConfigError
 from expt.fitting import fit, with_batch_size
-from expt.memory.budget import Budget
-from expt.memory.planning import Target
+from expt.memory.measuring.budget import Budget
+from expt.memory.planning.planning import Target
 from expt.protocols import DataSet
 from expt.results import load_launch
 from expt.tasks.room import too_small_for_weights

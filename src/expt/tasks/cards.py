@@ -23,8 +23,8 @@ from expt.errors import ConfigError
 from expt.files import write_json, write_text
 from expt.fitting import predicted
 from expt.foresight import arithmetic, plan_training
-from expt.memory.planning import Plan
-from expt.memory.techniques import Checkpointing
+from expt.memory.planning.planning import Plan
+from expt.memory.techniques.techniques import Checkpointing
 from expt.protocols import DataSet
 from expt.report import print_table
 from expt.schema import Precision

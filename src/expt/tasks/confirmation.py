@@ -16,11 +16,11 @@ from lightning_fabric import Fabric
 from expt.construction import Settings, assemble, techniques_of
 from expt.evaluation import evaluate
 from expt.interruption import Interruption
-from expt.memory.attempt import Success, attempt, release
-from expt.memory.budget import Budget
-from expt.memory.meter import meter_for
-from expt.memory.recovery import Recovery
-from expt.memory.shortage import shortage
+from expt.memory.measuring.budget import Budget
+from expt.memory.measuring.meter import meter_for
+from expt.memory.recovery.attempt import Success, attempt, release
+from expt.memory.recovery.recovery import Recovery
+from expt.memory.recovery.shortage import shortage
 from expt.profiling import StepProfiler
 from expt.progress import SilentDisplay
 from expt.protocols import DataSet

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from expt.construction import RunContext
 from expt.errors import ConfigError
 from expt.files import write_json
-from expt.memory.diagnosis import Diagnosis, diagnose
+from expt.memory.diagnosis.diagnosis import Diagnosis, diagnose
 
 DIAGNOSIS_NAME = "diagnosis.json"
 MOST_BYTES = 8 * 1024**2

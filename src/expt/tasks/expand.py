@@ -24,7 +24,7 @@ from expt.expand_config import ExpandConfig
 from expt.expansion import Probe, Step, expand, kept_changes, last_values, stored_probe
 from expt.files import write_json, write_text
 from expt.interruption import Interruption, Stopped
-from expt.memory.budget import Budget
+from expt.memory.measuring.budget import Budget
 from expt.protocols import DataSet, Tracker
 from expt.report import print_table
 from expt.reporting.expansion import as_markdown, expansion_table, plot_expansion

@@ -26,8 +26,8 @@ from expt.errors import ConfigError
 from expt.files import write_json
 from expt.fitting import Fit, fit, with_batch_size
 from expt.foresight import budget_bytes, target_of, target_remark
-from expt.memory.budget import Budget
-from expt.memory.planning import Target
+from expt.memory.measuring.budget import Budget
+from expt.memory.planning.planning import Target
 from expt.protocols import DataSet
 from expt.report import print_table
 from expt.tasks.confirmation import Confirmation, confirm

@@ -10,10 +10,10 @@ import torch
 from expt.construction import Settings, smaller_sizes, techniques_of
 from expt.errors import ConfigError
 from expt.foresight import plan_training, savings
-from expt.memory.device_memory import total_bytes
-from expt.memory.ladder import PLANNED_LADDER, adapt, changes
-from expt.memory.planning import Plan, Target
-from expt.memory.techniques import Techniques
+from expt.memory.measuring.device_memory import total_bytes
+from expt.memory.planning.planning import Plan, Target
+from expt.memory.recovery.ladder import PLANNED_LADDER, adapt, changes
+from expt.memory.techniques.techniques import Techniques
 from expt.protocols import DataSet
 from expt.schema import OnOverflow
 from expt.tasks.prediction import Predictor

@@ -14,8 +14,8 @@ from omegaconf import DictConfig
 from expt.construction import RunContext, Settings, build
 from expt.files import write_json
 from expt.foresight import Saving, budget_bytes, plan_training, savings, target_of, target_remark
-from expt.memory.device_memory import host_bytes
-from expt.memory.planning import Plan
+from expt.memory.measuring.device_memory import host_bytes
+from expt.memory.planning.planning import Plan
 from expt.plan_tables import plan_table
 from expt.report import print_table
 from expt.results import PLAN_NAME

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from expt.construction import RunContext, Settings, techniques_of
 from expt.errors import ConfigError, UserError
 from expt.foresight import plan_training
-from expt.memory.planning import Plan, Target
+from expt.memory.planning.planning import Plan, Target
 from expt.protocols import DataSet
 from expt.schema import Compile, Fallback, OnOverflow
 from expt.tasks.fallback import key

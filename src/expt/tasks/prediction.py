@@ -7,8 +7,8 @@ import logging
 from expt.construction import Settings, build
 from expt.errors import ConfigError, ExptError
 from expt.foresight import plan_training
-from expt.memory.planning import Target
-from expt.memory.techniques import Techniques
+from expt.memory.planning.planning import Target
+from expt.memory.techniques.techniques import Techniques
 from expt.protocols import DataSet
 
 log = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from expt.errors import ExptError
 from expt.expand_config import ExpandConfig
 from expt.expansion import Outcome, Probe
 from expt.foresight import plan_training
-from expt.memory.planning import Plan, Target
+from expt.memory.planning.planning import Plan, Target
 from expt.reporting.folders import state_of
 from expt.results import RunResult, load_launch, load_result
 from expt.schema import Device, TrainerConfig

@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 
 from expt.construction import Settings, build, smaller_sizes, techniques_of
-from expt.memory.budget import Budget
-from expt.memory.evidence import collect
-from expt.memory.ladder import Predict
-from expt.memory.manager import MemoryManager
-from expt.memory.meter import CudaMeter, LedgerMeter, meter_for
-from expt.memory.recovery import Recovery
-from expt.memory.recovery_limits import Limits
-from expt.memory.techniques import apply
+from expt.memory.measuring.budget import Budget
+from expt.memory.measuring.meter import CudaMeter, LedgerMeter, meter_for
+from expt.memory.recovery.evidence import collect
+from expt.memory.recovery.ladder import Predict
+from expt.memory.recovery.recovery import Recovery
+from expt.memory.recovery.recovery_limits import Limits
+from expt.memory.techniques.techniques import apply
+from expt.memory.watching.manager import MemoryManager
 from expt.protocols import DataSet
 from expt.recording import Recorder
 from expt.schema import Fallback, MemoryConfig, Precision, Preset

@@ -12,8 +12,8 @@ from expt.acceleration import make_fabric
 from expt.construction import RunContext, Settings, build
 from expt.errors import ConfigError
 from expt.interruption import Interruption
-from expt.memory.attempt import release
-from expt.memory.budget import Budget
+from expt.memory.measuring.budget import Budget
+from expt.memory.recovery.attempt import release
 from expt.protocols import DataSet
 from expt.report import print_result
 from expt.results import RunResult, load_launch, load_result

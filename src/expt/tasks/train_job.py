@@ -23,8 +23,8 @@ from expt.errors import RecoveryError, UserError
 from expt.evaluation import evaluate, predict
 from expt.files import write_text
 from expt.interruption import Interruption, Stopped
-from expt.memory.budget import Budget
-from expt.memory.planning import Plan
+from expt.memory.measuring.budget import Budget
+from expt.memory.planning.planning import Plan
 from expt.profiling import StepProfiler, TraceProfiler
 from expt.progress import choose_display
 from expt.protocols import DataSet

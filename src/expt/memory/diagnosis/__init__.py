@@ -1,0 +1,1 @@
+"""What messages, logs and series of readings say about memory."""

@@ -1,0 +1,1 @@
+"""Bytes counted, limited and asked of a device."""

@@ -1,0 +1,94 @@
+"""A ledger of tensor storages: bytes allocated to tensors, on devices without an allocator to ask.
+
+Every operator's inputs and outputs pass through a dispatch mode; a storage is added when it is
+first seen and taken off when it dies. The sum is the quantity that
+`torch.cuda.max_memory_allocated` reports on a GPU (without its rounding to blocks). What a
+kernel allocates inside itself is invisible, and so is a tensor no operator ever touched. That
+torch works differently while it is watched is allowed for (`expt.memory.measuring.in_place_sums`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from expt.memory.measuring.in_place_sums import InPlaceSums
+
+
+class StorageLedger(TorchDispatchMode):
+    """Context manager; `allocated_bytes` is live, `peak_bytes` the highest it has been inside."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.allocated_bytes = 0
+        self.peak_bytes = 0
+        self._live: dict[int, int] = {}  # bytes by storage
+        self._in_place_sums = InPlaceSums()
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run the operator and enter the storages it read and made."""
+        kwargs = kwargs or {}
+        self.add(args, kwargs)
+        in_place = self._in_place_sums.has(func, args)
+        result = func(*args, **kwargs)
+        if in_place and result.nbytes == args[0].nbytes:
+            self._hand_over(args[0])
+        self.add(result)
+        return result
+
+    def add(self, *trees: Any) -> None:
+        """Enter every tensor in these (nested) values."""
+        for value in tree_iter(trees):
+            if isinstance(value, Tensor):
+                self._add_storage(value)
+        self.peak_bytes = max(self.peak_bytes, self.allocated_bytes)
+
+    def reset_peak(self) -> None:
+        """Begin a new peak at what is allocated now."""
+        self.peak_bytes = self.allocated_bytes
+
+    def _add_storage(self, tensor: Tensor) -> None:
+        if tensor.layout is not torch.strided:
+            for part in dense_parts(tensor):
+                self._add_storage(part)
+            return
+        storage = tensor.untyped_storage()
+        key, count = storage._cdata, storage.nbytes()
+        if key not in self._live:
+            # torch keeps one Python object per storage alive as long as the storage itself.
+            weakref.finalize(storage, self._remove, key).atexit = False
+        self.allocated_bytes += count - self._live.get(key, 0)  # a storage may be resized
+        self._live[key] = count
+
+    def _hand_over(self, tensor: Tensor) -> None:
+        """Take off a tensor that would itself have become the result, had nobody watched."""
+        key = tensor.untyped_storage()._cdata
+        self.allocated_bytes -= self._live[key]
+        self._live[key] = 0  # seen again, it would be entered again
+
+    def _remove(self, key: int) -> None:
+        self.allocated_bytes -= self._live.pop(key)
+
+
+def dense_parts(tensor: Tensor) -> list[Tensor]:
+    """Return the strided tensors that a tensor is made of: itself, or a sparse one's parts.
+
+    Opaque layouts have none.
+    """
+    if tensor.layout is torch.strided:
+        return [tensor]
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    return []

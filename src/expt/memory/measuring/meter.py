@@ -1,0 +1,165 @@
+"""Meters of bytes allocated to tensors: CUDA's allocator, or a ledger where there is none."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+
+from expt.memory.measuring.ledger import StorageLedger
+
+LEDGER_STEPS = 3
+"""Optimizer steps the ledger watches: state is made in the first, the second shows the peak."""
+
+
+class CudaMeter:
+    """Reads the caching allocator's own statistics; implements `expt.protocols.MemoryMeter`."""
+
+    name = "torch.cuda.max_memory_allocated"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._allocated = 0
+        self._reserved = 0
+        self._captured = 0
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def step(self) -> AbstractContextManager[object]:
+        """Watch one optimizer step; the allocator watches by itself."""
+        return nullcontext()
+
+    def evaluation(self) -> AbstractContextManager[object]:
+        """Watch one evaluation batch; the allocator watches by itself."""
+        return nullcontext()
+
+    def captured(self, captured: bool) -> None:
+        """Note a captured step: replays take what it took, and count as nothing allocated."""
+        self._note()
+        self._captured = torch.cuda.max_memory_allocated(self.device) if captured else 0
+
+    def start_epoch(self) -> None:
+        """Begin a new peak for the epoch."""
+        self._note()
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def epoch(self) -> Mapping[str, int]:
+        """Return this epoch's peaks, and what the allocator holds now."""
+        self._note()
+        return {
+            "peak_allocated_bytes": max(
+                torch.cuda.max_memory_allocated(self.device), self._captured
+            ),
+            "peak_reserved_bytes": torch.cuda.max_memory_reserved(self.device),
+            "allocated_bytes": torch.cuda.memory_allocated(self.device),
+            "reserved_bytes": torch.cuda.memory_reserved(self.device),
+        }
+
+    def peak_allocated_bytes(self) -> int | None:
+        """Return the peak of the whole run."""
+        self._note()
+        return self._allocated
+
+    def peak_reserved_bytes(self) -> int | None:
+        """Return the allocator's peak over the whole run."""
+        self._note()
+        return self._reserved
+
+    def restore(self, peak_allocated_bytes: int | None, peak_reserved_bytes: int | None) -> None:
+        """Take over the peaks of the part of the run before it was resumed."""
+        self._allocated = max(self._allocated, peak_allocated_bytes or 0)
+        self._reserved = max(self._reserved, peak_reserved_bytes or 0)
+
+    def _note(self) -> None:
+        self._allocated = max(self._allocated, torch.cuda.max_memory_allocated(self.device))
+        self._reserved = max(self._reserved, torch.cuda.max_memory_reserved(self.device))
+
+
+class LedgerMeter:
+    """A ledger over the first optimizer steps and one evaluation batch."""
+
+    name = f"ledger of tensor storages over the first {LEDGER_STEPS} steps and 1 evaluation batch"
+
+    def __init__(self) -> None:
+        self._ledger = StorageLedger()
+        self._steps_left = LEDGER_STEPS
+        self._evaluations_left = 1
+        self._before = 0
+
+    def step(self) -> AbstractContextManager[object]:
+        """Watch one optimizer step, if it is one of the first."""
+        if self._steps_left == 0:
+            return nullcontext()
+        self._steps_left -= 1
+        return self._watch()
+
+    def evaluation(self) -> AbstractContextManager[object]:
+        """Watch one evaluation batch, if it is the first."""
+        if self._evaluations_left == 0:
+            return nullcontext()
+        self._evaluations_left -= 1
+        return self._watch()
+
+    def captured(self, captured: bool) -> None:
+        """Do nothing: only CUDA's work is captured."""
+
+    def start_epoch(self) -> None:
+        """Do nothing: the ledger watches a few steps of the run, not every epoch."""
+
+    def epoch(self) -> Mapping[str, int]:
+        """Return the peak so far, and the process's own (which includes code and libraries)."""
+        peak = self.peak_allocated_bytes()
+        measured = {} if peak is None else {"peak_allocated_bytes": peak}
+        return {**measured, "process_peak_bytes": process_peak_bytes()}
+
+    def peak_allocated_bytes(self) -> int | None:
+        """Return the peak of what was watched, or None if nothing was yet."""
+        return max(self._ledger.peak_bytes, self._before) or None
+
+    def peak_reserved_bytes(self) -> int | None:
+        """Return None: the CPU has no caching allocator."""
+        return None
+
+    def restore(self, peak_allocated_bytes: int | None, peak_reserved_bytes: int | None) -> None:
+        """Take over the peak of the part of the run before it was resumed."""
+        self._before = max(self._before, peak_allocated_bytes or 0)
+
+    @contextmanager
+    def _watch(self) -> Iterator[None]:
+        with self._ledger:
+            yield
+
+
+class BudgetMeter(LedgerMeter):
+    """Reads the ledger that enforces a budget, and so is on all the time."""
+
+    name = "ledger of tensor storages over the whole run, which enforces the budget"
+
+    def __init__(self, ledger: StorageLedger) -> None:
+        super().__init__()
+        self._ledger = ledger
+
+    def step(self) -> AbstractContextManager[object]:
+        """Watch one optimizer step; the ledger is on."""
+        return nullcontext()
+
+    def evaluation(self) -> AbstractContextManager[object]:
+        """Watch one evaluation batch; the ledger is on."""
+        return nullcontext()
+
+
+def meter_for(
+    device: torch.device, enforcing: StorageLedger | None = None
+) -> CudaMeter | LedgerMeter:
+    """Return the meter for a device, where `enforcing` may be a ledger that is on already."""
+    if device.type == "cuda":
+        return CudaMeter(device)
+    return LedgerMeter() if enforcing is None else BudgetMeter(enforcing)
+
+
+def process_peak_bytes() -> int:
+    """Return the process's peak resident set; the kernel reports KiB, macOS bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,257 @@
+"""A trace of every tensor storage that one training step makes and drops, on fake tensors.
+
+`StorageTrace` is a dispatch mode that sits above a `FakeTensorMode`: operators compute shapes
+and nothing else, while every storage's birth and death is written down, with the phase of the
+step and the module it happened in. From the record follow the peak, what was alive at the peak,
+and what an allocator would have reserved.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from expt.memory.measuring.in_place_sums import InPlaceSums
+from expt.memory.measuring.ledger import dense_parts
+from expt.memory.planning.scratch import lstm_workspace
+
+DEVICE_OF = torch.ops.prim.device.default
+"""Asked for by most Python code that touches a tensor; answered without dispatching further."""
+
+ITEM_OF = torch.ops.aten._local_scalar_dense.default
+
+FAR = 1000.0
+"""What an optimizer reads from its own state: steps taken, far enough for what it only does later.
+
+Some divide by its distance from 0 or 1.
+"""
+
+
+@dataclass(slots=True)
+class Storage:
+    """One storage of the trace: its size, and where it came from."""
+
+    bytes: int
+    phase: str
+    module: str
+    operator: str
+    made: bool  # by an operator of the trace; else it was there before
+    category: str = ""
+
+
+class StorageTrace(TorchDispatchMode):
+    """Context manager that records births and deaths of storages.
+
+    `events` holds (storage number, bytes added or removed, phase number); `phases` names them.
+    """
+
+    def __init__(
+        self,
+        scratch_of: Callable[[Any, tuple[Any, ...], Any], tuple[str, int] | None] | None = None,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.storages: list[Storage] = []
+        self.events: list[tuple[int, int, int]] = []
+        self.phases: list[str] = ["build"]
+        self.scratch: list[tuple[int, int, str]] = []  # (event, bytes, name)
+        self._scratch_of = scratch_of
+        self._in_place_sums = InPlaceSums()
+        self._numbers: dict[int, int] = {}  # storage's address -> number
+        self._holders: dict[int, int] = {}  # addresses by number, where there is more than one
+        self._modules: list[str] = []
+        self._names: dict[int, str] = {}
+        self._stepping = False
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Compute shapes and enter the storages that were read and made."""
+        if func is DEVICE_OF and hasattr(args[0], "fake_device"):
+            return args[0].fake_device
+        kwargs = kwargs or {}
+        name = func.name() if hasattr(func, "name") else str(func)
+        self._enter_all((args, kwargs), name, made=False)
+        if func is ITEM_OF and self._stepping:
+            return FAR  # a count of steps, or what follows from one
+        in_place = self._in_place_sums.has(func, args)
+        result = lstm_workspace(func, args, func(*args, **kwargs))
+        if in_place and result.nbytes == args[0].nbytes:
+            self._hand_over(args[0])
+        if args and getattr(func, "is_view", False):
+            self._share(args[0], result)
+        self._enter_all(result, name, made=True)
+        if self._scratch_of is not None and (found := self._scratch_of(func, args, result)):
+            self.scratch.append((len(self.events) - 1, found[1], found[0]))
+        return result
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Say which part of the step runs inside."""
+        self.phases.append(name)
+        try:
+            yield
+        finally:
+            self.phases.append("between")
+
+    def step_begins(self) -> None:
+        """Say that an optimizer steps from now on, in whatever phase."""
+        self._stepping = True
+
+    def step_ends(self) -> None:
+        """Say that the optimizer has stepped."""
+        self._stepping = False
+
+    @contextmanager
+    def naming(self, model: nn.Module) -> Iterator[None]:
+        """Note which of `model`'s modules makes a storage, while inside."""
+        self._names = {id(module): name for name, module in model.named_modules()}
+
+        def enter(module: nn.Module, _: Any) -> None:
+            self._modules.append(self._names.get(id(module), type(module).__name__))
+
+        def leave(module: nn.Module, _: Any, __: Any) -> None:
+            self._modules.pop()
+
+        handles = [
+            register_module_forward_pre_hook(enter),
+            register_module_forward_hook(leave, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def enter(self, tensors: Iterable[Tensor], category: str, module: str = "") -> None:
+        """Enter tensors that are known to be of a category (parameters, gradients, …).
+
+        `module` is the name of the one they belong to, where that is known.
+        """
+        with no_dispatch():
+            parts = [part for tensor in tensors for part in dense_parts(tensor)]
+        for tensor in parts:
+            self._enter(tensor, category, made=False)
+            number = self._numbers.get(tensor.untyped_storage()._cdata)
+            if number is not None:
+                storage = self.storages[number]
+                storage.category, storage.module = category, module or storage.module
+
+    def alive(self) -> list[int]:
+        """Return the numbers of the storages that are alive now."""
+        return list(dict.fromkeys(self._numbers.values()))
+
+    def _enter_all(self, tree: Any, operator: str, made: bool) -> None:
+        for value in tree_iter(tree):
+            if isinstance(value, Tensor):
+                self._enter(value, operator, made)
+
+    def _hand_over(self, tensor: Tensor) -> None:
+        """End a storage whose place the result of an in-place sum takes."""
+        key = tensor.untyped_storage()._cdata
+        if key in self._numbers:
+            self._leave(key)
+
+    def _share(self, base: Tensor, views: Any) -> None:
+        """Let fake views of a real tensor stand for its storage, instead of one of their own."""
+        if is_fake(base) or base.layout is not torch.strided:
+            return
+        number = self._numbers.get(base.untyped_storage()._cdata)
+        if number is None:
+            return
+        for view in tree_iter(views):
+            storage = view.untyped_storage()
+            if storage._cdata not in self._numbers:
+                self._numbers[storage._cdata] = number
+                self._holders[number] = self._holders.get(number, 1) + 1
+                weakref.finalize(storage, self._leave, storage._cdata, number).atexit = False
+
+    def _enter(self, tensor: Tensor, operator: str, made: bool) -> None:
+        if tensor.layout is not torch.strided:
+            for part in dense_parts(tensor):
+                self._enter(part, operator, made)
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        number = self._numbers.get(key)
+        count = storage.nbytes()
+        phase = len(self.phases) - 1
+        if number is None:
+            if tensor.device.type == "meta":
+                return
+            number = len(self.storages)
+            module = self._modules[-1] if self._modules else ""
+            self.storages.append(Storage(count, self.phases[-1], module, operator, made))
+            self._numbers[key] = number
+            self.events.append((number, count, phase))
+            weakref.finalize(storage, self._leave, key, number).atexit = False
+        elif count != self.storages[number].bytes:
+            self.events.append((number, count - self.storages[number].bytes, phase))
+            self.storages[number].bytes = count
+
+    def _leave(self, key: int, number: int | None = None) -> None:
+        """End the storage at an address; `number` is given where another may have its place."""
+        if number is not None and self._numbers.get(key) != number:
+            return
+        number = self._numbers.pop(key)
+        if self._holders.get(number, 1) > 1:
+            self._holders[number] -= 1
+            return
+        self.events.append((number, -self.storages[number].bytes, len(self.phases) - 1))
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The highest point of a trace: bytes, its phase, and what was alive there."""
+
+    bytes: int
+    phase: str
+    alive: dict[int, int]  # bytes by storage number
+    scratch: dict[str, int]  # bytes inside the kernel that ran, by name
+
+
+def find_peak(trace: StorageTrace, size: Callable[[int], int], start: int = 0) -> Peak:
+    """Return the highest point from event `start` on, with `size` applied to every storage.
+
+    `size` is the allocator's rounding: what it takes for a request of so many bytes.
+    """
+    live: dict[int, int] = defaultdict(int)
+    scratch: dict[int, tuple[int, str]] = {}
+    for event, count, name in trace.scratch:
+        scratch[event] = max(scratch.get(event, (0, "")), (count, name))
+    total = best = 0
+    at = -1
+    for index, (number, change, _) in enumerate(trace.events):
+        before = live[number]
+        live[number] = before + change
+        total += size(before + change) - size(before)
+        inside = scratch[index][0] if index in scratch else 0
+        if index >= start and total + inside > best:
+            best, at = total + inside, index
+    alive: dict[int, int] = defaultdict(int)
+    for number, change, _ in trace.events[: at + 1]:
+        alive[number] += change
+    return Peak(
+        bytes=best,
+        phase=trace.phases[trace.events[at][2]] if at >= 0 else "none",
+        alive={number: size(count) for number, count in alive.items() if count > 0},
+        scratch={scratch[at][1]: scratch[at][0]} if at in scratch else {},
+    )

@@ -1,0 +1,1 @@
+"""Going on after memory has run out, with the same batch and one technique more."""

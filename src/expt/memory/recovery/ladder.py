@@ -1,0 +1,204 @@
+"""The ladder: what is tried, in which order, when a training step runs out of memory.
+
+A rung maps the techniques in force to others that take less, or says why it does not apply here.
+Rungs are data; `descend` takes the first that helps, `adapt` as many as it takes to fit a budget
+that is known beforehand. The effective batch is kept by every rung. No torch at import.
+
+The order is that of the slowdown: a fused attention kernel costs nothing, a smaller micro-batch
+little, checkpointing one more forward pass, offload the transfers to the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from expt.memory.techniques.techniques import Techniques
+from expt.units import format_bytes
+
+Predict = Callable[[Techniques], int | None]
+"""Peak in bytes with these techniques; None: not known."""
+Refuse = Callable[[Techniques], str | None]
+"""Why the model cannot be run with these techniques; None: it can."""
+MIN_SAVING = 0.02
+"""A rung predicted to save a smaller part of the peak is skipped: predictions are not better."""
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Where memory ran out.
+
+    Args:
+        micro_batch: samples in the largest micro-batch with the techniques in force.
+        device: its type, ``cuda`` or ``cpu``.
+
+    """
+
+    micro_batch: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One step down; `change` returns other techniques, or why it does not apply."""
+
+    name: str
+    change: Callable[[Techniques, Situation], Techniques | str]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A rung that was passed over, and why."""
+
+    rung: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Move:
+    """What a descent came to; `techniques` is None where nothing was left to try."""
+
+    rung: str | None
+    techniques: Techniques | None
+    skipped: tuple[Skipped, ...]
+
+
+def fuse_attention(techniques: Techniques, situation: Situation) -> Techniques | str:
+    """Stop materialising attention weights."""
+    kernel = techniques.attention_kernel
+    if kernel == "math":
+        return replace(techniques, attention_kernel="fused")
+    if kernel is None:
+        return "the model's own attention kernel is in force (memory.attention_kernel=null)"
+    if kernel == "fused":
+        return "the attention kernel is fused already"
+    return f"{kernel} computes something else than fused attention"
+
+
+def halve_micro_batch(techniques: Techniques, situation: Situation) -> Techniques | str:
+    """Take twice as many micro-batches of half the size; the batch of a step stays the same."""
+    if situation.micro_batch <= 1:
+        return "the micro-batch is a single sample already"
+    if techniques.optimizer_in_backward:
+        return "memory.optimizer_in_backward=true steps before other micro-batches have added"
+    return replace(techniques, gradient_accumulation=2 * techniques.gradient_accumulation)
+
+
+def checkpoint_blocks(techniques: Techniques, situation: Situation) -> Techniques | str:
+    """Compute every repeated block again in the backward pass."""
+    if techniques.activation_checkpointing is True:
+        return "every block is checkpointed already"
+    return replace(techniques, activation_checkpointing=True)
+
+
+def lighten_optimizer(techniques: Techniques, situation: Situation) -> Techniques | str:
+    """Say why not: the moments gathered so far would be lost."""
+    return (
+        "another optimizer would lose the state gathered so far; a new run can have "
+        "optimizer=adafactor or adamw_8bit"
+    )
+
+
+def offload_activations(techniques: Techniques, situation: Situation) -> Techniques | str:
+    """Let what the backward pass needs wait in host memory."""
+    if situation.device != "cuda":
+        return f"a run on {situation.device} has its activations in host memory already"
+    if techniques.saved_tensor_offload:
+        return "saved tensors are offloaded already"
+    return replace(techniques, saved_tensor_offload=True)
+
+
+def chunk_evaluation(techniques: Techniques, situation: Situation) -> Techniques | str:
+    """Evaluate a batch in twice as many slices."""
+    return replace(techniques, forward_chunks=2 * techniques.forward_chunks)
+
+
+LADDER = (
+    Rung("fused_attention", fuse_attention),
+    Rung("halve_micro_batch", halve_micro_batch),
+    Rung("activation_checkpointing", checkpoint_blocks),
+    Rung("lighter_optimizer", lighten_optimizer),
+    Rung("saved_tensor_offload", offload_activations),
+)
+PLANNED_LADDER = (*LADDER, Rung("forward_chunks", chunk_evaluation))
+"""Before a run: recovery makes evaluation smaller by itself, but a plan has to say so."""
+
+
+def descend(
+    techniques: Techniques,
+    situation: Situation,
+    predict: Predict = lambda techniques: None,
+    refuse: Refuse = lambda techniques: None,
+    ladder: Sequence[Rung] = LADDER,
+    min_saving: float = MIN_SAVING,
+) -> Move:
+    """Return the first rung that applies and is not predicted to be of no help.
+
+    Args:
+        techniques: those in force.
+        situation: see `Situation`.
+        predict: see `Predict`; without a prediction every rung that applies is worth a try.
+        refuse: see `Refuse`.
+        ladder: the rungs, in the order in which they are tried.
+        min_saving: part of the peak that a rung must be predicted to save.
+
+    """
+    skipped: list[Skipped] = []
+    now: int | None = None
+    for rung in ladder:
+        candidate = rung.change(techniques, situation)
+        reason = candidate if isinstance(candidate, str) else refuse(candidate)
+        if reason is None and isinstance(candidate, Techniques):
+            now = predict(techniques) if now is None else now
+            then = predict(candidate)
+            helps = now is None or then is None or then < (1 - min_saving) * now
+            if helps:
+                return Move(rung.name, candidate, tuple(skipped))
+            reason = f"predicted not to help: {format_bytes(then)} instead of {format_bytes(now)}"
+        skipped.append(Skipped(rung.name, str(reason)))
+    return Move(None, None, tuple(skipped))
+
+
+def adapt(
+    techniques: Techniques,
+    micro_batch: int,
+    budget_bytes: int,
+    predict: Predict,
+    device: str = "cuda",
+    refuse: Refuse = lambda techniques: None,
+    ladder: Sequence[Rung] = LADDER,
+) -> tuple[Techniques | None, list[Move]]:
+    """Go down until the predicted peak is inside the budget, before a run.
+
+    Args:
+        techniques: those asked for.
+        micro_batch: samples in a micro-batch with them.
+        budget_bytes: what the peak must not exceed.
+        predict: see `Predict`.
+        device: type of the device.
+        refuse: see `Refuse`.
+        ladder: the rungs.
+
+    Returns:
+        the techniques that fit, None if none do or a peak is not known, and every move; of the
+        last one that failed, `Move.skipped` says why nothing was left.
+
+    """
+    moves: list[Move] = []
+    now: Techniques = techniques
+    while (peak := predict(now)) is not None and peak > budget_bytes:
+        # Two phases may be about as high: a rung that lowers one of them shows little by itself.
+        move = descend(now, Situation(micro_batch, device), predict, refuse, ladder, 0.0)
+        moves.append(move)
+        if move.techniques is None:
+            return None, moves
+        parts = move.techniques.gradient_accumulation // now.gradient_accumulation
+        micro_batch = -(-micro_batch // parts)
+        now = move.techniques
+    return (None if peak is None else now), moves
+
+
+def changes(before: Techniques, after: Techniques) -> dict[str, Any]:
+    """Return the settings that differ, with their new values."""
+    return {name: value for name, value in vars(after).items() if vars(before)[name] != value}

@@ -1,0 +1,302 @@
+"""Recovery from a lack of memory: the same work again, one rung down, and nothing lost.
+
+When a step fails, memory is released, what the step had changed is put back (module `undo`), the
+next rung of the `ladder` is put on the model, and the same step is taken again: same batch, same
+random numbers, same effective batch. All of it happens after the `except` block (`attempt`).
+
+`recover`, in `expt.memory.recovery.recovered_step`, is this for any training loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from expt.errors import BrokenStepError, RecoveryError
+from expt.memory.recovery.attempt import Failure, Success, attempt, release
+from expt.memory.recovery.footing import Apply, Footing
+from expt.memory.recovery.ladder import Move, Predict
+from expt.memory.recovery.oom_event import PHASES, THRASHING, OomEvent
+from expt.memory.recovery.recovery_limits import ONCE, Limits, Trouble
+from expt.memory.recovery.shortage import OomFigures, Shortage, shortage
+from expt.memory.recovery.thrash import Thrashing, retries
+from expt.memory.recovery.undo import RandomState, StepUndo
+from expt.memory.techniques.techniques import Techniques
+
+T = TypeVar("T")
+NOTHING = Move(None, None, ())
+RETRIES = Shortage("allocation_retries", None, None)
+
+
+class Recovery:
+    """Runs work, and runs it again one rung down when memory ran out.
+
+    Args:
+        techniques: those to begin with.
+        device: where the work runs.
+        apply: see `expt.memory.recovery.footing.Apply`.
+        limits: see `expt.memory.recovery.recovery_limits`.
+        budget_bytes: recorded with every event.
+        predict: peak in bytes with other techniques, to skip rungs that will not help.
+        classify: returns the figures of a lack of memory, None for any other error.
+        on_event: called with every event, before the work is done again.
+        collect: called with an event's number, from 1, while the failed work's tensors are
+            alive; returns files that show what was held.
+
+    """
+
+    def __init__(
+        self,
+        techniques: Techniques,
+        device: torch.device,
+        *,
+        apply: Apply | None = None,
+        limits: Limits | None = None,
+        budget_bytes: int | None = None,
+        predict: Predict = lambda techniques: None,
+        classify: Callable[[BaseException], OomFigures | None] = shortage,
+        on_event: Callable[[OomEvent], None] = lambda event: None,
+        collect: Callable[[int], list[Path]] = lambda number: [],
+    ) -> None:
+        self.footing = Footing(techniques, device.type, apply, predict)
+        self.device = device
+        self.limits = limits or Limits()
+        self.budget_bytes = budget_bytes
+        self.on_event = on_event
+        self.collect = collect
+        self.events: list[Mapping[str, Any]] = []
+        self.evaluation_batch_size: int | None = None
+        """The largest batch that evaluation takes, once memory ran out there."""
+        self.phase = "step"
+        """What is under way; a step function may say so."""
+        self.position = (0, 0)
+        """Optimizer step and epoch under way, for the record."""
+        self.give_way: Callable[[], bool] = lambda: False
+        """Gives back memory that only makes steps faster; returns whether there was any."""
+        self._classify = classify
+        self._undo: StepUndo | None = None
+        self._step_trouble, self._failed_step = Trouble(), -1
+        self._evaluation_trouble, self._loop_trouble = Trouble(), Trouble()
+        self._thrashing = Thrashing(partial(retries, device)) if device.type == "cuda" else None
+
+    @property
+    def techniques(self) -> Techniques:
+        """The techniques in force."""
+        return self.footing.techniques
+
+    def attach(self, model: nn.Module, optimizer: Optimizer, scaler: Any = None) -> None:
+        """Take charge of a model that has the techniques, its optimizer, and fp16's scaler."""
+        self.footing.attach(model, optimizer)
+        self._undo = StepUndo(model, optimizer, self.device, scaler)
+
+    def step(self, work: Callable[[], T], samples: int) -> T:
+        """Take one optimizer step, as often as it needs; return what `work` returns.
+
+        Args:
+            work: the whole step: forward and backward passes, the optimizer's step, gradients
+                to None. It reads `techniques` each time it is called.
+            samples: in the step's batch.
+
+        Raises:
+            RecoveryError: nothing is left to try.
+            BrokenStepError: the optimizer had begun to write.
+
+        """
+        assert self._undo is not None, "attach a model first"
+        self._undo.note()
+        if self.position[0] != self._failed_step:  # a broken step goes on counting when replayed
+            self._step_trouble = Trouble()
+        trouble = self._step_trouble
+        while True:
+            outcome = self._attempt(work, "step", trouble)
+            if isinstance(outcome, Success):
+                self._watch_thrashing(samples)
+                return outcome.value
+            whole = self._undo.undo(self.phase)
+            release(self.device)
+            self._failed_step = self.position[0]
+            self._go_down(outcome, trouble, samples, replayed=not whole)
+            if not whole:
+                raise BrokenStepError(
+                    f"{self._where()} the optimizer had written part of the weights; load the "
+                    "last checkpoint and go on from there"
+                )
+
+    def epoch(self, work: Callable[[], T], samples: int) -> T:
+        """Do a whole epoch, whose steps recover by themselves, and catch what is between them.
+
+        Args:
+            work: may be broken off anywhere; the caller can go back to a checkpoint.
+            samples: in the batch of a step.
+
+        Raises:
+            RecoveryError: nothing is left to try.
+            BrokenStepError: memory ran out; go back to the last checkpoint.
+
+        """
+        outcome = attempt(work, self._classify, lambda: self.collect(len(self.events) + 1))
+        if isinstance(outcome, Success):
+            return outcome.value
+        release(self.device)
+        self.phase = "loop"
+        trouble = self._loop_trouble
+        trouble.failures += 1
+        self._go_down(outcome, trouble, samples, replayed=True)
+        raise BrokenStepError(f"{self._where()} the last checkpoint is the way back")
+
+    def evaluation(self, work: Callable[[int], object], batch_size: int) -> bool:
+        """Do one batch of evaluation; return False if it has to be asked for again, smaller.
+
+        Args:
+            work: takes the number of samples to do.
+            batch_size: samples wanted; it gets fewer once memory ran out.
+
+        Raises:
+            RecoveryError: not even a single sample can be evaluated.
+
+        """
+        size = min(batch_size, self.evaluation_batch_size or batch_size)
+        before, trouble = RandomState(self.device), self._evaluation_trouble
+        outcome = self._attempt(lambda: work(size), "evaluation", trouble)
+        if isinstance(outcome, Success):
+            self._evaluation_trouble = Trouble()
+            return True
+        before.restore()
+        release(self.device)
+        reason = self.limits.forbid(trouble, self.events)
+        move = NOTHING
+        if reason is None and self.give_way():
+            move = Move("eager", self.techniques, ())
+        elif size > 1 and reason is None:
+            self.evaluation_batch_size = -(-size // 2)
+            move = Move("halve_evaluation_batch", self.techniques, ())
+        elif reason is None:
+            single = "it is a single sample already"
+            move = trouble.release_only(self.techniques, "halve_evaluation_batch", single)
+        self._record(outcome, move, reason)
+        return False
+
+    def capture(self, work: Callable[[], T], mend: Callable[[], None]) -> T | None:
+        """Do work that only makes later steps faster; None if there is no memory for it.
+
+        Args:
+            work: may leave the allocator in a state in which nothing can be released.
+            mend: brings it out of that; called unless torch's own allocator said that memory ran
+                out, in which case the work was ended as it should.
+
+        """
+        cleanly = False
+
+        def watched() -> T:
+            nonlocal cleanly
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                cleanly = True
+                raise
+
+        outcome = self._attempt(watched, "capture", Trouble())
+        if isinstance(outcome, Success):
+            return outcome.value
+        if not cleanly:
+            mend()
+        release(self.device)
+        self.phase = "capture"
+        self._record(outcome, Move("eager", self.techniques, ()), None)
+        return None
+
+    def once_more(self, work: Callable[[], T], phase: str) -> T:
+        """Do work on which no rung acts (building, loading); a second time if memory ran out.
+
+        Raises:
+            RecoveryError: it ran out again.
+
+        """
+        trouble = Trouble(releases=ONCE)  # a lack of memory here is rarely by chance
+        while True:
+            outcome = self._attempt(work, phase, trouble)
+            if isinstance(outcome, Success):
+                return outcome.value
+            release(self.device)
+            reason = self.limits.forbid(trouble, self.events)
+            move = NOTHING
+            if reason is None:
+                move = trouble.release_only(self.techniques, "ladder", "its rungs act on steps")
+            self._record(outcome, move, reason)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps, as plain values."""
+        return {
+            **self.footing.state(),
+            "evaluation_batch_size": self.evaluation_batch_size,
+            "events": [dict(event) for event in self.events],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where another process saved a checkpoint; its events come before ours."""
+        if not state:
+            return  # a checkpoint from before there was recovery
+        self.footing.restore(state)
+        self.evaluation_batch_size = state["evaluation_batch_size"]
+        self.events = [*state["events"], *self.events]
+
+    def _attempt(self, work: Callable[[], T], phase: str, trouble: Trouble) -> Success[T] | Failure:
+        self.phase = phase
+        outcome = attempt(work, self._classify, lambda: self.collect(len(self.events) + 1))
+        trouble.failures += isinstance(outcome, Failure)
+        return outcome
+
+    def _go_down(self, failure: Failure, trouble: Trouble, samples: int, replayed: bool) -> None:
+        """Go one rung down after a step failed, and enter it; raise RecoveryError if none is."""
+        reason = self.limits.forbid(trouble, self.events)
+        move = NOTHING if reason else self._down(samples, trouble)
+        self._record(failure, move, reason, replayed)
+
+    def _down(self, samples: int, trouble: Trouble) -> Move:
+        """Give up what only makes steps faster, if there is any, or go one rung down."""
+        if self.give_way():
+            return Move("eager", self.techniques, ())
+        move = self.footing.down(self.phase, samples, trouble.releases)
+        trouble.releases += move.rung == "release"
+        return move
+
+    def _record(
+        self, failure: Failure, move: Move, reason: str | None, replayed: bool = False
+    ) -> None:
+        """Enter what happened; raise RecoveryError if nothing was, or could be, done."""
+        if reason is None and move.techniques is None:
+            tried = "; ".join(f"{skipped.rung}: {skipped.reason}" for skipped in move.skipped)
+            reason = f"nothing is left to try ({tried})"
+        event = OomEvent.of(
+            self.phase,
+            self.position,
+            failure,
+            move,
+            self.techniques,
+            budget_bytes=self.budget_bytes,
+            evaluation_batch_size=self.evaluation_batch_size,
+            replayed=replayed and reason is None,
+        )
+        self.events.append(event.as_dict())
+        self.on_event(event)
+        if reason is not None:
+            raise RecoveryError(f"{self._where()} {reason}")
+
+    def _where(self) -> str:
+        return f"memory ran out {PHASES[self.phase]} (step {self.position[0]}), and"
+
+    def _watch_thrashing(self, samples: int) -> None:
+        """Go one rung down before memory runs out, if the allocator retries all the time."""
+        if self._thrashing is None or not self._thrashing.after_step():
+            return
+        if not self.limits.allow_thrashing(self.events):
+            return
+        self.phase = THRASHING
+        release(self.device)
+        self._record(Failure(RETRIES), self._down(samples, Trouble()), None)

@@ -1,0 +1,187 @@
+"""What a training step that was broken off has to put back, so that it can be taken again.
+
+Copying weights and optimizer state before every step would cost as much memory as it saves.
+Instead every tensor's version counter is noted, which torch raises with every write in place:
+
+- Nothing but gradients was written, the usual case. Random generators, small buffers (batch
+  normalisation), and what the optimizer had begun to set up are put back, and the step can be
+  taken again.
+- A weight or its optimizer state was written: the optimizer's step was broken off half way. Then
+  `undo` says so, and only an earlier copy, a checkpoint, helps.
+
+Operators on lists of tensors (``foreach``, ``fused``) and kernels outside torch write past the
+version counters. An optimizer that uses them counts as the second case when its step is broken
+off, except for Adam and AdamW while their own count of steps, the first thing that they write,
+is as it was.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from expt.memory.recovery.one_by_one import bare_optimizer, steps_at_once
+from expt.memory.techniques.optimizer_in_backward import stepping
+
+SMALL_BYTES = 4 * 1024**2
+"""Buffers up to this size, together, are copied for every step; larger ones are compared. (The
+kernel of batch normalisation writes its statistics past the version counters.)"""
+COUNTING = (torch.optim.Adam, torch.optim.AdamW)
+"""Optimizers that raise the count of steps of all weights first (torch/optim/adam.py)."""
+NO_STEPS = torch.empty(0)
+STEPPING = ("optimizer_step", "step")
+"""Phases in which the optimizer may be at work; ``step`` is a step that names none."""
+
+
+class RandomState:
+    """The generators that a step on `device` may draw from, as they are now."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.python = random.getstate()
+        self.numpy = np.random.get_state(legacy=True)
+        self.host = torch.get_rng_state()
+        self.accelerator: Tensor | None = None
+        if device.type == "cuda":
+            self.accelerator = torch.cuda.get_rng_state(device)
+        elif device.type == "mps":
+            self.accelerator = torch.mps.get_rng_state()
+
+    def restore(self) -> None:
+        """Set them back."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.host)
+        if self.accelerator is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(self.accelerator, self.device)
+        elif self.accelerator is not None:
+            torch.mps.set_rng_state(self.accelerator)
+
+
+class StepUndo:
+    """Notes the state before a step, and puts it back after a failed one.
+
+    Args:
+        model: its weights and buffers.
+        optimizer: with or without Fabric's wrapper.
+        device: whose generator is kept.
+        scaler: of fp16, whose account of the step is forgotten; None without one.
+
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, device: torch.device, scaler: Any = None
+    ) -> None:
+        self.optimizer = bare_optimizer(optimizer)
+        self.device = device
+        self.scaler = scaler
+        own = {id(weight): weight for weight in model.parameters()}
+        for group in self.optimizer.param_groups:
+            own |= {id(weight): weight for weight in group["params"]}
+        self.weights = list(own.values())
+        self._small, large = _by_size(list(model.buffers()))
+        self._fixed: list[Tensor] = [*self.weights, *large]
+        self._copies = [torch.empty_like(buffer) for buffer in self._small]
+
+    def note(self) -> None:
+        """Note what is there now; call it before a step."""
+        self.random = RandomState(self.device)
+        self._versions = [tensor._version for tensor in self._fixed]
+        self._state = {
+            weight: (dict(entries), [value._version for value in _tensors(entries)])
+            for weight, entries in self.optimizer.state.items()
+        }
+        self._groups = [_settings(group) for group in self.optimizer.param_groups]
+        with torch.no_grad():
+            steps = self._steps()
+            # Copied together, on the device: reading them would make the host wait for it.
+            self._counts = torch.stack(steps) if steps else None if steps is None else NO_STEPS
+            if self._small:
+                torch._foreach_copy_(self._copies, self._small)
+
+    def undo(self, phase: str) -> bool:
+        """Put back what can be, gradients to None; return whether that was all there was."""
+        self.random.restore()
+        for trained in self.weights:
+            trained.grad = None
+        if self.scaler is not None:
+            # A gradient is unscaled once per step; torch has no public way to begin one again.
+            self.scaler._per_optimizer_states.clear()
+        whole = not (self._written() or self._written_unseen(phase))
+        state = self.optimizer.state
+        for weight in list(state):
+            if weight not in self._state:
+                del state[weight]
+            else:
+                state[weight].clear()
+                state[weight].update(self._state[weight][0])
+        for group, settings in zip(self.optimizer.param_groups, self._groups, strict=True):
+            group.update(settings)
+        with torch.no_grad():
+            if self._small:
+                torch._foreach_copy_(self._small, self._copies)
+        return whole
+
+    def _written(self) -> bool:
+        """Tell whether a weight, its state or a large buffer was written since `note`."""
+        if [tensor._version for tensor in self._fixed] != self._versions:
+            return True
+        return any(
+            [value._version for value in _tensors(entries)] != versions
+            for entries, versions in self._state.values()
+        )
+
+    def _written_unseen(self, phase: str) -> bool:
+        """Tell whether the optimizer may have written past the version counters."""
+        optimizer = stepping(self.optimizer)
+        in_backward = optimizer is not self.optimizer
+        if phase not in STEPPING and not (in_backward and phase == "backward"):
+            return False
+        known = type(optimizer).__module__.startswith("torch.optim")
+        if known and not steps_at_once(optimizer):
+            return False
+        return self._stepped()
+
+    def _steps(self) -> list[Tensor] | None:
+        """Return every weight's count of steps; None where that tells no more than versions do."""
+        if type(self.optimizer) not in COUNTING or not steps_at_once(self.optimizer):
+            return None
+        counts = [entries.get("step") for entries in self.optimizer.state.values()]
+        found = [count for count in counts if isinstance(count, Tensor)]
+        alike = len({count.device for count in found}) <= 1
+        return found if alike and len(found) == len(counts) else None
+
+    def _stepped(self) -> bool:
+        """Tell whether a count of steps is another than it was; waits for the device."""
+        counts = self._steps()
+        if counts is None or self._counts is None:
+            return True
+        before = self._counts.tolist()
+        # A weight that had no state was never stepped.
+        before += [0.0] * (len(counts) - len(before))
+        return [float(count) for count in counts] != before
+
+
+def _by_size(buffers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Part buffers into those small enough to copy, all together, and the others."""
+    small: list[Tensor] = []
+    large: list[Tensor] = []
+    left = SMALL_BYTES
+    for buffer in sorted(buffers, key=lambda tensor: tensor.nbytes):
+        left -= buffer.nbytes
+        (small if left >= 0 else large).append(buffer)
+    return small, large
+
+
+def _tensors(entries: dict[str, Any]) -> Iterator[Tensor]:
+    return (value for value in entries.values() if isinstance(value, Tensor))
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}

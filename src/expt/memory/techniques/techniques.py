@@ -1,0 +1,137 @@
+"""The memory techniques of a run as one value, and how they are put on a model.
+
+`Techniques` is what the plan predicts, the ladder changes and the construction asks for; `apply`
+makes a model obey it, in place, also while it trains. A technique never changes what is computed,
+beyond rounding and the numbers that dropout draws, except where its own documentation says so
+(the attention kernels sliding_window and top_k). No torch at import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from expt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Checkpointing = bool | int | Literal["selective"]
+"""False: none; True: every block; n >= 2: every n-th block; "selective": see `checkpointing`."""
+AttentionKernel = Literal["math", "fused", "sliding_window", "top_k"]
+
+
+@dataclass(frozen=True)
+class Techniques:
+    """Settings that decide a run's peak at a given model, batch and optimizer.
+
+    Args:
+        gradient_accumulation: micro-batches per optimizer step; the loop's work, not `apply`'s.
+        activation_checkpointing: which blocks are computed again in the backward pass.
+        attention_kernel: for modules with an attribute of that name; None: theirs.
+        attention_window: tokens to either side, for the kernel sliding_window.
+        attention_top_k: keys per query, for the kernel top_k.
+        saved_tensor_offload: keep what backward needs in host memory.
+        optimizer_in_backward: step each weight as its gradient is done; the optimizer's work,
+            `expt.memory.techniques.optimizer_in_backward`, not `apply`'s.
+        forward_chunks: slices of the batch that a forward pass takes one after the other.
+        forward_chunks_in_training: slice in training too, not in evaluation only.
+
+    """
+
+    gradient_accumulation: int = 1
+    activation_checkpointing: Checkpointing = False
+    attention_kernel: AttentionKernel | None = None
+    attention_window: int | None = None
+    attention_top_k: int | None = None
+    saved_tensor_offload: bool = False
+    optimizer_in_backward: bool = False
+    forward_chunks: int = 1
+    forward_chunks_in_training: bool = False
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What `apply` did; `modules` counts, per technique that is on, the modules it is on."""
+
+    techniques: Techniques
+    modules: Mapping[str, int]
+
+
+def apply(model: nn.Module, techniques: Techniques) -> Applied:
+    """Make `model` obey `techniques`, in place, whatever it obeyed before.
+
+    Reads no data, so that the weights may be fake or on meta; names and state_dict stay as they
+    are. Call it between steps, on the model or on what Fabric made of it.
+
+    Raises:
+        ConfigError: a technique finds nothing to apply to; the model is as it was before.
+
+    """
+    from expt.memory.techniques.attention_kernel import set_attention_kernel
+    from expt.memory.techniques.checkpointing import checkpoint_activations
+    from expt.memory.techniques.chunking import chunk_forward, remove_chunking
+    from expt.memory.techniques.offload import offload_saved_tensors, remove_offload
+    from expt.memory.techniques.wrapping import bare
+
+    found = problems(model, techniques)
+    if found:
+        raise ConfigError(found)
+    model = bare(model)
+    blocks = checkpoint_activations(model, techniques.activation_checkpointing)
+    attentions = set_attention_kernel(
+        model,
+        techniques.attention_kernel,
+        techniques.attention_window,
+        techniques.attention_top_k,
+    )
+    remove_offload(model)
+    remove_chunking(model)
+    if techniques.saved_tensor_offload:
+        offload_saved_tensors(model)
+    if techniques.forward_chunks > 1:
+        # Outermost: each slice is a whole forward pass.
+        chunk_forward(model, techniques.forward_chunks, techniques.forward_chunks_in_training)
+    counts = {
+        "activation_checkpointing": blocks,
+        "attention_kernel": attentions,
+        "saved_tensor_offload": int(techniques.saved_tensor_offload),
+        "forward_chunks": int(techniques.forward_chunks > 1),
+    }
+    return Applied(techniques, {name: count for name, count in counts.items() if count})
+
+
+def problems(model: nn.Module, techniques: Techniques) -> list[str]:
+    """Return why some of `techniques` cannot be applied to `model`, one message each."""
+    from expt.memory.techniques.attention_kernel import attention_modules
+    from expt.memory.techniques.checkpointing import chosen_blocks
+    from expt.memory.techniques.chunking import batch_statistics
+    from expt.memory.techniques.repeated_blocks import repeated_blocks
+    from expt.memory.techniques.wrapping import bare
+
+    model = bare(model)
+    name, found = type(model).__name__, []
+    mode = techniques.activation_checkpointing
+    if mode is not False and not chosen_blocks(model, mode):
+        key = f"memory.activation_checkpointing={str(mode).lower()}"
+        if count := len(repeated_blocks(model)):
+            found.append(f"{key}: {name} has {count} blocks, so there is no such one; try true")
+        else:
+            found.append(
+                f"{key}: {name} has no repeated blocks to compute again; looked for: elements of "
+                "a torch.nn.ModuleList, and two or more modules of one type, with modules of their "
+                "own, in a torch.nn.Sequential; set it to false"
+            )
+    if techniques.attention_kernel is not None and not attention_modules(model):
+        found.append(
+            f"memory.attention_kernel={techniques.attention_kernel}: no module of {name} has a "
+            "choice (an attribute attention_kernel); set it to null"
+        )
+    if techniques.forward_chunks_in_training and (parts := batch_statistics(model)):
+        found.append(
+            f"memory.forward_chunks_in_training=true: {name} normalises over the batch "
+            f"({parts[0]}{', …' if len(parts) > 1 else ''}), and would do so over slices of it; "
+            "set it to false"
+        )
+    return found

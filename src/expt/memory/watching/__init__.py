@@ -1,0 +1,1 @@
+"""Memory over the time of a run: readings, alarms, tidying up."""

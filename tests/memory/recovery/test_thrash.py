@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from expt.errors import RecoveryError
+from expt.memory.recovery.recovery import Recovery
+from expt.memory.recovery.recovery_limits import Limits
+from expt.memory.recovery.thrash import EVERY_STEPS, LOOKS, Thrashing
+from expt.memory.techniques.techniques import Techniques
+
+
+def verdicts(counts: list[int]) -> list[int]:
+    """Return the looks, from 0, at which thrashing was found."""
+    left = iter(counts)
+    watch = Thrashing(lambda: next(left))
+    found = [watch.after_step() for _ in range(EVERY_STEPS * len(counts))]
+    return [index // EVERY_STEPS for index, verdict in enumerate(found) if verdict]
+
+
+@pytest.mark.parametrize(
+    ("counts", "looks"),
+    [
+        ([0] * 10, []),
+        ([5] * 10, []),
+        ([0, 1, 1, 2, 3, 3, 4, 5], []),
+        ([0, 1, 2, 3, 4, 5, 6, 7], [LOOKS, 2 * LOOKS]),
+        ([9, 9, 10, 12, 15], [4]),
+    ],
+)
+def test_only_growth_look_after_look_counts(counts, looks):
+    assert verdicts(counts) == looks
+
+
+def test_a_thrashing_run_goes_one_rung_down_before_it_ends(monkeypatch):
+    retries = iter(range(1000))
+    statistics = lambda device: {"num_alloc_retries": next(retries)}  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "memory_stats", statistics)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(1))
+    recovery = Recovery(Techniques(), torch.device("cuda", 0))
+    model = nn.Linear(2, 2)
+    recovery.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    taken = []
+    for step in range(EVERY_STEPS * (LOOKS + 1)):
+        recovery.position = (step, 0)
+        recovery.step(lambda: taken.append(recovery.techniques.gradient_accumulation), 8)
+    (event,) = recovery.events
+    assert (event["phase"], event["cause"]) == ("thrashing", "allocation_retries")
+    assert event["rung"] == "halve_micro_batch"
+    assert len(taken) == EVERY_STEPS * (LOOKS + 1), "no step was taken twice"
+    assert recovery.techniques == Techniques(2)
+
+
+def test_thrashing_has_a_limit_of_its_own_and_uses_up_no_other(monkeypatch):
+    retries = iter(range(10_000))
+    statistics = lambda device: {"num_alloc_retries": next(retries)}  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "memory_stats", statistics)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
+    limits = Limits(per_run=2, thrashing=4)
+    recovery = Recovery(Techniques(), torch.device("cuda", 0), limits=limits)
+    model = nn.Linear(2, 2)
+    recovery.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for step in range(EVERY_STEPS * LOOKS * 7):
+        recovery.position = (step, 0)
+        recovery.step(lambda: None, 8)
+    assert [event["phase"] for event in recovery.events] == ["thrashing"] * 4
+    failing = iter([True, False, True, False, True])
+
+    def step() -> None:
+        if next(failing):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    for at in range(2):
+        recovery.position = (10_000 + at, 0)
+        recovery.step(step, 8)
+    recovery.position = (10_002, 0)
+    with pytest.raises(RecoveryError, match=r"memory\.max_recoveries=2"):
+        recovery.step(step, 8)
