@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from expt.errors import StorageError
-from expt.files import replace_atomically, write_json
+from expt.files import remove_empty_date, replace_atomically, write_json
 
 
 def text_writer(text: str) -> Any:
@@ -171,3 +171,13 @@ def test_what_json_cannot_say_leaves_the_old_file(tmp_path: Path) -> None:
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_only_an_empty_folder_of_a_day_is_removed(tmp_path: Path) -> None:
+    for name in ("2026-11-21", "2026-11-22", "2026-11-21b", "lab"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "2026-11-22/run").mkdir()
+    for folder in list(tmp_path.iterdir()):
+        remove_empty_date(folder)
+    remove_empty_date(tmp_path / "2026-11-23")
+    assert {path.name for path in tmp_path.iterdir()} == {"2026-11-22", "2026-11-21b", "lab"}

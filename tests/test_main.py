@@ -153,6 +153,14 @@ def test_a_refused_multirun_leaves_a_folder_that_was_there(expt, home):
     assert [path.name for path in (home / "mine").iterdir()] == ["multirun.yaml"]
 
 
+def test_a_refusal_keeps_empty_folders_of_the_users(expt, home):
+    (home / "lab").mkdir()
+    assert expt("memory=lit", "hydra.run.dir=lab/run", small=False)[0] == 2
+    assert expt("trainer.epochs=0", "hydra.run.dir=lab/run")[0] == 2
+    assert expt("-m", "memory=full,lit", "hydra.sweep.dir=lab/sweep")[0] == 2
+    assert [path.name for path in home.rglob("*")] == ["lab"]
+
+
 def test_all_problems_come_in_one_message(expt):
     code, _, err = expt(
         "trainer.epochs=0", "model.embed_dim=30", "model.patch_sizes=[5]", "data.batch_size=0"

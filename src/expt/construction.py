@@ -134,8 +134,8 @@ def assemble(settings: Settings, fabric: Fabric, data: DataSet) -> tuple[nn.Modu
     """
     import torch
 
-    indices = torch.arange(1, device=fabric.device)
-    model = build_model(settings, data, data.gather("train", indices).inputs)
+    model: nn.Module = build(settings, "model", **data.model_arguments())
+    check_forward(model, data.gather("train", torch.arange(1, device=fabric.device)).inputs)
     techniques = techniques_of(settings.memory)
     problems = technique_problems(model, techniques)
     if techniques.saved_tensor_offload and fabric.device.type != "cuda":
@@ -152,20 +152,22 @@ def assemble(settings: Settings, fabric: Fabric, data: DataSet) -> tuple[nn.Modu
     return wrapped[0], wrapped[1]
 
 
-def build_model(settings: Settings, data: DataSet, inputs: Iterable[str]) -> nn.Module:
-    """Build the model for data that hands its forward `inputs` by name.
+def check_forward(model: nn.Module, inputs: Iterable[str]) -> None:
+    """Check that a model's forward takes what the data hands it by name.
 
     Raises:
-        ConfigError: a required argument is neither in the configuration nor provided.
-        ModelError: its forward does not take these inputs.
+        ModelError: it does not.
 
     """
-    model: nn.Module = build(settings, "model", **data.model_arguments())
+    import torch
+
+    if model._forward_pre_hooks or type(model).__call__ is not torch.nn.Module.__call__:
+        return  # they may hand it something else
     names = list(inputs)
     try:
         signature = inspect.signature(model.forward)
     except ValueError:  # compiled code tells nothing about itself
-        return model
+        return
     try:
         signature.bind(**dict.fromkeys(names))
     except TypeError as error:
@@ -174,7 +176,6 @@ def build_model(settings: Settings, data: DataSet, inputs: Iterable[str]) -> nn.
             f"name ({', '.join(names)}): {error}; name the ones it uses, and let **others take "
             "the rest"
         ) from error
-    return model
 
 
 def techniques_of(memory: MemoryConfig) -> Techniques:

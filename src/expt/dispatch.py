@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from expt.composition import key
 from expt.construction import RunContext
 from expt.errors import ConfigError, ExptError, UserError
+from expt.files import remove_empty_date
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def _remove_traces(run_dir: Path) -> None:
     with suppress(OSError):
         (run_dir / "expt.log").unlink(missing_ok=True)
         run_dir.rmdir()
-        run_dir.parent.rmdir()  # the date's folder; one with other runs stays
+        remove_empty_date(run_dir.parent)
 
 
 def _free_memory() -> None:

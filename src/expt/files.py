@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from expt.errors import StorageError
+
+_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 
 def replace_atomically(path: Path, write: Callable[[Path], None], durable: bool = True) -> None:
@@ -81,3 +84,10 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(part) for part in value]
     return value
+
+
+def remove_empty_date(folder: Path) -> None:
+    """Remove a folder named after a day, as Hydra makes them; any other may be the user's."""
+    if _DATE.fullmatch(folder.name):
+        with contextlib.suppress(OSError):
+            folder.rmdir()

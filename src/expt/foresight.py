@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from expt.construction import Settings, build, build_model, techniques_of
+from expt.construction import Settings, build, check_forward, techniques_of
 from expt.errors import ConfigError
 from expt.memory.measuring.budget import Budget
 from expt.memory.planning.planning import Plan, Target, plan
@@ -86,9 +86,15 @@ def plan_training(
     def prepare(model: nn.Module) -> None:
         apply(model, techniques)
 
-    inputs = data.gather("train", torch.arange(1)).inputs
+    inputs = list(data.gather("train", torch.arange(1)).inputs)
+
+    def model_fn() -> nn.Module:
+        model: nn.Module = build(settings, "model", **data.model_arguments())
+        check_forward(model, inputs)
+        return model
+
     return plan(
-        lambda: build_model(settings, data, inputs),
+        model_fn,
         batch_fn,
         optimizer_fn,
         loss_fn,

@@ -16,7 +16,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from expt.files import write_text
+from expt.files import remove_empty_date, write_text
 from expt.protocols import Tracker
 from expt.results import FILE_NAME, PLAN_NAME, RunResult, load_result
 from expt.schema import TrackingConfig
@@ -109,7 +109,7 @@ def _remove_traces(directory: Path) -> None:
         if [entry.name for entry in directory.iterdir()] == [HYDRA_FILE]:
             (directory / HYDRA_FILE).unlink()
             directory.rmdir()
-            directory.parent.rmdir()  # the date's folder; one with other multiruns stays
+            remove_empty_date(directory.parent)
 
 
 def child_results(directory: Path) -> dict[str, RunResult]:

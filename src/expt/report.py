@@ -14,7 +14,7 @@ from expt.files import replace_atomically
 from expt.results import RunResult
 from expt.units import GIB, counted, format_bytes, format_seconds
 
-_AT_MINUTES = re.compile(r"test/mae_(.+)min")
+_AT_MINUTES = re.compile(r"test/mae_(\d+(?:\.\d+)?)min")
 
 
 def print_result(result: RunResult, run_dir: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from optuna.samplers import GridSampler
 
 from expt.__main__ import run_command
 from expt.composition import key
-from expt.errors import ConfigError
+from expt.errors import ConfigError, ExptError
 from expt.schema import TrackingConfig
 from expt.search_config import Pruner, SearchConfig
 from expt.search_jobs import TrialJobs, base_facts, check_presets, checker, preset_values
@@ -120,7 +121,7 @@ def search(
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
-        with answering(node.study):
+        with suppress(ExptError), answering(node.study):
             seen = smallest_seen(study, loop.nearest, jobs.budget_bytes, space)
         raise
     finally:

@@ -338,6 +338,17 @@ def test_impossible_arguments_are_found_before_reading(
     assert TrafficData.problems(ARGUMENTS) == []
 
 
+@pytest.mark.parametrize("kind", [staticmethod, classmethod])
+def test_a_read_that_needs_no_instance_is_allowed(kind: Any) -> None:
+    def of_a_class(cls: type, path: str, adjacency_path: str, where_to_get: str) -> None: ...
+    def of_none(path: str, adjacency_path: str, where_to_get: str) -> None: ...
+    def too_few(path: str) -> None: ...
+
+    read = of_a_class if kind is classmethod else of_none
+    assert type("Own", (TrafficData,), {"read": kind(read)}).problems(ARGUMENTS) == []
+    assert len(type("Own", (TrafficData,), {"read": kind(too_few)}).problems(ARGUMENTS)) == 1
+
+
 def test_windows_of_a_series_shorter_than_one(metr_la: TrafficData) -> None:
     assert len(window_starts(metr_la.series, 34_273)) == 0
     assert window_starts(metr_la.series, 34_272).tolist() == [0]

@@ -93,7 +93,7 @@ def test_runs_on_several_data_are_not_ranked_against_each_other(record, tmp_path
     assert "on 2 different data" in found.page.lead
     assert list(found.page.by_data) == [
         "la (12 runs): r11, validation MAE 3.900, peak 2.10 GiB",
-        "own (2 runs): ref, validation MAE 0.800, peak 0.50 GiB",
+        "own (2 runs): ref, validation MAE 0.800, peak 512.0 MiB",
     ]
     assert [row[:2] for row in found.page.table.rows][11:13] == [("r0", "la"), ("ref", "own")]
     assert list(found.page.marked) == [0, 12], "the best on each"

@@ -71,7 +71,14 @@ def test_a_relative_path_starts_where_the_run_was_started(record) -> None:
 def test_what_a_search_varies_is_compared_on_purpose(record) -> None:
     runs = [record(str(n), 1.0, trial=n, settings={**SPEEDS, "data.horizon": n}) for n in (6, 12)]
     assert len(shown(*runs)) == 2
-    assert len(shown(*runs, space={"data.horizon": None})) == 1
+    for name in ("data.horizon", "+data.horizon", "data"):
+        assert len(shown(*runs, space={name: None})) == 1
+
+
+def test_a_record_from_before_the_setting_was_in_miles_per_hour(record) -> None:
+    mph, kmh = ({**SPEEDS, "data.unit": unit} for unit in ("mph", "km/h"))
+    runs = [record(str(n), 1.0, settings=one) for n, one in enumerate((SPEEDS, mph, kmh))]
+    assert sorted(shown(*runs).values()) == [["0", "1"], ["2"]]
 
 
 def test_where_no_data_are_recorded(record) -> None:

@@ -117,3 +117,13 @@ def test_csv_has_figures_in_full_and_every_setting_that_differs(record) -> None:
     assert rows[1]["detail"] == 'said "no", twice'
     assert [rows[1][f"model.p{n}"] for n in range(9)] == ["2"] * 9
     assert rows[0]["test/mae"] == "3.4"
+
+
+def test_classes_of_data_stand_in_its_own_column_only(record) -> None:
+    settings = [{"data._target_": name, "model._target_": name} for name in ("a.One", "b.Two")]
+    records = [record(str(n), 3.0, settings=one) for n, one in enumerate(settings)]
+    data = {id(one): f"set{n}" for n, one in enumerate(records)}
+    cells = run_table(records, "val/mae", (), ("data._target_", "model._target_"), data)
+    assert cells.columns.count("data") == 1
+    assert "model" in cells.columns
+    assert "data" in run_table(records, "val/mae", (), ("data._target_",)).columns

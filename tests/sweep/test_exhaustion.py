@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import optuna
 import pytest
 from optuna.trial import TrialState
 
-from expt.sweep.exhaustion import all_tried, lighter_point, nothing_fitted, waiting
+from expt.sweep.exhaustion import all_tried, lighter_point, nothing_fitted, over_budget, waiting
 from expt.sweep.space import Space
-from expt.sweep.trials import CONSTRAINT, KIND, STARTED
+from expt.sweep.trials import CONSTRAINT, KIND, PREDICTED, STARTED
 
 SPACE = Space.parse({"width": "range(1,101)", "rate": "interval(0.0,1.0)", "kind": "choice(a,b)"})
 
@@ -16,11 +18,12 @@ def told():
     """Add a trial of a point to a study, with its excess; return all of its trials."""
     study = optuna.create_study()
 
-    def tell(width, excess, rate=0.5, kind="a"):
+    def tell(width, excess, rate=0.5, kind="a", attributes=MappingProxyType({})):
         study.enqueue_trial({"width": width, "rate": rate, "kind": kind})
         trial = study.ask(dict(SPACE.distributions))
         trial.set_constraint(CONSTRAINT, excess)
-        trial.set_user_attr(KIND, "infeasible_predicted")
+        for name, value in {KIND: "infeasible_predicted", **attributes}.items():
+            trial.set_user_attr(name, value)
         study.tell(trial, state=TrialState.PRUNED)
         return study.get_trials()
 
@@ -95,3 +98,15 @@ def test_a_point_that_waits_and_one_that_was_ended_by_hand():
     second.set_user_attr(KIND, "crashed")
     study.tell(second, state=TrialState.FAIL)
     assert not all_tried(study.get_trials(), space)
+
+
+def test_what_ran_out_of_memory_tells_its_weight_only_if_it_was_predicted(told):
+    told(50, 1.0)
+    trials = told(
+        90, 0.001, attributes={KIND: "oom", STARTED: True}
+    )  # what the last allocation lacked
+    assert [trial.params["width"] for trial in over_budget(trials)] == [50]
+    assert lighter_point(trials, SPACE)["width"] != 90
+    trials = told(70, 1.5, attributes={KIND: "oom", STARTED: True, PREDICTED: 1})
+    trials = told(60, 1.2, attributes={KIND: "duplicate"})
+    assert [trial.params["width"] for trial in over_budget(trials)] == [50, 70]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from expt.construction import build
+from expt.errors import ConfigError
 from expt.foresight import Saving, plan_training
 from expt.memory.planning.peak_plan import Plan
 from expt.results import load_result
@@ -40,6 +41,9 @@ class Net(nn.Module):
         output = self.last(x).transpose(1, 2)
         {body}
 """
+ON_A_CARD = Plan(
+    "cuda", 50 * MIB, 60 * MIB, (40, 70), "forward", {"inputs": 1}, {}, {}, "trace", 0.0
+)
 RUN = (
     "memory=minimal", "debug=smoke", "tracking=none", "trainer.progress=false",
     "trainer.device=cpu", "data.batch_size=256", "data.eval_batch_size=8", "trainer.epochs=1",
@@ -125,7 +129,10 @@ def test_adapting_to_what_nothing_fits_is_refused(expt, home) -> None:
     code, _, err, result = train(expt, home, "memory.budget=11MiB", "memory.on_overflow=adapt")
     assert code == 2
     assert result is None
-    assert "nothing is left that would make it fit. No technique is predicted to fit" in err
+    assert (
+        "nothing is left on the ladder that would make it fit. No technique is predicted to fit"
+        in err
+    )
     least = parse_bytes(err.partition("the least they reach is ")[2].partition(";")[0])
     assert 11 * MIB < least < 100 * MIB
     code, _, err, _ = train(expt, home, "memory.budget=11MiB")
@@ -145,7 +152,7 @@ def test_what_the_machine_does_not_have_must_not_start(expt, home, whole, monkey
         "What would fit: ",
         "on_overflow=adapt",
         "on_overflow=train",
-        "memory.budget=100%",
+        "memory.budget=auto",
     ):
         assert word in err
     assert train(expt, home, "memory.fallback=preset")[0] == 2, "no error, no fallback"
@@ -158,9 +165,16 @@ def test_what_the_machine_does_not_have_must_not_start(expt, home, whole, monkey
     assert "the system may end it" in out
 
 
-@pytest.mark.parametrize("fallback", ["none", "preset"])
-def test_a_card_without_a_budget_raises_by_itself(composed, capsys, monkeypatch, fallback) -> None:
-    settings = validated(composed("memory.recover=true", f"memory.fallback={fallback}"))
+@pytest.mark.parametrize(
+    ("recover", "fallback", "then"),
+    [
+        ("true", "none", "(recovery)"),
+        ("true", "preset", "(recovery, then memory.fallback)"),
+        ("false", "preset", "(memory.fallback)"),
+    ],
+)
+def test_a_card_without_a_budget_raises_by_itself(composed, recover, fallback, then) -> None:
+    settings = validated(composed(f"memory.recover={recover}", f"memory.fallback={fallback}"))
     planned = Plan(
         "cuda", 50 * MIB, 60 * MIB, (40, 70), "backward", {"inputs": 1}, {}, {}, "trace", 0.0
     )
@@ -168,8 +182,41 @@ def test_a_card_without_a_budget_raises_by_itself(composed, capsys, monkeypatch,
     assert _inside(settings, None, planned, limit) == (settings, planned)
     line = module.remark(settings, planned, limit)
     assert line.startswith("; there is no budget, and the memory of this card (55.0 MiB) is less")
-    assert ("memory.fallback" in line) == (fallback == "preset")
+    assert line.endswith(f"goes on all the same {then}")
     assert module.remark(settings, planned, module.Limit(60 * MIB, None, "cuda")) == ""
+
+
+def test_a_card_that_nothing_recovers_on_is_refused(composed, monkeypatch) -> None:
+    settings = validated(composed("memory.recover=false"))
+    planned = ON_A_CARD
+    monkeypatch.setattr(module, "savings", lambda *arguments: [])
+    monkeypatch.setattr(module, "_descend", lambda *arguments: (None, 58 * MIB))
+    with pytest.raises(ConfigError, match=r"the least they reach is 58\.0 MiB"):
+        _inside(settings, None, planned, module.Limit(55 * MIB, None, "cuda"))
+
+
+def test_where_the_limit_is_not_known_there_is_none(composed) -> None:
+    settings = validated(composed())
+    assert module.limit_of(settings, None, "mps") is None, "it has an error of its own"
+    assert module.limit_of(settings, 5, "mps").bytes == 5
+    assert module.limit_of(settings, None, "cpu").bytes > 0
+
+
+def test_adapting_is_offered_where_it_would_do(composed, monkeypatch) -> None:
+    settings = validated(composed("+memory=minimal"))
+    planned = Plan("cpu", 50 * MIB, None, (40, 60), "forward", {"inputs": 1}, {}, {}, "trace", 0.0)
+    limit = module.Limit(30 * MIB, "30MiB", "cpu")
+    monkeypatch.setattr(module, "_descend", lambda *arguments: (None, 35 * MIB))
+    ways = [Saving("memory.precision=bf16", 25 * MIB, 25 * MIB)]
+    monkeypatch.setattr(module, "savings", lambda *arguments: ways)
+    message = module.refusal(settings, None, planned, limit)
+    assert (
+        "What would fit: memory.precision=bf16 (25.0 MiB); or memory.on_overflow=train" in message
+    )
+    with pytest.raises(ConfigError, match=r"on the ladder .* What would fit: memory\.precision"):
+        module.adapted(settings, None, planned, limit)
+    ways.append(Saving("memory.forward_chunks=4", 28 * MIB, 28 * MIB))
+    assert "on_overflow=adapt" in module.refusal(settings, None, planned, limit)
 
 
 def test_training_all_the_same_meets_the_budget_by_recovery(expt, home, whole) -> None:
@@ -222,6 +269,17 @@ def test_a_forward_that_does_not_take_the_inputs_is_refused(expt, home) -> None:
         assert "let **others take the rest" in err
         assert "Traceback" not in err
         assert not (home / "run").exists()
+
+
+def test_a_forward_that_is_handed_something_else_by_a_hook_trains(expt, home) -> None:
+    hook = "\n        self.register_forward_pre_hook(only, with_kwargs=True)\n"
+    text = MODEL.format(body="return output").replace(", **others", "")
+    text = text.replace("\n    def forward", f"{hook}\n    def forward")
+    only = "def only(model, args, kwargs):\n    return (), {'speed': kwargs['speed']}\n"
+    (home / "lab_hooked.py").write_text(text + "\n\n" + only)
+    code, _, err, result = train(expt, home, "model._target_=lab_hooked.Net")
+    assert code == 0, err
+    assert result.status == "completed"
 
 
 def test_a_wrong_shape_is_said_once_and_leaves_nothing(expt, home) -> None:

@@ -88,28 +88,37 @@ def test_when_nothing_is_left_the_run_says_what_was_tried_and_what_would_help(ex
 
 
 @pytest.mark.parametrize(
-    ("memory", "takes_over", "words"),
+    ("memory", "takes_over", "device", "words"),
     [
         (
             MemoryConfig(preset=Preset.full, budget="1GiB"),
             None,
+            "cpu",
             "a smaller preset (memory=lite or memory=minimal), or memory.fallback=preset to have "
             "it tried, a higher memory.budget, memory.precision=bf16, or another device",
         ),
         (
             MemoryConfig(preset=Preset.minimal, fallback=Fallback.preset, budget="5MiB"),
             "phase1",
+            "cpu",
             "a higher memory.budget, memory.precision=bf16, or another device",
         ),
         (
             MemoryConfig(preset=Preset.minimal, precision=Precision.bf16),
             None,
+            "cpu",
             "a smaller model than memory=minimal, or another device",
         ),
+        (
+            MemoryConfig(preset=Preset.minimal, fallback=Fallback.preset),
+            "phase1",
+            "cuda",
+            "another device",
+        ),  # auto is bf16
     ],
 )
-def test_advice_names_nothing_that_is_in_force(memory, takes_over, words):
-    assert advice(memory, takes_over) == f"What would help: {words}"
+def test_advice_names_nothing_that_is_in_force(memory, takes_over, device, words):
+    assert advice(memory, takes_over, device) == f"What would help: {words}"
 
 
 def test_smaller_runs_take_over_and_each_record_says_where_the_other_is(expt, home):

@@ -132,7 +132,7 @@ class TrafficData:
     def problems(cls, arguments: Mapping[str, Any]) -> list[str]:
         """Judge the arguments before any file is read; see `expt.protocols.Checked`."""
         try:
-            inspect.signature(cls.read).bind("self", "path", "adjacency_path", "where_to_get")
+            inspect.signature(cls.__new__(cls).read).bind("path", "adjacency_path", "where_to_get")
         except TypeError as error:
             return [
                 f"{cls.__module__}.{cls.__name__}.read is called as read(self, path, "
@@ -149,7 +149,7 @@ class TrafficData:
                 "data.train_fraction and data.test_fraction must be positive and leave a part "
                 f"for validation, got {train} and {test}"
             )
-        if not arguments.get("unit", "mph").strip():
+        if "unit" in arguments and not str(arguments["unit"]).strip():
             found.append("data.unit must name the unit of the readings, like mph or km/h")
         return found
 

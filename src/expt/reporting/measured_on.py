@@ -9,7 +9,7 @@ from pathlib import PurePath
 
 from expt.reporting.records import RunRecord, RunSet
 
-NODE, TARGET, PATH = "data.", "data._target_", "data.path"
+NODE, TARGET, PATH, UNIT = "data.", "data._target_", "data.path", "data.unit"
 NOT_MEASURED_ON = (
     "batch_size", "eval_batch_size", "workers", "num_workers", "pin_memory", "device",
     "where_to_get", "expected_sensors", "adjacency_path", "input_steps",
@@ -67,15 +67,17 @@ def groups_by_data(runs: RunSet) -> list[Group]:
 def _identity(record: RunRecord, varied: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
     """Return the settings that say what was measured on, nothing where no class of data is."""
     settings = record.settings
-    if TARGET not in settings:
+    names = {name.lstrip("+~") for name in varied}
+    if TARGET not in settings or "data" in names:  # data that are varied are compared on purpose
         return ()
     found = {
         name: value
         for name, value in settings.items()
         if name.startswith(NODE)
         and name.removeprefix(NODE).partition(".")[0] not in NOT_MEASURED_ON
-        and name not in varied
+        and name not in names
     }
+    found.setdefault(UNIT, "mph")  # what a record from before the setting was in
     path = found.get(PATH, NONE)
     if path != NONE and "://" not in path and record.cwd is not None:
         found[PATH] = os.path.normpath(os.path.join(record.cwd, path))

@@ -73,7 +73,8 @@ def run_table(
         data: by the record's `id`, the name of what it was measured on, where that differs.
 
     """
-    names = [name for name in settings if name != "memory.preset"]
+    has_column = {"memory.preset", "data._target_"} if data else {"memory.preset"}
+    names = [name for name in settings if name not in has_column]
     short = short_names(name.removesuffix(CLASS) for name in names)
     said = [claim_of(record, claims) for record in records]
     test = "" if metric == "test/mae" else "test/mae"
@@ -118,18 +119,18 @@ def console_table(cells: Cells, width: int) -> Table:
 
     """
     heads = [name.replace(" ", "\n") for name in cells.columns]
-    widths = {}
+    widths = []
     for name, head, *column in zip(cells.columns, heads, *cells.rows, strict=True):
         longest = max(len(line) for text in (head, *column) for line in text.split("\n"))
-        widths[name] = BESIDE + min(longest, LONGEST.get(name, longest))
+        widths.append(BESIDE + min(longest, LONGEST.get(name, longest)))
     fixed = cells.columns[: len(cells.columns) - cells.settings]
-    first = [name for name in fixed if name not in LATE]
-    late = [name for name in LATE if name in fixed]
+    first = [place for place, name in enumerate(fixed) if name not in LATE]
+    late = [fixed.index(name) for name in LATE if name in fixed]
     left, kept = width - 1, []
-    for name in (*first, *late, *cells.columns[len(fixed) :]):
-        if widths[name] <= left:
-            left -= widths[name]
-            kept.append(cells.columns.index(name))
+    for place in (*first, *late, *range(len(fixed), len(cells.columns))):
+        if widths[place] <= left:
+            left -= widths[place]
+            kept.append(place)
     table = Table(box=box.SIMPLE_HEAD)
     for place in sorted(kept):
         justify: Literal["left", "right"] = "right" if cells.numeric[place] else "left"

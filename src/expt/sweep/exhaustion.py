@@ -18,7 +18,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from expt.sweep.space import Space, choices
-from expt.sweep.trials import CONSTRAINT, KIND, OVER, STARTED, UNTRAINED
+from expt.sweep.trials import CONSTRAINT, KIND, OVER, PREDICTED, STARTED, UNTRAINED
 
 LEAST_SUGGESTIONS = 10
 """Trials, none of which fitted, before the lightest is looked for."""
@@ -51,12 +51,29 @@ def nothing_fitted(trials: Sequence[FrozenTrial]) -> bool:
     )
 
 
+def over_budget(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Return the trials whose demand is known to exceed the budget.
+
+    One that ran out of memory says only what the allocation that failed would have taken more,
+    which is no measure of how heavy it is; it counts where it was predicted.
+    """
+    return [
+        trial
+        for trial in trials
+        if trial.constraints.get(CONSTRAINT, 0.0) > 0
+        and (
+            trial.user_attrs.get(KIND) in ("infeasible_predicted", "infeasible_measured")
+            or (trial.user_attrs.get(KIND) == "oom" and PREDICTED in trial.user_attrs)
+        )
+    ]
+
+
 def lighter_point(trials: Sequence[FrozenTrial], space: Space) -> dict[str, Any] | None:
     """Return the lightest point seen with one setting changed, None once all of them were tried.
 
     The values that were lightest so far come first.
     """
-    known = [trial for trial in trials if trial.constraints.get(CONSTRAINT, 0.0) > 0]
+    known = over_budget(trials)
     if not known:
         return None
     lightest = min(known, key=lambda trial: (trial.constraints[CONSTRAINT], trial.number))

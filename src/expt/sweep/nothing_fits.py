@@ -10,6 +10,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial
 
 from expt.errors import SearchError
+from expt.sweep.exhaustion import nothing_fitted
 from expt.sweep.space import Space
 from expt.sweep.trials import CONSTRAINT, FAILED, KIND, OVER, Prediction
 from expt.units import GIB, MIB, format_bytes
@@ -71,10 +72,11 @@ def nothing_found(study: Study, nearest: Nearest, adviser: Adviser, space: Space
 def smallest_seen(
     study: Study, nearest: Nearest, budget_bytes: int | None, space: Space
 ) -> str | None:
-    """Return the smallest peak of what did not fit, in words; None where none is known."""
-    if budget_bytes is None:
+    """Return the smallest peak of what did not fit, in words; None where some may still fit."""
+    trials = study.get_trials(deepcopy=False)
+    if budget_bytes is None or not nothing_fitted(trials):
         return None
-    found = _smallest(_over(study.get_trials(deepcopy=False)), nearest, budget_bytes)
+    found = _smallest(_over(trials), nearest, budget_bytes)
     return None if found is None else _words(found[0], found[1], space)
 
 

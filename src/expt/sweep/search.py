@@ -27,6 +27,7 @@ from expt.sweep.exhaustion import (
     all_tried,
     lighter_point,
     nothing_fitted,
+    over_budget,
     waiting,
 )
 from expt.sweep.nothing_fits import Nearest, nothing_found
@@ -40,7 +41,6 @@ from expt.sweep.summary import SweepSummary
 from expt.sweep.telling import tell_study
 from expt.sweep.trials import (
     AGAIN,
-    CONSTRAINT,
     STARTED,
     Prediction,
     TrialOutcome,
@@ -363,7 +363,8 @@ class Search:
         elif self._untrained >= min(UNTRAINED_PER_TRIAL * self.config.n_trials, MOST_UNTRAINED):
             reason = f"{self._untrained} suggestions in a row were not trained"
         elif self._nothing_fits(trials):
-            reason = f"none of {len(trials)} fits, nor the lightest with any one setting changed"
+            over = len(over_budget(trials))
+            reason = f"{over} exceed the budget, and so does the lightest with one setting changed"
         if reason is not None and not self._said_why:
             self._said_why = True
             self.say(f"no more trials: {reason}")
@@ -379,8 +380,7 @@ class Search:
             return False
         if point := lighter_point(trials, self.space):
             self.study.enqueue_trial(point)
-        known = any(trial.constraints.get(CONSTRAINT, 0.0) > 0 for trial in trials)
-        return point is None and known and len(trials) >= LEAST_TRIALS
+        return point is None and len(over_budget(trials)) >= LEAST_TRIALS
 
     def _stop(self, number: int) -> None:
         """Let what runs save and end, leave it to the next worker, and say what was found."""

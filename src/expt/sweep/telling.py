@@ -16,7 +16,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from expt.search_config import PEAK
-from expt.sweep.trials import CONSTRAINT, KIND, STATES, Prediction, TrialOutcome
+from expt.sweep.trials import CONSTRAINT, KIND, PREDICTED, STATES, Prediction, TrialOutcome
 
 
 def tell_study(
@@ -94,7 +94,7 @@ def _set_attributes(
         **outcome.extra,
     }
     if prediction is not None:
-        known["predicted_peak_bytes"] = prediction.peak_bytes
+        known[PREDICTED] = prediction.peak_bytes
         interval = prediction.interval_bytes
         known["interval_bytes"] = None if interval is None else list(interval)
     for name, value in known.items():

@@ -40,6 +40,7 @@ Kind = Literal[
 ]
 State = Literal["COMPLETE", "PRUNED", "FAIL"]
 KIND, WORKER, STARTED, CONSTRAINT = "kind", "worker", "started", "peak_memory"
+PREDICTED = "predicted_peak_bytes"
 STATES: dict[Kind, State] = {
     "complete": "COMPLETE",
     "infeasible_measured": "COMPLETE",

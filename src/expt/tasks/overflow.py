@@ -15,11 +15,14 @@ from expt.memory.planning.planning import Plan, Target
 from expt.memory.recovery.ladder import PLANNED_LADDER, adapt, changes
 from expt.memory.techniques.techniques import Techniques
 from expt.protocols import DataSet
-from expt.schema import OnOverflow
+from expt.schema import Fallback
 from expt.tasks.prediction import Predictor
 from expt.units import format_bytes
 
 log = logging.getLogger(__name__)
+
+PRECISION = "memory.precision="
+"""A change that is not on the ladder: it is other arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,24 @@ class Limit:
         return f"the memory of this {'card' if self.device == 'cuda' else 'machine'} ({size})"
 
 
-def limit_of(settings: Settings, budget_bytes: int | None, target: Target) -> Limit | None:
-    """Return what a run may take, None for a card that is not here."""
+@dataclass(frozen=True)
+class _Ways:
+    """What would make a run fit, in words, None if nothing; else the least peak it came to."""
+
+    words: str | None
+    adaptable: bool
+    """Whether `memory.on_overflow=adapt` would find it, which knows techniques only."""
+    least: int
+
+
+def limit_of(settings: Settings, budget_bytes: int | None, device: str) -> Limit | None:
+    """Return what a run may take, None where that is not known and an error says so in time."""
+    target: Target = "cuda" if device == "cuda" else "cpu"
     if budget_bytes is not None:
         return Limit(budget_bytes, str(settings.memory.budget), target)
-    if target == "cuda" and not torch.cuda.is_available():
-        return None
-    return Limit(total_bytes(torch.device(target)), None, target)
+    if device == "cpu" or (device == "cuda" and torch.cuda.is_available()):
+        return Limit(total_bytes(torch.device(device)), None, target)
+    return None
 
 
 def refusal(settings: Settings, data: DataSet, planned: Plan, limit: Limit) -> str:
@@ -62,21 +76,19 @@ def refusal(settings: Settings, data: DataSet, planned: Plan, limit: Limit) -> s
     if planned.reserved_bytes is not None:
         message += f", and the limit is of {planned.demand_words}"
         message += f", which are {format_bytes(planned.demand_bytes)}"
-    fitting = _fitting(settings, data, planned, limit.bytes)
-    if isinstance(fitting, str):
-        message += f". What would fit: {fitting}; or memory.on_overflow=adapt to have it chosen, "
-    else:
-        message += f". {_nothing(settings, fitting)}; or "
+    ways = _ways(settings, data, planned, limit.bytes)
+    message += f". {_advice(settings, ways)}; or "
+    if ways.adaptable:
+        message += "memory.on_overflow=adapt to have it chosen, "
     message += "memory.on_overflow=train to try all the same"
     if not limit.can_be_met:
-        message += ", with memory.budget=100% for recovery to take part"
+        message += ", with memory.budget=auto for recovery to take part"
     return message
 
 
 def what_fits(settings: Settings, data: DataSet, planned: Plan, budget_bytes: int) -> str | None:
     """Return the changes that are predicted to fit a budget, None if no technique is."""
-    found = _fitting(settings, data, planned, budget_bytes)
-    return found if isinstance(found, str) else None
+    return _ways(settings, data, planned, budget_bytes).words
 
 
 def adapted(
@@ -88,12 +100,13 @@ def adapted(
         ConfigError: there are none.
 
     """
-    found, least = _descend(settings, data, planned.target, limit.bytes)
+    found, _ = _descend(settings, data, planned, limit.bytes)
     if found is None:
+        ways = _ways(settings, data, planned, limit.bytes)
         raise ConfigError(
             f"{limit} is predicted to be too small: the run takes "
             f"{format_bytes(planned.demand_bytes)} ({planned.demand_words}), and nothing is left "
-            f"that would make it fit. {_nothing(settings, least)}"
+            f"on the ladder that would make it fit. {_advice(settings, ways)}"
         )
     print(f"memory.on_overflow=adapt: going on with {_spelled(settings, found)}")
     settings = replace(settings, memory=replace(settings.memory, **vars(found)))
@@ -101,26 +114,24 @@ def adapted(
 
 
 def remark(settings: Settings, planned: Plan, limit: Limit) -> str:
-    """Return how a predicted peak stands to its limit, to end a line with; empty: it fits."""
+    """Return how a predicted peak stands to its limit, to end a line with; "" if all is well."""
     over = planned.demand_bytes > limit.bytes
-    if limit.budget is not None:
-        text = f"; the budget is {format_bytes(limit.bytes)}"
-    elif over:
-        text = f"; there is no budget, and {limit}"
-    else:
+    if limit.budget is None and not over:
         return ""
+    if limit.budget is None:
+        text = f"; there is no budget, and {limit} is less"
+    else:
+        text = f"; the budget is {format_bytes(limit.bytes)}" + (", which is less" if over else "")
     if not over:
         return text
-    takes_over = "memory.fallback takes over if it fails"
-    fallback = settings.memory.fallback.value != "none"
     if not limit.can_be_met:
-        then = "the system may end it; with memory.budget=100% recovery would take part"
-    elif settings.memory.on_overflow is OnOverflow.train or not fallback:
-        then = f"recovery{', then ' + takes_over if fallback else ''}"
+        then = "the system may end it; with memory.budget=auto recovery would take part"
     else:
-        then = takes_over
-    less = "which is less" if limit.budget is not None else "is less"
-    return f"{text}{',' if limit.budget else ''} {less}; the run goes on all the same ({then})"
+        memory = settings.memory
+        helpers = ["recovery"] if memory.recover else []
+        helpers += ["memory.fallback"] if memory.fallback is not Fallback.none else []
+        then = ", then ".join(helpers) or "nothing takes over if it fails"
+    return f"{text}; the run goes on all the same ({then})"
 
 
 def spelled_out(planned: Plan) -> str:
@@ -133,42 +144,48 @@ def spelled_out(planned: Plan) -> str:
     )
 
 
-def _fitting(
-    settings: Settings, data: DataSet, planned: Plan, limit_bytes: int
-) -> str | int | None:
-    """Return the changes that fit; else the least peak that techniques reach, if it is known."""
-    fitting = [s for s in savings(settings, data, planned) if s.demand_bytes <= limit_bytes]
-    if fitting:
-        return " or ".join(f"{s.change} ({format_bytes(s.demand_bytes)})" for s in fitting)
-    found, least = _descend(settings, data, planned.target, limit_bytes)
-    return least if found is None else _spelled(settings, found)
+def _ways(settings: Settings, data: DataSet, planned: Plan, limit_bytes: int) -> _Ways:
+    """Return what would make a run fit, each predicted; down the ladder if one is not enough."""
+    single = savings(settings, data, planned)
+    fitting = [saving for saving in single if saving.demand_bytes <= limit_bytes]
+    words = " or ".join(f"{s.change} ({format_bytes(s.demand_bytes)})" for s in fitting) or None
+    least = min([planned.demand_bytes, *(saving.demand_bytes for saving in single)])
+    if any(not saving.change.startswith(PRECISION) for saving in fitting):
+        return _Ways(words, True, least)
+    found, reached = _descend(settings, data, planned, limit_bytes)
+    spelled = None if found is None else _spelled(settings, found)
+    return _Ways(words or spelled, found is not None, min(least, reached))
 
 
-def _nothing(settings: Settings, least: int | None) -> str:
-    reached = "" if least is None else f": the least they reach is {format_bytes(least)}"
-    return f"No technique is predicted to fit{reached}; try {smaller_sizes(settings.memory)}"
+def _advice(settings: Settings, ways: _Ways) -> str:
+    if ways.words is not None:
+        return f"What would fit: {ways.words}"
+    return (
+        f"No technique is predicted to fit: the least they reach is {format_bytes(ways.least)}; "
+        f"try {smaller_sizes(settings.memory)}"
+    )
 
 
 def _descend(
-    settings: Settings, data: DataSet, target: Target, limit_bytes: int
-) -> tuple[Techniques | None, int | None]:
+    settings: Settings, data: DataSet, planned: Plan, limit_bytes: int
+) -> tuple[Techniques | None, int]:
     """Go down the ladder by prediction; return what fits, and the least peak on the way."""
     techniques = techniques_of(settings.memory)
     samples = min(data.batch_size, data.size("train"))
     micro_batch = -(-samples // techniques.gradient_accumulation)
-    predict = Predictor(settings, data, target)
+    predict = Predictor(settings, data, planned.target)
     found, moves = adapt(
         techniques,
         micro_batch,
         limit_bytes,
         predict,
-        target,
+        planned.target,
         refuse=predict.refused,
         ladder=PLANNED_LADDER,
     )
     for skipped in moves[-1].skipped if moves else ():
         log.info("%s: %s", skipped.rung, skipped.reason)
-    return found, predict.least
+    return found, predict.least or planned.demand_bytes
 
 
 def _spelled(settings: Settings, found: Techniques) -> str:

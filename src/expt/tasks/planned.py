@@ -47,7 +47,7 @@ def plan_before(
         log.info("planning failed", exc_info=True)
         print(f"peak memory not predicted: {type(error).__name__}: {_first_line(error)}")
         return settings, None
-    limit = limit_of(settings, budget_bytes, target)
+    limit = limit_of(settings, budget_bytes, device)
     kind = "" if planned.method == "trace" else " (estimate)"
     if limit is None:
         print(f"predicted peak{kind}: {spelled_out(planned)}")
@@ -71,11 +71,12 @@ def _inside(
     """
     if planned.demand_bytes <= limit.bytes:
         return settings, planned
+    memory = settings.memory
     # A card without a budget raises by itself, and a smaller run takes over only after an error.
     starts = limit.can_be_met and (
-        limit.budget is None or settings.memory.fallback is not Fallback.none
+        (limit.budget is None and memory.recover) or memory.fallback is not Fallback.none
     )
-    match settings.memory.on_overflow:
+    match memory.on_overflow:
         case OnOverflow.refuse if not starts:
             raise ConfigError(refusal(settings, data, planned, limit))
         case OnOverflow.adapt:

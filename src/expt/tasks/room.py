@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from expt.construction import Settings, build, smaller_sizes, techniques_of
+from expt.foresight import arithmetic
 from expt.memory.measuring.budget import Budget
 from expt.memory.measuring.meter import CudaMeter, LedgerMeter, meter_for
 from expt.memory.recovery.evidence import collect
@@ -20,18 +21,21 @@ from expt.memory.techniques.techniques import apply
 from expt.memory.watching.manager import MemoryManager
 from expt.protocols import DataSet
 from expt.recording import Recorder
-from expt.schema import Fallback, MemoryConfig, Precision, Preset
+from expt.schema import Fallback, MemoryConfig, Preset
 from expt.units import format_bytes
 
 log = logging.getLogger(__name__)
 
+ELSEWHERE = "What would help: another device"
 
-def advice(memory: MemoryConfig, takes_over: str | None) -> str:
+
+def advice(memory: MemoryConfig, takes_over: str | None, device: str) -> str:
     """Return what would help a run that memory was not enough for, in a sentence.
 
     Args:
         memory: as it was.
         takes_over: the smaller size that is tried next.
+        device: type of the device.
 
     """
     ways = []
@@ -41,9 +45,9 @@ def advice(memory: MemoryConfig, takes_over: str | None) -> str:
             ways[-1] += ", or memory.fallback=preset to have it tried"
     if memory.budget is not None:
         ways.append("a higher memory.budget")
-    if memory.precision in (Precision.auto, Precision.fp32):
+    if arithmetic(memory.precision, "cuda" if device == "cuda" else "cpu") == "fp32":
         ways.append("memory.precision=bf16")
-    return "What would help: " + ", ".join([*ways, "or another device"])
+    return f"What would help: {', '.join(ways)}, or another device" if ways else ELSEWHERE
 
 
 class Room:

@@ -128,7 +128,7 @@ class TrainJob:
         """Say that memory is not enough, and which smaller run takes over, if one is wanted."""
         size = next_size(self.settings)
         self._start()
-        print(f"{message}. {advice(self.settings.memory, size)}")
+        print(f"{message}. {advice(self.settings.memory, size, self.fabric.device.type)}")
         result = self.recorder.result
         result.status, result.stop_reason = "failed", "out_of_memory"
         if size is not None:
