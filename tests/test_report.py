@@ -79,6 +79,15 @@ def test_figures_are_in_the_unit_of_the_data(
     assert printed(result, capsys)["test MAE, all steps"] == shown
 
 
+def test_metrics_of_other_data_are_no_minutes(capsys: pytest.CaptureFixture[str]) -> None:
+    result = completed()
+    result.metrics |= {"test/mae_admin": 1.0, "test/mae_per_min": 1.0, "test/mae_7.5min": 2.0}
+    shown = printed(result, capsys)
+    assert [name for name in shown if name.endswith(" min")] == [
+        f"test MAE, {minutes} min" for minutes in ("7.5", "15", "30", "60")
+    ]
+
+
 def test_the_table_of_a_failed_run(capsys: pytest.CaptureFixture[str]) -> None:
     shown = printed(RunResult("failed", "non_finite_loss"), capsys)
     assert "failed (non_finite_loss) after 0 epochs, 0 steps" in shown
