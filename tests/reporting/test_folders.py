@@ -108,7 +108,10 @@ def test_a_config_that_cannot_be_read_leaves_the_rest(tmp_path, put_run) -> None
 def test_a_study_that_cannot_be_read_becomes_a_note(tmp_path, put_run) -> None:
     put_run(tmp_path / "trial_0")
     summary = {"study": "gone", "n_trials": 1, "storage": f"sqlite:///{tmp_path}/gone.db"}
-    (tmp_path / "sweep.json").write_text(json.dumps(summary))
+    copy = tmp_path / "artifacts/1234/artifacts"  # is no other study
+    copy.mkdir(parents=True)
+    for folder in (tmp_path, copy):
+        (folder / "sweep.json").write_text(json.dumps(summary))
     runs = runs_in_folders([str(tmp_path)], METRIC)
     assert len(runs.records) == 1
     assert "the study gone is not read: there is no file" in runs.notes[0]

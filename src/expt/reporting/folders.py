@@ -41,7 +41,9 @@ def runs_in_folders(patterns: Sequence[str], metric: str) -> RunSet:
     records = [read_run(folder, names[folder], metric) for folder in found]
     records.sort(key=lambda record: (record.started, record.name))
     runs = RunSet(tuple(records), ", ".join(patterns))
-    studies = {path.parent for folder in folders for path in folder.rglob(SWEEP_NAME)}
+    summaries = {path for folder in folders for path in folder.rglob(SWEEP_NAME)}
+    # The tracker's artifacts hold a copy of a summary, without the trials.
+    studies = {path.parent for path in summaries if any(path.parent.glob("trial_*"))}
     if len(studies) == 1:
         try:
             return with_study(runs, studies.pop(), metric)
