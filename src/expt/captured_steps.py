@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from expt.capture_rules import why_not_captured
-from expt.errors import UserError
+from expt.errors import UserError, first_line
 from expt.memory.recovery.attempt import release
 from expt.memory.recovery.one_by_one import bare_optimizer
 from expt.memory.recovery.recovery import Recovery
@@ -163,7 +163,7 @@ class CapturedSteps(Steps):
             except Exception as error:
                 if shortage(error) is not None:
                     raise
-                reason = _first_line(_first_cause(error))
+                reason = first_line(_first_cause(error))
         if reason is None and captured is not None:
             self._graph, self._outputs = captured
             self._on_capture(True)
@@ -221,8 +221,3 @@ def _first_cause(error: BaseException) -> BaseException:
     while error.__context__ is not None:
         error = error.__context__
     return error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"

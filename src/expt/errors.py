@@ -91,3 +91,9 @@ def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
         return "nothing can be set here"
     more = f", … ({len(names)} in all)" if len(names) > MAX_NAMES else ""
     return "known names: " + ", ".join(names[:MAX_NAMES]) + more
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error's class and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"

@@ -40,17 +40,21 @@ def plan_table(record: Mapping[str, Any]) -> Table:
 
 def headline(record: Mapping[str, Any]) -> str:
     """Return the plan in one line."""
-    low, high = record["interval_bytes"]
-    upper = "an unknown amount" if high is None else format_bytes(high)
-    line = (
-        f"predicted peak on {record['target']}: {format_bytes(record['peak_bytes'])} "
-        f"({format_bytes(low)} to {upper}), in {record['phase'].replace('_', ' ')}, "
-        f"mostly {record['dominant'].replace('_', ' ')}"
-    )
+    line = f"predicted peak on {record['target']}: {spelled_out(record)}"
     if record["budget_bytes"] is not None:
         verdict = {True: "fits", False: "does NOT fit", None: "may or may not fit"}
         line += f"; {verdict[record['fits']]} the budget of {format_bytes(record['budget_bytes'])}"
     return line
+
+
+def spelled_out(record: Mapping[str, Any]) -> str:
+    """Return a predicted peak with its interval and cause."""
+    low, high = record["interval_bytes"]
+    upper = "an unknown amount" if high is None else format_bytes(high)
+    return (
+        f"{format_bytes(record['peak_bytes'])} ({format_bytes(low)} to {upper}), in "
+        f"{record['phase'].replace('_', ' ')}, mostly {record['dominant'].replace('_', ' ')}"
+    )
 
 
 def comparison_table(records: Mapping[str, Mapping[str, Any]]) -> Table:

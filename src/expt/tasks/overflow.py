@@ -14,6 +14,7 @@ from expt.memory.measuring.device_memory import total_bytes
 from expt.memory.planning.planning import Plan, Target
 from expt.memory.recovery.ladder import PLANNED_LADDER, adapt, changes
 from expt.memory.techniques.techniques import Techniques
+from expt.plan_tables import spelled_out
 from expt.protocols import DataSet
 from expt.schema import Fallback
 from expt.tasks.prediction import Predictor
@@ -72,7 +73,7 @@ def limit_of(settings: Settings, budget_bytes: int | None, device: str) -> Limit
 
 def refusal(settings: Settings, data: DataSet, planned: Plan, limit: Limit) -> str:
     """Say that a run does not fit, and what would."""
-    message = f"{limit} is predicted to be too small: the peak is {spelled_out(planned)}"
+    message = f"{limit} is predicted to be too small: the peak is {peak_words(planned)}"
     if planned.reserved_bytes is not None:
         message += f", and the limit is of {planned.demand_words}"
         message += f", which are {format_bytes(planned.demand_bytes)}"
@@ -100,9 +101,9 @@ def adapted(
         ConfigError: there are none.
 
     """
-    found, _ = _descend(settings, data, planned, limit.bytes)
+    found, least = _descend(settings, data, planned, limit.bytes)
     if found is None:
-        ways = _ways(settings, data, planned, limit.bytes)
+        ways = _ways(settings, data, planned, limit.bytes, (None, least))
         raise ConfigError(
             f"{limit} is predicted to be too small: the run takes "
             f"{format_bytes(planned.demand_bytes)} ({planned.demand_words}), and nothing is left "
@@ -134,25 +135,29 @@ def remark(settings: Settings, planned: Plan, limit: Limit) -> str:
     return f"{text}; the run goes on all the same ({then})"
 
 
-def spelled_out(planned: Plan) -> str:
+def peak_words(planned: Plan) -> str:
     """Return a predicted peak with its interval and cause."""
-    low, high = planned.interval_bytes
-    upper = "an unknown amount" if high is None else format_bytes(high)
-    return (
-        f"{format_bytes(planned.peak_bytes)} ({format_bytes(low)} to {upper}), in "
-        f"{planned.phase.replace('_', ' ')}, mostly {planned.dominant.replace('_', ' ')}"
-    )
+    return spelled_out({**vars(planned), "dominant": planned.dominant})
 
 
-def _ways(settings: Settings, data: DataSet, planned: Plan, limit_bytes: int) -> _Ways:
-    """Return what would make a run fit, each predicted; down the ladder if one is not enough."""
+def _ways(
+    settings: Settings,
+    data: DataSet,
+    planned: Plan,
+    limit_bytes: int,
+    descended: tuple[Techniques | None, int] | None = None,
+) -> _Ways:
+    """Return what would make a run fit, each predicted; down the ladder if one is not enough.
+
+    `descended` is what `_descend` returned, where that was done before.
+    """
     single = savings(settings, data, planned)
     fitting = [saving for saving in single if saving.demand_bytes <= limit_bytes]
     words = " or ".join(f"{s.change} ({format_bytes(s.demand_bytes)})" for s in fitting) or None
     least = min([planned.demand_bytes, *(saving.demand_bytes for saving in single)])
     if any(not saving.change.startswith(PRECISION) for saving in fitting):
         return _Ways(words, True, least)
-    found, reached = _descend(settings, data, planned, limit_bytes)
+    found, reached = descended or _descend(settings, data, planned, limit_bytes)
     spelled = None if found is None else _spelled(settings, found)
     return _Ways(words or spelled, found is not None, min(least, reached))
 

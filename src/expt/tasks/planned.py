@@ -14,13 +14,13 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from expt.construction import RunContext, Settings, techniques_of
-from expt.errors import ConfigError, UserError
+from expt.errors import ConfigError, UserError, first_line
 from expt.foresight import plan_training
 from expt.memory.planning.planning import Plan, Target
 from expt.protocols import DataSet
 from expt.schema import Compile, Fallback, OnOverflow
 from expt.tasks.fallback import key
-from expt.tasks.overflow import Limit, adapted, limit_of, refusal, remark, spelled_out
+from expt.tasks.overflow import Limit, adapted, limit_of, peak_words, refusal, remark
 from expt.units import format_bytes
 
 log = logging.getLogger(__name__)
@@ -45,15 +45,15 @@ def plan_before(
         raise  # the run itself would be refused with the same words
     except Exception as error:  # whatever a user's model does under fake tensors
         log.info("planning failed", exc_info=True)
-        print(f"peak memory not predicted: {type(error).__name__}: {_first_line(error)}")
+        print(f"peak memory not predicted: {first_line(error)}")
         return settings, None
     limit = limit_of(settings, budget_bytes, device)
     kind = "" if planned.method == "trace" else " (estimate)"
     if limit is None:
-        print(f"predicted peak{kind}: {spelled_out(planned)}")
+        print(f"predicted peak{kind}: {peak_words(planned)}")
     else:
         settings, planned = _inside(settings, data, planned, limit)
-        print(f"predicted peak{kind}: {spelled_out(planned)}{remark(settings, planned, limit)}")
+        print(f"predicted peak{kind}: {peak_words(planned)}{remark(settings, planned, limit)}")
     settings = _without_capture(settings, planned, budget_bytes)
     if planned.method == "estimate" or any("without values" in note for note in planned.notes):
         print("\n".join(f"note: {note}" for note in planned.notes))
@@ -135,8 +135,3 @@ def _made_before(settings: Settings) -> Plan | None:
     except (OSError, ValueError, TypeError, KeyError):
         log.info("%s is not a plan", settings.memory.plan_file, exc_info=True)
         return None
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else ""
