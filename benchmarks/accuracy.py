@@ -30,9 +30,9 @@ from common import (
     store,
 )
 
-from expt.construction import build
-from expt.data.masked_errors import MaskedErrors
 from expt.files import replace_atomically
+from expt.jobs.traffic.metrics import MaskedErrors
+from expt.run.build import build
 
 MODELS = {
     "stid": ("experiment=stid",),

@@ -18,8 +18,8 @@ import torch
 from common import RESULTS, load, markdown, provenance, source_line, store
 from torch import Tensor
 
+from expt.jobs import attention as attention_kernels
 from expt.memory.measuring.meter import meter_for
-from expt.models import attention_kernels
 
 LENGTHS = (512, 1024, 2048, 4096)
 HEADS, WIDTH = 4, 32

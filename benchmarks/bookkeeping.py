@@ -24,11 +24,11 @@ from common import make_trainer, settings_for
 from rich.console import Console
 from rival_loops import now
 
-from expt.foresight import plan_training, target_of
 from expt.memory.measuring.meter import LEDGER_STEPS
-from expt.progress import BarDisplay
-from expt.tasks.room import manager_for
+from expt.run.guard import manager_for
+from expt.run.planner import plan_training, target_of
 from expt.tracking.mlflow import MlflowTracker
+from expt.training.display import BarDisplay
 
 WARM_STEPS = 3
 """Steps before the run: what is made in the first ones is no bookkeeping."""

@@ -155,8 +155,8 @@ def settings_for(*overrides: str) -> Any:
     """Return the checked settings of a configuration, as a run would get them."""
     from hydra import compose, initialize_config_dir
 
-    from expt.composition import conf_dir, register
-    from expt.validation import validated
+    from expt.config.compose import conf_dir, register
+    from expt.config.validate import validated
 
     register()
     with initialize_config_dir(str(conf_dir())):
@@ -168,16 +168,15 @@ def make_trainer(*overrides: str, **recovery: Any) -> Any:
 
     `recovery` has further arguments of `expt.memory.recovery.recovery.Recovery`.
     """
-    from expt.acceleration import make_fabric
-    from expt.construction import assemble, build
-    from expt.interruption import Interruption
     from expt.memory.measuring.meter import meter_for
     from expt.memory.recovery.recovery import Recovery
-    from expt.profiling import StepProfiler
-    from expt.progress import SilentDisplay
-    from expt.tasks.room import techniques_of
-    from expt.tracking.null import NullTracker
-    from expt.training import Trainer
+    from expt.run.build import assemble, build, techniques_of
+    from expt.tracking.tracker import NullTracker
+    from expt.training.device import make_fabric
+    from expt.training.display import SilentDisplay
+    from expt.training.interruption import Interruption
+    from expt.training.profiler import StepProfiler
+    from expt.training.trainer import Trainer
 
     settings = settings_for(*overrides)
     fabric = make_fabric(settings.trainer.device, settings.memory.precision)

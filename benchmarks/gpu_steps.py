@@ -21,9 +21,9 @@ from common import make_trainer, settings_for
 from gpu_correctness import listen, order
 from rival_loops import now
 
-from expt.construction import build
-from expt.foresight import plan_training
 from expt.memory.techniques.techniques import apply
+from expt.run.build import build
+from expt.run.planner import plan_training
 
 WARM_STEPS = 6
 """Before the clock starts: a step is captured in the fourth."""

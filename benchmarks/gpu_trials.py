@@ -19,10 +19,10 @@ from accuracy import METRICS, MODELS
 from common import ROOT, make_trainer, settings_for
 from gpu_correctness import distance, order
 
-from expt.construction import build
-from expt.foresight import plan_training
 from expt.memory.measuring.budget import Budget
 from expt.memory.techniques.techniques import apply
+from expt.run.build import build
+from expt.run.planner import plan_training
 
 SHARE = 0.6
 """The budget, as a share of what the plain step is predicted to need."""

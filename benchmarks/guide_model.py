@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from expt.jobs import attention as attention_kernels
+from expt.jobs.traffic import alternating
+from expt.jobs.traffic.alternating import Alternating
 from expt.memory.measuring.ledger import StorageLedger
-from expt.models import alternating, attention_kernels
-from expt.models.alternating import Alternating
 
 GUIDE_FFN_RATIO = 4
 GUIDE_DROPOUT = 0.1

@@ -21,7 +21,7 @@ import torch
 from common import last_words, make_trainer, settings_for
 from rival_loops import WARM_STEPS, Rivals, bare_seconds, lightning_seconds, now
 
-from expt.progress import LineDisplay
+from expt.training.display import LineDisplay
 
 OURS, BARE, LIGHTNING = "ours", "bare loop", "lightning"
 

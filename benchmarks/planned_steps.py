@@ -29,8 +29,8 @@ def ours(overrides: list[str], device: str) -> PlannedStep:
 
     It is planned before the device is touched.
     """
-    from expt.construction import build
-    from expt.foresight import plan_training
+    from expt.run.build import build
+    from expt.run.planner import plan_training
 
     settings = settings_for(*overrides)
     target: Any = device

@@ -24,8 +24,8 @@ from common import ROOT
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from expt.construction import build
-from expt.optim import schedules
+from expt.run.build import build
+from expt.training import schedules
 
 WARM_STEPS = 5
 """Steps before the clock starts; the ledger watches the first three of a run."""

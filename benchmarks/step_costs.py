@@ -20,7 +20,7 @@ from common import make_trainer
 from rival_loops import now
 
 MIDDLE = 67
-WEEK = Path(str(files("expt.data") / "files" / "metr_la_week.npz"))
+WEEK = Path(str(files("expt.jobs.traffic") / "files" / "metr_la_week.npz"))
 
 
 def measure(

@@ -13,12 +13,12 @@ import os
 import hydra
 from omegaconf import DictConfig
 
-from expt.composition import conf_dir, register
+from expt.config.compose import conf_dir, register
 
 
 def train(cfg: DictConfig) -> float:
     """Train, and return the best epoch's ``val/mae`` in mph."""
-    from expt.dispatch import run_task
+    from expt.config.command_line import run_task
 
     result = run_task(cfg)
     if result.status != "completed":

@@ -26,7 +26,7 @@ from common import RESULTS, ROOT, load, markdown, provenance, source_line, stamp
 from sweep_searches import SPACE, run_ours, run_stock
 
 from expt.files import replace_atomically
-from expt.sweep.trials import OVER
+from expt.search.trial import OVER
 from expt.units import parse_bytes
 
 NAME = "sweep"

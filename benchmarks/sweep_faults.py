@@ -28,9 +28,9 @@ import optuna
 from common import kept, markdown, provenance, source_line, store
 from faulty_model import CRASH, DIE, HANG, NAN, OUT_OF_MEMORY
 
-from expt.sweep.reservation import identity, is_alive
-from expt.sweep.summary import SweepSummary
-from expt.sweep.trials import KIND, STARTED
+from expt.run.process import identity, is_alive
+from expt.search.trial import KIND, STARTED
+from expt.search.winner import SweepSummary
 
 NAME = "sweep_faults"
 STUDY = "faults"

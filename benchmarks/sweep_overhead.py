@@ -25,10 +25,10 @@ import optuna
 from common import kept, markdown, provenance, source_line, store
 from optuna.trial import TrialState
 
-from expt.results import load_result
-from expt.sweep.reservation import Reservations
-from expt.sweep.space import Space
-from expt.sweep.trials import KIND
+from expt.result import load_result
+from expt.search.reservation import Reservations
+from expt.search.space import Space
+from expt.search.trial import KIND
 
 NAME = "sweep_overhead"
 TRIALS, TOLD, ASKED = 10, 10_000, 5

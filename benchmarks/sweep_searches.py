@@ -1,6 +1,6 @@
 """The two searches that `sweep.py` compares: each run in a folder, gone on with, and read back.
 
-Both give rows, one for each trial that was launched, in order: its kind (see `expt.sweep.trials`),
+Both give rows, one for each trial that was launched, in order: its kind (see `expt.search.trial`),
 its error, its peak, and the seconds of search that had passed when it ended.
 """
 
@@ -23,8 +23,8 @@ from common import ROOT
 from optuna.trial import FrozenTrial
 
 from expt.files import write_json
-from expt.results import load_result
-from expt.sweep.trials import KIND, STARTED
+from expt.result import load_result
+from expt.search.trial import KIND, STARTED
 
 SPACE = {
     "model.embed_dim": "choice(16,32,48,64)",

@@ -76,8 +76,8 @@ GIB = 1024**3
 
 def predicted_peak_bytes(device: str, *overrides: str) -> int:
     """Return the peak that the plan predicts for a training step."""
-    from expt.construction import build
-    from expt.foresight import plan_training
+    from expt.run.build import build
+    from expt.run.planner import plan_training
 
     settings = settings_for(*overrides)
     target: Any = device

@@ -29,7 +29,7 @@ def composed() -> Iterator[Callable[..., Any]]:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from expt.composition import conf_dir, register
+    from expt.config.compose import conf_dir, register
 
     register()
     GlobalHydra.instance().clear()
@@ -40,7 +40,7 @@ def composed() -> Iterator[Callable[..., Any]]:
 @pytest.fixture
 def expt(home: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """A function that runs one command line in this process: (exit code, stdout, stderr)."""
-    from expt.__main__ import run_command
+    from expt.config.command_line import run_command
 
     def run(*arguments: str, small: bool = True) -> tuple[int, str, str]:
         given: Sequence[str] = (*SMALL, *arguments) if small else arguments

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from expt.composition import conf_dir
-from expt.results import load_result
-from expt.schema import Config
-from expt.search_jobs import checker
-from expt.sweep.space import Space
-from expt.validation import validated
+from expt.config.compose import conf_dir
+from expt.config.schema import Config
+from expt.config.validate import validated
+from expt.result import load_result
+from expt.search.candidates import checker
+from expt.search.space import Space
 
 CONF = conf_dir()
 OPTIONS = sorted(
@@ -156,7 +156,7 @@ def test_the_examples_of_the_readme_run_as_they_stand(expt, home):
 )
 def test_a_reader_of_the_wrong_form_is_one_message(expt, home, body, words):
     (home / "my_data.py").write_text(
-        f"from expt.data.traffic import TrafficData\nclass Mine(TrafficData):\n    {body}\n"
+        f"from expt.jobs.traffic.data import TrafficData\nclass Mine(TrafficData):\n    {body}\n"
     )
     code, _, err = expt("data._target_=my_data.Mine")
     assert code == 2
@@ -166,7 +166,7 @@ def test_a_reader_of_the_wrong_form_is_one_message(expt, home, body, words):
 
 def test_a_yaml_without_the_common_settings_says_how_to_get_them(expt, home):
     (home / "mine/data").mkdir(parents=True)
-    (home / "mine/data/own.yaml").write_text("_target_: expt.data.traffic.TrafficData\n")
+    (home / "mine/data/own.yaml").write_text("_target_: expt.jobs.traffic.data.TrafficData\n")
     for given in ((), ("data.path=x.npz",)):
         code, _, err = expt("--config-dir=mine", "data=own", *given, small=False)
         assert code == 2
@@ -178,8 +178,8 @@ def test_a_model_and_a_data_set_of_ones_own_take_a_class_and_a_yaml_each(expt, h
         """
 import numpy as np
 from torch import nn
-from expt.data.series import Series
-from expt.data.traffic import TrafficData
+from expt.jobs.traffic.series import Series
+from expt.jobs.traffic.data import TrafficData
 
 
 class Net(nn.Module):

@@ -1,19 +1,14 @@
-"""Imports point downwards only; a part imports no other part.
+"""The folder is the layer: nine packages over a small ground, imports point one way, no circle.
 
-::
-
-    cli            __main__, composition
-    tasks          tasks/*, construction
-    orchestration  grid, report, sweep
-    loop           training, evaluation, checkpoint, progress, profiling, interruption,
-                   acceleration
-    parts          models/, data/, optim/, memory/, tracking/
-    ground         schema, protocols, errors, units, files, results: no torch on import
+`PACKAGES` is the order, from the top; the last two, `memory` and `jobs`, do not know each other.
+`__main__` is above all of them. Every module right under `expt` that is no package is ground: it
+imports nothing of the packages, and no torch when it is imported.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -24,64 +19,23 @@ import pytest
 import expt
 
 ROOT = Path(expt.__file__).parent
-LAYERS = {  # from the top; a name stands for a module or a package under `expt`
-    "cli": {
-        "__main__",
-        "composition",
-        "dispatch",
-        "explanation",
-        "search_jobs",
-        "search_request",
-        "searching",
-    },
-    "tasks": {"tasks", "construction", "validation", "foresight", "batch_search", "fitting"},
-    "orchestration": {
-        "grid",
-        "report",
-        "plan_tables",
-        "cards_table",
-        "sweep",
-        "expansion",
-        "child_process",
-        "reporting",
-    },
-    "loop": {
-        "training",
-        "evaluation",
-        "checkpoint",
-        "progress",
-        "profiling",
-        "interruption",
-        "acceleration",
-        "averaging",
-        "recording",
-        "stopping",
-        "stepping",
-        "capture_rules",
-        "captured_steps",
-        "cuda_graphs",
-        "compiled_take",
-        "loss_reading",
-    },
-    "parts": {"models", "data", "optim", "memory", "tracking"},
-    "ground": {
-        "",
-        "schema",
-        "search_config",
-        "expand_config",
-        "report_config",
-        "protocols",
-        "errors",
-        "units",
-        "files",
-        "results",
-    },
-}
+PACKAGES = (
+    "commands",
+    "reports",
+    "search",
+    "run",
+    "training",
+    "tracking",
+    "config",
+    "memory",
+    "jobs",
+)
+BESIDE_EACH_OTHER = {"memory", "jobs"}
 MEMORY = ("watching", "planning", "recovery", "diagnosis", "techniques", "measuring")
 """Packages of `expt.memory`, from the top: each may import those after it."""
-LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 CONFIGURATION = {"hydra", "omegaconf"}
-HEAVY = {"torch", "mlflow", "matplotlib", "pandas", "lightning_fabric"}
+HEAVY = {"torch", "mlflow", "matplotlib", "pandas", "lightning_fabric", "scipy", "sklearn"}
+MODULE_NAME = re.compile(rf"expt\.(?:__main__|{'|'.join(PACKAGES)})(?:\.\w+)*")
 
 
 def module_name(path: Path) -> str:
@@ -92,9 +46,17 @@ def module_name(path: Path) -> str:
 SOURCES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 
-def unit(module: str) -> str:
-    """Return the module or package right under `expt`; "" is `expt` itself."""
+def package(module: str) -> str:
+    """Return the package or ground module right under `expt`; "" is `expt` itself."""
     return module.split(".")[1] if "." in module else ""
+
+
+def rank(module: str) -> int:
+    """Return how far from the top a module's package is; the ground is lowest."""
+    own = package(module)
+    if own == "__main__":
+        return -1
+    return PACKAGES.index(own) if own in PACKAGES else len(PACKAGES)
 
 
 def imported(module: str, source: str, known: Iterable[str]) -> Iterator[tuple[str, int, bool]]:
@@ -110,8 +72,8 @@ def imported(module: str, source: str, known: Iterable[str]) -> Iterator[tuple[s
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
-                package = SOURCES.get(module, Path()).name == "__init__.py"
-                parents = module.split(".")[: len(module.split(".")) - node.level + package]
+                inside = SOURCES.get(module, Path()).name == "__init__.py"
+                parents = module.split(".")[: len(module.split(".")) - node.level + inside]
                 base = ".".join([*parents, base] if base else parents)
             for alias in node.names:
                 whole = f"{base}.{alias.name}"
@@ -129,91 +91,128 @@ def imported(module: str, source: str, known: Iterable[str]) -> Iterator[tuple[s
     return visit(ast.parse(source), True)
 
 
+def modules_in_strings(source: str) -> Iterator[tuple[str, int]]:
+    """Yield (name, line) of string constants that name a module of ours; docstrings aside."""
+    tree = ast.parse(source)
+    prose = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Constant) or id(node) in prose:
+            continue
+        if isinstance(node.value, str) and MODULE_NAME.fullmatch(node.value):
+            yield node.value, node.lineno
+
+
 def violations(module: str, source: str, known: Iterable[str] = frozenset(SOURCES)) -> list[str]:
-    """Return one message per import of `module` that its layer does not allow."""
-    order = list(LAYERS)
-    own = unit(module)
-    layer = LAYER_OF.get(own)
-    if layer is None:
-        return [
-            f"{module} is in no layer: add {own!r} to LAYERS in {Path(__file__).name}, to the "
-            f"lowest of {', '.join(order)} that lies above all it imports"
-        ]
+    """Return one message per import of `module` that its package does not allow."""
+    own = package(module)
     found = []
     for name, line, at_import in imported(module, source, known):
         top = name.split(".")[0]
-        where = f"{module}:{line} ({layer}) imports {name}"
-        if layer == "ground" and at_import and top in HEAVY:
+        where = f"{module}:{line} imports {name}"
+        if own not in PACKAGES and own != "__main__" and at_import and top in HEAVY:
             found.append(f"{where}, which is too heavy for the ground; import it where it is used")
-        if layer == "parts" and top in CONFIGURATION:
-            found.append(f"{where}; parts take plain arguments and know no configuration")
+        if own in BESIDE_EACH_OTHER and top in CONFIGURATION:
+            found.append(f"{where}; {own} takes plain arguments and knows no configuration")
         if top != "expt":
             continue
-        other = unit(name)
-        below = LAYER_OF.get(other)
-        if below is None:
-            found.append(f"{where}, which is in no layer")
-        elif order.index(below) < order.index(layer):
-            found.append(f"{where}, upwards ({below})")
-        elif layer == below == "parts" and own != other:
-            found.append(f"{where}, another part; what both need belongs to the ground")
+        other = package(name)
+        if rank(name) < rank(module):
+            found.append(f"{where}, upwards")
+        elif own != other and {own, other} <= BESIDE_EACH_OTHER:
+            found.append(f"{where}; memory and jobs do not know each other")
         elif own == other == "memory":
             inner, within = (one.split(".")[2:3] for one in (name, module))
             if inner and within and MEMORY.index(inner[0]) < MEMORY.index(within[0]):
                 found.append(f"{where}, upwards within memory")
+    for name, line in modules_in_strings(source):
+        if rank(name) < rank(module):
+            found.append(f"{module}:{line} names {name} in a string, upwards")
     return found
 
 
+def edges() -> dict[str, set[str]]:
+    """Return what every module imports of ours, wherever in the file."""
+    return {
+        module: {
+            name
+            for name, _, _ in imported(module, path.read_text(encoding="utf-8"), SOURCES)
+            if name.split(".")[0] == "expt"
+        }
+        for module, path in SOURCES.items()
+    }
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Return the modules of one circle of imports, none if there is none."""
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        for other in sorted(graph.get(module, set())):
+            if found := visit(other, [*path, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in sorted(graph) if (found := visit(module, []))), [])
+
+
 @pytest.mark.parametrize("module", SOURCES)
-def test_imports_point_downwards_only(module: str) -> None:
+def test_imports_point_one_way(module: str) -> None:
     found = violations(module, SOURCES[module].read_text(encoding="utf-8"))
     assert not found, "\n".join(found)
 
 
+def test_no_module_imports_itself_through_others() -> None:
+    assert circle(edges()) == []
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c", "a"]
+
+
+def test_every_folder_is_a_package_of_the_order_and_at_most_two_levels_deep() -> None:
+    folders = {path.parent.relative_to(ROOT) for path in SOURCES.values()} - {Path()}
+    assert {folder.parts[0] for folder in folders} == set(PACKAGES)
+    assert max(len(folder.parts) for folder in folders) == 2
+    assert all((ROOT / folder / "__init__.py").exists() for folder in folders)
+
+
 def test_every_import_of_the_package_is_of_a_module_that_exists() -> None:
     # Also proves that the parsing finds imports at all.
-    edges = {
-        (module, name)
-        for module, path in SOURCES.items()
-        for name, _, _ in imported(module, path.read_text(encoding="utf-8"), SOURCES)
-        if name.split(".")[0] == "expt"
-    }
-    assert {name for _, name in edges} <= set(SOURCES)
-    assert ("expt.training", "expt.checkpoint") in edges  # from expt import checkpoint
-    assert ("expt.training", "expt.optim.schedules") in edges  # from expt.optim import schedules
-    assert ("expt.data.traffic", "expt.data.forecast_plots") in edges  # inside a function
+    graph = edges()
+    assert set().union(*graph.values()) <= set(SOURCES)
+    trainer = graph["expt.training.trainer"]
+    assert "expt.training.checkpoint" in trainer  # from expt.training import checkpoint
+    assert "expt.job" in trainer  # from expt.job import DataSet
+    assert "expt.jobs.traffic.figures" in graph["expt.jobs.traffic.data"]  # inside a function
 
 
 @pytest.mark.parametrize(
     ("module", "source", "message"),
     [
-        ("expt.data.new", "import expt.training", "upwards (loop)"),
-        ("expt.data.new", "from expt import training", "upwards (loop)"),
-        ("expt.data.new", "from ..training import Trainer", "upwards (loop)"),
-        ("expt.report", "def f():\n    from expt.tasks import train", "upwards (tasks)"),
-        ("expt.results", "from expt.models import stid", "upwards (parts)"),
-        ("expt.evaluation", "from expt.grid import Grid", "upwards (orchestration)"),
-        ("expt.construction", "import expt.composition", "upwards (cli)"),
-        ("expt.models.new", "from expt.data.series import Series", "another part"),
-        ("expt.optim.new", "def f():\n    import omegaconf.listconfig", "know no configuration"),
+        ("expt.jobs.new", "import expt.training.trainer", "upwards"),
+        ("expt.memory.new", "from expt.training import trainer", "upwards"),
+        ("expt.jobs.new", "from ..training.trainer import Trainer", "upwards"),
+        ("expt.run.new", "def f():\n    from expt.commands import train", "upwards"),
+        ("expt.result", "from expt.jobs.traffic import stid", "upwards"),
+        ("expt.config.new", "import expt.__main__", "upwards"),
+        ("expt.memory.measuring.new", "from expt.jobs.attention import x", "do not know each"),
+        ("expt.jobs.new", "def f():\n    import omegaconf.listconfig", "knows no configuration"),
+        ("expt.memory.measuring.new", "from hydra.utils import x", "knows no configuration"),
         (
             "expt.memory.measuring.new",
-            "from hydra.utils import instantiate",
-            "know no configuration",
-        ),
-        (
-            "expt.memory.measuring.new",
-            "from expt.memory.planning.planning import plan",
+            "from expt.memory.planning import plan",
             "upwards within memory",
         ),
         ("expt.units", "import torch", "too heavy"),
-        (
-            "expt.files",
-            "try:\n    from torch import nn\nfinally:\n    pass",
-            "too heavy",
-        ),
-        ("expt.stray", "", "expt.stray is in no layer: add 'stray' to LAYERS"),
-        ("expt.training", "import expt.stray", "in no layer"),
+        ("expt.files", "try:\n    from torch import nn\nfinally:\n    pass", "too heavy"),
+        ("expt.search.new", 'NAMES = ("expt.commands.train",)', "in a string, upwards"),
+        ("expt.run.new", 'f"{1}"; load("expt.__main__")', "in a string, upwards"),
     ],
 )
 def test_the_checker_finds_a_violation(module: str, source: str, message: str) -> None:
@@ -225,11 +224,13 @@ def test_the_checker_finds_a_violation(module: str, source: str, message: str) -
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("expt.models.new", "import torch\nfrom expt.models.attention import Attention"),
-        ("expt.training", "from expt.optim import schedules\nfrom expt.evaluation import evaluate"),
-        ("expt.tasks.new", "from expt.report import row\nfrom omegaconf import DictConfig"),
-        ("expt.protocols", "if TYPE_CHECKING:\n    import torch\ndef f():\n    import torch"),
-        ("expt.grid", "from expt import __version__"),
+        ("expt.jobs.traffic.new", "import torch\nfrom expt.jobs.attention import Attention"),
+        ("expt.training.new", "from expt.training import schedules\nfrom expt.job import Batch"),
+        ("expt.commands.new", "from expt.tables import x\nfrom omegaconf import DictConfig"),
+        ("expt.job", "if TYPE_CHECKING:\n    import torch\ndef f():\n    import torch"),
+        ("expt.commands.new", "from expt import __version__"),
+        ("expt.commands.new", 'PRELOADED = ("expt.search.candidates",)'),
+        ("expt.search.new", '"""Prose about `expt.commands`."""\n"expt.commands.train"'),
     ],
 )
 def test_the_checker_lets_a_proper_import_pass(module: str, source: str) -> None:
@@ -238,7 +239,7 @@ def test_the_checker_lets_a_proper_import_pass(module: str, source: str) -> None
 
 def test_the_command_line_starts_without_the_heavy_packages() -> None:
     program = (
-        "import sys, expt, expt.composition, expt.schema, expt.errors, expt.protocols\n"
+        "import sys, expt.__main__, expt.config.compose, expt.config.schema, expt.job\n"
         f"print(*({HEAVY!r} & sys.modules.keys()))"
     )
     ran = subprocess.run(

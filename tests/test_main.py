@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from expt.results import load_result
+from expt.result import load_result
 
 SMALL = ("memory=minimal", "debug=smoke", "tracking=none", "trainer.progress=false")
-SHIPPED = Path(__file__).parents[1] / "src/expt/data/files/metr_la_29.npz"
+SHIPPED = Path(__file__).parents[1] / "src/expt/jobs/traffic/files/metr_la_29.npz"
 
 
 def runs(home: Path) -> list[Path]:
@@ -92,7 +92,7 @@ def test_the_unit_of_the_data_is_in_table_and_record(expt, home):
         (["model.embed_dim=30"], ["model.embed_dim=30", "num_heads=4", "28", "32"]),
         (["model.dropout=1.5"], ["model.dropout", "1.5"]),
         (["model._target_=no.such.Net"], ["no.such.Net", "'no'"]),
-        (["model._target_=expt.models.stid.STIDD"], ["STIDD", "'STID'"]),
+        (["model._target_=expt.jobs.traffic.stid.STIDD"], ["STIDD", "'STID'"]),
         (["data.test_fraction=0.5"], ["data.test_fraction", "0.5"]),
         (["lite"], ["'lite'", "key=value"]),
         (["task=trian"], ["trian", "'train'"]),

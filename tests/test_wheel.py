@@ -33,7 +33,7 @@ def test_the_wheel_runs_outside_the_repository(tmp_path):
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
     assert "expt/conf/config.yaml" in names
-    assert "expt/data/files/metr_la_29.npz" in names
+    assert "expt/jobs/traffic/files/metr_la_29.npz" in names
     assert "hydra_plugins/expt_sweeper/sweeper.py" in names
     assert "hydra_plugins/__init__.py" not in names, "others have plugins there too"
     # Like `pip install --no-deps --target site`, whose dependencies are in this environment.

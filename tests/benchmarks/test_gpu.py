@@ -456,7 +456,7 @@ def test_an_epoch_that_reads_a_value_in_every_step_is_told(
     from gpu_sections import TINY
     from gpu_waiting import waiting
 
-    from expt.averaging import NoAverage
+    from expt.training.average import NoAverage
 
     row = waiting("cpu", 2, *TINY)
     assert row["readings"] is not None and row["steps"] == 4

@@ -35,7 +35,7 @@ def settings(*overrides: str) -> Any:
 def test_the_bare_loops_windows_are_those_of_our_data_set() -> None:
     from rival_loops import Windows
 
-    from expt.construction import build
+    from expt.run.build import build
 
     data = build(settings(), "data")
     chosen = [0, 7, data.size("train") - 1]
@@ -90,8 +90,8 @@ def test_a_lightning_that_fails_costs_its_own_column(
 def test_what_takes_time_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     import bookkeeping
 
-    from expt.progress import BarDisplay
-    from expt.tracking.null import NullTracker
+    from expt.tracking.tracker import NullTracker
+    from expt.training.display import BarDisplay
 
     step = BarDisplay.step
     monkeypatch.setattr(bookkeeping, "open_tracker", lambda folder: NullTracker())

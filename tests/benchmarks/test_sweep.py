@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import optuna
 import pytest
 
-from expt.results import RunResult
+from expt.result import RunResult
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 KINDS = ("complete", "oom", "infeasible_measured", "complete", "nan", "complete")

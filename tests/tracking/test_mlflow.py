@@ -15,12 +15,11 @@ from typing import Any
 
 import pytest
 
-from expt.protocols import Tracker
 from expt.tracking.journal import JOURNAL, STATE, Journal, State
 from expt.tracking.mlflow import MlflowTracker
-from expt.tracking.null import NullTracker
 from expt.tracking.replay import replay
-from expt.tracking.uri import sqlite_path
+from expt.tracking.tracker import NullTracker, Tracker
+from expt.uri import sqlite_path
 
 Make = Callable[..., MlflowTracker]
 

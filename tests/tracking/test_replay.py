@@ -9,7 +9,7 @@ from expt.tracking.journal import Journal, State
 from expt.tracking.mlflow import MlflowTracker
 from expt.tracking.replay import Replayed, replay
 from expt.tracking.sender import Sender
-from expt.tracking.uri import PASSWORD
+from expt.uri import PASSWORD
 
 HEADER = {"uri": "http://server", "experiment": "e", "artifact_root": None, "parent": None}
 

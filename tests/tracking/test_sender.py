@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from expt.tracking import artifacts
+from expt.tracking import sender as artifacts
 from expt.tracking.journal import JOURNAL, STATE, Journal, State
 from expt.tracking.sender import NotReadyError, Sender, Target
 from expt.tracking.store import RefusedError, RunMissingError

@@ -28,7 +28,7 @@ PUBLIC = {
     "diagnose_error": "expt.memory.diagnosis.diagnosis",
     "Plan": "expt.memory.planning.planning",
     "plan": "expt.memory.planning.planning",
-    "recover": "expt.memory.recovery.recovered_step",
+    "recover": "expt.memory.recovery.decorator",
 }
 """Module by public name."""
 

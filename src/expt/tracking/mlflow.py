@@ -18,14 +18,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from expt.tracking.delivery import REPLAY_COMMAND, Writer
 from expt.tracking.journal import Journal, Reader
 from expt.tracking.sender import Sender, Target
-from expt.tracking.uri import absolute_uri, is_server, without_password
-from expt.tracking.writer import Writer
+from expt.uri import absolute_uri, is_server, without_password
 
 _logger = logging.getLogger(__name__)
-
-REPLAY_COMMAND = "python -m expt task=replay"
 
 
 class MlflowTracker:
@@ -227,3 +225,10 @@ def _user() -> str:
         return getpass.getuser()
     except (ImportError, KeyError, OSError):  # a container may run as a user without a name
         return "unknown"
+
+
+class DeferredTracker(MlflowTracker):
+    """A `Tracker` whose records stay in the journal until `Deliveries` or a replay sends them."""
+
+    def _deliver(self) -> None:
+        """Send nothing."""

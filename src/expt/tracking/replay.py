@@ -13,7 +13,7 @@ from pathlib import Path
 from expt.tracking.journal import JOURNAL, read_header
 from expt.tracking.sender import NotReadyError, Sender
 from expt.tracking.store import reason
-from expt.tracking.uri import PasswordMissingError, without_password
+from expt.uri import PasswordMissingError, without_password
 
 
 @dataclass(frozen=True)

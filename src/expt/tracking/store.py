@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from expt.tracking.journal import Lock
-from expt.tracking.uri import sqlite_path, without_password
+from expt.uri import sqlite_path, without_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

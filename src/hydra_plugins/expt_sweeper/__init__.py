@@ -1,1 +1,1 @@
-"""The sweeper ``hydra/sweeper=expt``; what it does is in `expt.sweep`."""
+"""The sweeper ``hydra/sweeper=expt``; what it does is in `expt.search`."""

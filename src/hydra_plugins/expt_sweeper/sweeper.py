@@ -1,4 +1,4 @@
-"""Hydra's door to `expt.sweep`: hands over the composed configuration, and imports nothing yet."""
+"""Hydra's door to `expt.search`: hands over the composed configuration, and imports nothing yet."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ExptSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run the search; `arguments` are the command line's settings."""
-        from expt.searching import search
+        from expt.commands.search import search
 
         assert self.config is not None and self.hydra_context is not None
         return search(self.config, arguments, self.sampler, self.hydra_context, self.task_function)

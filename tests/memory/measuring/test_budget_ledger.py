@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from expt.memory.measuring.budget_ledger import BudgetLedger
-from expt.memory.recovery.shortage import shortage
+from expt.memory.recovery.attempt import shortage
 
 KIB = 1024
 

@@ -9,10 +9,10 @@ from expt.memory.measuring.meter import (
     LEDGER_STEPS,
     CudaMeter,
     LedgerMeter,
+    MemoryMeter,
     meter_for,
     process_peak_bytes,
 )
-from expt.protocols import MemoryMeter
 
 KIB = 1024
 CUDA = torch.device("cuda", 0)

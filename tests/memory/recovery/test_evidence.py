@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from expt.memory.recovery.evidence import MAX_SNAPSHOTS, collect
+from expt.memory.recovery.attempt import MAX_SNAPSHOTS, collect
 from expt.memory.recovery.recovery import Recovery
 from expt.memory.techniques.techniques import Techniques
 

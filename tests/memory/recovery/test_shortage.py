@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from expt.memory.recovery.shortage import shortage
+from expt.memory.recovery.attempt import shortage
 from expt.units import GIB, MIB
 
 TORN = (

@@ -5,9 +5,8 @@ import torch
 from torch import nn
 
 from expt.errors import RecoveryError
+from expt.memory.recovery.limits import EVERY_STEPS, LOOKS, Limits, Thrashing
 from expt.memory.recovery.recovery import Recovery
-from expt.memory.recovery.recovery_limits import Limits
-from expt.memory.recovery.thrash import EVERY_STEPS, LOOKS, Thrashing
 from expt.memory.techniques.techniques import Techniques
 
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from expt.memory.recovery.one_by_one import step_one_by_one, why_not
-from expt.memory.recovery.undo import SMALL_BYTES, StepUndo
+from expt.memory.recovery.undo import SMALL_BYTES, StepUndo, step_one_by_one, why_not
 
 CPU = torch.device("cpu")
 

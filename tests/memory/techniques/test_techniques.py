@@ -22,14 +22,14 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from expt.errors import ConfigError
+from expt.jobs.traffic.alternating import Alternating
+from expt.jobs.traffic.phase1 import Phase1
+from expt.jobs.traffic.stid import STID
 from expt.memory.measuring.ledger import StorageLedger
 from expt.memory.techniques import offload
 from expt.memory.techniques.optimizer_in_backward import OptimizerInBackward
 from expt.memory.techniques.techniques import Techniques, apply, problems
 from expt.memory.techniques.wrapping import Wrapped
-from expt.models.alternating import Alternating
-from expt.models.phase1 import Phase1
-from expt.models.stid import STID
 
 B, T, N, P, DAY = 8, 12, 20, 12, 288
 TOLERANCE = 1e-5

@@ -9,7 +9,7 @@
 What is limited. On CUDA: the bytes that torch's caching allocator reserves in this process,
 which are the tensors, rounded to blocks, and what the allocator holds ready. The CUDA context and
 what libraries take beside the allocator (some hundred MiB) come on top. On other devices: the
-bytes of tensor storages, by `expt.memory.measuring.budget_ledger`, without scratch inside kernels.
+bytes of tensor storages, by `expt.memory.measuring.ledger`, without scratch inside kernels.
 """
 
 from __future__ import annotations

@@ -6,75 +6,49 @@ import resource
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from expt.memory.measuring.ledger import StorageLedger
 
-LEDGER_STEPS = 3
-"""Optimizer steps the ledger watches: state is made in the first, the second shows the peak."""
+if TYPE_CHECKING:
+    import torch
 
 
-class CudaMeter:
-    """Reads the caching allocator's own statistics; implements `expt.protocols.MemoryMeter`."""
+class MemoryMeter(Protocol):
+    """Measures bytes allocated to tensors on one device."""
 
-    name = "torch.cuda.max_memory_allocated"
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._allocated = 0
-        self._reserved = 0
-        self._captured = 0
-        torch.cuda.reset_peak_memory_stats(device)
+    name: str
+    """How it is measured; written to `memory.meter` in the record."""
 
     def step(self) -> AbstractContextManager[object]:
-        """Watch one optimizer step; the allocator watches by itself."""
-        return nullcontext()
+        """Watch one optimizer step."""
 
     def evaluation(self) -> AbstractContextManager[object]:
-        """Watch one evaluation batch; the allocator watches by itself."""
-        return nullcontext()
+        """Watch one evaluation batch."""
 
     def captured(self, captured: bool) -> None:
-        """Note a captured step: replays take what it took, and count as nothing allocated."""
-        self._note()
-        self._captured = torch.cuda.max_memory_allocated(self.device) if captured else 0
+        """Note that a step keeps its memory to itself from now on, or no more."""
 
     def start_epoch(self) -> None:
         """Begin a new peak for the epoch."""
-        self._note()
-        torch.cuda.reset_peak_memory_stats(self.device)
 
     def epoch(self) -> Mapping[str, int]:
-        """Return this epoch's peaks, and what the allocator holds now."""
-        self._note()
-        return {
-            "peak_allocated_bytes": max(
-                torch.cuda.max_memory_allocated(self.device), self._captured
-            ),
-            "peak_reserved_bytes": torch.cuda.max_memory_reserved(self.device),
-            "allocated_bytes": torch.cuda.memory_allocated(self.device),
-            "reserved_bytes": torch.cuda.memory_reserved(self.device),
-        }
+        """Return this epoch's ``peak_allocated_bytes`` and what else the meter knows."""
 
     def peak_allocated_bytes(self) -> int | None:
-        """Return the peak of the whole run."""
-        self._note()
-        return self._allocated
+        """Return the peak of the whole run, or None while nothing was measured."""
 
     def peak_reserved_bytes(self) -> int | None:
-        """Return the allocator's peak over the whole run."""
-        self._note()
-        return self._reserved
+        """Return the allocator's peak, or None where there is no caching allocator."""
 
     def restore(self, peak_allocated_bytes: int | None, peak_reserved_bytes: int | None) -> None:
         """Take over the peaks of the part of the run before it was resumed."""
-        self._allocated = max(self._allocated, peak_allocated_bytes or 0)
-        self._reserved = max(self._reserved, peak_reserved_bytes or 0)
 
-    def _note(self) -> None:
-        self._allocated = max(self._allocated, torch.cuda.max_memory_allocated(self.device))
-        self._reserved = max(self._reserved, torch.cuda.max_memory_reserved(self.device))
+
+LEDGER_STEPS = 3
+"""Optimizer steps the ledger watches: state is made in the first, the second shows the peak."""
 
 
 class LedgerMeter:
@@ -163,3 +137,65 @@ def process_peak_bytes() -> int:
     """Return the process's peak resident set; the kernel reports KiB, macOS bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+class CudaMeter:
+    """Reads the caching allocator's own statistics; implements `MemoryMeter`."""
+
+    name = "torch.cuda.max_memory_allocated"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._allocated = 0
+        self._reserved = 0
+        self._captured = 0
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def step(self) -> AbstractContextManager[object]:
+        """Watch one optimizer step; the allocator watches by itself."""
+        return nullcontext()
+
+    def evaluation(self) -> AbstractContextManager[object]:
+        """Watch one evaluation batch; the allocator watches by itself."""
+        return nullcontext()
+
+    def captured(self, captured: bool) -> None:
+        """Note a captured step: replays take what it took, and count as nothing allocated."""
+        self._note()
+        self._captured = torch.cuda.max_memory_allocated(self.device) if captured else 0
+
+    def start_epoch(self) -> None:
+        """Begin a new peak for the epoch."""
+        self._note()
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def epoch(self) -> Mapping[str, int]:
+        """Return this epoch's peaks, and what the allocator holds now."""
+        self._note()
+        return {
+            "peak_allocated_bytes": max(
+                torch.cuda.max_memory_allocated(self.device), self._captured
+            ),
+            "peak_reserved_bytes": torch.cuda.max_memory_reserved(self.device),
+            "allocated_bytes": torch.cuda.memory_allocated(self.device),
+            "reserved_bytes": torch.cuda.memory_reserved(self.device),
+        }
+
+    def peak_allocated_bytes(self) -> int | None:
+        """Return the peak of the whole run."""
+        self._note()
+        return self._allocated
+
+    def peak_reserved_bytes(self) -> int | None:
+        """Return the allocator's peak over the whole run."""
+        self._note()
+        return self._reserved
+
+    def restore(self, peak_allocated_bytes: int | None, peak_reserved_bytes: int | None) -> None:
+        """Take over the peaks of the part of the run before it was resumed."""
+        self._allocated = max(self._allocated, peak_allocated_bytes or 0)
+        self._reserved = max(self._reserved, peak_reserved_bytes or 0)
+
+    def _note(self) -> None:
+        self._allocated = max(self._allocated, torch.cuda.max_memory_allocated(self.device))
+        self._reserved = max(self._reserved, torch.cuda.max_memory_reserved(self.device))

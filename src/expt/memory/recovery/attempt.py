@@ -8,15 +8,55 @@ evidence and clears the frames in it, and hands back what happened as a value.
 from __future__ import annotations
 
 import gc
+import logging
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from expt.memory.recovery.shortage import OomFigures
+from expt.memory.diagnosis.oom import classify_oom
+from expt.memory.diagnosis.oom_figures import likely_cause, read_figures
+
+
+class OomFigures(Protocol):
+    """What recovery wants to know of an out-of-memory error; None where it is not said."""
+
+    @property
+    def cause(self) -> str:
+        """Why the allocation failed."""
+
+    @property
+    def bytes_requested(self) -> int | None:
+        """What was asked for."""
+
+    @property
+    def bytes_free(self) -> int | None:
+        """What was left."""
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """The figures of one error; implements `OomFigures`."""
+
+    cause: str
+    bytes_requested: int | None
+    bytes_free: int | None
+
+
+def shortage(error: BaseException) -> OomFigures | None:
+    """Return the figures of an out-of-memory error of torch, Python or a library, else None."""
+    if not isinstance(error, torch.OutOfMemoryError | MemoryError):
+        # Libraries and the host's allocator raise what could be anything but for its words.
+        return classify_oom(error) if isinstance(error, RuntimeError) else None
+    figures = read_figures(str(error))
+    cause = likely_cause(figures)
+    if cause == "unknown" and not isinstance(error, MemoryError):
+        cause = "full"
+    return Shortage(cause, figures.requested_bytes, figures.free_bytes)
+
 
 T = TypeVar("T")
 
@@ -79,3 +119,37 @@ def _clear_frames(error: BaseException) -> None:
             seen.add(id(one))
             traceback.clear_frames(one.__traceback__)
             waiting += [one.__cause__, one.__context__]
+
+
+log = logging.getLogger(__name__)
+
+MAX_SNAPSHOTS = 3
+"""Later ones of a run show the same and cost the same space."""
+
+
+def collect(device: torch.device, folder: Path, number: int) -> list[Path]:
+    """Write what the allocator holds now; call it while the failed step's tensors are alive.
+
+    Args:
+        device: where memory ran out; there is nothing to write but for CUDA.
+        folder: where to write; it is made.
+        number: of the event, from 1; none are written after `MAX_SNAPSHOTS`.
+
+    Returns:
+        the files; none if they could not be written, since that must not end a run.
+
+    """
+    if device.type != "cuda" or number > MAX_SNAPSHOTS:
+        return []
+    written = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        table = folder / f"oom-{number}.txt"
+        table.write_text(torch.cuda.memory_summary(device), encoding="utf-8")
+        written.append(table)
+        snapshot = folder / f"oom-{number}.pickle"
+        torch.cuda.memory._dump_snapshot(str(snapshot))
+        written.append(snapshot)
+    except (OSError, RuntimeError, AttributeError) as error:
+        log.warning("no memory snapshot: %s", error)
+    return written

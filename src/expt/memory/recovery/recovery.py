@@ -4,7 +4,7 @@ When a step fails, memory is released, what the step had changed is put back (mo
 next rung of the `ladder` is put on the model, and the same step is taken again: same batch, same
 random numbers, same effective batch. All of it happens after the `except` block (`attempt`).
 
-`recover`, in `expt.memory.recovery.recovered_step`, is this for any training loop.
+`recover`, in `expt.memory.recovery.decorator`, is this for any training loop.
 """
 
 from __future__ import annotations
@@ -19,13 +19,18 @@ from torch import nn
 from torch.optim import Optimizer
 
 from expt.errors import BrokenStepError, RecoveryError
-from expt.memory.recovery.attempt import Failure, Success, attempt, release
-from expt.memory.recovery.footing import Apply, Footing
-from expt.memory.recovery.ladder import Move, Predict
-from expt.memory.recovery.oom_event import PHASES, THRASHING, OomEvent
-from expt.memory.recovery.recovery_limits import ONCE, Limits, Trouble
-from expt.memory.recovery.shortage import OomFigures, Shortage, shortage
-from expt.memory.recovery.thrash import Thrashing, retries
+from expt.memory.recovery.attempt import (
+    Failure,
+    OomFigures,
+    Shortage,
+    Success,
+    attempt,
+    release,
+    shortage,
+)
+from expt.memory.recovery.event import PHASES, THRASHING, OomEvent
+from expt.memory.recovery.ladder import Apply, Footing, Move, Predict
+from expt.memory.recovery.limits import ONCE, Limits, Thrashing, Trouble, retries
 from expt.memory.recovery.undo import RandomState, StepUndo
 from expt.memory.techniques.techniques import Techniques
 
@@ -40,8 +45,8 @@ class Recovery:
     Args:
         techniques: those to begin with.
         device: where the work runs.
-        apply: see `expt.memory.recovery.footing.Apply`.
-        limits: see `expt.memory.recovery.recovery_limits`.
+        apply: see `expt.memory.recovery.ladder.Apply`.
+        limits: see `expt.memory.recovery.limits`.
         budget_bytes: recorded with every event.
         predict: peak in bytes with other techniques, to skip rungs that will not help.
         classify: returns the figures of a lack of memory, None for any other error.

@@ -1,18 +1,17 @@
 """Which attention a model computes with, set from outside and while the model lives.
 
 A module takes part by having an attribute `attention_kernel` that its `forward` reads, and, for
-the kernels that need a size, `attention_window` and `attention_top_k`; `expt.models.attention`
+the kernels that need a size, `attention_window` and `attention_top_k`; `expt.jobs.attention`
 does, and so may a module of one's own.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
-from expt.memory.techniques.techniques import AttentionKernel
-
+AttentionKernel = Literal["math", "fused", "sliding_window", "top_k"]
 ATTRIBUTES = ("attention_kernel", "attention_window", "attention_top_k")
 BEFORE = "_attention_before"
 """Where a module keeps what it had before it was set."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,10 @@ from torch.utils.checkpoint import (
 
 from expt.memory.techniques.block_randomness import Pair, next_pair
 from expt.memory.techniques.repeated_blocks import repeated_blocks
-from expt.memory.techniques.techniques import Checkpointing
 from expt.memory.techniques.wrapping import layer_of, unwrap, wrap
+
+Checkpointing = bool | int | Literal["selective"]
+"""False: none; True: every block; n >= 2: every n-th block; "selective": see above."""
 
 NAME = "activation_checkpointing"
 KEPT = frozenset(

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 from expt.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
 
-Checkpointing = bool | int | Literal["selective"]
-"""False: none; True: every block; n >= 2: every n-th block; "selective": see `checkpointing`."""
-AttentionKernel = Literal["math", "fused", "sliding_window", "top_k"]
+    from expt.memory.techniques.attention_kernel import AttentionKernel
+    from expt.memory.techniques.checkpointing import Checkpointing
 
 
 @dataclass(frozen=True)
@@ -135,3 +134,9 @@ def problems(model: nn.Module, techniques: Techniques) -> list[str]:
             "set it to false"
         )
     return found
+
+
+def techniques_from(stored: Mapping[str, Any]) -> Techniques:
+    """Return techniques from plain values; names that are not known any more are left out."""
+    known = vars(Techniques())
+    return Techniques(**{name: value for name, value in stored.items() if name in known})

@@ -1,0 +1,1 @@
+"""`task=expand`: from a preset, one parameter at a time."""

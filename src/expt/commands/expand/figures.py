@@ -1,0 +1,154 @@
+"""What an expansion ends with: a table of its steps, and a figure of memory and error per step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+
+from expt.commands.expand.policy import Step
+from expt.reports.figures.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    PALE,
+    RED,
+    byte_unit,
+    draw,
+    label_direct,
+    legend_above,
+)
+from expt.reports.records import escaped, metric_words
+from expt.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLUMNS = ("step", "change", "kept", "predicted", "measured", "{metric}", "time", "why")
+START = "start"
+OUTCOMES = {"over_budget": "not run: predicted over"}
+"""Words in the figure for an end that its name does not say."""
+
+
+def expansion_table(steps: Sequence[Step], metric: str) -> Table:
+    """Return one row per step."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in _columns(metric):
+        right = name not in ("change", "kept", "why")
+        table.add_column(name, justify="right" if right else "left")
+    for step in steps:
+        table.add_row(*_cells(step), style=None if step.kept else "dim")
+    return table
+
+
+def as_markdown(steps: Sequence[Step], metric: str) -> str:
+    """Return the same table as Markdown."""
+    columns = _columns(metric)
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(map(escaped, _cells(step))) + " |" for step in steps]
+    return "\n".join(lines) + "\n"
+
+
+def plot_expansion(
+    steps: Sequence[Step], metric: str, budget_bytes: int | None, folder: Path
+) -> list[Path]:
+    """Draw peak memory and validation error over the steps; return the files."""
+
+    def onto(figure: Figure) -> None:
+        memory, errors = figure.subplots(2, 1, sharex=True)
+        _memory(memory, steps, budget_bytes)
+        _errors(errors, steps, metric)
+        errors.set_xticks(range(len(steps)))
+        errors.set_xticklabels([_tick(step) for step in steps], fontsize=7.5)
+        errors.set_xlim(-0.6, len(steps) - 0.4)
+
+    return draw(folder, "expansion", 5.0, onto)
+
+
+def _memory(axes: Axes, steps: Sequence[Step], budget_bytes: int | None) -> None:
+    measured = [step.probe.demand_bytes for step in steps]
+    predicted = [step.probe.predicted_peak_bytes for step in steps]
+    unit, factor = byte_unit([*measured, *predicted, budget_bytes])
+    for number, step in enumerate(steps):
+        if (count := measured[number]) is not None:
+            colour = BLUE if step.kept else PALE
+            axes.bar(number, count / factor, width=0.55, color=colour, zorder=2)
+    known = [(number, count / factor) for number, count in enumerate(predicted) if count]
+    if known:
+        x, y = zip(*known, strict=True)
+        axes.scatter(
+            x, y, marker="_", s=420, color=GREY, linewidth=1.6, zorder=3
+        )  # fmt: skip
+        axes.plot([], [], color=GREY, linewidth=1.6, label="predicted")
+    axes.bar(0, 0, color=BLUE, label="measured, kept")
+    axes.bar(0, 0, color=PALE, label="measured, not kept")
+    if budget_bytes is not None:
+        axes.axhline(budget_bytes / factor, color=RED, linewidth=1.2, linestyle=(0, (5, 3)))
+        label_direct(
+            axes, f"budget {budget_bytes / factor:.4g} {unit}", (-0.55, budget_bytes / factor),
+            offset=(0, 4), color=RED,
+        )  # fmt: skip
+    axes.set_ylabel(f"peak memory ({unit})")
+    axes.set_ylim(0, 1.22 * axes.get_ylim()[1])
+    axes.grid(axis="y")
+    legend_above(axes)
+
+
+def _errors(axes: Axes, steps: Sequence[Step], metric: str) -> None:
+    points = [(n, step.probe.error, step.kept) for n, step in enumerate(steps)]
+    kept = [(n, error) for n, error, keep in points if keep and error is not None]
+    others = [(n, error) for n, error, keep in points if not keep and error is not None]
+    if kept:
+        axes.plot(*zip(*kept, strict=True), "o-", color=GREEN, linewidth=1.4, label="kept")
+    if others:
+        axes.plot(
+            *zip(*others, strict=True), "o", color=GREY, markerfacecolor="white", label="not kept"
+        )
+    for number, error in [*kept, *others]:
+        label_direct(axes, f"{error:.3f}", (number, error), offset=(0, 7), ha="center")
+    for number, step in enumerate(steps):
+        if step.probe.error is None:
+            outcome = step.probe.outcome
+            axes.annotate(
+                OUTCOMES.get(outcome, outcome.replace("_", " ")), (number, 0.5),
+                rotation=90, color=RED,
+                xycoords=("data", "axes fraction"), ha="center", va="center", fontsize=8,
+            )  # fmt: skip
+    axes.set_ylabel(metric_words(metric))
+    axes.margins(y=0.25)
+    axes.grid(axis="y")
+    legend_above(axes)
+
+
+def _columns(metric: str) -> list[str]:
+    return [name.format(metric=metric_words(metric)) for name in COLUMNS]
+
+
+def _cells(step: Step) -> tuple[str, ...]:
+    probe = step.probe
+    return (
+        str(step.number),
+        step.change or START,
+        "yes" if step.kept else "no",
+        "-" if probe.predicted_peak_bytes is None else format_bytes(probe.predicted_peak_bytes),
+        "-" if probe.demand_bytes is None else format_bytes(probe.demand_bytes),
+        "-" if probe.error is None else f"{probe.error:.3f}",
+        "-" if probe.seconds is None else format_seconds(probe.seconds),
+        step.reason,
+    )
+
+
+def _tick(step: Step) -> str:
+    if step.change is None:
+        return START
+    key, _, value = step.change.partition("=")
+    name = key.rpartition(".")[2]
+    words: Any = name.split("_")
+    # At most two short lines for the name, and the value below it.
+    half = (len(words) + 1) // 2
+    lines = [name] if len(name) <= 11 else ["_".join(words[:half]) + "_", "_".join(words[half:])]
+    return "\n".join([*(line for line in lines if line), value])

@@ -1,0 +1,313 @@
+"""`python -m expt -m search=NAME`: from the composed configuration to a running search.
+
+Called by the shim in ``src/hydra_plugins/expt_sweeper``. It judges everything before the first
+trial, opens the study, joins `expt.search` to what a trial is here (`expt.search.candidates`),
+and ends with the winner: tested once, drawn, and told as a command line.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, cast
+
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from optuna.samplers import GridSampler
+
+from expt.config.command_line import run_command
+from expt.config.compose import key
+from expt.config.schema import TrackingConfig
+from expt.config.search_node import Pruner, SearchConfig
+from expt.errors import ConfigError, ExptError
+from expt.reports.figures.search_plots import draw
+from expt.run.process import Worker, WorkerError, prepare_server, visible_devices
+from expt.search.candidates import TrialJobs, base_facts, check_presets, checker, preset_values
+from expt.search.exhaustion import smallest_seen
+from expt.search.launcher import PRUNED_LATE, UNLIMITED, LauncherRunner
+from expt.search.loop import Search
+from expt.search.records import Records
+from expt.search.request import Request, fixed_settings, given_points, request_of
+from expt.search.reservation import Reservations
+from expt.search.runner import ProcessRunner, Runner
+from expt.search.samplers import make_pruner, make_sampler, seed_of
+from expt.search.space import Space
+from expt.search.study import (
+    absolute_storage,
+    answering,
+    claim,
+    default_storage,
+    open_storage,
+    open_study,
+)
+from expt.search.winner import SweepSummary, best_trial, run_test
+from expt.units import format_bytes
+from expt.uri import shown_lines, without_password
+
+ENQUEUED, WORKERS = "expt.enqueued", "expt.workers"
+PRELOADED = (
+    "expt.config.command_line",
+    "expt.commands.train",
+    "expt.search.candidates",
+    "hydra.main",
+)
+PRELOADED_FOR_TRACKING = ("mlflow", "mlflow.store.tracking.sqlalchemy_store")
+
+
+def search(
+    config: DictConfig,
+    arguments: Sequence[str],
+    sampler: Any,
+    hydra_context: HydraContext,
+    task_function: TaskFunction,
+) -> SweepSummary:
+    """Run a search to its end, or what is left of it.
+
+    Raises:
+        UserError: something is wrong with the configuration, the space or the storage.
+        SearchError: nothing fits.
+        Stopped: SIGINT or SIGTERM.
+
+    """
+    request = request_of(config, arguments, sampler, hydra_context)
+    node = request.config
+    tracking = cast(TrackingConfig, OmegaConf.to_object(request.cfg.tracking))
+    prepare_server(PRELOADED + (PRELOADED_FOR_TRACKING if tracking.uri else ()))
+    space = Space.parse(request.space, checker(request.cfg, request.own))
+    made = make_sampler(request.sampler, space, node.seed, len(node.objectives))
+    check_presets(node.presets, request.own)
+    text = node.storage or default_storage(tracking.uri)
+    storage = open_storage(text)
+    facts = _facts(request)
+    jobs = TrialJobs(
+        request.given,
+        request.own,
+        request.folder,
+        facts["budget_bytes"],
+        bool(request.cfg.memory.plan),
+        node.plan_time_limit_seconds,
+    )
+    reservations = _open(request, space, storage, made, jobs)
+    if isinstance(made, GridSampler) and space.size is not None:
+        node.n_trials = reservations.n_trials = min(node.n_trials, space.size)
+    study = reservations.study
+    records = Records(tracking, request.folder, node.study)
+    runner = _runner(request, config, hydra_context, task_function)
+    seeds = range(request.cfg.trainer.seed, request.cfg.trainer.seed + node.repeats)
+    shown = without_password(absolute_storage(text))
+    loop = Search(
+        node, space, reservations, runner, jobs, records, request.folder, list(seeds), shown
+    )
+    if isinstance(runner, LauncherRunner):
+        runner.beat = loop.beat
+    _announce(node, space, jobs.budget_bytes, shown, request.folder)
+    with reservations.locked():
+        records.open(_parameters(request, space, type(made).__name__, jobs.budget_bytes))
+    status: Any = "FAILED"
+    seen = None
+    try:
+        with answering(node.study):
+            records.reconcile(study, loop.trial_folder)
+            loop.run()
+            winner = best_trial(study.get_trials(deepcopy=False), loop.limited)
+            if winner is not None and node.test_winner:
+                lines = jobs.lines(winner.number, space.lines(winner.params))
+                folder = loop.trial_folder(winner.number)
+                try:
+                    run_test(study, winner, reservations, runner, lines, folder, list(seeds))
+                finally:  # its run was opened again
+                    records.told(winner, folder)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        with suppress(ExptError), answering(node.study):
+            seen = smallest_seen(study, loop.nearest, jobs.budget_bytes, space)
+        raise
+    finally:
+        jobs.worker.close()
+        summary = SweepSummary.load(request.folder) or SweepSummary(node.study, node.n_trials)
+        try:
+            with answering(node.study), reservations.locked():
+                draw(study, jobs.budget_bytes, request.folder)
+            with answering(node.study):
+                summary = loop.summary()
+        finally:  # also without the storage: the parent's run is not left open
+            _conclude(summary, request, space, seen)
+            records.close(status, summary)
+    return summary
+
+
+def _facts(request: Request) -> dict[str, Any]:
+    """Judge the settings that all trials share, and tell the budget, in a process of its own.
+
+    Raises:
+        ConfigError: with every problem found.
+
+    """
+    worker = Worker()
+    seconds = request.config.plan_time_limit_seconds
+    try:
+        found = worker.call(base_facts, request.given, request.own, seconds=seconds)
+    except WorkerError as error:
+        raise ConfigError(f"the settings cannot be judged: {error}") from error
+    finally:
+        worker.close()
+    if found["problems"]:
+        raise ConfigError(found["problems"])
+    return cast(dict[str, Any], found)
+
+
+def _open(
+    request: Request, space: Space, storage: Any, sampler: Any, jobs: TrialJobs
+) -> Reservations:
+    """Open the study, and put first what is to be tried first."""
+    node = request.config
+    request.folder.mkdir(parents=True, exist_ok=True)
+    budget = request.cfg.memory.budget
+    pruner = make_pruner(node.pruner, request.cfg.trainer.epochs)
+    enqueued = given_points(node, space)
+    reservations = Reservations(None, space, node.n_trials, request.folder, node.seed)  # type: ignore[arg-type]
+    with reservations.locked():
+        study = open_study(
+            node.study,
+            storage,
+            sampler,
+            pruner,
+            node.objectives,
+            {"space": space.as_json(), "memory.budget": None if budget is None else str(budget),
+             "repeats": node.repeats, "setting": fixed_settings(request.cfg, space)},
+        )  # fmt: skip
+        claim(study, request.folder)
+        worker = int(study.user_attrs.get(WORKERS, 0))
+        study.set_user_attr(WORKERS, worker + 1)
+        seed = seed_of(sampler, node.seed, worker)
+        study.sampler = make_sampler(request.sampler, space, seed, len(node.objectives))
+        reservations.study, reservations.seed = study, seed
+        # `auto` and shares are what they were when the study was begun.
+        known = study.user_attrs.get("expt.budget_bytes")
+        if known is None and jobs.budget_bytes is not None:
+            study.set_user_attr("expt.budget_bytes", jobs.budget_bytes)
+        elif known is not None:
+            jobs.budget_bytes = known
+        if not study.user_attrs.get(ENQUEUED) and not isinstance(sampler, GridSampler):
+            for point in [*_preset_points(request, space, jobs), *enqueued]:
+                study.enqueue_trial(point, skip_if_exists=True)
+            study.set_user_attr(ENQUEUED, True)
+    return reservations
+
+
+def _preset_points(request: Request, space: Space, jobs: TrialJobs) -> list[dict[str, Any]]:
+    """Return the points of presets.
+
+    Raises:
+        ConfigError: one does not go with the other settings.
+
+    """
+    node = request.config
+    found = []
+    for preset in node.presets:
+        try:
+            values = jobs.worker.call(
+                preset_values, preset, list(space.distributions), request.given, request.own,
+                seconds=node.plan_time_limit_seconds,
+            )  # fmt: skip
+        except WorkerError as error:
+            said = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"search.presets: {preset} does not go with these settings ({said}); leave it out "
+                "with search.presets=[]"
+            ) from error
+        found.append(space.point(values))
+    return [point for point in found if point]
+
+
+def _runner(
+    request: Request, config: DictConfig, hydra_context: HydraContext, task_function: TaskFunction
+) -> Runner:
+    """Return what starts trials: processes here, or the launcher that was chosen."""
+    target = str(config.hydra.launcher._target_)
+    node = request.config
+    if not target.endswith(".BasicLauncher"):
+        name = config.hydra.runtime.choices.get("hydra/launcher")
+        if node.pruner is not Pruner.none:
+            print(PRUNED_LATE.format(launcher=name, pruner=node.pruner.value))
+        if node.trial_time_limit_seconds is not None:
+            print(UNLIMITED.format(launcher=name))
+        sweep = config.hydra.sweep
+        with read_write(sweep), open_dict(sweep):
+            sweep.dir = str(request.folder)
+        launcher = Plugins.instance().instantiate_launcher(
+            config=config, hydra_context=hydra_context, task_function=task_function
+        )
+        return LauncherRunner(launcher, request.folder)
+    on_cpu = request.cfg.trainer.device.value in ("cpu", "mps")
+    devices = [] if on_cpu else visible_devices()
+    threads = None
+    if node.n_jobs > 1 and not devices and "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, (os.cpu_count() or 1) // node.n_jobs)
+    arguments = [f"--config-dir={request.own}"] if request.own else []
+    return ProcessRunner(run_command, arguments, devices, threads)
+
+
+def _parameters(
+    request: Request, space: Space, sampler: str, budget_bytes: int | None
+) -> Mapping[str, Any]:
+    node = request.config
+    return {
+        "search": {
+            "study": node.study,
+            "sampler": sampler,
+            "n_trials": node.n_trials,
+            "pruner": node.pruner.value,
+            "repeats": node.repeats,
+            "objectives": list(node.objectives),
+            "budget_bytes": budget_bytes,
+            "space": {name: request.space[name] for name in space.distributions},
+        },
+        "overrides": " ".join(shown_lines(request.given)),
+    }
+
+
+def _announce(
+    node: SearchConfig, space: Space, budget_bytes: int | None, storage: str, folder: Path
+) -> None:
+    limit = "no budget" if budget_bytes is None else f"inside {format_bytes(budget_bytes)}"
+    points = "" if space.size is None else f", {space.size:,} points"
+    print(
+        f"search {node.study}: {len(space.distributions)} settings{points}, {limit}, "
+        f"{node.n_trials} trials, {node.n_jobs} at a time; {storage}; {folder}",
+        flush=True,
+    )
+
+
+def _conclude(
+    summary: SweepSummary, request: Request, space: Space, seen: str | None = None
+) -> None:
+    """Say what was found, and how to train it again; `seen` is for where nothing was found yet."""
+    print(
+        f"{summary.finished} of {summary.n_trials} trials trained: {summary.pruned} pruned, "
+        f"{summary.infeasible_measured} ran out of memory, {summary.failed} failed; not started: "
+        f"{summary.infeasible_predicted} that would not fit, {summary.duplicates} duplicates"
+    )
+    best = summary.best
+    if best is None and seen is not None:
+        print(f"nothing fits so far: {seen}")
+    if best is not None:
+        test = f", test MAE {best['test/mae']:.4f}" if "test/mae" in best else ""
+        print(
+            f"best: trial {best['trial']}, val MAE {best['val/mae']:.4f}{test}, peak "
+            f"{format_bytes(best['peak_allocated_bytes'])}"
+        )
+        kept = [line for line in shown_lines(request.given) if not key(line).startswith("search.")]
+        own = [f"--config-dir={request.own}"] if request.own else []
+        names = {key(line) for line in kept}
+        if "memory.budget" in names and "memory.on_overflow" not in names:
+            kept.append("memory.on_overflow=train")  # like every trial: measured, not predicted
+        point = space.lines(space.point(best["params"]))
+        lines = [*own, *kept, f"search.trial={best['trial']}", *point]
+        print(f"again: python -m expt {shlex.join(lines)}")
+    print(f"files: {request.folder}")

@@ -1,0 +1,207 @@
+"""From a command line to the task that it names, and from every ending to an exit code.
+
+0 completed; 2 the user's mistake; 130 or 143 stopped by a signal; 1 anything else: a message
+where the cause is known, a traceback where it is not. There is one handler, `run_command`.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import logging
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import get_method
+from omegaconf import DictConfig
+
+from expt.config.compose import key
+from expt.config.settings import RunContext
+from expt.errors import ConfigError, ExptError, UserError
+from expt.files import remove_empty_date
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+log = logging.getLogger(__name__)
+
+HYDRA_FILES = {".hydra", "expt.log"}
+"""What Hydra itself leaves in a run's directory before a task starts."""
+
+
+def run_task(cfg: DictConfig) -> Any:
+    """Run the configured task; leave nothing behind if it refuses the configuration or data."""
+    context = _context(cfg)
+    task: Callable[[DictConfig, RunContext], Any] = get_method(cfg.task._target_)
+    failed = False
+    try:
+        _refuse_search(cfg)
+        return task(cfg, context)
+    except Exception as error:
+        if isinstance(error, UserError):
+            _remove_traces(context.run_dir)
+        if context.parent_dir is not None:
+            if not isinstance(error, ExptError):
+                # Hydra shows one error at the end; the others of a grid would be lost.
+                log.error("job %s failed: %s", context.run_dir.name, error)
+            # Hydra keeps the error, whose frames keep the model that the next job has no room for.
+            traceback.clear_frames(error.__traceback__)
+            failed = True
+        raise
+    finally:
+        if failed:
+            _free_memory()
+
+
+def _refuse_search(cfg: DictConfig) -> None:
+    """Refuse a search that is not run as one; its trials know their number."""
+    if cfg.search is None or cfg.search.trial is not None:
+        return
+    raise ConfigError(
+        f"search={HydraConfig.get().runtime.choices.get('search')} is a search over many trials: "
+        "start it with python -m expt -m search=NAME (and the sweeper its file names); to train "
+        "once, leave search out"
+    )
+
+
+def _context(cfg: DictConfig) -> RunContext:
+    hydra_cfg = HydraConfig.get()
+    own = [
+        source.path
+        for source in hydra_cfg.runtime.config_sources
+        if source.provider == "command-line"
+    ]
+    lines = [line for line in hydra_cfg.overrides.task if key(line) != "trainer.resume"]
+    is_child = hydra_cfg.mode == RunMode.MULTIRUN
+    parent = Path(hydra_cfg.sweep.dir) if is_child else cfg.tracking.parent
+    return RunContext(
+        run_dir=Path(hydra_cfg.runtime.output_dir),
+        parent_dir=None if parent is None else Path(parent).absolute(),
+        overridden=frozenset(key(line) for line in hydra_cfg.overrides.task),
+        launch={
+            "overrides": lines,
+            "cwd": hydra_cfg.runtime.cwd,
+            "config_dir": own[0] if own else None,
+        },
+    )
+
+
+def _remove_traces(run_dir: Path) -> None:
+    """Remove what Hydra wrote for a job that never started, and the folders made for it."""
+    if not {entry.name for entry in run_dir.iterdir()} <= HYDRA_FILES:
+        return
+    shutil.rmtree(run_dir / ".hydra", ignore_errors=True)
+    with suppress(OSError):
+        (run_dir / "expt.log").unlink(missing_ok=True)
+        run_dir.rmdir()
+        remove_empty_date(run_dir.parent)
+
+
+def _free_memory() -> None:
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+DISK_ERRORS = (
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from expt.config.compose import prepare_arguments
+    from expt.config.explain import explain
+    from expt.uri import without_password
+
+    results: list[Any] = []
+    jobs: list[Any] = []
+    argv = sys.argv
+    prepared = list(arguments)
+    try:
+        prepared = prepare_arguments(arguments)
+        sys.argv = [argv[0], *prepared]
+        _run_hydra(jobs, results)
+    except ExptError as error:
+        print(f"error: {without_password(str(error))}", file=sys.stderr)
+        return error.exit_code
+    except (HydraException, OmegaConfBaseException) as error:
+        print(f"error: {without_password(explain(error, prepared))}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if jobs or error.errno not in DISK_ERRORS:
+            raise  # not Hydra making the run's directory: a fault in a job
+        print(
+            f"error: cannot write {error.filename or 'the output directory'}: {error.strerror}; "
+            "what was saved before is intact. Choose another folder with hydra.run.dir=FOLDER",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt as error:
+        return getattr(error, "exit_code", 130)
+    finally:
+        sys.argv = argv
+    for refusal in (result for result in results if isinstance(result, Refusal)):
+        print(f"error: {refusal.error}", file=sys.stderr)
+    return max((getattr(result, "exit_code", 0) for result in results), default=0)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A job that ended with one of our own errors."""
+
+    error: ExptError
+
+    @property
+    def exit_code(self) -> int:
+        """The error's."""
+        return self.error.exit_code
+
+
+def _run_hydra(jobs: list[Any], results: list[Any]) -> None:
+    import hydra
+
+    from expt.config.compose import conf_dir, register
+
+    # Hydra then raises instead of printing and exiting 1, so that one handler decides.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    # The console script should find a user's own modules like `python -m expt` does.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    register()
+
+    def job(cfg: DictConfig) -> Any:
+
+        jobs.append(cfg)
+        try:
+            result = run_task(cfg)
+        except ExptError as error:
+            # As data: Hydra would print a line of its own, and of a grid's errors only the first.
+            result = Refusal(error)
+        results.append(result)
+        return result
+
+    entry = hydra.main(
+        config_path=str(conf_dir()), config_name="config", execution_whitelist=["expt.*"]
+    )
+    entry(job)()

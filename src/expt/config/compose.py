@@ -1,0 +1,157 @@
+"""Around Hydra's composition: where `conf/` is, what the YAML files may use, what was given."""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from hydra import compose
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Quote, QuotedString
+from omegaconf import DictConfig, OmegaConf
+
+from expt.config.schema import Config, Preset
+from expt.errors import ConfigError
+from expt.result import load_launch
+
+OPTIONAL_GROUPS = ("memory", "experiment", "debug", "search")
+"""Groups of which nothing may be chosen."""
+
+
+def conf_dir() -> Path:
+    """Return the absolute folder of YAML files: the checkout's, else the wheel's."""
+    checkout = Path(__file__).resolve().parents[3] / "conf"
+    if (checkout / "config.yaml").exists():
+        return checkout
+    return Path(str(files("expt") / "conf"))
+
+
+def groups() -> list[str]:
+    """Return the names of the groups that a command line may choose from."""
+    return sorted(path.name for path in conf_dir().iterdir() if path.is_dir())
+
+
+def register() -> None:
+    """Make the schema and the resolvers known to Hydra; may be called again."""
+    ConfigStore.instance().store(name="schema", node=Config, replace=True)
+    OmegaConf.register_resolver("by_preset", by_preset, replace=True)
+    OmegaConf.register_resolver(
+        "unique", lambda: uuid.uuid4().hex[:6], replace=True, use_cache=True
+    )
+
+
+def by_preset(table: Mapping[str, Any], *, _root_: DictConfig) -> Any:
+    """Resolve ``${by_preset:{full: .., lite: .., minimal: ..}}`` on `memory.preset`.
+
+    Without a preset the sizes are those of lite.
+    """
+    preset = OmegaConf.select(_root_, "memory.preset") or Preset.lite
+    name = preset.name if isinstance(preset, Preset) else str(preset)
+    return table[name]
+
+
+def prepare_arguments(arguments: Sequence[str]) -> list[str]:
+    """Accept what is meant: ``memory=lite``, ``experiment=null``, ``trainer.resume=RUN_DIR``.
+
+    A directory to resume becomes the settings that run was started with, then those given now,
+    in its directory. The current folder becomes the one it was started in, so that its relative
+    paths and the user's own modules mean what they meant.
+
+    Raises:
+        ConfigError: the directory is not a run's, or a group is set to nothing that needs one.
+
+    """
+    prepared = [re.sub(r"^memory=", "+memory=", argument) for argument in arguments]
+    # Only memory is added to the defaults; for the others the plus is a habit to forgive.
+    chosen = [name for name in groups() if name != "memory"]
+    prepared = [re.sub(rf"^\+({'|'.join(chosen)})=", r"\1=", a) for a in prepared]
+    prepared = [argument for argument in prepared if not _chooses_nothing(argument)]
+    resume = [a for a in prepared if re.match(r"^\+{0,2}trainer\.resume=", a)]
+    target = resume[-1].partition("=")[2].strip("'\"") if resume else ""
+    if not target or target.lower() in ("true", "false", "null") or target.isdigit():
+        return prepared
+    if {"-m", "--multirun"} & set(prepared):
+        raise ConfigError(
+            f"trainer.resume={target} goes on with one run, and -m starts several; to go on with "
+            "a multirun, give hydra.sweep.dir=ITS_FOLDER and trainer.resume=true"
+        )
+    run_dir = Path(target).absolute()
+    launch = load_launch(run_dir)
+    if launch is None:
+        raise ConfigError(
+            f"trainer.resume={target}: no run was started in this folder (it has no launch.json); "
+            "give a run's directory, or trainer.resume=true with hydra.run.dir=FOLDER"
+        )
+    if os.getcwd() != launch["cwd"] and Path(launch["cwd"]).is_dir():
+        print(f"resuming in {launch['cwd']}, where this run was started")
+        os.chdir(launch["cwd"])
+    rest = [argument for argument in prepared if argument not in resume]
+    given = {key(argument) for argument in rest}
+    earlier = [line for line in launch["overrides"] if key(line) not in given]
+    if launch["config_dir"] and config_dir(rest) is None:
+        earlier.insert(0, f"--config-dir={launch['config_dir']}")
+    quoted = QuotedString(str(run_dir), Quote.double).with_quotes()
+    directory = [] if "hydra.run.dir" in given else [f"hydra.run.dir={quoted}"]
+    return [*earlier, *rest, "trainer.resume=true", *directory]
+
+
+def open_composition(own: str | None = None) -> None:
+    """Let `hydra.compose` find `conf/`, and first of all the user's own folder, if there is one."""
+    register()
+    GlobalHydra.instance().clear()
+    search_path = create_config_search_path(str(conf_dir()))
+    if own is not None:
+        anchor = SearchPathQuery(provider="schema")
+        search_path.prepend("command-line", f"file://{Path(own).absolute()}", anchor)
+    Hydra.create_main_hydra2("expt", search_path)
+
+
+def compose_lines(lines: Sequence[str], own: str | None = None) -> DictConfig:
+    """Compose a configuration from a command line's settings, outside of a Hydra job.
+
+    Raises:
+        HydraException, OmegaConfBaseException: Hydra refuses them.
+
+    """
+    open_composition(own)
+    try:
+        return compose("config", overrides=prepare_arguments(lines))
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def key(override: str) -> str:
+    """Return the dotted key or group of ``key=value``, without Hydra's prefixes."""
+    return override.partition("=")[0].lstrip("+~")
+
+
+def overrides(arguments: Sequence[str]) -> list[str]:
+    """Return the ``key=value`` arguments among a command line's."""
+    found: list[str] = get_args_parser().parse_intermixed_args(list(arguments)).overrides
+    return found
+
+
+def config_dir(arguments: Sequence[str]) -> str | None:
+    """Return the folder of the user's own YAML files, if the command line names one."""
+    found: str | None = get_args_parser().parse_intermixed_args(list(arguments)).config_dir
+    return found
+
+
+def _chooses_nothing(argument: str) -> bool:
+    """Tell whether an argument may be left out; ConfigError where something must be chosen."""
+    found = re.fullmatch(r"\+?(\w+)=(null|~)?", argument)
+    if found is None or found[1] not in groups():
+        return False
+    if found[1] not in OPTIONAL_GROUPS:
+        options = sorted(path.stem for path in (conf_dir() / found[1]).glob("*.yaml"))
+        raise ConfigError(f"{argument}: one must be chosen; known names: {', '.join(options)}")
+    return True

@@ -1,0 +1,1 @@
+"""Traffic forecasting: speed series, windows, masked errors, and the models for them."""

@@ -1,0 +1,130 @@
+"""From a graph file to the matrix of its edge weights: the one entrance is `read_adjacency`.
+
+Letters: `N` sensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from expt.errors import DataError
+from expt.jobs.traffic.array_pickle import load_array_pickle
+from expt.jobs.traffic.arrays import opened_npz
+from expt.jobs.traffic.series import to_float32, to_sensor_ids
+from expt.jobs.traffic.source import checked_suffix, named, translated
+from expt.jobs.traffic.tables import is_number
+
+Graph = tuple[npt.NDArray[np.float32], tuple[str, ...] | None]
+"""Edge weights [N, N], row = from, column = to, and the sensors' ids if the file has them."""
+
+
+def read_adjacency(path: Path) -> Graph:
+    """Read a sensor graph from `.pkl` (DCRNN's), `.csv` or `.npz`.
+
+    Raises `DataError` when the file is absent, damaged, or holds no square matrix of numbers.
+    """
+    with named(path):
+        matrix, sensor_ids = _READERS[checked_suffix(path, _READERS)](path)
+        adjacency = to_float32(matrix, "adjacency's entries")
+        _check_square(adjacency.shape)
+        if sensor_ids is not None and len(set(sensor_ids)) != len(adjacency):
+            raise DataError(
+                f"names {len(set(sensor_ids))} different sensors for a matrix of "
+                f"{len(adjacency)}; expected one id per row"
+            )
+        return adjacency, sensor_ids
+
+
+def _check_square(shape: tuple[int, ...]) -> None:
+    if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
+        raise DataError(
+            f"holds a matrix of shape {shape}; expected N x N. A list of edges "
+            "(from, to, cost) must be made into a matrix first"
+        )
+
+
+def _read_pickle(path: Path) -> tuple[Any, tuple[str, ...] | None]:
+    """Read DCRNN's ``[sensor_ids, id_to_index, matrix]``, or the matrix alone."""
+    content = load_array_pickle(path)
+    if isinstance(content, np.ndarray):
+        return content, None
+    if (
+        not isinstance(content, list | tuple)
+        or [type(part) for part in content[1:]] != [dict, np.ndarray]
+        or not isinstance(content[0], list | tuple | np.ndarray)
+    ):
+        found = type(content).__name__
+        if isinstance(content, list | tuple):
+            found += " of " + ", ".join(type(part).__name__ for part in content[:4])
+        raise DataError(
+            f"holds a {found}; expected a matrix or [sensor_ids, id_to_index, matrix], as DCRNN's"
+        )
+    names, id_to_index, matrix = content
+    sensor_ids = to_sensor_ids(names)
+    rows = dict(zip(to_sensor_ids(id_to_index), map(str, id_to_index.values()), strict=True))
+    if rows != {name: str(row) for row, name in enumerate(sensor_ids)}:
+        raise DataError(
+            "sensor_ids and id_to_index disagree on the order of the matrix's rows; "
+            "expected id_to_index[sensor_ids[i]] == i"
+        )
+    return matrix, sensor_ids
+
+
+def _read_npz(path: Path) -> tuple[Any, tuple[str, ...] | None]:
+    """Read the key `adjacency`, or the only array."""
+    with opened_npz(path) as archive:
+        others = [name for name in archive.files if name != "sensor_ids"]
+        key = others[0] if len(others) == 1 else "adjacency"
+        if key not in others:
+            raise DataError(
+                f"has no adjacency; found {', '.join(archive.files) or 'nothing'}; "
+                "expected the key `adjacency`"
+            )
+        ids = archive["sensor_ids"] if "sensor_ids" in archive.files else None
+        return np.asarray(archive[key]), None if ids is None else to_sensor_ids(ids)
+
+
+def _read_csv(path: Path) -> tuple[Any, tuple[str, ...] | None]:
+    """Read N x N numbers, with ids in the first row, the first column, both or neither."""
+    import pandas as pd
+
+    with translated(path, "CSV", OSError, ValueError):
+        cells = pd.read_csv(path, header=None, dtype=str, keep_default_na=False).to_numpy(object)
+    rows, columns = cells.shape
+    square = rows == columns
+    labelled = square and not is_number(cells[0, 0])  # the corner above the index is no number
+    has_header = labelled or rows == columns + 1
+    has_index = labelled or columns == rows + 1
+    matrix = cells[int(has_header) :, int(has_index) :]
+    _check_square(matrix.shape)
+    header = tuple(cells[0, int(has_index) :].tolist()) if has_header else None
+    index = tuple(cells[int(has_header) :, 0].tolist()) if has_index else None
+    if header and index and header != index:
+        raise DataError(
+            "the header and the first column name different sensors, or in another order, from "
+            f"{header[:3]} and {index[:3]}; expected the same ids in both"
+        )
+    return _to_numbers(matrix), header or index
+
+
+def _to_numbers(cells: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    try:
+        return cells.astype(np.float64)
+    except ValueError:
+        row, column = next(at for at, cell in np.ndenumerate(cells) if not is_number(cell))
+        raise DataError(
+            f"the entry in row {row}, column {column} of the matrix (counted from 0) is "
+            f"{cells[row, column]!r}, which is not a number; expected an edge weight"
+        ) from None
+
+
+_READERS: dict[str, Callable[[Path], tuple[Any, tuple[str, ...] | None]]] = {
+    ".pkl": _read_pickle,
+    ".csv": _read_csv,
+    ".npz": _read_npz,
+}

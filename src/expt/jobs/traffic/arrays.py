@@ -1,0 +1,106 @@
+"""The named arrays that every data file is read into, and the NumPy archive that holds just them.
+
+::
+
+    speed [S, N] or [S, N, C] (channel 0 is the speed; also called `values` or `data`)
+    timestamps [S], and optionally sensor_ids [N], adjacency [N, N], locations [N, 2]
+
+Letters: `S` time steps, `N` sensors, `C` channels.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib.npyio import NpzFile
+
+from expt.errors import DataError
+from expt.jobs.traffic.source import translated
+
+SPEED_KEYS = ("speed", "values", "data")
+OPTIONAL_KEYS = ("sensor_ids", "adjacency", "locations")
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+def wanted_keys(available: Collection[str]) -> dict[str, str]:
+    """Return where each array is, ``{"speed": "values", …}``, among the names a file has.
+
+    Raises `DataError` when there are no speeds, or no timestamps.
+    """
+    speed = next((name for name in SPEED_KEYS if name in available), None)
+    found = ", ".join(sorted(available)[:12]) or "nothing"
+    if speed is None:
+        raise DataError(f"has no speeds; found {found}; expected one of {', '.join(SPEED_KEYS)}")
+    if "timestamps" not in available:
+        raise DataError(
+            f"has no timestamps; found {found}; expected `timestamps`, one datetime64 per time step"
+        )
+    keys = {"speed": speed, "timestamps": "timestamps"}
+    return keys | {name: name for name in OPTIONAL_KEYS if name in available}
+
+
+@contextmanager
+def opened_npz(path: Path) -> Iterator[NpzFile]:
+    """Open a NumPy archive; nothing pickled is loaded from it."""
+    damaged = (
+        OSError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+    )
+    with translated(path, "a NumPy archive (.npz)", *damaged), path.open("rb") as file:
+        archive = np.load(file, allow_pickle=False)
+        if not isinstance(archive, NpzFile):
+            raise DataError("holds a single array; expected an archive, np.savez(path, name=…)")
+        with archive:
+            yield archive
+
+
+def read_npz(path: Path) -> Arrays:
+    """Read the named arrays of a NumPy archive."""
+    with opened_npz(path) as archive:
+        keys = wanted_keys(archive.files)
+        return {name: np.asarray(archive[key]) for name, key in keys.items()}
+
+
+def to_seconds(raw: npt.NDArray[Any]) -> npt.NDArray[np.datetime64]:
+    """Return times as ``datetime64[s]``, from times, ISO 8601 text, or whole numbers since 1970.
+
+    The unit of whole numbers is the one that puts the first between 1980 and 2100; the units are
+    a thousandfold apart, so at most one does.
+    """
+    if raw.dtype.kind == "M":
+        return raw.astype("datetime64[s]")
+    if raw.dtype.kind in "SUO":
+        texts = [time.decode() if isinstance(time, bytes) else str(time) for time in raw.tolist()]
+        try:
+            return np.array(texts, dtype="datetime64[s]")
+        except ValueError as error:
+            raise DataError(
+                f"timestamps are not ISO 8601 text such as 2012-03-01T00:05:00: {error}"
+            ) from error
+    if raw.dtype.kind in "iu" and raw.size:
+        first = int(raw.reshape(-1)[0])
+        for unit, per_second in (("s", 1), ("ms", 10**3), ("us", 10**6), ("ns", 10**9)):
+            if _YEAR_1980 <= first // per_second < _YEAR_2100:
+                return raw.astype(np.int64).astype(f"datetime64[{unit}]").astype("datetime64[s]")
+        raise DataError(
+            f"timestamps are whole numbers, the first {first}, which is no time between 1980 and "
+            "2100 in s, ms, us or ns since 1970; expected datetime64"
+        )
+    raise DataError(f"timestamps are of type {raw.dtype}; expected datetime64 or ISO 8601 text")
+
+
+_YEAR_1980 = int(np.datetime64("1980-01-01", "s").astype(np.int64))
+_YEAR_2100 = int(np.datetime64("2100-01-01", "s").astype(np.int64))

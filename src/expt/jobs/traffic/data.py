@@ -1,0 +1,262 @@
+"""`TrafficData`: a speed series as forecasting samples, kept on the device whole.
+
+Protocol (Li et al., DCRNN, ICLR 2018, and the published code after it): windows of
+`input_steps` + `horizon` consecutive steps, cut first and then split in time 70/10/20; scaling
+by the training part; errors in the series' own unit on what was measured, over the whole split.
+A gap in the timestamps is respected: no window reaches across it.
+
+A batch is gathered on the device by window index; nothing is copied per sample.
+
+Letters: `S` steps in the series, `N` sensors, `W` windows, `B` batch, `T` input steps,
+`P` horizon.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expt.errors import DataError
+from expt.job import Batch, Split
+from expt.jobs.traffic.metrics import MaskedErrors, check_shape
+from expt.jobs.traffic.reading import read_series
+from expt.jobs.traffic.series import Series
+from expt.jobs.traffic.source import named
+from expt.jobs.traffic.windows import describe, deviations, split_windows, window_starts
+
+SHIPPED = "expt://"
+"""Prefix of a path that means a file shipped inside the package."""
+
+
+class TrafficData:
+    """Forecasting samples from one speed series; implements `expt.job.DataSet`.
+
+    Args:
+        path: the series: npz, HDF5, csv or parquet; ``expt://NAME`` is a shipped file.
+        adjacency_path: the sensor graph (pickle, csv, npz) where the series has none.
+        where_to_get: said when `path` is not given or does not exist.
+        expected_sensors: refuse a file with another number of sensors; null takes any.
+        input_steps: steps T a model sees.
+        horizon: steps P it forecasts.
+        batch_size: windows per optimizer step.
+        eval_batch_size: windows per forward pass in evaluation.
+        train_fraction: leading part of the windows.
+        test_fraction: trailing part; what is between is for validation.
+        unit: what the readings are in, ``mph`` or ``km/h``, for labels and records.
+
+    Raises:
+        DataError: the file is absent or not what it should be, or too short for one window
+            in every split.
+
+    """
+
+    monitor = "mae"
+
+    def __init__(
+        self,
+        path: str | None,
+        adjacency_path: str | None,
+        where_to_get: str,
+        expected_sensors: int | None,
+        input_steps: int,
+        horizon: int,
+        batch_size: int,
+        eval_batch_size: int,
+        train_fraction: float,
+        test_fraction: float,
+        unit: str,
+    ) -> None:
+        self.unit = unit
+        self.input_steps, self.horizon = input_steps, horizon
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.series = self.read(path, adjacency_path, where_to_get)
+        source = path or type(self).__name__
+        if not isinstance(self.series, Series):
+            raise DataError(
+                f"{type(self).__name__}.read returned {type(self.series).__name__}; expected an "
+                "expt.jobs.traffic.series.Series, which "
+                "Series.from_arrays(values, timestamps) makes"
+            )
+        num_sensors = self.series.values.shape[1]
+        if expected_sensors is not None and num_sensors != expected_sensors:
+            raise DataError(
+                f"{source}: found {num_sensors} sensors, data.expected_sensors={expected_sensors}; "
+                "set data.expected_sensors=null to take any number"
+            )
+        starts = window_starts(self.series, input_steps + horizon)
+        self.split_starts = split_windows(
+            starts, train_fraction, test_fraction, source, deviations(self.series)
+        )
+        with named(source):
+            _ = self.series.steps_per_day  # refused here, before anything is built for it
+            self.mean, self.std = self._scaling()
+        self._on_device(torch.device("cpu"))
+        for split, observed in self._observed_targets.items():
+            if not observed.any():
+                raise DataError(
+                    f"{source}: every target reading of the {split} part is missing, so there is "
+                    "nothing to compare a forecast with"
+                )
+
+    def read(self, path: str | None, adjacency_path: str | None, where_to_get: str) -> Series:
+        """Return the series; a subclass with a format of its own overrides this.
+
+        Args:
+            path: `data.path`, whatever it means to the subclass.
+            adjacency_path: `data.adjacency_path`.
+            where_to_get: what to say when there is nothing at `path`.
+
+        Raises:
+            DataError: there is nothing to read, or it is not a series.
+
+        """
+        if path is None:
+            raise DataError(f"data.path is not set. {where_to_get}")
+        graph = Path(adjacency_path).expanduser() if adjacency_path else None
+        if path.startswith(SHIPPED):
+            file = Path(str(files("expt.jobs.traffic") / "files" / path.removeprefix(SHIPPED)))
+        else:
+            file = Path(path).expanduser()
+        if not file.exists():
+            raise DataError(f"data.path={path}: there is no such file. {where_to_get}")
+        return read_series(file, graph)
+
+    @classmethod
+    def problems(cls, arguments: Mapping[str, Any]) -> list[str]:
+        """Judge the arguments before any file is read; see `expt.job.Checked`."""
+        try:
+            inspect.signature(cls.__new__(cls).read).bind("path", "adjacency_path", "where_to_get")
+        except TypeError as error:
+            return [
+                f"{cls.__module__}.{cls.__name__}.read is called as read(self, path, "
+                f"adjacency_path, where_to_get), which its signature does not allow: {error}"
+            ]
+        found = [
+            f"data.{name} must be at least 1, got {arguments[name]}"
+            for name in ("input_steps", "horizon", "batch_size", "eval_batch_size")
+            if name in arguments and arguments[name] < 1
+        ]
+        train, test = arguments.get("train_fraction", 0.7), arguments.get("test_fraction", 0.2)
+        if not (train > 0 and test > 0 and train + test < 1):
+            found.append(
+                "data.train_fraction and data.test_fraction must be positive and leave a part "
+                f"for validation, got {train} and {test}"
+            )
+        if "unit" in arguments and not str(arguments["unit"]).strip():
+            found.append("data.unit must name the unit of the readings, like mph or km/h")
+        return found
+
+    def to(self, device: torch.device) -> None:
+        """Move the whole series and its masks to `device`."""
+        self._on_device(device)
+
+    def model_arguments(self) -> Mapping[str, Any]:
+        """Return the shapes a model may ask for, and the graph."""
+        return {
+            "num_sensors": self.series.values.shape[1],
+            "input_steps": self.input_steps,
+            "horizon": self.horizon,
+            "steps_per_day": self.series.steps_per_day,
+            "missing_value": -self.mean / self.std,
+            "adjacency": self.series.adjacency,
+        }
+
+    def size(self, split: Split) -> int:
+        """Return the number of windows in a split."""
+        return len(self.split_starts[split])
+
+    def gather(self, split: Split, indices: Tensor) -> Batch:
+        """Return windows `indices` [B]: inputs [B,T,N] and [B,T], target [B,P,N] in `unit`."""
+        steps = self._starts[split][indices].unsqueeze(1) + self._offsets  # [B, T+P]
+        past, future = steps[:, : self.input_steps], steps[:, self.input_steps :]
+        inputs = {
+            "speed": self._scaled[past],
+            "observed": self._observed[past],
+            "time_of_day": self._time_of_day[past],
+            "day_of_week": self._day_of_week[past],
+        }
+        return Batch(inputs, self._speed[future])
+
+    def weight(self, split: Split, indices: Tensor) -> Tensor:
+        """Return how many target readings of these windows were observed, at least 1."""
+        return self._observed_targets[split][indices].sum().clamp(min=1)
+
+    def loss(self, prediction: Tensor, batch: Batch) -> Tensor:
+        """Return the absolute error in `unit` summed over observed targets."""
+        check_shape(prediction, batch)
+        error = (self.to_speed(prediction) - batch.target).abs()
+        return torch.where(batch.target > 0, error, 0.0).sum()
+
+    def metrics(self) -> MaskedErrors:
+        """Return an accumulator in `unit`, per horizon."""
+        return MaskedErrors(self.to_speed, self.horizon, self.series.step_seconds)
+
+    def plots(
+        self, predict: Callable[[Batch], Tensor], metrics: MaskedErrors, folder: Path
+    ) -> list[Path]:
+        """Draw one day of the test part for a few sensors, and the error of every step."""
+        from expt.jobs.traffic.figures import plot_day, plot_horizon
+
+        count = min(self.series.steps_per_day, self.size("test"))
+        windows = torch.arange(count, device=self._offsets.device)
+        forecasts = [
+            self.to_speed(predict(self.gather("test", chunk)))
+            for chunk in windows.split(self.eval_batch_size)
+        ]
+        first = self.split_starts["test"][:count] + self.input_steps
+        return [
+            plot_day(torch.cat(forecasts).cpu().numpy(), self.series, first, folder, self.unit),
+            plot_horizon(metrics.by_step(), self.series.step_seconds, folder, self.unit),
+        ]
+
+    def to_speed(self, prediction: Tensor) -> Tensor:
+        """Undo the scaling of a prediction; the result is in `unit`."""
+        return prediction.float() * self.std + self.mean
+
+    def describe(self) -> str:
+        """Return a line of facts about the series, and one line per warning."""
+        sizes = {split: len(starts) for split, starts in self.split_starts.items()}
+        possible = len(self.series.values) - (self.input_steps + self.horizon) + 1
+        return describe(self.series, sizes, possible)
+
+    def fingerprint(self) -> str:
+        """Return a short hash of the series."""
+        return self.series.fingerprint()
+
+    def _scaling(self) -> tuple[float, float]:
+        """Mean and standard deviation of the observed readings of the training part."""
+        last = int(self.split_starts["train"][-1]) + self.input_steps
+        observed = self.series.values[:last]
+        observed = observed[observed > 0].astype(np.float64)
+        if observed.size == 0 or observed.std() == 0:
+            raise DataError("the training part holds no two different readings to scale by")
+        return float(observed.mean()), float(observed.std())
+
+    def _on_device(self, device: torch.device) -> None:
+        series = self.series
+        self._speed = torch.from_numpy(series.values).to(device)  # [S, N], 0 = missing
+        self._observed = self._speed > 0
+        self._scaled = torch.where(self._observed, (self._speed - self.mean) / self.std, 0.0)
+        seconds = (series.timestamps - series.timestamps.astype("datetime64[D]")).astype(np.int64)
+        days = series.timestamps.astype("datetime64[D]").astype(np.int64)
+        self._time_of_day = torch.from_numpy(seconds // series.step_seconds).to(device)
+        self._day_of_week = torch.from_numpy((days + 3) % 7).to(device)  # 1970-01-01: Thursday
+        self._starts = {
+            split: torch.from_numpy(starts).to(device)
+            for split, starts in self.split_starts.items()
+        }
+        self._offsets = torch.arange(self.input_steps + self.horizon, device=device)
+        observed_before = torch.zeros(len(series.values) + 1, dtype=torch.int64, device=device)
+        observed_before[1:] = self._observed.sum(dim=1).cumsum(0)
+        self._observed_targets = {
+            split: observed_before[starts + self.input_steps + self.horizon]
+            - observed_before[starts + self.input_steps]
+            for split, starts in self._starts.items()
+        }

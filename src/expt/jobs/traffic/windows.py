@@ -1,0 +1,126 @@
+"""Windows of a series: where each begins, none across a gap, and which split it belongs to.
+
+Letters: `W` windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from expt.errors import DataError
+from expt.job import Split
+from expt.jobs.traffic.series import Series
+from expt.units import counted
+
+
+def window_starts(series: Series, length: int) -> np.ndarray:
+    """Return the first step of every run of `length` steps without a gap, int64 [W]."""
+    if len(series.timestamps) < length:
+        return np.empty(0, dtype=np.int64)
+    seconds = series.timestamps.astype(np.int64)
+    starts = np.arange(len(seconds) - length + 1, dtype=np.int64)
+    span = (length - 1) * series.step_seconds
+    irregular = np.concatenate(([0], np.cumsum(np.diff(seconds) != series.step_seconds)))
+    whole = seconds[starts + length - 1] - seconds[starts] == span
+    unbroken: np.ndarray = starts[whole & (irregular[starts + length - 1] == irregular[starts])]
+    return unbroken
+
+
+def split_windows(
+    starts: np.ndarray,
+    train_fraction: float,
+    test_fraction: float,
+    path: str | None,
+    deviations: str = "",
+) -> dict[Split, np.ndarray]:
+    """Cut the windows [W] in time order; sizes are rounded as in the published code.
+
+    Raises `DataError` when a split would be empty; `deviations` says what the gaps are, if any.
+    """
+    num_train = round(len(starts) * train_fraction)
+    num_test = round(len(starts) * test_fraction)
+    num_val = len(starts) - num_train - num_test
+    if min(num_train, num_val, num_test) < 1:
+        longer = "a longer series, or smaller data.input_steps and data.horizon, would do"
+        remedy = deviations or longer
+        raise DataError(
+            f"{path}: only {counted(len(starts), 'window')} without a gap, which leaves "
+            f"{num_train} for training, {num_val} for validation, {num_test} for the test; {remedy}"
+        )
+    return {
+        "train": starts[:num_train],
+        "val": starts[num_train : num_train + num_val],
+        "test": starts[num_train + num_val :],
+    }
+
+
+LARGE_SHARE = 0.1
+"""Of the windows; a warning says so where more than this are lost to gaps."""
+NAMED = 3
+"""Sensors that are named at most."""
+
+
+def describe(series: Series, windows: Mapping[Split, int], possible: int) -> str:
+    """Return one line of facts, and a line per warning.
+
+    Args:
+        series: what was read.
+        windows: how many there are in every split.
+        possible: how many there would be without a gap.
+
+    """
+    values = series.values
+    missing = 100 * float((values == 0).mean())
+    line = (
+        f"data: {counted(values.shape[1], 'sensor')}, every {interval(series.step_seconds)}, "
+        f"{counted(len(values), 'step')}, {missing:.2f} % missing; windows: "
+        + ", ".join(f"{count:,} {split}" for split, count in windows.items())
+    )
+    lost = possible - sum(windows.values())
+    if lost:
+        line += f"; {lost:,} of {possible:,} ({100 * lost / possible:.1f} %) lost to gaps"
+    lines = [line]
+    if is_irregular(series) or lost > LARGE_SHARE * possible:
+        lines.append(f"data: warning: {deviations(series)}")
+    silent = [series.sensor_ids[column] for column in np.flatnonzero(~values.any(axis=0))]
+    if silent:
+        names = ", ".join(silent[:NAMED]) + (", …" if len(silent) > NAMED else "")
+        lines.append(
+            f"data: warning: {counted(len(silent), 'sensor')} without any reading: {names}"
+        )
+    return "\n".join(lines)
+
+
+def deviations(series: Series) -> str:
+    """Return how many time steps differ from the interval, and what to do; "" if none does."""
+    steps = np.diff(series.timestamps).astype(np.int64)
+    off = int((steps != series.step_seconds).sum())
+    if not off:
+        return ""
+    found = (
+        f"the most common interval is {interval(series.step_seconds)}, and {off:,} of "
+        f"{counted(len(steps), 'difference')} between timestamps "
+        f"{'deviates' if off == 1 else 'deviate'} from it; no window reaches across one. "
+    )
+    if is_irregular(series):
+        return found + "The timestamps are irregular: round or resample them to a fixed interval"
+    return found + (
+        "Rows are missing: put them in, with 0 or NaN as readings, or try smaller "
+        "data.input_steps and data.horizon"
+    )
+
+
+def is_irregular(series: Series) -> bool:
+    """Whether some time step is no whole multiple of the interval, as rows left out would make."""
+    steps = np.diff(series.timestamps).astype(np.int64)
+    return bool((steps % series.step_seconds).any())
+
+
+def interval(seconds: int) -> str:
+    """Return ``5 min``, ``1 h``, ``297 s``."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds % size == 0:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"

@@ -1,1 +1,0 @@
-"""Learning-rate schedules; optimizers come from torch by `_target_`."""

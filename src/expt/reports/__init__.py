@@ -1,0 +1,1 @@
+"""Tables, figures and pages over many runs; everything is read from what runs left behind."""

@@ -1,0 +1,1 @@
+"""Where finished runs are read from: folders, studies, MLflow."""

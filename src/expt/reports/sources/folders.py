@@ -1,0 +1,161 @@
+"""Runs from their folders: a run's own, a grid's, a study's, or everything under one."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from expt.errors import ConfigError
+from expt.reports.records import RunRecord, RunSet, State, flattened
+from expt.reports.sources.studies import StudyError, with_study
+from expt.result import FILE_NAME, LAUNCH_NAME, RunResult, load_launch, load_result
+from expt.search.winner import FILE_NAME as SWEEP_NAME
+
+CONFIG_NAME = "config.yaml"
+OUT_OF_MEMORY = ("out_of_memory", "RecoveryError", "OutOfMemoryError", "BrokenStepError")
+"""Beginnings of a run's `stop_reason` that mean that memory was not enough."""
+KEY = "report.runs"
+
+
+def runs_in_folders(patterns: Sequence[str], metric: str) -> RunSet:
+    """Return every run in folders that are given by name or as globs.
+
+    Raises:
+        ConfigError: a folder is not there, or there is no run in any of them.
+
+    """
+    folders = [folder for pattern in patterns for folder in matching(pattern)]
+    found = {path.resolve(): path for folder in folders for path in run_folders(folder)}
+    if not found:
+        raise ConfigError(
+            f"{KEY}: there is no run in {', '.join(patterns)}; a run's folder holds {LAUNCH_NAME} "
+            f"and {FILE_NAME}. Give a run's, a multirun's or a search's folder"
+        )
+    names = _names(list(found))
+    records = [read_run(folder, names[folder], metric) for folder in found]
+    records.sort(key=lambda record: (record.started, record.name))
+    runs = RunSet(tuple(records), ", ".join(patterns))
+    summaries = {path for folder in folders for path in folder.rglob(SWEEP_NAME)}
+    # The tracker's artifacts hold a copy of a summary, without the trials.
+    studies = {path.parent for path in summaries if any(path.parent.glob("trial_*"))}
+    if len(studies) == 1:
+        try:
+            return with_study(runs, studies.pop(), metric)
+        except StudyError as error:
+            return replace(runs, notes=(*runs.notes, str(error)))
+    if len(studies) > 1:
+        note = f"the runs are of {len(studies)} studies, whose trials are not told apart"
+        return replace(runs, notes=(*runs.notes, note))
+    return runs
+
+
+def matching(pattern: str) -> list[Path]:
+    """Return the folders that a name or a glob stands for.
+
+    Raises:
+        ConfigError: there is none.
+
+    """
+    expanded = str(Path(pattern).expanduser())
+    if Path(expanded).is_dir():
+        return [Path(expanded)]
+    if Path(expanded).is_file():
+        raise ConfigError(f"{KEY}={pattern} is a file; give the folder it is in")
+    found = [Path(name) for name in sorted(glob.glob(expanded, recursive=True))]
+    folders = [path for path in found if path.is_dir()]
+    if not folders:
+        kind = "glob matches no folder" if glob.has_magic(expanded) else "folder is not there"
+        raise ConfigError(
+            f"{KEY}={pattern}: this {kind}; give the folder of a run, a multirun or a search, a "
+            "glob like 'outputs/runs/*/*', or an MLflow run id"
+        )
+    return folders
+
+
+def run_folders(folder: Path) -> Iterator[Path]:
+    """Yield the folders of runs in and under a folder; copies in an artifact store are none."""
+    for path in sorted(folder.rglob(LAUNCH_NAME)):
+        run = path.parent
+        if (run / FILE_NAME).exists() or (run / CONFIG_NAME).exists():
+            yield run
+
+
+def read_run(folder: Path, name: str, metric: str) -> RunRecord:
+    """Return what a run's folder says."""
+    settings = _settings(folder)
+    launch = load_launch(folder)
+    cwd = None if launch is None else str(launch["cwd"])
+    started = (folder / LAUNCH_NAME).stat().st_mtime if (folder / LAUNCH_NAME).exists() else 0.0
+    result = load_result(folder)
+    if result is None:
+        return RunRecord(
+            name, "unfinished", settings=settings, started=started, run_dir=str(folder),
+            cwd=cwd, preset=settings.get("memory.preset"), detail="no result was written",
+        )  # fmt: skip
+    state, detail = state_of(result)
+    metrics = {key: value for key, value in result.metrics.items() if value is not None}
+    memory = result.memory
+    return RunRecord(
+        name,
+        state,
+        error=metrics.get(metric) if state == "completed" else None,
+        metrics=metrics,
+        settings=settings,
+        preset=result.preset,
+        device=result.device,
+        precision=result.precision,
+        meter=memory.get("meter"),
+        predicted_peak_bytes=memory.get("predicted_peak_bytes"),
+        peak_allocated_bytes=memory.get("peak_allocated_bytes"),
+        peak_reserved_bytes=memory.get("peak_reserved_bytes"),
+        prediction_error=memory.get("prediction_error"),
+        budget_bytes=memory.get("budget_bytes"),
+        seconds=result.seconds,
+        weights=result.parameters,
+        started=started,
+        run_dir=str(folder),
+        cwd=cwd,
+        run_id=result.tracking.get("run_id"),
+        detail=detail,
+    )
+
+
+def state_of(result: RunResult) -> tuple[State, str]:
+    """Return how a run ended, and what went wrong if something did."""
+    if result.status == "completed":
+        return "completed", ""
+    if result.stop_reason.startswith(OUT_OF_MEMORY):
+        return "out_of_memory", "ran out of memory"
+    if result.status == "stopped":
+        return "stopped", result.stop_reason
+    return "failed", result.stop_reason
+
+
+def _settings(folder: Path) -> dict[str, str]:
+    try:
+        stored = OmegaConf.to_container(OmegaConf.load(folder / CONFIG_NAME))
+    except (OSError, YAMLError, OmegaConfBaseException):
+        return {}
+    return (
+        flattened({str(key): value for key, value in stored.items()})
+        if isinstance(stored, dict)
+        else {}
+    )
+
+
+def _names(folders: Sequence[Path]) -> dict[Path, str]:
+    """Return the shortest names that tell the folders apart."""
+    if len(folders) == 1:
+        return {folders[0]: folders[0].name}
+    depth = 1
+    while True:
+        names = {folder: "/".join(folder.parts[-depth:]) for folder in folders}
+        if len(set(names.values())) == len(folders):
+            return names
+        depth += 1

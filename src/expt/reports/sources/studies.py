@@ -1,0 +1,145 @@
+"""The trials of a search as runs: what its study knows, and what their folders know beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from expt.config.search_node import MAE
+from expt.reports.records import KIND_STATES, RunRecord, RunSet
+from expt.search.trial import KIND
+from expt.search.winner import FILE_NAME, SweepSummary
+from expt.uri import HIDDEN
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial
+
+PASSWORD = f":{HIDDEN}@"
+NO_PASSWORD = (
+    "; its password is never written down: for PostgreSQL, set PGPASSWORD or write it to ~/.pgpass"
+)
+
+
+class StudyError(Exception):
+    """A study cannot be read; the message says which and why, for a note in the report."""
+
+
+def with_study(runs: RunSet, folder: Path, metric: str) -> RunSet:
+    """Return the trials of the study in `folder`, with what is known of the runs they trained.
+
+    Trials that were never started are there too; one that repeats another is left out. Runs from
+    elsewhere stay as they are.
+
+    Raises:
+        StudyError: the study is not where ``sweep.json`` says.
+
+    """
+    summary = SweepSummary.load(folder)
+    if summary is None:
+        raise StudyError(f"{folder / FILE_NAME} cannot be read")
+    study = load(summary)
+    by_folder = {
+        str(Path(record.run_dir).resolve()): record for record in runs.records if record.run_dir
+    }
+    records: list[RunRecord] = []
+    space: dict[str, Any] = {}
+    parameters: dict[int, dict[str, Any]] = {}
+    for trial in study.get_trials(deepcopy=False):
+        kind = trial.user_attrs.get(KIND)
+        if kind == "duplicate":
+            continue
+        run_dir = trial.user_attrs.get("run_dir")
+        run = by_folder.get(str(Path(run_dir).resolve())) if run_dir else None
+        records.append(_record(trial, run, summary.budget_bytes, metric))
+        space |= trial.distributions
+        parameters[trial.number] = trial.params
+    if not records:
+        raise StudyError(f"the study {summary.study} has no trials yet")
+    home = folder.resolve()
+    others = [
+        record
+        for record in runs.records
+        if record.run_dir and not Path(record.run_dir).resolve().is_relative_to(home)
+    ]
+    return replace(
+        runs,
+        records=tuple(sorted([*records, *others], key=lambda record: record.started)),
+        study=None if others else summary.study,
+        space=space,
+        parameters=parameters,
+    )
+
+
+def load(summary: SweepSummary) -> Study:
+    """Open the study of a search for reading.
+
+    Raises:
+        StudyError: it is not there.
+
+    """
+    import optuna
+
+    where = summary.storage
+    if where is None:
+        raise StudyError(f"the search {summary.study} does not say where its study is stored")
+    database = Path(where.removeprefix("sqlite:///").partition("?")[0])
+    if ("://" not in where or where.startswith("sqlite:///")) and not database.exists():
+        raise StudyError(f"the study {summary.study} is not read: there is no file {database}")
+    try:
+        return optuna.load_study(study_name=summary.study, storage=_storage(where))
+    except Exception as error:  # whatever a database driver raises
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        hint = NO_PASSWORD if PASSWORD in where else ""
+        raise StudyError(f"the study {summary.study} cannot be read: {first}{hint}") from error
+
+
+def _storage(where: str) -> Any:
+    if "://" in where:
+        from optuna.storages import RDBStorage
+        from sqlalchemy.engine import make_url
+
+        from expt.search.study import connect_options
+
+        url = where.replace(PASSWORD, "@")  # so that the driver looks for it where it may
+        return RDBStorage(url, engine_kwargs=connect_options(make_url(url).get_backend_name()))
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    return JournalStorage(JournalFileBackend(where))
+
+
+def _record(
+    trial: FrozenTrial, run: RunRecord | None, budget_bytes: int | None, metric: str
+) -> RunRecord:
+    """Join a trial and its run; the study decides how it ended, the run knows its figures."""
+    attributes: Mapping[str, Any] = trial.user_attrs
+    kind = attributes.get(KIND)
+    started = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
+    settings = {name: str(value) for name, value in trial.params.items()}
+    base = run or RunRecord(f"trial {trial.number}", "unfinished", settings=settings)
+    state = KIND_STATES.get(str(kind), "unfinished")
+    error = base.metrics.get(metric)
+    if metric == MAE and trial.values:  # what the study was told: with repeats, the mean of seeds
+        error = trial.values[0]
+    peak = attributes.get("peak_bytes")
+    demand = attributes.get("demand_bytes")
+    reserved = base.peak_reserved_bytes if demand in (None, peak) else demand
+    return replace(
+        base,
+        name=f"trial {trial.number}",
+        state=state,
+        error=error if state in ("completed", "over_budget") else None,
+        settings={**base.settings, **settings},
+        predicted_peak_bytes=attributes.get("predicted_peak_bytes", base.predicted_peak_bytes),
+        peak_allocated_bytes=base.peak_allocated_bytes if peak is None else peak,
+        peak_reserved_bytes=reserved,
+        budget_bytes=attributes.get("budget_bytes", budget_bytes),
+        seconds=attributes.get("seconds", base.seconds),
+        started=started,
+        run_id=attributes.get("run_id", base.run_id),
+        trial=trial.number,
+        detail=attributes.get("error") or ("" if kind == "complete" else str(kind or "")),
+    )

@@ -1,0 +1,1 @@
+"""One run: what it is built of, predicted, trained and recorded."""

@@ -1,0 +1,147 @@
+"""From checked settings to objects: `build` for an open group, `assemble` for model and optimizer.
+
+A component gets the arguments its YAML gives, and, by name, what its constructor asks for and the
+data knows. Hydra may build exactly the classes a node names, and nothing else.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from hydra.utils import instantiate
+
+from expt.config.schema import MemoryConfig, Preset
+from expt.config.settings import OFFLOAD_NEEDS_CUDA, Settings, targets
+from expt.errors import ConfigError, ModelError
+from expt.job import DataSet
+from expt.memory.techniques.techniques import Techniques, apply
+from expt.memory.techniques.techniques import problems as technique_problems
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+    from torch import nn
+    from torch.optim import Optimizer
+
+
+AUTO_NOT_HERE = (
+    "data.batch_size=auto is found before a training (task=train) or by task=fit_batch; here give "
+    "a number, like data.batch_size=16"
+)
+
+
+def build(settings: Settings, group: str, **provided: Any) -> Any:
+    """Instantiate an open group; of `provided`, it gets what its constructor asks for by name.
+
+    Raises:
+        ConfigError: a required argument is neither in the configuration nor provided.
+
+    """
+    arguments = settings.arguments[group]
+    if group == "data" and settings.batch_is_auto:
+        raise ConfigError(AUTO_NOT_HERE)
+    parameters = inspect.signature(settings.target(group)).parameters
+    handed = {
+        name: value
+        for name, value in provided.items()
+        if name in parameters and name not in arguments
+    }
+    missing = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is inspect.Parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and name not in arguments
+        and name not in handed
+    ]
+    if missing:
+        raise ConfigError(
+            [
+                f"{group}.{name} is required by {arguments['_target_']} and not set; "
+                + (
+                    f"the data provides {', '.join(sorted(provided))}"
+                    if provided
+                    else "give it in the YAML, or let its first line take over the settings of "
+                    "another: defaults: [NAME, _self_]"
+                )
+                for name in missing
+            ]
+        )
+    # Hydra may build exactly the classes this node names, and nothing else.
+    factory = instantiate(
+        dict(arguments),
+        _partial_=True,
+        _convert_="all",
+        _execution_whitelist_=sorted(targets(arguments)),
+    )
+    return factory(**handed)
+
+
+def assemble(settings: Settings, fabric: Fabric, data: DataSet) -> tuple[nn.Module, Optimizer]:
+    """Build model and optimizer with the memory techniques asked for, set up on the device.
+
+    Raises:
+        ConfigError: an argument is missing, or a technique does not apply to this model.
+        ModelError: its forward does not take the data's inputs.
+
+    """
+    import torch
+
+    model: nn.Module = build(settings, "model", **data.model_arguments())
+    check_forward(model, data.gather("train", torch.arange(1, device=fabric.device)).inputs)
+    techniques = techniques_of(settings.memory)
+    problems = technique_problems(model, techniques)
+    if techniques.saved_tensor_offload and fabric.device.type != "cuda":
+        problems.append(OFFLOAD_NEEDS_CUDA.format(device=fabric.device.type))
+    if problems:
+        raise ConfigError(problems)
+    apply(model, techniques)
+    optimizer: Optimizer = build(settings, "optimizer", params=list(model.parameters()))
+    if techniques.optimizer_in_backward:
+        from expt.memory.techniques.optimizer_in_backward import OptimizerInBackward
+
+        optimizer = OptimizerInBackward(optimizer)
+    wrapped = fabric.setup(model, optimizer)
+    return wrapped[0], wrapped[1]
+
+
+def check_forward(model: nn.Module, inputs: Iterable[str]) -> None:
+    """Check that a model's forward takes what the data hands it by name.
+
+    Raises:
+        ModelError: it does not.
+
+    """
+    import torch
+
+    if model._forward_pre_hooks or type(model).__call__ is not torch.nn.Module.__call__:
+        return  # they may hand it something else
+    names = list(inputs)
+    try:
+        signature = inspect.signature(model.forward)
+    except ValueError:  # compiled code tells nothing about itself
+        return
+    try:
+        signature.bind(**dict.fromkeys(names))
+    except TypeError as error:
+        raise ModelError(
+            f"{type(model).__name__}.forward{signature} does not take what the data gives it by "
+            f"name ({', '.join(names)}): {error}; name the ones it uses, and let **others take "
+            "the rest"
+        ) from error
+
+
+def techniques_of(memory: MemoryConfig) -> Techniques:
+    """Return the memory techniques that a configuration asks for."""
+    return Techniques(**{part.name: getattr(memory, part.name) for part in fields(Techniques)})
+
+
+def smaller_sizes(memory: MemoryConfig) -> str:
+    """Return what to try when a run of these settings does not fit, in words."""
+    preset = memory.preset or Preset.lite  # what the sizes are without a preset
+    smaller = list(Preset)[list(Preset).index(preset) + 1 :]
+    if not smaller:
+        return "a smaller model than memory=minimal"
+    return f"a smaller preset ({' or '.join(f'memory={one.value}' for one in smaller)})"

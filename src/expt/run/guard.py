@@ -1,0 +1,93 @@
+"""The memory that a run may take, and how it goes on when that is not enough."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+
+from expt.config.schema import Fallback, MemoryConfig, Preset
+from expt.memory.measuring.budget import Budget
+from expt.memory.measuring.meter import CudaMeter, LedgerMeter, meter_for
+from expt.memory.recovery.attempt import collect
+from expt.memory.recovery.ladder import Predict
+from expt.memory.recovery.limits import Limits
+from expt.memory.recovery.recovery import Recovery
+from expt.memory.techniques.techniques import apply
+from expt.memory.watching.manager import MemoryManager
+from expt.run.build import smaller_sizes, techniques_of
+from expt.run.planner import arithmetic
+from expt.run.record import Recorder
+
+ELSEWHERE = "What would help: another device"
+
+
+def advice(memory: MemoryConfig, takes_over: str | None, device: str) -> str:
+    """Return what would help a run that memory was not enough for, in a sentence.
+
+    Args:
+        memory: as it was.
+        takes_over: the smaller size that is tried next.
+        device: type of the device.
+
+    """
+    ways = []
+    if takes_over is None:
+        ways.append(smaller_sizes(memory))
+        if memory.fallback is Fallback.none and memory.preset is not Preset.minimal:
+            ways[-1] += ", or memory.fallback=preset to have it tried"
+    if memory.budget is not None:
+        ways.append("a higher memory.budget")
+    if arithmetic(memory.precision, "cuda" if device == "cuda" else "cpu") == "fp32":
+        ways.append("memory.precision=bf16")
+    return f"What would help: {', '.join(ways)}, or another device" if ways else ELSEWHERE
+
+
+class Room:
+    """A run's budget, if it has one, and its recovery, which tells `recorder` of every event."""
+
+    def __init__(
+        self,
+        memory: MemoryConfig,
+        budget: Budget | None,
+        device: torch.device,
+        recorder: Recorder,
+        predict: Predict,
+    ) -> None:
+        self.device = device
+        self.budget = budget
+        folder = recorder.run_dir / EVIDENCE
+        self.recovery = Recovery(
+            techniques_of(memory),
+            device,
+            apply=apply,
+            predict=predict,
+            limits=Limits(memory.recover, memory.max_recoveries_per_step, memory.max_recoveries),
+            budget_bytes=self.budget.bytes if self.budget else None,
+            on_event=recorder.oom,
+            collect=lambda number: collect(device, folder, number),
+        )
+
+    @contextmanager
+    def enforced(self) -> Iterator[CudaMeter | LedgerMeter]:
+        """Enforce the budget inside; yield the meter that goes with it."""
+        with self.budget.enforce(self.device) if self.budget else nullcontext() as ledger:
+            yield meter_for(self.device, ledger)
+
+
+def manager_for(memory: MemoryConfig, device: torch.device) -> MemoryManager:
+    """Return what watches a run's memory."""
+    return MemoryManager(
+        device if device.type == "cuda" else None,
+        gpu_threshold=memory.gpu_threshold,
+        cpu_threshold=memory.cpu_threshold,
+        interval=memory.cleanup_interval_seconds,
+        force_cleanup_every=memory.force_cleanup_every,
+        monitoring=memory.watch,
+    )
+
+
+EVIDENCE = Path("memory")
+"""Folder in a run's directory for what was held when memory ran out."""

@@ -1,0 +1,261 @@
+"""The plan of a configured training: what `task=plan` prints and every training checks first.
+
+Joins settings, data and model to `expt.memory.plan`, which knows none of them. A change to the
+memory settings is predicted like the settings themselves, so that advice is never a rule of
+thumb.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from expt.config.schema import Device, Precision, TrainerConfig
+from expt.config.settings import Settings
+from expt.errors import ConfigError, ExptError
+from expt.job import Batch, DataSet
+from expt.memory.measuring.budget import Budget
+from expt.memory.planning.planning import Plan, Target, plan
+from expt.memory.techniques.techniques import Techniques, apply
+from expt.run.build import build, check_forward, techniques_of
+from expt.units import format_bytes, parse_bytes
+
+log = logging.getLogger(__name__)
+
+MAX_SAVINGS = 3
+MIN_SAVING = 0.01
+"""Part of the peak that a change must save to be worth a line."""
+
+
+@dataclass(frozen=True)
+class Saving:
+    """A change to the command line, the peak it is predicted to have, and `Plan.demand_bytes`."""
+
+    change: str
+    peak_bytes: int
+    demand_bytes: int
+
+
+def plan_training(
+    settings: Settings,
+    data: DataSet,
+    target: Target,
+    techniques: Techniques | None = None,
+    precision: Precision | None = None,
+    batch_size: int | None = None,
+    evaluation: bool = True,
+) -> Plan:
+    """Predict the peak of a configured training on `target`, evaluation included.
+
+    `data` stays where it is; nothing is trained and no weight is allocated. The last three
+    arguments take the place of what is configured; `batch_size` is of the optimizer step.
+
+    Raises:
+        ConfigError: the model or a technique refuses its settings.
+        ModelError: the model does not fit the data.
+
+    """
+    techniques = techniques or techniques_of(settings.memory)
+    samples = min(batch_size or data.batch_size, data.size("train"))  # as the loop takes them
+    micro_batch = -(-samples // techniques.gradient_accumulation)
+
+    def batch_fn() -> tuple[Batch, Tensor]:
+        indices = torch.arange(micro_batch)
+        return data.gather("train", indices), data.weight("train", indices)
+
+    def loss_fn(forward: Callable[..., Any], batch: tuple[Batch, Tensor]) -> Tensor:
+        return data.loss(forward(**batch[0].inputs), batch[0]) / batch[1]
+
+    def evaluation_fn(forward: Callable[..., Any]) -> None:
+        size = min(data.eval_batch_size, data.size("val"))
+        batch = data.gather("val", torch.arange(size))
+        data.metrics().update(forward(**batch.inputs), batch)
+
+    def optimizer_fn(parameters: list[nn.Parameter]) -> Any:
+        optimizer = build(settings, "optimizer", params=parameters)
+        if not techniques.optimizer_in_backward:
+            return optimizer
+        from expt.memory.techniques.optimizer_in_backward import OptimizerInBackward
+
+        return OptimizerInBackward(optimizer)
+
+    def prepare(model: nn.Module) -> None:
+        apply(model, techniques)
+
+    inputs = list(data.gather("train", torch.arange(1)).inputs)
+
+    def model_fn() -> nn.Module:
+        model: nn.Module = build(settings, "model", **data.model_arguments())
+        check_forward(model, inputs)
+        return model
+
+    return plan(
+        model_fn,
+        batch_fn,
+        optimizer_fn,
+        loss_fn,
+        target=target,
+        precision=arithmetic(precision or settings.memory.precision, target),
+        micro_batches=techniques.gradient_accumulation,
+        clip_norm=settings.trainer.gradient_clip_norm,
+        evaluation_fn=evaluation_fn if evaluation else None,
+        prepare=prepare,
+        resident=list(_resident(vars(data))),
+        averaged=settings.trainer.ema_decay is not None,
+    )
+
+
+def savings(settings: Settings, data: DataSet, planned: Plan) -> list[Saving]:
+    """Return the changes that would save most, each traced like the plan itself."""
+    now = techniques_of(settings.memory)
+    found = []
+    for change, techniques, precision in _changes(settings, data, planned.target):
+        try:
+            then = plan_training(settings, data, planned.target, techniques or now, precision)
+        except Exception:  # the model may have nothing to apply it to, or not work with it
+            log.info("no prediction for %s", change, exc_info=True)
+            continue
+        if then.peak_bytes < (1 - MIN_SAVING) * planned.peak_bytes:
+            found.append(Saving(change, then.peak_bytes, then.demand_bytes))
+    return sorted(found, key=lambda saving: saving.peak_bytes)[:MAX_SAVINGS]
+
+
+def _changes(
+    settings: Settings, data: DataSet, target: Target
+) -> Iterator[tuple[str, Techniques | None, Precision | None]]:
+    now = techniques_of(settings.memory)
+    parts = 4 * now.gradient_accumulation
+    if parts <= data.batch_size and not now.optimizer_in_backward:
+        change = f"memory.gradient_accumulation={parts}"
+        yield change, replace(now, gradient_accumulation=parts), None
+    if now.activation_checkpointing is not True:
+        change = "memory.activation_checkpointing=true"
+        yield change, replace(now, activation_checkpointing=True), None
+    if arithmetic(settings.memory.precision, target) == "fp32":
+        yield "memory.precision=bf16", None, Precision.bf16
+    if now.forward_chunks == 1:
+        change = "memory.forward_chunks=4"
+        yield change, replace(now, forward_chunks=4), None
+    if now.attention_kernel == "math":
+        yield "memory.attention_kernel=fused", replace(now, attention_kernel="fused"), None
+
+
+def arithmetic(precision: Precision, target: Target) -> Literal["fp32", "bf16", "fp16"]:
+    """Return the arithmetic that a precision means on a device."""
+    if precision is Precision.auto:
+        return "bf16" if target == "cuda" else "fp32"
+    return cast(Literal["fp32", "bf16", "fp16"], precision.value)
+
+
+def target_of(trainer: TrainerConfig, asked: str | None) -> Target:
+    """Return the device to plan for: the one asked for, the run's, or else CUDA."""
+    if asked is not None:
+        return cast(Target, asked)
+    return "cpu" if trainer.device in (Device.cpu, Device.mps) else "cuda"
+
+
+def target_remark(trainer: TrainerConfig, asked: str | None) -> str | None:
+    """Return that a plan is for a card that nobody named and that is not here, if so."""
+    if asked is None and trainer.device is Device.auto and not torch.cuda.is_available():
+        return "planned for cuda, which is not here; memory.target=cpu plans for this machine"
+    return None
+
+
+def budget_bytes(value: object, target: Target) -> int | None:
+    """Return the bytes of a budget on a device that need not be here.
+
+    Raises:
+        ConfigError: a share or `auto` of a card that is not here.
+
+    """
+    if value is None:
+        return None
+    if target == "cpu" or torch.cuda.is_available():
+        return Budget.parse(value, torch.device(target)).bytes
+    try:
+        return parse_bytes(value)
+    except ValueError as error:
+        raise ConfigError(
+            f"memory.budget={value} depends on the card, and there is none here; give an amount, "
+            "like memory.budget=24GiB, or memory.target=cpu"
+        ) from error
+
+
+def _resident(values: Any) -> Iterator[Tensor]:
+    """Yield the tensors that a data set keeps."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, dict):
+        for value in values.values():
+            yield from _resident(value)
+
+
+class Predictor:
+    """Predicts once per set of techniques; `refused` says why there are none.
+
+    Args:
+        settings: the run's.
+        data: on the host; None reads it again when it is needed, for a run whose data is on CUDA.
+        target: the device to predict for.
+        evaluation: also predict evaluation, which recovery makes smaller by itself.
+
+    """
+
+    def __init__(
+        self, settings: Settings, data: DataSet | None, target: Target, evaluation: bool = True
+    ) -> None:
+        self._settings, self._data, self._target = settings, data, target
+        self._evaluation = evaluation
+        self._known: dict[Techniques, int | None] = {}
+        self._refused: dict[Techniques, str] = {}
+
+    def __call__(self, techniques: Techniques) -> int | None:
+        """Return the predicted peak in bytes."""
+        if not self._settings.memory.plan:
+            return None
+        if techniques not in self._known:
+            try:
+                if self._data is None:
+                    self._data = build(self._settings, "data")
+                found = plan_training(
+                    self._settings,
+                    self._data,
+                    self._target,
+                    techniques,
+                    evaluation=self._evaluation,
+                )
+                # Without its activations a peak says nothing about what a technique saves.
+                bounded = found.interval_bytes[1] is not None
+                self._known[techniques] = found.demand_bytes if bounded else None
+            except ConfigError as error:
+                self._known[techniques] = None
+                self._refused[techniques] = str(error)
+            except (ExptError, RuntimeError, TypeError, ValueError, NotImplementedError):
+                log.info("no prediction for %s", techniques, exc_info=True)
+                self._known[techniques] = None
+        return self._known[techniques]
+
+    @property
+    def least(self) -> int | None:
+        """The lowest peak predicted so far, in bytes."""
+        return min((peak for peak in self._known.values() if peak is not None), default=None)
+
+    def refused(self, techniques: Techniques) -> str | None:
+        """Return why the model cannot have these techniques, None if it can."""
+        self(techniques)
+        return self._refused.get(techniques)
+
+
+def spelled_out(record: Mapping[str, Any]) -> str:
+    """Return a predicted peak with its interval and cause."""
+    low, high = record["interval_bytes"]
+    upper = "an unknown amount" if high is None else format_bytes(high)
+    return (
+        f"{format_bytes(record['peak_bytes'])} ({format_bytes(low)} to {upper}), in "
+        f"{record['phase'].replace('_', ' ')}, mostly {record['dominant'].replace('_', ' ')}"
+    )

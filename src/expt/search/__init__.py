@@ -1,0 +1,1 @@
+"""Searches for the best configuration inside a memory budget, as Optuna studies."""

@@ -1,0 +1,260 @@
+"""What a search asks of the rest of the program: its trials as command lines, and their plans.
+
+The functions at the end run in processes of their own (`expt.run.process.Worker`), where a
+user's model may crash or hang while it is traced.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from expt.config.compose import compose_lines, conf_dir, groups, key
+from expt.config.explain import first_lines
+from expt.config.schema import OPEN_GROUPS
+from expt.config.settings import Settings
+from expt.config.validate import argument_problems, validated
+from expt.errors import ConfigError, UserError, nearest
+from expt.job import DataSet
+from expt.memory.measuring.budget import Budget
+from expt.memory.planning.planning import Plan, Target
+from expt.run.build import build
+from expt.run.overflow import what_fits
+from expt.run.planner import plan_training
+from expt.run.process import Worker, WorkerError
+from expt.search.runner import setting
+from expt.search.space import plain
+from expt.search.trial import Prediction
+
+log = logging.getLogger(__name__)
+
+DECIDED = (
+    "trainer.resume", "trainer.test", "memory.plan_file", "tracking.parent", "search.trial",
+    "search.storage",
+)  # fmt: skip
+"""Settings of a trial that are the search's to decide; it has no use for the study's address."""
+
+
+@dataclass
+class TrialJobs:
+    """Composes and predicts the trials of one search; implements `expt.search.loop.Jobs`.
+
+    Args:
+        given: settings of the command line that hold for every trial.
+        own: the user's own folder of YAML files.
+        folder: of the search.
+        budget_bytes: `memory.budget` in bytes, the same for all trials.
+        plan: whether to predict at all.
+        seconds: for one prediction.
+
+    """
+
+    given: Sequence[str]
+    own: str | None
+    folder: Path
+    budget_bytes: int | None
+    plan: bool = True
+    seconds: float = 120.0
+    worker: Worker = field(default_factory=Worker)
+    _said: bool = False
+
+    def lines(self, number: int, params: Sequence[str]) -> list[str]:
+        """Return the settings of a trial, all but those of a single run of it."""
+        lines = [line for line in self.given if key(line) not in DECIDED]
+        lines += [
+            *params,
+            f"search.trial={number}",
+            "memory.on_overflow=train",  # whether it fits is what the trial finds out
+            "memory.fallback=none",
+            setting("tracking.parent", self.folder),
+        ]
+        if self.budget_bytes is not None:
+            lines.append(f"memory.budget={self.budget_bytes}")
+        return lines
+
+    def predict(self, lines: Sequence[str]) -> Prediction | None:
+        """Return what a plan says, None if none can be made."""
+        if not self.plan:
+            return None
+        try:
+            found = self.worker.call(predict, list(lines), self.own, seconds=self.seconds)
+        except WorkerError as error:
+            found = str(error)
+        if isinstance(found, str):
+            if not self._said:
+                self._said = True
+                print(f"note: the peak of a trial cannot be predicted ({found}); it is measured")
+            return None
+        return cast(Prediction, found)
+
+    def advise(self, lines: Sequence[str]) -> str | None:
+        """Return the changes that would make a trial fit, None if there are none."""
+        if self.budget_bytes is None:
+            return None
+        try:
+            found = self.worker.call(
+                advise, list(lines), self.own, self.budget_bytes, seconds=self.seconds
+            )
+        except WorkerError:
+            return None
+        return cast("str | None", found)
+
+
+def checker(cfg: DictConfig, own: str | None = None) -> Callable[[str], str | None]:
+    """Return a function that judges the name and the type of one ``key=value``.
+
+    Whether a value goes with others is not judged: each trial is, when it comes to it.
+    """
+
+    def check(line: str) -> str | None:
+        name = key(line)
+        group, _, rest = name.partition(".")
+        try:
+            value = OverridesParser.create().parse_override(line).value()
+        except HydraException as error:
+            return f"{line}: {first_lines(error)}"
+        if not rest:
+            return _group_problem(name, value, own)
+        if group in OPEN_GROUPS:
+            return _argument_problem(cfg, group, rest, value, line)
+        if group not in cfg or OmegaConf.select(cfg, group) is None:
+            return f"{name}: there is no {group!r}; {nearest(group, [str(k) for k in cfg])}"
+        if rest not in cfg[group]:
+            known = [f"{group}.{k}" for k in cfg[group]]
+            return f"{name}: there is no {rest!r} in {group}; {nearest(name, known)}"
+        changed = OmegaConf.masked_copy(cfg, [group])
+        try:
+            OmegaConf.update(changed, name, value)
+        except OmegaConfBaseException as error:
+            return f"{line}: {first_lines(error)}"
+        return None
+
+    return check
+
+
+def check_presets(presets: Sequence[str], own: str | None = None) -> None:
+    """Refuse a memory preset that is none.
+
+    Raises:
+        ConfigError: with the nearest names.
+
+    """
+    known = _options("memory", own)
+    wrong = [preset for preset in presets if preset not in known]
+    if wrong:
+        raise ConfigError(
+            [f"search.presets: {name!r} is no preset; {nearest(name, known)}" for name in wrong]
+        )
+
+
+def base_facts(given: list[str], own: str | None) -> dict[str, Any]:
+    """Return what is wrong with the settings that all trials share, and their budget in bytes.
+
+    This may make a CUDA context.
+    """
+    try:
+        cfg = compose_lines(given, own)
+        settings = validated(cfg, {key(line) for line in given})
+        value = settings.memory.budget
+        budget = None if value is None else resolve_budget(value, settings.trainer.device.value)
+    except ConfigError as error:
+        return {"problems": error.problems}
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        return {"problems": [first_lines(error)]}
+    return {"problems": [], "budget_bytes": budget}
+
+
+def preset_values(
+    preset: str, names: list[str], given: list[str], own: str | None
+) -> dict[str, Any]:
+    """Return what a memory preset gives to the settings `names`."""
+    lines = [line for line in given if key(line) != "memory"]
+    cfg = compose_lines([*lines, f"+memory={preset}"], own)
+    values = {}
+    for name in names:
+        dotted = name.lstrip("+~")
+        if OmegaConf.select(cfg, dotted, default=None) is not None:
+            values[name] = plain(OmegaConf.select(cfg, dotted))
+    return values
+
+
+def predict(lines: list[str], own: str | None) -> Prediction | str:
+    """Return the plan of a trial, a refusal of its settings, or why neither can be had."""
+    try:
+        settings, data, target = _composed(lines, own)
+        plan = plan_training(settings, data, target)
+    except UserError as error:
+        return Prediction(refusal=" ".join(str(error).split()))
+    except (HydraException, OmegaConfBaseException) as error:
+        return Prediction(refusal=first_lines(error))
+    except Exception as error:  # whatever a user's model does under fake tensors
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return _prediction(plan)
+
+
+def advise(lines: list[str], own: str | None, budget_bytes: int) -> str | None:
+    """Return the changes to a trial that are predicted to fit, None if none are."""
+    settings, data, target = _composed(lines, own)
+    return what_fits(settings, data, plan_training(settings, data, target), budget_bytes)
+
+
+def resolve_budget(value: Any, device: str) -> int:
+    """Return a budget in bytes; this may make a CUDA context."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Budget.parse(value, torch.device(device)).bytes
+
+
+def _composed(lines: list[str], own: str | None) -> tuple[Settings, DataSet, Target]:
+    cfg = compose_lines(lines, own)
+    settings = validated(cfg, {key(line) for line in lines})
+    device = settings.trainer.device.value
+    on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    return settings, build(settings, "data"), "cuda" if on_cuda else "cpu"
+
+
+def _prediction(plan: Plan) -> Prediction:
+    low, high = plan.interval_bytes
+    beyond = plan.demand_bytes - plan.peak_bytes  # what the allocator reserves besides
+    return Prediction(
+        peak_bytes=plan.peak_bytes,
+        demand_bytes=plan.demand_bytes,
+        interval_bytes=(low + beyond, None if high is None else high + beyond),
+        plan=plan.as_dict(),
+    )
+
+
+def _options(group: str, own: str | None) -> list[str]:
+    """Return the names of a group's files, the user's own among them."""
+    folders = [conf_dir()] if own is None else [conf_dir(), Path(own)]
+    return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
+
+
+def _group_problem(name: str, value: Any, own: str | None) -> str | None:
+    """Judge the choice of a whole group, like ``optimizer=sgd``."""
+    if name not in groups():
+        return f"{name}: there is no such setting or group; {nearest(name, groups())}"
+    options = _options(name, own)
+    if str(value) not in options:
+        return f"{name}={value}: no such option; {nearest(str(value), options)}"
+    return None
+
+
+def _argument_problem(cfg: DictConfig, group: str, name: str, value: Any, line: str) -> str | None:
+    """Judge one argument of an open group's class."""
+    if "." in name:
+        return None  # inside of an argument, which the class judges
+    node = cast(dict[str, Any], OmegaConf.to_container(cfg[group], resolve=True))
+    found = argument_problems(group, {"_target_": node["_target_"], name: plain(value)})
+    if not found and name not in node and not line.startswith("+"):
+        return f"{group}.{name}: it is not set in the YAML file; write +{group}.{name}"
+    return found[0] if found else None

@@ -1,0 +1,208 @@
+"""What is kept of a search besides the study: ``sweep.json``, a parent run, a run per trial.
+
+A trial's own process records its training; this adds the trial's number, state and prediction,
+and closes the run whatever became of the process. Everything is written to journals first and
+sent by one thread in the background, so that no trial waits for a tracking server.
+
+The study says how a trial ended, and the tracker says the same: COMPLETE is FINISHED, FAIL is
+FAILED, PRUNED (also: ran out of memory, or never started because it would have) is KILLED.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from expt.config.schema import TrackingConfig
+from expt.config.search_node import MAE
+from expt.search.trial import CONSTRAINT, KIND
+from expt.search.winner import FILE_NAME, SweepSummary
+from expt.tracking.journal import JOURNAL, Reader, read_header
+from expt.tracking.tracker import NullTracker, Tracker
+
+if TYPE_CHECKING:
+    from expt.tracking.mlflow import DeferredTracker
+
+STATUSES: dict[TrialState, Literal["FINISHED", "FAILED", "KILLED"]] = {
+    TrialState.COMPLETE: "FINISHED",
+    TrialState.FAIL: "FAILED",
+    TrialState.PRUNED: "KILLED",
+}
+PREFIX = "trial."
+
+
+class Records:
+    """Keeps the records of one worker of a search; several workers may share a folder.
+
+    Args:
+        tracking: where runs are recorded.
+        folder: of the search, where the parent's journal and ``sweep.json`` are.
+        study_name: of the search.
+
+    """
+
+    def __init__(self, tracking: TrackingConfig, folder: Path, study_name: str) -> None:
+        self.tracking, self.folder, self.study_name = tracking, folder, study_name
+        self.parent: Tracker = NullTracker()
+        self._deliveries = None
+        if tracking.uri is not None:
+            from expt.tracking.delivery import Deliveries
+
+            self._deliveries = Deliveries(tracking.uri)
+            self.parent = self._tracker(folder, None)
+
+    def open(self, parameters: Mapping[str, Any]) -> None:
+        """Open the parent run, or go on with it."""
+        self.parent.start(
+            f"search-{self.study_name}",
+            parameters,
+            {"kind": "search", "study": self.study_name, "run_dir": str(self.folder)},
+        )
+        self._send(self.folder)
+
+    def start(self, number: int, folder: Path, own_process: bool = True) -> None:
+        """Open a trial's run before its process does; `own_process` will send it."""
+        if self.tracking.uri is None or read_header(folder) is not None:
+            return
+        tracker = self._tracker(folder, self.folder)
+        tracker.start(f"{self.study_name}-{number:03d}", {}, self._origin(number, folder))
+        tracker.close()
+        if not own_process:
+            self._send(folder)
+
+    def told(self, trial: FrozenTrial, folder: Path) -> None:
+        """Record how a trial ended, and close its run."""
+        if self.tracking.uri is None:
+            return
+        tracker = self._tracker(folder, self.folder)
+        if read_header(folder) is None:
+            # Never started, so there is nobody else to say what it would have been.
+            name = f"{self.study_name}-{trial.number:03d}"
+            tracker.start(name, trial.params, self._origin(trial.number, folder))
+        tracker.tags(tags_of(trial))
+        figures = {
+            "memory/predicted_peak_bytes": trial.user_attrs.get("predicted_peak_bytes"),
+            f"constraint/{CONSTRAINT}_gib": trial.constraints.get(CONSTRAINT),
+        }
+        if trial.user_attrs.get("values_by_seed") and trial.values:
+            figures |= {MAE: trial.values[0], f"{MAE}_spread": trial.user_attrs.get("spread")}
+        known = {name: float(value) for name, value in figures.items() if value is not None}
+        if known:
+            tracker.metrics(known, 0)
+        tracker.finish(STATUSES[trial.state])
+        self._send(folder)
+
+    def reconcile(self, study: Study, folder_of: Any) -> None:
+        """Record trials that were told when a worker was killed before it could say so."""
+        if self.tracking.uri is None:
+            return
+        for trial in study.get_trials(deepcopy=False):
+            if not trial.state.is_finished() or KIND not in trial.user_attrs:
+                continue
+            folder = folder_of(trial.number)
+            if not recorded(folder, trial):
+                self.told(trial, folder)
+            elif not _arrived(folder):
+                self._send(folder)
+
+    def summary(self, summary: SweepSummary) -> None:
+        """Rewrite ``sweep.json``, and tell the parent run how far the search is."""
+        summary.save(self.folder)
+        figures = {
+            name: float(getattr(summary, name))
+            for name in ("finished", "failed", "pruned", "infeasible_measured",
+                         "infeasible_predicted", "duplicates")
+        }  # fmt: skip
+        if summary.best is not None:
+            figures[f"best/{MAE}"] = float(summary.best[MAE])
+            peak = summary.best["peak_allocated_bytes"]
+            if peak is not None:
+                figures["best/peak_allocated_bytes"] = float(peak)
+        self.parent.metrics(figures, summary.finished)
+        self._send(self.folder)
+
+    def close(self, status: Literal["FINISHED", "FAILED", "KILLED"], summary: SweepSummary) -> None:
+        """Close the parent run, with the winner and the files, and send what is left."""
+        best = summary.best
+        if best is not None:
+            self.parent.tags(
+                {"best.trial": str(best["trial"]), "best.run_id": str(best["run_id"])}
+                | {f"best.{name}": str(value) for name, value in best["params"].items()}
+            )
+            figures = {k: v for k, v in best.items() if k.startswith("test/")}
+            if figures:
+                self.parent.metrics(figures, summary.finished)
+        self.parent.artifact(self.folder / FILE_NAME)
+        for plot in sorted(self.folder.glob("plots/*.png")):
+            self.parent.artifact(plot, "plots")
+        self.parent.finish(status)
+        self._send(self.folder)
+        if self._deliveries is not None:
+            self._deliveries.close(self.tracking.flush_seconds)
+
+    def _tracker(self, folder: Path, parent: Path | None) -> DeferredTracker:
+        from expt.tracking.mlflow import DeferredTracker
+
+        assert self.tracking.uri is not None
+        return DeferredTracker(
+            uri=self.tracking.uri,
+            experiment=self.tracking.experiment,
+            directory=folder,
+            artifact_root=Path(self.tracking.artifacts) if self.tracking.artifacts else None,
+            parent_directory=parent,
+            flush_seconds=self.tracking.flush_seconds,
+        )
+
+    def _origin(self, number: int, folder: Path) -> dict[str, str]:
+        return {
+            "kind": "trial",
+            "study": self.study_name,
+            f"{PREFIX}number": str(number),
+            "run_dir": str(folder),
+        }
+
+    def _send(self, folder: Path) -> None:
+        if self._deliveries is not None:
+            self._deliveries.add(folder)
+
+
+def tags_of(trial: FrozenTrial) -> dict[str, str]:
+    """Return what a trial's run says about it."""
+    known = {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in trial.user_attrs.items()
+        if value is not None and name not in ("worker", "run_dir", "run_id")
+    }
+    known |= {"number": str(trial.number), "state": trial.state.name}
+    known |= {f"param.{name}": str(value) for name, value in trial.params.items()}
+    if CONSTRAINT in trial.constraints:
+        known["constraint"] = repr(trial.constraints[CONSTRAINT])
+    return {f"{PREFIX}{name}": value for name, value in known.items()}
+
+
+def recorded(folder: Path, trial: FrozenTrial) -> bool:
+    """Tell whether a trial's end is in its journal."""
+    if read_header(folder) is None:
+        return False
+    reader, told, closed = Reader(folder), False, False
+    while lines := reader.read(1000):
+        for record in (line.record for line in lines if line.record):
+            if record["kind"] == "tags":
+                told = told or record["values"].get(f"{PREFIX}state") == trial.state.name
+            elif record["kind"] == "start":
+                told = closed = False
+            elif record["kind"] == "end":
+                closed = told
+    return closed
+
+
+def _arrived(folder: Path) -> bool:
+    """Tell whether the store has all of a journal."""
+    from expt.tracking.journal import is_closed
+
+    return not (folder / JOURNAL).exists() or is_closed(folder)

@@ -1,0 +1,167 @@
+"""Who does which trial, so that workers of one study neither double nor lose one.
+
+All of it happens under a lock on a file in the sweep's directory, which the kernel gives back
+when a process is killed. A trial belongs to the worker that its attribute ``worker`` names; one
+whose worker is dead is an orphan, and the next worker that looks adopts it, number and all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+from optuna.samplers import RandomSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from expt.run.process import identity, is_alive
+from expt.search.samplers import SeenStudy
+from expt.search.space import Space
+from expt.search.trial import KIND, STARTED, UNTRAINED, WORKER
+from expt.tracking.journal import Lock
+
+LOCK_NAME = "sweep.lock"
+BEAT_SECONDS = 30.0
+"""How often a worker says that it lives, for workers on other machines."""
+SILENT_SECONDS = 180.0
+"""A worker elsewhere that has not said so for this long, by this machine's clock, is dead."""
+STUCK = 5
+"""After so many suggestions in a row that were not trained, one is drawn at random."""
+
+
+@dataclass(frozen=True)
+class Reserved:
+    """A trial that this worker has to see to its end.
+
+    `adopted` says that another began it; `duplicate_of` that it need not be done.
+    """
+
+    trial: Trial
+    adopted: bool = False
+    duplicate_of: FrozenTrial | None = None
+
+
+Nothing = Literal["done", "elsewhere"]
+"""Why there is nothing to do: all is finished, or other workers still are at it."""
+
+
+@dataclass
+class Reservations:
+    """The door to a study for one worker."""
+
+    study: Study
+    space: Space
+    n_trials: int
+    folder: Path
+    seed: int = 0
+    untrained_in_a_row: int = 0
+    _seen: dict[int, tuple[Any, float]] = field(default_factory=dict)
+    _mine: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.me = identity()
+
+    def next(self, adopt_only: bool = False) -> Reserved | Nothing:
+        """Return an orphan, or else, unless `adopt_only`, a new trial if one is left to do."""
+        with self.locked():
+            trials = self.study.get_trials(deepcopy=False)
+            running = [t for t in trials if t.state is TrialState.RUNNING]
+            for orphan in running:
+                if orphan.number not in self._mine and not self._alive(orphan):
+                    return self._take(Trial(self.study, orphan._trial_id), adopted=True)
+            if adopt_only or sum(counts(trial) for trial in trials) >= self.n_trials:
+                return "elsewhere" if running else "done"
+            return self._take(self._ask(), adopted=False)
+
+    def release(self, number: int) -> None:
+        """Forget a trial of this worker, which was told, or is left to whoever comes next."""
+        self._mine.discard(number)
+
+    def beat(self, trial: Trial) -> bool:
+        """Say to workers on other machines that this trial is being seen to.
+
+        False: one of them took this worker for dead, and the trial is its own now.
+        """
+        with self.locked():
+            mine = self.owns(trial)
+            if mine:
+                trial.set_user_attr(WORKER, {**self.me, "beat": round(time.time())})
+            return mine
+
+    def owns(self, trial: Trial) -> bool:
+        """Tell, under the lock, whether a trial is still this worker's to tell."""
+        stored = self.study._storage.get_trial(trial._trial_id)
+        worker = stored.user_attrs.get(WORKER, {})
+        same = all(worker.get(name) == value for name, value in self.me.items())
+        return same and not stored.state.is_finished()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the lock of the sweep's directory."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = Lock(self.folder / LOCK_NAME)
+        lock.acquire(wait=True, required=True)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _ask(self) -> Trial:
+        """Ask for a trial; now and then at random, when the sampler sees no way on."""
+        distributions = dict(self.space.distributions)
+        stuck = self.untrained_in_a_row and self.untrained_in_a_row % STUCK == 0
+        asked = SeenStudy(self.study)
+        if stuck and not isinstance(self.study.sampler, optuna.samplers.GridSampler):
+            asked.sampler = RandomSampler(self.seed + self.untrained_in_a_row)
+        trial = asked.ask(distributions)
+        trial.study = self.study
+        return trial
+
+    def _take(self, trial: Trial, adopted: bool) -> Reserved:
+        for name, one in self.space.distributions.items():
+            trial._suggest(name, one)  # what a killed worker had not come to
+        trial.set_user_attr(WORKER, {**self.me, "beat": round(time.time())})
+        self._mine.add(trial.number)
+        return Reserved(trial, adopted, self._earlier(trial))
+
+    def _earlier(self, trial: Trial) -> FrozenTrial | None:
+        """Return a trial before this one with the same values, which was or will be done."""
+        params = trial.params
+        for other in self.study.get_trials(deepcopy=False):
+            if other.number >= trial.number:
+                break
+            kind = other.user_attrs.get(KIND)
+            if kind is None and other.state.is_finished():
+                continue  # ended by someone else's hand, so that nothing is known of it
+            if other.params == params and kind != "duplicate":
+                return other
+        return None
+
+    def _alive(self, trial: FrozenTrial) -> bool:
+        """Tell whether the worker that a trial names still sees to it."""
+        worker = trial.user_attrs.get(WORKER)
+        if worker is None:
+            return False  # killed before it could sign; nobody else is in here now
+        if worker["host"] == self.me["host"]:
+            return is_alive(worker)
+        now = time.monotonic()
+        beat, since = self._seen.get(trial.number, (None, now))
+        if beat != worker["beat"]:
+            since = now
+        self._seen[trial.number] = (worker["beat"], since)
+        return now - since < SILENT_SECONDS
+
+
+def counts(trial: FrozenTrial) -> bool:
+    """Tell whether a trial is one of `search.n_trials`: it was started, or may yet be."""
+    if trial.state is TrialState.RUNNING:
+        return True
+    if not trial.state.is_finished():
+        return False
+    kind = trial.user_attrs.get(KIND)
+    return kind is not None and (kind not in UNTRAINED or bool(trial.user_attrs.get(STARTED)))

@@ -1,0 +1,226 @@
+"""What became of one trial: `TrialOutcome`, and the names under which the study keeps it.
+
+Every trial of the study has these user attributes (`KIND` first), so that a reader needs nothing
+but the study; the same are tags of its run in the tracker, with the prefix ``trial.``:
+
+``kind``                  one of `Kind`
+``peak_bytes``            measured peak of tensors, None where none was measured
+``demand_bytes``          what the budget was compared with: reserved bytes where there are any
+``predicted_peak_bytes``  of the plan, and ``interval_bytes``, [low, high]
+``budget_bytes``          the limit, None without one
+``seconds``               of training
+``run_dir``, ``run_id``   its folder and its run in the tracker
+``error``                 one line, where something went wrong
+``attempts``              how often it was started
+``started``               true once its process was, whatever became of it
+``worker``                which process sees to it
+``values_by_seed``, ``spread``  with `search.repeats`: each seed's value and their deviation
+``duplicate_of``          the number of the trial with the same values
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from optuna.samplers import GridSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from expt.config.search_node import PEAK
+from expt.units import GIB
+
+Kind = Literal[
+    "complete",
+    "infeasible_measured",  # trained to the end, above the budget
+    "oom",  # memory ran out
+    "pruned",
+    "crashed",
+    "killed",
+    "timeout",
+    "nan",
+    "refused",  # the settings contradict each other
+    "infeasible_predicted",  # never started
+    "duplicate",
+]
+State = Literal["COMPLETE", "PRUNED", "FAIL"]
+KIND, WORKER, STARTED, CONSTRAINT = "kind", "worker", "started", "peak_memory"
+PREDICTED = "predicted_peak_bytes"
+STATES: dict[Kind, State] = {
+    "complete": "COMPLETE",
+    "infeasible_measured": "COMPLETE",
+    "oom": "PRUNED",  # samplers ignore what failed, and this is to be learned from
+    "pruned": "PRUNED",
+    "infeasible_predicted": "PRUNED",
+    "crashed": "FAIL",
+    "killed": "FAIL",
+    "timeout": "FAIL",
+    "nan": "FAIL",
+    "refused": "FAIL",
+}
+"""The state that the study is told; a duplicate takes that of the trial it repeats."""
+UNTRAINED: frozenset[str] = frozenset({"infeasible_predicted", "duplicate", "refused"})
+"""Kinds that do not count as one of `search.n_trials`, unless they were started."""
+FAILED: frozenset[str] = frozenset({"crashed", "killed", "timeout", "nan", "refused"})
+OVER: frozenset[str] = frozenset({"oom", "infeasible_measured"})
+AGAIN: frozenset[str] = frozenset({"crashed", "killed", "timeout"})
+"""Kinds that may end otherwise the next time."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a plan says about a trial that was not started yet; bytes.
+
+    `interval_bytes` is about `demand_bytes`, what the budget has to allow; its upper end may be
+    None. `plan` is the content of ``plan.json``; `refusal` says why the settings contradict each
+    other, and then the rest is None.
+    """
+
+    peak_bytes: int | None = None
+    demand_bytes: int | None = None
+    interval_bytes: tuple[int, int | None] | None = None
+    plan: dict[str, Any] | None = None
+    refusal: str | None = None
+    advice: str | None = None
+
+    def exceeds(self, budget_bytes: int | None) -> bool:
+        """Tell whether the peak is over the budget by more than the interval leaves open."""
+        if budget_bytes is None or self.interval_bytes is None:
+            return False
+        return self.interval_bytes[0] > budget_bytes
+
+
+@dataclass(frozen=True)
+class TrialOutcome:
+    """How one trial ended.
+
+    `value` is the validation's error; `demand_bytes` what was measured of what the budget limits;
+    `excess_bytes` what an out-of-memory error says was missing, at least.
+    """
+
+    kind: Kind
+    value: float | None = None
+    peak_bytes: int | None = None
+    demand_bytes: int | None = None
+    excess_bytes: int | None = None
+    seconds: float = 0.0
+    error: str | None = None
+    run_id: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def constraint(self, prediction: Prediction | None, budget_bytes: int | None) -> float | None:
+        """Return by how many GiB the budget is exceeded (negative: not), None if unknown.
+
+        What was measured counts, where a trial ran to its end or was pruned; for one that ran out
+        of memory the larger of what was missing and what was predicted.
+        """
+        if budget_bytes is None:
+            return None
+        predicted = None if prediction is None else prediction.demand_bytes
+        excess = None if predicted is None else predicted - budget_bytes
+        if self.kind == "oom":
+            known = [count for count in (self.excess_bytes, excess) if count is not None]
+            return max(known) / GIB if known and max(known) > 0 else None
+        if self.demand_bytes is not None:
+            excess = self.demand_bytes - budget_bytes
+        return None if excess is None else excess / GIB
+
+
+def tell_study(
+    study: Study,
+    trial: Trial,
+    outcome: TrialOutcome,
+    prediction: Prediction | None,
+    budget_bytes: int | None,
+    objectives: Sequence[str],
+    folder: Path,
+    copy_of: FrozenTrial | None = None,
+) -> None:
+    """End a trial in the study; the caller has made sure that it may.
+
+    Args:
+        study: that the trial is of.
+        trial: to be ended.
+        outcome: how it ended.
+        prediction: what was predicted of it, None if nothing was.
+        budget_bytes: the limit, None without one.
+        objectives: what is minimised.
+        folder: of the trial.
+        copy_of: the trial that it repeats, whose end it takes.
+
+    """
+    excess = outcome.constraint(prediction, budget_bytes)
+    killed = outcome.kind == "killed" and "SIGKILL" in (outcome.error or "")
+    if killed and excess is not None and excess > 0:
+        outcome = replace(outcome, kind="oom", error=f"{outcome.error}; predicted not to fit")
+    state = TrialState[STATES.get(outcome.kind, "FAIL")]
+    values: list[float] | None = None
+    if copy_of is not None:
+        state, values = copy_of.state, copy_of.values
+        excess = copy_of.constraints.get(CONSTRAINT)
+    elif state is TrialState.COMPLETE:
+        values = _values(outcome, objectives)
+        if values is None:
+            state = TrialState.FAIL
+            error = "its peak is to be minimised, and was not measured"
+            outcome = replace(outcome, kind="crashed", error=error)
+    if state is not TrialState.COMPLETE:
+        values = None
+    _set_attributes(trial, outcome, prediction, budget_bytes, folder, copy_of)
+    if excess is not None and CONSTRAINT not in trial.constraints:
+        trial.set_constraint(CONSTRAINT, excess)
+    _finish(study, trial, state, values)
+
+
+def _values(outcome: TrialOutcome, objectives: Sequence[str]) -> list[float] | None:
+    assert outcome.value is not None
+    if PEAK not in objectives:
+        return [outcome.value]
+    if outcome.peak_bytes is None:
+        return None
+    return [outcome.value, float(outcome.peak_bytes)]
+
+
+def _set_attributes(
+    trial: Trial,
+    outcome: TrialOutcome,
+    prediction: Prediction | None,
+    budget_bytes: int | None,
+    folder: Path,
+    copy_of: FrozenTrial | None,
+) -> None:
+    known: dict[str, Any] = {
+        "peak_bytes": outcome.peak_bytes,
+        "demand_bytes": outcome.demand_bytes,
+        "budget_bytes": budget_bytes,
+        "seconds": round(outcome.seconds, 3) or None,
+        "error": outcome.error,
+        "run_dir": str(folder) if folder.exists() else None,
+        "run_id": outcome.run_id,
+        "duplicate_of": None if copy_of is None else copy_of.number,
+        **outcome.extra,
+    }
+    if prediction is not None:
+        known[PREDICTED] = prediction.peak_bytes
+        interval = prediction.interval_bytes
+        known["interval_bytes"] = None if interval is None else list(interval)
+    for name, value in known.items():
+        if value is not None and trial.user_attrs.get(name) != value:
+            trial.set_user_attr(name, value)
+    # Last: a trial with a kind has all the rest.
+    trial.set_user_attr(KIND, "duplicate" if copy_of is not None else outcome.kind)
+
+
+def _finish(study: Study, trial: Trial, state: TrialState, values: list[float] | None) -> None:
+    try:
+        with warnings.catch_warnings():
+            # CMA-ES says at every trial that it does not use constraints.
+            warnings.filterwarnings("ignore", "Constraints have been set", UserWarning)
+            study.tell(trial, values, state)
+    except (RuntimeError, KeyError):
+        # The grid's sampler wants to end a loop of Optuna's own; the trial is told by then.
+        if not isinstance(study.sampler, GridSampler):
+            raise

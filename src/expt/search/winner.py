@@ -1,0 +1,259 @@
+"""The best trial inside the budget, those that no other beats, and the counts of a study."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from expt.config.search_node import MAE
+from expt.errors import SearchError
+from expt.files import write_json
+from expt.result import PLAN_NAME, load_result
+from expt.run.process import LOG_NAME
+from expt.search.reservation import Reservations, counts
+from expt.search.runner import Job, Runner
+from expt.search.space import typed
+from expt.search.trial import CONSTRAINT, FAILED, KIND, OVER, TrialOutcome
+from expt.tracking.journal import State
+from expt.training.interruption import Interruption, Stopped
+from expt.units import format_bytes
+
+FILE_NAME = "sweep.json"
+
+
+@dataclass
+class SweepSummary:
+    """The state of a study.
+
+    `finished` counts trained trials in any terminal state; of these are `failed`, `pruned` (by
+    the pruner) and `infeasible_measured` (memory ran out, or more than the budget was measured).
+    Beside them are those that were never trained: `infeasible_predicted`, `duplicates`,
+    `refused`. `seconds` is the time spent in trained trials.
+
+    `best` is None or {`trial`, `params`, ``val/mae``, `peak_allocated_bytes`, `run_id`}, and with
+    them `run_dir`, `spread` (over `search.repeats`, else None) and ``test/...`` once tested.
+    `pareto` is a list of the same, without a better one in both error and peak, by peak.
+    """
+
+    study: str
+    n_trials: int
+    finished: int = 0
+    failed: int = 0
+    pruned: int = 0
+    infeasible_measured: int = 0
+    infeasible_predicted: int = 0
+    duplicates: int = 0
+    refused: int = 0
+    running: int = 0
+    seconds: float = 0.0
+    budget_bytes: int | None = None
+    storage: str | None = None
+    best: dict[str, Any] | None = None
+    pareto: list[dict[str, Any]] = field(default_factory=list)
+
+    def save(self, folder: Path) -> None:
+        """Write ``sweep.json`` atomically."""
+        write_json(folder / FILE_NAME, asdict(self), durable=False)
+
+    @classmethod
+    def load(cls, folder: Path) -> SweepSummary | None:
+        """Return the summary in a sweep's directory, None if there is none that can be read."""
+        try:
+            return cls(**json.loads((folder / FILE_NAME).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+TESTED = "expt.tested"
+"""Attribute of the study: trial number to test figures."""
+
+
+def feasible(trial: FrozenTrial, limited: bool) -> bool:
+    """Tell whether a trial was trained to its end, and its peak is known to be in the budget."""
+    if trial.state is not TrialState.COMPLETE or trial.user_attrs.get(KIND) == "duplicate":
+        return False
+    if not math.isfinite(trial.values[0]):
+        return False
+    excess = trial.constraints.get(CONSTRAINT)
+    return not limited or (excess is not None and excess <= 0)
+
+
+def best_trial(trials: Sequence[FrozenTrial], limited: bool) -> FrozenTrial | None:
+    """Return the feasible trial with the smallest error, the first of equals; None if none is."""
+    found = [trial for trial in trials if feasible(trial, limited)]
+    return min(found, key=lambda trial: (trial.values[0], trial.number), default=None)
+
+
+def pareto(trials: Sequence[FrozenTrial], limited: bool) -> list[FrozenTrial]:
+    """Return the feasible trials that no other beats in error and peak, by rising peak."""
+    known = [t for t in trials if feasible(t, limited) and peak_of(t) is not None]
+    known.sort(key=lambda trial: (peak_of(trial), trial.values[0], trial.number))
+    front: list[FrozenTrial] = []
+    for trial in known:
+        if not front or trial.values[0] < front[-1].values[0]:
+            front.append(trial)
+    return front
+
+
+def peak_of(trial: FrozenTrial) -> int | None:
+    """Return the measured peak of a trial in bytes, None if there is none."""
+    return trial.user_attrs.get("peak_bytes")
+
+
+def describe(trial: FrozenTrial, tested: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a trial as it stands in ``sweep.json``."""
+    attributes = trial.user_attrs
+    run_dir = attributes.get("run_dir")
+    return {
+        "trial": trial.number,
+        "params": {name: typed(value) for name, value in trial.params.items()},
+        MAE: trial.values[0],
+        "peak_allocated_bytes": peak_of(trial),
+        "run_id": attributes.get("run_id") or run_id_in(run_dir),
+        "run_dir": run_dir,
+        "spread": attributes.get("spread"),
+        **tested.get(str(trial.number), {}),
+    }
+
+
+def run_id_in(run_dir: str | None) -> str | None:
+    """Return the tracking id of the run in a folder, if there is one."""
+    state = State.load(Path(run_dir)) if run_dir else None
+    return state.run_id if state else None
+
+
+def figures_of_test(folder: Path) -> dict[str, float]:
+    """Return the test figures in a run's folder; none if it was not tested."""
+    result = load_result(folder)
+    metrics = result.metrics if result is not None else {}
+    return {
+        name: value
+        for name, value in metrics.items()
+        if name.startswith("test/") and value is not None
+    }
+
+
+def summarize(study: Study, n_trials: int, budget_bytes: int | None, storage: str) -> SweepSummary:
+    """Return what ``sweep.json`` says now."""
+    trials = study.get_trials(deepcopy=False)
+    limited = budget_bytes is not None
+    finished = [t for t in trials if t.state.is_finished() and counts(t)]
+    beside = [t for t in trials if t.state.is_finished() and not counts(t)]
+    kinds = [t.user_attrs.get(KIND) for t in finished]
+    untrained = [t.user_attrs.get(KIND) for t in beside]
+    tested = study.user_attrs.get(TESTED, {})
+    best = best_trial(trials, limited)
+    return SweepSummary(
+        study=study.study_name,
+        n_trials=n_trials,
+        finished=len(finished),
+        failed=sum(kind in FAILED for kind in kinds),
+        pruned=kinds.count("pruned"),
+        infeasible_measured=sum(kind in OVER for kind in kinds),
+        infeasible_predicted=untrained.count("infeasible_predicted"),
+        duplicates=untrained.count("duplicate"),
+        refused=untrained.count("refused"),
+        running=sum(t.state is TrialState.RUNNING for t in trials),
+        seconds=sum(t.user_attrs.get("seconds") or 0.0 for t in finished),
+        budget_bytes=budget_bytes,
+        storage=storage,
+        best=None if best is None else describe(best, tested),
+        pareto=[describe(trial, tested) for trial in pareto(trials, limited)],
+    )
+
+
+def told_line(trial: FrozenTrial, is_best: bool) -> str:
+    """Return one line about a trial that has just ended."""
+    attributes = trial.user_attrs
+    kind = attributes.get(KIND, "?")
+    line = f"trial {trial.number}: "
+    if kind == "infeasible_predicted":
+        peak, budget = attributes.get("predicted_peak_bytes"), attributes.get("budget_bytes")
+        return f"{line}not started, predicted peak {format_bytes(peak)} of {format_bytes(budget)}"
+    if kind == "duplicate":
+        return f"{line}not started, the same as trial {attributes.get('duplicate_of')}"
+    if trial.state is TrialState.COMPLETE:
+        line += f"{MAE} {trial.values[0]:.4f}"
+        line += f", peak {format_bytes(peak_of(trial))}, {attributes.get('seconds', 0.0):.1f} s"
+        return line + ("  above the budget" if kind in OVER else "  * best" if is_best else "")
+    error = attributes.get("error")
+    return f"{line}{kind.replace('_', ' ')}{f' ({error})' if error else ''}"
+
+
+POLL_SECONDS = 0.05
+
+
+def run_test(
+    study: Study,
+    winner: FrozenTrial,
+    reservations: Reservations,
+    runner: Runner,
+    lines: Sequence[str],
+    folder: Path,
+    seeds: Sequence[int],
+) -> None:
+    """Test the best weights of the winner's runs, unless a worker already did.
+
+    The figures go into the study, as means over the seeds.
+
+    Raises:
+        Stopped: SIGINT or SIGTERM; the next worker tests.
+        SearchError: the test went wrong; says why, and how to run it again.
+
+    """
+    number = str(winner.number)
+    with reservations.locked():
+        if number in study.user_attrs.get(TESTED, {}):
+            return
+        try:
+            plan = json.loads((folder / PLAN_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            plan = None
+        job = Job(winner.number, lines, folder, seeds, plan, test=True)
+        outcome = _run(runner, job)
+        runs = [figures_of_test(job.run_folder(index)) for index in range(len(seeds))]
+        if outcome.kind not in ("complete", "infeasible_measured") or not all(runs):
+            raise _untested(winner, outcome, job)
+        figures = {name: statistics.fmean(run[name] for run in runs) for name in runs[0]}
+        if len(runs) > 1:
+            spread = statistics.stdev(run["test/mae"] for run in runs if "test/mae" in run)
+            figures["test/mae_spread"] = spread
+        study.set_user_attr(TESTED, {**study.user_attrs.get(TESTED, {}), number: figures})
+
+
+def _untested(winner: FrozenTrial, outcome: TrialOutcome, job: Job) -> SearchError:
+    if outcome.kind in ("complete", "infeasible_measured"):
+        why = "its run left no test error"
+    else:
+        why = outcome.kind.replace("_", " ") + (f" ({outcome.error})" if outcome.error else "")
+    logs = " and ".join(str(job.run_folder(n) / LOG_NAME) for n in range(len(job.seeds)))
+    return SearchError(
+        f"the best trial, {winner.number}, could not be tested: {why}; its output is in {logs}. "
+        "Its validation error stands, and sweep.json has it. The same command again runs the test "
+        "alone, search.test_winner=false does without"
+    )
+
+
+def _run(runner: Runner, job: Job) -> TrialOutcome:
+    with Interruption() as interruption:
+        running = runner.start(job)
+        runner.flush()
+        try:
+            while (outcome := running.poll()) is None:
+                if interruption.received is not None:
+                    running.stop("signal")
+                time.sleep(POLL_SECONDS)
+        finally:
+            running.kill()
+        if interruption.received is not None:
+            raise Stopped(interruption.received)
+        return outcome

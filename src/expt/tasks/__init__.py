@@ -1,1 +1,0 @@
-"""One file per task; `conf/task/NAME.yaml` names the function that runs it."""

@@ -1,0 +1,164 @@
+"""Checkpoints: everything a run needs to go on as if it had never stopped.
+
+``last.pt`` holds model, optimizer, gradient scaler, random states, the position in the data and
+the history; ``best.pt`` the weights that validated best. Both are replaced atomically.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import random
+import struct
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+from torch.optim import Optimizer
+
+from expt.errors import ConfigError
+from expt.files import replace_atomically
+from expt.training.average import NoAverage
+
+FOLDER = "checkpoints"
+LAST, BEST = "last.pt", "best.pt"
+UNREADABLE = (
+    AttributeError,
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    struct.error,
+)
+"""What torch raises for a checkpoint that is damaged, or of another model."""
+
+
+@dataclass
+class Progress:
+    """Where a run is; part of every checkpoint.
+
+    `history` has one row per finished epoch; `epoch_loss` and `epoch_weight` are the sums of the
+    epoch under way, so that its mean survives a resume; `recovery` is what
+    `Recovery.state` of `expt.memory.recovery.recovery` returned, empty in checkpoints from before
+    there was one.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    seconds: float = 0.0
+    best: float = float("inf")
+    best_epoch: int = 0
+    epoch_loss: float = 0.0
+    epoch_weight: float = 0.0
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    run_id: str | None = None
+    history: list[dict[str, float]] = field(default_factory=list)
+    recovery: dict[str, Any] = field(default_factory=dict)
+
+
+def save_last(
+    folder: Path,
+    fabric: Fabric,
+    model: nn.Module,
+    optimizer: Optimizer,
+    average: NoAverage,
+    progress: Progress,
+) -> None:
+    """Write ``last.pt``; raises StorageError, with the one before intact."""
+    state = {
+        "model": model,
+        "optimizer": optimizer,
+        "average": average.state_dict(),
+        "scaler": fabric.strategy.precision.state_dict(),
+        "random": random_state(),
+        "progress": asdict(progress),
+    }
+    replace_atomically(folder / LAST, lambda path: fabric.save(path, state))
+
+
+def load_last(
+    folder: Path, fabric: Fabric, model: nn.Module, optimizer: Optimizer, average: NoAverage
+) -> Progress | None:
+    """Restore model, optimizer and random states in place; None if there is nothing to resume.
+
+    Raises:
+        ConfigError: the checkpoint is of another model or cannot be read.
+
+    """
+    path = folder / LAST
+    if not path.exists():
+        return None
+    state: dict[str, Any] = {"model": model, "optimizer": optimizer}
+    try:
+        rest = fabric.load(path, state, weights_only=True)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise  # recovery's, not a damaged file
+    except UNREADABLE as error:
+        first_lines = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"trainer.resume: {path} does not fit this configuration ({first_lines}); "
+            "resume with the settings of the first run, or choose another hydra.run.dir"
+        ) from error
+    fabric.strategy.precision.load_state_dict(rest["scaler"])
+    average.load_state_dict(rest.get("average", {}))
+    restore_random_state(rest["random"])
+    return Progress(**rest["progress"])
+
+
+def save_best(folder: Path, fabric: Fabric, model: nn.Module, progress: Progress) -> None:
+    """Write ``best.pt``: the weights, and when they were reached."""
+    state = {"model": model, "step": progress.step, "epoch": progress.epoch, "val": progress.best}
+    replace_atomically(folder / BEST, lambda path: fabric.save(path, state))
+
+
+def load_best(folder: Path, fabric: Fabric, model: nn.Module) -> None:
+    """Put the best weights into `model`."""
+    fabric.load(folder / BEST, {"model": model}, weights_only=True)
+
+
+def random_state() -> dict[str, Any]:
+    """Return the states of every generator a training step may draw from."""
+    return {
+        "python": random.getstate(),
+        "numpy": _plain(np.random.get_state(legacy=True)),
+        "torch": torch.get_rng_state(),
+        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Set the generators back to what `random_state` returned."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["mps"] is not None and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Return a hash over the names and values of every parameter and buffer."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        flat = value.detach().cpu().reshape(-1)  # a scalar buffer has no axis to view as bytes
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _plain(state: Any) -> tuple[Any, ...]:
+    """NumPy's state without arrays, so that loading a checkpoint never runs a pickle."""
+    name, keys, *rest = state
+    return (name, keys.tolist(), *rest)

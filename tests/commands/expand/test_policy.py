@@ -1,0 +1,139 @@
+"""Which steps are kept, on top of what, and what is run again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from expt.commands.expand.policy import (
+    Probe,
+    expand,
+    kept_changes,
+    last_values,
+    stored_probe,
+    verdict,
+)
+
+GIB = 2**30
+STEPS = ["model.num_stages=3", "data.batch_size=24", "data.batch_size=32"]
+
+
+class Table:
+    """Errors and peaks by settings; counts what is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, ...]] = []
+        self.known: dict[object, Probe] = {
+            (): Probe("completed", 5.0, peak_allocated_bytes=1 * GIB),
+            STEPS[0]: Probe("completed", 4.5, peak_allocated_bytes=2 * GIB),
+            STEPS[1]: Probe("completed", 4.6, peak_allocated_bytes=3 * GIB),
+            STEPS[2]: Probe("completed", 4.0, peak_allocated_bytes=4 * GIB),
+        }
+
+    def __call__(self, number: int, changes: tuple[str, ...]) -> Probe:
+        self.asked.append(changes)
+        return self.known[changes[-1] if changes else ()]
+
+
+def test_a_step_is_tried_on_top_of_what_was_kept() -> None:
+    table = Table()
+    steps = expand(STEPS, table, tolerance=0.01)
+    assert table.asked == [
+        (),
+        (STEPS[0],),
+        (STEPS[0], STEPS[1]),
+        (STEPS[0], STEPS[2]),  # the step before was 2.2 % worse, and not kept
+    ]
+    assert [step.kept for step in steps] == [True, True, False, True]
+    assert steps[2].reason == "the validation error is 2.2 % worse than the best"
+    assert kept_changes(steps) == [STEPS[0], STEPS[2]]
+
+
+def test_tolerance_lets_a_worse_step_pass_but_never_adds_up() -> None:
+    table = Table()
+    table.known[STEPS[2]] = Probe("completed", 4.7, peak_allocated_bytes=GIB)
+    steps = expand(STEPS, table, tolerance=0.03)
+    assert [step.kept for step in steps] == [True, True, True, False], "4.7 is judged by 4.5"
+    assert "2.2 % worse than the best, which is tolerated" in steps[2].reason
+    assert kept_changes(steps) == STEPS[:2]
+
+
+def test_the_last_value_of_a_key_is_what_is_kept() -> None:
+    steps = expand(STEPS, Table(), tolerance=0.03)
+    assert [step.kept for step in steps] == [True] * 4
+    assert kept_changes(steps) == [STEPS[0], STEPS[2]]
+
+
+def test_what_was_measured_over_the_budget_is_not_kept() -> None:
+    steps = expand(STEPS, Table(), tolerance=1, budget_bytes=5 * GIB // 2)
+    assert [step.kept for step in steps] == [True, True, False, False]
+    assert steps[2].reason == "measured: 3.00 GiB is above the budget of 2.50 GiB"
+
+
+def test_reserved_bytes_are_what_a_budget_limits() -> None:
+    probe = Probe("completed", 1.0, peak_allocated_bytes=GIB, peak_reserved_bytes=3 * GIB)
+    assert verdict(probe, None, 0, 2 * GIB)[0] is False
+    assert verdict(replace(probe, peak_reserved_bytes=None), None, 0, 2 * GIB)[0] is True
+
+
+@pytest.mark.parametrize(
+    "outcome", ["over_budget", "out_of_memory", "refused", "failed", "timeout"]
+)
+def test_what_goes_wrong_costs_that_step_only(outcome) -> None:
+    table = Table()
+    table.known[STEPS[0]] = Probe(outcome, detail="because")
+    steps = expand(STEPS, table, tolerance=0.01)
+    assert [step.kept for step in steps] == [True, False, True, True]
+    assert steps[1].reason == "because"
+    assert table.asked[2] == (STEPS[1],)
+
+
+def test_it_ends_where_the_starting_point_cannot_be_kept() -> None:
+    table = Table()
+    table.known[()] = Probe("out_of_memory", detail="ran out of memory")
+    steps = expand(STEPS, table, tolerance=0.01)
+    assert len(steps) == 1
+    assert not steps[0].kept
+    assert kept_changes(steps) == []
+
+
+def test_it_ends_where_a_probe_was_stopped_and_goes_on_there() -> None:
+    table = Table()
+    table.known[STEPS[1]] = Probe("stopped")
+    first = expand(STEPS, table, tolerance=0.01)
+    assert [step.probe.outcome for step in first] == ["completed", "completed", "stopped"]
+    stored = json.loads(json.dumps([step.as_dict() for step in first[:2]]))
+    known = {tuple(one["changes"]): stored_probe(one) for one in stored}
+    again = Table()
+    steps = expand(STEPS, again, tolerance=0.01, known=known)
+    assert again.asked == [(STEPS[0], STEPS[1]), (STEPS[0], STEPS[2])], "only what is left"
+    assert [step.kept for step in steps] == [True, True, False, True]
+
+
+def test_all_steps_are_told_after_each() -> None:
+    told: list[int] = []
+    expand(STEPS, Table(), tolerance=0.01, on_step=lambda steps: told.append(len(steps)))
+    assert told == [1, 2, 3, 4]
+
+
+def test_a_probe_without_an_error_is_not_kept() -> None:
+    assert verdict(Probe("completed"), None, 0, None) == (
+        False,
+        "no validation error was measured",
+    )
+
+
+def test_an_error_may_be_negative_or_zero() -> None:
+    def kept(error: float, best: float) -> bool:
+        return verdict(Probe("completed", error), best, 0.01, None)[0]
+
+    assert kept(-5.0, -5.0) and kept(-5.1, -5.0) and kept(-4.96, -5.0)
+    assert not kept(-4.9, -5.0)
+    assert kept(0.0, 0.0) and not kept(0.1, 0.0)
+
+
+def test_a_key_that_was_added_is_added_with_its_last_value() -> None:
+    lines = ["+memory=lite", "+model.width=8", "model.width=16", "++a.b=1", "a.b=2", "c=1", "c=2"]
+    assert last_values(lines) == ["+memory=lite", "+model.width=16", "++a.b=2", "c=2"]

@@ -1,0 +1,99 @@
+import numpy as np
+import pytest
+
+from expt.errors import DataError
+from expt.jobs.traffic.arrays import read_npz, to_seconds, wanted_keys
+
+TIMES = np.array(["2012-03-01T00:00:00", "2012-03-01T00:05:00"], dtype="datetime64[s]")
+
+
+@pytest.mark.parametrize("key", ["speed", "values", "data"])
+def test_speeds_are_found_under_each_name(tmp_path, key):
+    np.savez(tmp_path / "x.npz", **{key: np.ones((2, 3)), "timestamps": TIMES, "other": [1]})
+    arrays = read_npz(tmp_path / "x.npz")
+    assert arrays.keys() == {"speed", "timestamps"}
+    np.testing.assert_array_equal(arrays["speed"], np.ones((2, 3)))
+
+
+def test_speed_is_preferred():
+    names = {"data", "values", "speed", "timestamps", "locations"}
+    assert wanted_keys(names) == {
+        "speed": "speed",
+        "timestamps": "timestamps",
+        "locations": "locations",
+    }
+
+
+def test_absent_arrays_are_named():
+    with pytest.raises(DataError, match="no speeds; found timestamps, x; expected one of speed, "):
+        wanted_keys(["x", "timestamps"])
+    with pytest.raises(
+        DataError, match=r"no timestamps; found speed.*one datetime64 per time step"
+    ):
+        wanted_keys(["speed"])
+
+
+def test_a_single_array_is_refused(tmp_path):
+    with (tmp_path / "x.npz").open("wb") as file:
+        np.save(file, np.ones(3))
+    with pytest.raises(DataError, match="holds a single array"):
+        read_npz(tmp_path / "x.npz")
+
+
+def test_a_file_of_another_format_is_refused(tmp_path):
+    (tmp_path / "x.npz").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
+    with pytest.raises(DataError, match=r"NumPy archive.*begins like an HDF5 file"):
+        read_npz(tmp_path / "x.npz")
+
+
+def test_pickled_objects_are_refused(tmp_path):
+    np.savez(tmp_path / "x.npz", speed=np.array([{}], dtype=object), timestamps=TIMES)
+    with pytest.raises(DataError, match="Object arrays cannot be loaded"):
+        read_npz(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.99])
+def test_a_truncated_archive_is_refused(tmp_path, keep):
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, speed=np.random.default_rng(0).random((50, 50)), timestamps=TIMES)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * keep)])
+    with pytest.raises(DataError, match="BadZipFile"):
+        read_npz(path)
+
+
+def test_a_damaged_member_is_refused(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, speed=np.random.default_rng(0).random((50, 50)), timestamps=TIMES)
+    damaged = bytearray(path.read_bytes())
+    damaged[5000:5100] = bytes(100)
+    path.write_bytes(damaged)
+    with pytest.raises(DataError, match="damaged, cut short or of another format"):
+        read_npz(path)
+
+
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+def test_times_of_every_resolution_are_understood(unit):
+    fine = TIMES.astype(f"datetime64[{unit}]")
+    for raw in (fine, fine.astype(np.int64)):
+        np.testing.assert_array_equal(to_seconds(raw), TIMES)
+        assert to_seconds(raw).dtype == TIMES.dtype
+
+
+def test_times_as_text_are_understood():
+    text = ["2012-03-01 00:00:00", "2012-03-01T00:05"]
+    np.testing.assert_array_equal(to_seconds(np.array(text)), TIMES)
+    np.testing.assert_array_equal(to_seconds(np.array(text).astype("S")), TIMES)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (np.array(["01/03/2012 00:00"]), "not ISO 8601 text.*01/03/2012"),
+        (np.arange(5), "whole numbers, the first 0"),
+        (np.linspace(0, 1, 5), "of type float64; expected datetime64"),
+    ],
+)
+def test_what_is_no_time_is_refused(raw, message):
+    with pytest.raises(DataError, match=message):
+        to_seconds(raw)

@@ -1,0 +1,131 @@
+"""Letters: `W` windows, `P` horizon, `N` sensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+import expt.jobs.traffic.figures as module
+from expt.errors import StorageError
+from expt.jobs.traffic.figures import plot_day, plot_horizon
+from expt.jobs.traffic.series import Series
+
+START = np.datetime64("2012-03-01T00:00:00")
+
+
+def series(steps: int = 400, sensors: int = 6, step: int = 300) -> Series:
+    draw = np.random.default_rng(0)
+    # The sensors vary the more the higher their number.
+    values = 50 + draw.standard_normal((steps, sensors)) * np.arange(1, sensors + 1)
+    values[draw.random(values.shape) < 0.05] = 0
+    return Series.from_arrays(values.clip(min=0), START + np.arange(steps) * np.timedelta64(step))
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Collect the figures that are drawn."""
+    drawn: list[Figure] = []
+
+    class Kept(Figure):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            drawn.append(self)
+
+    monkeypatch.setattr(module, "Figure", Kept)
+    return drawn
+
+
+def assert_png(path: Path) -> None:
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    assert content.rstrip().endswith(b"IEND\xaeB`\x82")
+    assert len(content) > 10_000
+
+
+def line(figure: Figure, axes: int, label: str) -> tuple[np.ndarray, np.ndarray]:
+    (found,) = [one for one in figure.axes[axes].lines if one.get_label() == label]
+    return np.asarray(found.get_xdata()), np.asarray(found.get_ydata())
+
+
+def test_a_day_against_the_truth(tmp_path: Path, figures: list[Figure]) -> None:
+    speeds = series()
+    first = np.arange(100, 388)
+    forecasts = np.random.default_rng(1).uniform(30, 70, (288, 12, 6))
+    path = plot_day(forecasts, speeds, first, tmp_path / "new", "mph")
+    assert path == tmp_path / "new" / "forecast.png"
+    assert_png(path)
+    (figure,) = figures
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["sensor 5", "sensor 4", "sensor 3", "sensor 2"]  # those that vary most
+    truth = speeds.values[first, 5]
+    when, measured = line(figure, 0, "measured")
+    np.testing.assert_array_equal(when, speeds.timestamps[first])
+    np.testing.assert_array_equal(measured, np.where(truth > 0, truth, np.nan))
+    marked, _ = line(figure, 0, "missing")
+    np.testing.assert_array_equal(marked, speeds.timestamps[first][truth == 0])
+    assert len(marked) > 0
+
+
+@pytest.mark.parametrize(("minutes", "ahead"), [(15, 2), (60, 11)])
+def test_a_forecast_stands_at_the_time_it_is_for(
+    tmp_path: Path, figures: list[Figure], minutes: int, ahead: int
+) -> None:
+    speeds = series()
+    first = np.arange(100, 389)
+    steps = first[:, None] + np.arange(12)
+    perfect = speeds.values[steps]  # [W, P, N]
+    plot_day(perfect, speeds, first, tmp_path, "mph")
+    when, predicted = line(figures[0], 0, f"{minutes} min ahead")
+    np.testing.assert_array_equal(when, speeds.timestamps[first + ahead])
+    np.testing.assert_array_equal(predicted, speeds.values[first + ahead, 5])
+
+
+@pytest.mark.parametrize("fastest", [0.9, 65.0, 130.0])
+def test_the_axis_holds_any_unit(tmp_path: Path, figures: list[Figure], fastest: float) -> None:
+    values = np.linspace(0.5, 1, 100)[:, None] * fastest
+    speeds = Series.from_arrays(values, START + np.arange(100) * np.timedelta64(300))
+    plot_day(np.full((50, 3, 1), fastest), speeds, np.arange(50, 100), tmp_path, "km/h")
+    axes = figures[0].axes[0]
+    assert axes.get_ylabel() == "km/h"
+    assert fastest < axes.get_ylim()[1] < 1.3 * fastest
+
+
+def test_fewer_sensors_steps_and_no_missing_reading(tmp_path: Path, figures: list[Figure]) -> None:
+    values = np.random.default_rng(0).uniform(30, 60, (50, 1))
+    speeds = Series.from_arrays(values, START + np.arange(50) * np.timedelta64(300))
+    plot_day(np.full((20, 3, 1), 50.0), speeds, np.arange(10, 30), tmp_path, "mph")
+    assert len(figures[0].axes) == 1
+    labels = {one.get_label() for one in figures[0].axes[0].lines}
+    assert labels == {"measured", "5 min ahead", "15 min ahead", "missing"}
+
+
+def test_the_error_of_every_step(tmp_path: Path, figures: list[Figure]) -> None:
+    errors = [2.0 + 0.1 * step for step in range(12)]
+    path = plot_horizon(errors, 300, tmp_path, "km/h")
+    assert path == tmp_path / "horizon.png"
+    assert_png(path)
+    axes = figures[0].axes[0]
+    assert axes.get_ylabel() == "test MAE (km/h)"
+    np.testing.assert_allclose(axes.lines[0].get_xdata(), np.arange(5, 65, 5))
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), errors)
+    noted = [(note.xy[0], note.get_text()) for note in axes.texts]
+    assert noted == [(15, "2.20"), (30, "2.50"), (60, "3.10")]
+
+
+def test_an_hourly_series_shows_its_own_horizons(tmp_path: Path, figures: list[Figure]) -> None:
+    speeds = series(steps=100, step=3600)
+    plot_day(np.full((24, 12, 6), 50.0), speeds, np.arange(50, 74), tmp_path, "mph")
+    plot_horizon([2.0 + 0.1 * step for step in range(12)], 3600, tmp_path, "mph")
+    labels = {one.get_label() for one in figures[0].axes[0].lines}
+    assert labels == {"measured", "60 min ahead", "720 min ahead", "missing"}
+    assert [note.xy[0] for note in figures[1].axes[0].texts] == [60, 180, 360, 720]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "plots").write_text("a file")
+    with pytest.raises(StorageError, match=r"horizon\.png"):
+        plot_horizon([1.0, 2.0], 300, tmp_path / "plots", "mph")

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import expt.memory
+from expt.errors import BrokenStepError, RecoveryError
+from expt.memory import recover
+from expt.memory.measuring.budget import Budget
+from expt.memory.recovery.limits import Limits
+from expt.memory.techniques.techniques import Techniques
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """No garbage collection of everything that was imported, at every release."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 1))
+
+
+def batches(count: int = 4) -> list[Tensor]:
+    return list(torch.randn(count, 512, 8, generator=torch.Generator().manual_seed(1)))
+
+
+def stepped(model: nn.Module, optimizer: torch.optim.Optimizer, **options):
+    @recover(model, optimizer, **options)
+    def train_step(batch: Tensor, techniques: Techniques) -> float:
+        """Take one step."""
+        total = 0.0
+        for part in batch.chunk(techniques.gradient_accumulation):
+            loss = model(part).square().sum() / len(batch)
+            loss.backward()
+            total += loss.item()
+        optimizer.step()
+        optimizer.zero_grad()
+        return total
+
+    return train_step
+
+
+def test_anybodys_loop_goes_on_inside_a_budget(capsys):
+    plain, model = net(), net()
+    expected = [step(b) for step in [stepped(plain, sgd(plain))] for b in batches()]
+    data = batches()
+    with Budget(256 * 1024, "256KiB").enforce(CPU) as ledger:
+        train_step = stepped(model, sgd(model))
+        losses = [train_step(batch) for batch in data]
+    assert train_step.__doc__ == "Take one step."
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert train_step.recovery.techniques.gradient_accumulation > 1
+    assert [event["step"] for event in train_step.recovery.events] == [0] * ledger.refusals
+    for one, other in zip(plain.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    assert capsys.readouterr().out.count("out of memory in a step at step 0") == ledger.refusals
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+
+def test_what_the_failed_step_held_is_gone_when_it_is_taken_again():
+    model = net()
+    alive: list[int] = []
+    kept: list[Exception] = []  # as a logger or a debugger might
+
+    @recover(model, sgd(model), on_event=lambda event: None)
+    def train_step(batch: Tensor, techniques: Techniques) -> None:
+        gc.collect()
+        alive.append(sum(type(one) is Marker for one in gc.get_objects()))
+        try:
+            fill(len(alive))
+        except torch.OutOfMemoryError as error:
+            kept.append(error)
+            raise
+
+    def fill(times: int) -> None:
+        held = Marker(torch.ones(10))
+        if times < 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        del held
+
+    train_step(batches(1)[0])
+    assert alive == [0, 0, 0]
+
+
+class Marker:
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def test_a_step_that_breaks_in_the_optimizer_says_to_load_a_checkpoint():
+    model = net()
+    optimizer = sgd(model)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    failures = []
+
+    @recover(model, optimizer, on_event=failures.append)
+    def train_step(batch: Tensor, techniques: Techniques) -> None:
+        model(batch).sum().backward()
+        optimizer.step()
+        if not failures:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        optimizer.zero_grad()
+
+    with pytest.raises(BrokenStepError, match="checkpoint"):
+        train_step(batches(1)[0])
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    train_step(batches(1)[0])
+    (event,) = train_step.recovery.events
+    assert event["replayed"]
+
+
+def test_the_end_of_the_ladder_is_an_error_that_says_what_was_tried():
+    model = net()
+
+    @recover(model, sgd(model), on_event=lambda event: None, limits=Limits(per_step=30))
+    def train_step(batch: Tensor, techniques: Techniques) -> None:
+        raise MemoryError
+
+    with pytest.raises(RecoveryError, match=r"nothing is left.*repeated blocks") as ended:
+        train_step(batches(1)[0])
+    assert ended.value.exit_code == 1
+    rungs = [event["rung"] for event in train_step.recovery.events]
+    assert rungs == [*["halve_micro_batch"] * 9, *["release"] * 3, None]
+
+
+def test_the_package_offers_them_by_name():
+    assert expt.memory.recover is recover
+    assert expt.memory.Budget is Budget
+    assert {"Budget", "recover"} <= set(dir(expt.memory))
+    with pytest.raises(AttributeError, match="nonsense"):
+        expt.memory.nonsense  # noqa: B018

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import pytest
+
+from expt.reports.figures.trade_off import best_run, front, plot_trade_off
+
+GIB = 2**30
+
+
+def test_the_front_holds_what_no_other_beats_in_both(record) -> None:
+    runs = [
+        record("small", 5.0, 1.0),
+        record("beaten", 5.1, 1.5),
+        record("middle", 4.0, 2.0),
+        record("same peak, worse", 4.2, 2.0),
+        record("same error, larger", 4.0, 2.5),
+        record("large", 3.0, 4.0),
+        record("no peak", 1.0, None),
+        record("failed", None, 0.1, state="failed"),
+    ]
+    assert [r.name for r in front(runs)] == ["small", "middle", "large"]
+    assert [r.name for r in front(reversed(runs))] == ["small", "middle", "large"]
+    assert front([]) == []
+
+
+def test_the_best_is_inside_the_budget(record) -> None:
+    runs = [record("small", 5.0, 1.0), record("middle", 4.0, 2.0), record("large", 3.0, 4.0)]
+    assert best_run(runs, None).name == "large"
+    assert best_run(runs, 3 * GIB).name == "middle"
+    assert best_run(runs, GIB // 2) is None
+
+
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_it_is_drawn_with_every_kind_of_end(record, tmp_path, count) -> None:
+    runs = [record(f"r{n}", 4 + n / 10, 1 + n) for n in range(count)]
+    runs += [
+        record("diverged", 400.0, 1.0),
+        record("o", None, None, state="out_of_memory", predicted_peak_bytes=9 * GIB),
+        record("p", None, None, state="predicted_over", predicted_peak_bytes=20 * GIB),
+        record("q", None, 2.0, state="pruned"),
+        record("f", None, None, state="failed"),
+    ]
+    files = plot_trade_off(runs, "val/mae", 3 * GIB, tmp_path)
+    assert [path.name for path in files] == ["trade_off.png", "trade_off.pdf"]
+    assert files[0].read_bytes().startswith(b"\x89PNG")
+    assert files[1].read_bytes().startswith(b"%PDF")
+
+
+def test_nothing_is_drawn_of_runs_without_figures(record, tmp_path) -> None:
+    assert (
+        plot_trade_off([record("f", None, None, state="failed")], "val/mae", None, tmp_path) == []
+    )
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+
+from expt.errors import SearchError
+from expt.result import RunResult
+from expt.search.trial import TrialOutcome
+from expt.search.winner import TESTED, best_trial, run_test
+
+
+@pytest.fixture
+def searched(make):
+    """A search of two trials, and a function that tests its best one."""
+    search = make(n_trials=2)
+    search.run()
+    winner = best_trial(search.study.trials, limited=True)
+    folder = search.trial_folder(winner.number)
+
+    def test():
+        run_test(search.study, winner, search.reservations, search.runner, ["x=0.5"], folder, [0])
+
+    return search, winner, folder, test
+
+
+@pytest.mark.parametrize(
+    ("outcome", "why"),
+    [
+        (TrialOutcome("crashed", error="no such file"), "crashed (no such file)"),
+        (TrialOutcome("oom", error="memory ran out"), "oom (memory ran out)"),
+        (TrialOutcome("timeout"), "timeout; its output"),
+        (TrialOutcome("complete", 1.0), "its run left no test error"),
+    ],
+)
+def test_a_test_that_goes_wrong_says_which_trial_why_and_how_to_go_on(searched, outcome, why):
+    search, winner, folder, test = searched
+    search.runner.objective = lambda params: outcome
+    with pytest.raises(SearchError) as caught:
+        test()
+    message = str(caught.value)
+    assert caught.value.exit_code == 1
+    for part in (f"the best trial, {winner.number}, could not", why, str(folder / "output.log"),
+                 "The same command again"):  # fmt: skip
+        assert part in message
+    assert TESTED not in search.study.user_attrs
+
+
+def test_what_went_wrong_is_tested_again_and_then_never_more(searched):
+    search, winner, folder, test = searched
+    search.runner.objective = lambda params: TrialOutcome("crashed")
+    with pytest.raises(SearchError):
+        test()
+
+    def objective(params):
+        result = RunResult("completed", "epochs")
+        result.metrics["test/mae"] = 3.5
+        result.save(folder)
+        return TrialOutcome("complete", 1.0)
+
+    search.runner.objective = objective
+    test()
+    assert search.study.user_attrs[TESTED] == {str(winner.number): {"test/mae": 3.5}}
+    started = len(search.runner.trials)
+    test()
+    assert len(search.runner.trials) == started

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from expt.tracking.delivery import Deliveries
+from expt.tracking.journal import LOCK, Lock
+from expt.tracking.mlflow import DeferredTracker, MlflowTracker
+
+
+@pytest.fixture
+def deliveries(store):
+    thread = Deliveries("sqlite:///unused.db", lambda uri: store)
+    yield thread
+    thread.close(0)
+
+
+def journal(folder, parent=None):
+    tracker = DeferredTracker("sqlite:///unused.db", "e", folder, None, parent)
+    tracker.start(folder.name, {"a": 1}, {})
+    tracker.metrics({"m": 1.0}, 1)
+    return tracker
+
+
+def test_nothing_is_sent_until_it_is_handed_over(store, deliveries, tmp_path):
+    tracker = journal(tmp_path / "run")
+    assert tracker.finish("FINISHED")
+    time.sleep(0.05)
+    assert store.calls == []
+    deliveries.add(tmp_path / "run")
+    assert deliveries.flush(5)
+    assert [name for name, _ in store.calls] == ["open", "resume", "metrics", "end"]
+
+
+def test_what_was_added_since_is_sent_with_the_next_call(store, deliveries, tmp_path):
+    tracker = journal(tmp_path / "run")
+    deliveries.add(tmp_path / "run")
+    assert deliveries.flush(5)
+    tracker.tags({"trial.state": "COMPLETE"})
+    deliveries.add(tmp_path / "run")
+    assert deliveries.flush(5)
+    assert store.calls[-1] == ("tags", {"trial.state": "COMPLETE"})
+    assert store.opened == 1
+
+
+def test_a_child_waits_for_its_parent(store, deliveries, tmp_path):
+    parent = journal(tmp_path / "parent")
+    journal(tmp_path / "child", tmp_path / "parent").close()
+    deliveries.add(tmp_path / "child")
+    time.sleep(0.05)
+    assert store.calls == []
+    deliveries.add(tmp_path / "parent")
+    assert deliveries.flush(5)
+    assert [value for name, value in store.calls if name == "open"] == ["parent", "child"]
+    tags = [value for name, value in store.calls if name == "resume"]
+    assert tags[1]["mlflow.parentRunId"] == "id-parent-1"
+    parent.close()
+
+
+def test_a_journal_that_somebody_else_sends_is_sent_when_they_are_done(store, deliveries, tmp_path):
+    journal(tmp_path / "run").close()
+    lock = Lock(tmp_path / "run" / LOCK)
+    assert lock.acquire()
+    deliveries.add(tmp_path / "run")
+    assert not deliveries.flush(0.3)
+    assert store.calls == []
+    lock.release()
+    assert deliveries.flush(5)
+    assert store.opened == 1
+
+
+def test_a_store_that_fails_is_tried_again(store, deliveries, tmp_path):
+    store.failures = [OSError("away")]
+    journal(tmp_path / "run").close()
+    deliveries.add(tmp_path / "run")
+    deadline = time.monotonic() + 5
+    while store.opened == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert store.opened == 1
+
+
+def test_a_store_that_stays_away_holds_nobody_up(store, deliveries, tmp_path, caplog):
+    store.failures = [OSError("away")] * 1000
+    journal(tmp_path / "run").close()
+    deliveries.add(tmp_path / "run")
+    started = time.monotonic()
+    assert not deliveries.close(20)
+    assert time.monotonic() - started < 10
+    assert "task=replay" in caplog.text
+
+
+def test_a_process_of_its_own_goes_on_with_the_same_run(uri, client, tmp_path):
+    """The sweeper opens a trial's run, the trial's process fills it, the sweeper closes it."""
+    arguments = {"uri": uri, "experiment": "deferred", "artifact_root": tmp_path / "artifacts"}
+    first = DeferredTracker(directory=tmp_path / "run", **arguments)
+    first.start("search-000", {}, {"trial.number": "0"})
+    first.close()
+    own = MlflowTracker(directory=tmp_path / "run", **arguments)
+    own.start("its own name", {"lr": 0.1}, {"model": "M"})
+    own.metrics({"val/mae": 3.0}, 5)
+    own.flush()
+    own.close()  # killed: it never said how it ended
+    last = DeferredTracker(directory=tmp_path / "run", **arguments)
+    last.tags({"trial.state": "FAIL"})
+    last.finish("FAILED")
+    deliveries = Deliveries(uri)
+    deliveries.add(tmp_path / "run")
+    assert deliveries.close(20)
+    experiment = client.get_experiment_by_name("deferred")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.run_name == "search-000"
+    assert run.info.status == "FAILED"
+    assert run.data.params == {"lr": "0.1"}
+    assert run.data.metrics == {"val/mae": 3.0}
+    assert run.data.tags["trial.state"] == "FAIL"
+    assert run.data.tags["model"] == "M"

@@ -1,0 +1,399 @@
+"""The loop on a tiny problem: accumulation, limits, resuming from any step, verdicts."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from expt.config.schema import Device, Precision, Schedule, TrainerConfig
+from expt.errors import StorageError
+from expt.files import replace_atomically
+from expt.job import Batch
+from expt.memory.measuring.meter import LedgerMeter
+from expt.memory.recovery.recovery import Recovery
+from expt.memory.techniques.techniques import Techniques
+from expt.tracking.tracker import NullTracker
+from expt.training.checkpoint import weights_sha256
+from expt.training.device import make_fabric
+from expt.training.display import SilentDisplay
+from expt.training.interruption import Interruption
+from expt.training.profiler import StepProfiler
+from expt.training.trainer import Trainer
+
+NUM_TRAIN, NUM_VAL, WIDTH = 50, 10, 3
+
+
+class Sums:
+    """Mean absolute error over a split."""
+
+    def __init__(self) -> None:
+        self.total, self.count = 0.0, 0
+
+    def update(self, prediction: Tensor, batch: Batch) -> None:
+        self.total += float((prediction - batch.target).abs().sum())
+        self.count += len(batch.target)
+
+    def compute(self) -> dict[str, float]:
+        return {"mae": self.total / self.count}
+
+
+class Line:
+    """y = x w + noise, with unequal weights, so that accumulation by means would show."""
+
+    batch_size, eval_batch_size, monitor = 8, 4, "mae"
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.x = torch.randn(NUM_TRAIN + NUM_VAL, WIDTH, generator=generator)
+        self.y = self.x.sum(dim=1) + 0.1 * torch.randn(len(self.x), generator=generator)
+        self.observed = torch.rand(len(self.x), generator=generator) > 0.4
+
+    def to(self, device: torch.device) -> None: ...
+
+    def size(self, split: str) -> int:
+        return NUM_TRAIN if split == "train" else NUM_VAL
+
+    def gather(self, split: str, indices: Tensor) -> Batch:
+        at = indices + (0 if split == "train" else NUM_TRAIN)
+        return Batch({"x": self.x[at], "observed": self.observed[at]}, self.y[at])
+
+    def weight(self, split: str, indices: Tensor) -> Tensor:
+        return self.observed[indices].sum().clamp(min=1)
+
+    def loss(self, prediction: Tensor, batch: Batch) -> Tensor:
+        return ((prediction - batch.target).abs() * batch.inputs["observed"]).sum()
+
+    def metrics(self) -> Sums:
+        return Sums()
+
+
+class Net(nn.Module):
+    def __init__(self, hook: Callable[[], None] = lambda: None) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(WIDTH, 8), nn.Dropout(0.3), nn.Linear(8, 1))
+        self.hook = hook
+
+    def forward(self, x: Tensor, observed: Tensor) -> Tensor:
+        self.hook()
+        return self.layers(x).squeeze(1)
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., Trainer]:
+    """Build a trainer; `name` is its run directory, other arguments its settings."""
+
+    def build(
+        name: str = "run",
+        accumulation: int = 1,
+        dropout: bool = True,
+        precision: Precision = Precision.fp32,
+        hook: Callable[[], None] = lambda: None,
+        interruption: Interruption | None = None,
+        **settings: Any,
+    ) -> Trainer:
+        fabric = make_fabric(Device.cpu, precision)
+        fabric.seed_everything(0, verbose=False)
+        model = Net(hook)
+        if not dropout:
+            model.layers[1].p = 0.0
+        model, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+        return Trainer(
+            fabric=fabric,
+            model=model,
+            optimizer=optimizer,
+            data=Line(),
+            settings=TrainerConfig(**{"epochs": 3, "log_every_steps": 1, **settings}),
+            recovery=Recovery(Techniques(accumulation), fabric.device),
+            meter=LedgerMeter(),
+            tracker=NullTracker(),
+            display=SilentDisplay(),
+            interruption=interruption or Interruption(),
+            profiler=StepProfiler(),
+            run_dir=tmp_path / name,
+        )
+
+    return build
+
+
+def test_an_epoch_uses_every_sample_once_and_the_last_batch_is_smaller(make):
+    trainer = make(epochs=1)
+    seen: list[int] = []
+    step = trainer.train_step
+    trainer.train_step = lambda indices: (seen.extend(indices.tolist()), step(indices))[1]
+    outcome = trainer.fit()
+    assert (outcome.status, outcome.reason, outcome.step) == ("completed", "epochs", 7)
+    assert sorted(seen) == list(range(NUM_TRAIN))
+
+
+def test_what_the_data_say_of_themselves_comes_first(make, monkeypatch, capsys):
+    make("silent", epochs=1).fit()
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(Line, "describe", lambda self: "data: a line", raising=False)
+    make(epochs=1).fit()
+    assert capsys.readouterr().out == "data: a line\n"
+
+
+def test_two_epochs_have_different_orders_but_the_same_ones_for_a_seed(make):
+    trainer = make()
+    assert not torch.equal(trainer._order(0), trainer._order(1))
+    assert torch.equal(trainer._order(1), make().__class__._order(trainer, 1))
+    assert not torch.equal(trainer._order(0), make(seed=1)._order(0))
+
+
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_accumulation_does_not_change_the_mathematics(make, parts):
+    whole, split = make("a", dropout=False), make("b", accumulation=parts, dropout=False)
+    whole.fit()
+    split.fit()
+    for one, other in zip(whole.model.parameters(), split.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(make):
+    hashes = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 5)):
+        trainer = make(name, seed=seed)
+        trainer.fit()
+        hashes.append(weights_sha256(trainer.model))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+class KilledError(Exception):
+    """Stands for kill -9: nothing after it runs."""
+
+
+@pytest.mark.parametrize("precision", [Precision.fp32, Precision.fp16])
+@pytest.mark.parametrize("at", [3, 6, 7, 8, 13])
+@pytest.mark.parametrize("ema_decay", [None, 0.8])
+def test_a_killed_run_resumes_to_the_same_weights(make, at, precision, ema_decay):
+    settings = {"checkpoint_every_steps": 2, "precision": precision, "ema_decay": ema_decay}
+    undisturbed = make("whole", **settings)
+    undisturbed.fit()
+    calls = 0
+
+    def kill() -> None:
+        nonlocal calls
+        calls += torch.is_grad_enabled()
+        if calls > at:
+            raise KilledError
+
+    killed = make("cut", hook=kill, **settings)
+    with pytest.raises(KilledError):
+        killed.fit()
+    again = make("cut", **settings)
+    step = again.resume()
+    assert step == (at // 2 * 2 if at % 7 else at)
+    torch.manual_seed(999)  # what resume restored must be what counts
+    again.resume()
+    outcome = again.fit()
+    assert outcome.reason == "epochs"
+    assert weights_sha256(again.model) == weights_sha256(undisturbed.model)
+    losses = [
+        [row[k] for k in ("epoch", "step", "loss", "val", "rate")] for row in again.progress.history
+    ]
+    expected = [
+        [row[k] for k in ("epoch", "step", "loss", "val", "rate")]
+        for row in undisturbed.progress.history
+    ]
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [10, 12, 14])
+def test_killed_in_the_last_validation_still_validates_after_the_resume(make, steps):
+    whole = make("whole", max_steps=steps, checkpoint_every_steps=2)
+    expected = whole.fit()
+
+    def kill() -> None:
+        if not torch.is_grad_enabled() and cut.progress.step == steps:
+            raise KilledError
+
+    cut = make("cut", max_steps=steps, checkpoint_every_steps=2, hook=kill)
+    with pytest.raises(KilledError):
+        cut.fit()
+    again = make("cut", max_steps=steps, checkpoint_every_steps=2)
+    assert again.resume() == steps
+    assert again.fit() == expected
+    assert weights_sha256(again.model) == weights_sha256(whole.model)
+    assert [row["val"] for row in again.progress.history] == [
+        row["val"] for row in whole.progress.history
+    ]
+
+
+def test_nothing_to_resume_starts_afresh(make):
+    assert make().resume() == 0
+
+
+def test_resuming_with_another_model_is_a_clear_message(make):
+    trainer = make(epochs=1)
+    trainer.fit()
+    other = make(epochs=1)
+    other.model.layers[0] = nn.Linear(WIDTH, 9)
+    with pytest.raises(ValueError, match=r"trainer\.resume.*does not fit"):
+        other.resume()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_max_steps_counts_optimizer_steps_and_still_validates(make, accumulation):
+    trainer = make(max_steps=10, accumulation=accumulation)
+    outcome = trainer.fit()
+    assert (outcome.status, outcome.reason, outcome.step) == ("completed", "max_steps", 10)
+    assert [row["step"] for row in trainer.progress.history] == [7, 10]
+
+
+def test_epochs_come_first_when_they_are_fewer(make):
+    assert make(max_steps=1000, epochs=1).fit().reason == "epochs"
+
+
+def test_the_time_limit_ends_a_run_as_completed(make):
+    outcome = make(time_limit_seconds=1e-9).fit()
+    assert (outcome.status, outcome.reason, outcome.step) == ("completed", "time_limit", 1)
+
+
+def test_early_stopping_counts_epochs_without_a_better_validation(make):
+    trainer = make(epochs=50, early_stopping_patience=2, schedule=Schedule.constant)
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 0.0
+    trainer._base_rates = [0.0]
+    outcome = trainer.fit()
+    assert (outcome.reason, trainer.progress.epoch) == ("early_stopping", 3)
+
+
+def test_a_signal_saves_and_stops_and_the_rest_can_be_resumed(make):
+    whole = make("whole")
+    whole.fit()
+    with Interruption() as interruption:
+        calls = 0
+
+        def interrupt() -> None:
+            nonlocal calls
+            calls += 1
+            if calls == 5:
+                signal.raise_signal(signal.SIGTERM)
+
+        stopped = make("cut", hook=interrupt, interruption=interruption)
+        outcome = stopped.fit()
+    assert (outcome.status, outcome.reason, outcome.step) == ("stopped", "signal", 5)
+    again = make("cut")
+    assert again.resume() == 5
+    again.fit()
+    assert weights_sha256(again.model) == weights_sha256(whole.model)
+
+
+def test_a_signal_during_validation_loses_nothing(make):
+    whole = make("whole")
+    whole.fit()
+    with Interruption() as interruption:
+
+        def interrupt() -> None:
+            if not torch.is_grad_enabled():
+                signal.raise_signal(signal.SIGINT)
+
+        outcome = make("cut", hook=interrupt, interruption=interruption).fit()
+    assert (outcome.status, outcome.step) == ("stopped", 7)
+    again = make("cut")
+    again.resume()
+    again.fit()
+    assert weights_sha256(again.model) == weights_sha256(whole.model)
+    assert [row["val"] for row in again.progress.history] == [
+        row["val"] for row in whole.progress.history
+    ]
+
+
+def test_a_non_finite_loss_stops_before_a_checkpoint_is_spoilt(make, tmp_path):
+    trainer = make(checkpoint_every_steps=1)
+    calls = 0
+
+    def spoil() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            with torch.no_grad():
+                trainer.model.layers[0].weight.fill_(float("nan"))
+
+    trainer.model.hook = spoil
+    outcome = trainer.fit()
+    assert (outcome.status, outcome.reason, outcome.step) == ("failed", "non_finite_loss", 4)
+    saved = torch.load(tmp_path / "run/checkpoints/last.pt", weights_only=True)
+    assert saved["progress"]["step"] == 3
+    assert all(torch.isfinite(weight).all() for weight in saved["model"].values())
+
+
+def test_a_full_disk_stops_with_the_last_checkpoint_intact(make, tmp_path, monkeypatch):
+    import errno
+
+    from expt.training import checkpoint
+
+    trainer = make(checkpoint_every_steps=2)
+    writes = 0
+
+    def limited(path: Path, write: Callable[[Path], None], durable: bool = True) -> None:
+        def fail(temporary: Path) -> None:
+            temporary.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device", str(temporary))
+
+        nonlocal writes
+        writes += 1
+        # The first is the state before the first step.
+        replace_atomically(path, write if writes <= 2 else fail, durable)
+
+    monkeypatch.setattr(checkpoint, "replace_atomically", limited)
+    with pytest.raises(StorageError, match=r"No space left.*intact"):
+        trainer.fit()
+    monkeypatch.undo()
+    assert make().resume() == 2
+    assert not list((tmp_path / "run/checkpoints").glob(".*"))
+
+
+def test_progress_json_says_where_the_run_is(make, tmp_path):
+    make(max_steps=9).fit()
+    seen = json.loads((tmp_path / "run/checkpoints/progress.json").read_text())
+    assert (seen["step"], seen["epoch"]) == (9, 2)
+    assert seen["val/mae"] > 0
+
+
+def test_clipping_bounds_the_step(make):
+    norms = []
+    for limit in (None, 1e-3):
+        trainer = make(str(limit), gradient_clip_norm=limit)
+        clip = trainer._clip_gradients
+
+        def spy(trainer: Trainer = trainer, clip: Callable[[], None] = clip) -> None:
+            clip()
+            grads = [weight.grad.norm() for weight in trainer.model.parameters()]
+            norms.append(float(torch.stack(grads).norm()))
+
+        trainer._clip_gradients = spy
+        trainer.train_step(torch.arange(8))
+    assert norms[0] > 1e-2
+    assert norms[1] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_peak_memory_is_measured_and_survives_a_resume(make):
+    trainer = make(epochs=1)
+    trainer.fit()
+    weights = sum(weight.numel() * 4 for weight in trainer.model.parameters())
+    peak = trainer.meter.peak_allocated_bytes()
+    assert peak > 4 * weights  # weights, gradients, two moments
+    again = make(epochs=1)
+    again.resume()
+    assert again.meter.peak_allocated_bytes() == peak
+
+
+@pytest.mark.parametrize("parts", [3, 5, 8, 20])
+def test_a_batch_is_cut_into_as_many_parts_as_were_asked_for(make, parts):
+    sizes: list[int] = []
+    trainer = make(accumulation=parts)
+    gather = trainer.data.gather
+    trainer.data.gather = lambda split, at: (sizes.append(len(at)), gather(split, at))[1]
+    trainer.train_step(torch.arange(8))
+    assert len(sizes) == min(parts, 8)
+    assert sum(sizes) == 8
+    assert max(sizes) - min(sizes) <= 1
