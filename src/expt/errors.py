@@ -9,11 +9,12 @@
     │   └── DataError         a data file that is absent or not what it should be
     ├── RecoveryError         memory ran out and nothing was left to try
     │   └── BrokenStepError   memory ran out in the middle of an optimizer's step
+    ├── LoaderError           a process that reads samples died
     ├── SearchError           a search came to an end without a configuration to recommend
     └── StorageError          the output disk refused a write; what was saved before is intact
 
 A bug, or a fault in a user's own model, is any other exception: exit 1 with its traceback.
-An expected end of a run (stopped, diverged) is not an exception but `results.RunResult.status`.
+An expected end of a run (stopped, diverged) is not an exception but `result.RunResult.status`.
 """
 
 from __future__ import annotations
@@ -52,6 +53,10 @@ class ModelError(UserError):
 
 class DataError(UserError):
     """A data file is absent, unreadable, or does not hold what it should."""
+
+
+class LoaderError(ExptError):
+    """A process that reads samples died; what was saved before is intact."""
 
 
 class RecoveryError(ExptError):

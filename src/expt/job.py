@@ -1,67 +1,195 @@
-"""The interfaces between the parts; a class that has these methods fits, no base class needed.
+"""What a job gives the loop: `Metric`, `Batch`, `DataSet`; a class with these methods fits.
 
-How to add a model: a `torch.nn.Module` whose `forward` takes the data's inputs by name and
-returns a prediction. Its constructor may ask, by name, for anything in
-`DataSet.model_arguments()`; the rest comes from its YAML.
+No base class is needed, and no registration. How to add a model: a `torch.nn.Module` whose
+`forward` takes the data's inputs by name and returns a prediction. Its constructor may ask, by
+name, for anything in `DataSet.model_arguments()`; the rest comes from its YAML.
 
-How to add a data set: a class with the methods of `DataSet`, and of `Described` if it likes. For
-one more speed series, `expt.jobs.traffic.data.TrafficData` already is that class and a YAML with a
-`path` is enough.
+How to add a data set: a class with the methods of `ResidentDataSet` (small data, kept on the
+device, gathered there) or of `StreamedDataSet` (read sample by sample, in worker processes). Both
+need the methods of `DataSet`; the optional protocols below add to it. docs/add-a-job.md has an
+example of each.
 
 Letters: `B` samples in a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+from expt.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-
 Split = Literal["train", "val", "test"]
 
 
 @dataclass(frozen=True)
+class Metric:
+    """A figure that evaluation computes, and which way is better.
+
+    Args:
+        name: key of `Accumulator.compute()`, like ``mae`` or ``accuracy``.
+        goal: whether a lower (``min``) or a higher (``max``) value is better.
+        label: for tables and figures; the name in upper case where there is none.
+        unit: of the value, for labels.
+        percent: whether a value of 1 is shown as 100 %.
+        digits: after the decimal point.
+
+    """
+
+    name: str
+    goal: Literal["min", "max"] = "min"
+    label: str = ""
+    unit: str = ""
+    percent: bool = False
+    digits: int = 3
+
+    def __post_init__(self) -> None:
+        if not self.label:
+            object.__setattr__(self, "label", self.name.upper().replace("_", " "))
+        if self.goal not in ("min", "max"):
+            raise ConfigError(f"metric {self.name}: goal must be min or max, got {self.goal!r}")
+
+    @property
+    def direction(self) -> str:
+        """Return ``minimize`` or ``maximize``, as Optuna has it."""
+        return "minimize" if self.goal == "min" else "maximize"
+
+    @property
+    def worst(self) -> float:
+        """Return the value that is worse than any other."""
+        return math.inf if self.goal == "min" else -math.inf
+
+    def better(self, new: float, old: float | None) -> bool:
+        """Tell whether `new` is better than `old`; anything finite is better than none."""
+        if not math.isfinite(new):
+            return False
+        return old is None or not math.isfinite(old) or self.cost(new) < self.cost(old)
+
+    def cost(self, value: float) -> float:
+        """Return what is minimised: the value, or its negative where higher is better."""
+        return value if self.goal == "min" else -value
+
+    def best(self, values: Iterable[float]) -> float | None:
+        """Return the best of some values, None if none is finite."""
+        return min((v for v in values if math.isfinite(v)), key=self.cost, default=None)
+
+    def text(self, value: float | None, unit: bool = True) -> str:
+        """Return a value for a reader: ``3.041 mph``, ``87.5 %``, ``-`` for None."""
+        if value is None:
+            return "-"
+        if self.percent:
+            digits = max(self.digits - 2, 0)
+            return f"{100 * value:.{digits}f}{' %' if unit else ''}"
+        return f"{value:.{self.digits}f} {self.unit if unit else ''}".rstrip()
+
+    def axis(self) -> str:
+        """Return the label of an axis: ``MAE (mph)``."""
+        unit = "%" if self.percent else self.unit
+        return f"{self.label} ({unit})" if unit else self.label
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, as ``result.json`` keeps them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Metric:
+        """Return the metric that `as_dict` described; keys not known any more are left out."""
+        known = {part.name for part in fields(cls)}
+        return cls(**{name: value for name, value in stored.items() if name in known})
+
+
+def monitored(metrics: Sequence[Metric], name: str | None) -> Metric:
+    """Return the metric that decides which weights are best: the first, or the one named.
+
+    Raises:
+        ConfigError: the data set declares no metric of this name, or none at all.
+
+    """
+    if not metrics:
+        raise ConfigError("the data set declares no metrics; its `metrics` must name at least one")
+    if name is None:
+        return metrics[0]
+    known = {metric.name: metric for metric in metrics}
+    if name not in known:
+        raise ConfigError(
+            f"trainer.monitor={name}: the data set has no such metric; {nearest(name, known)}"
+        )
+    return known[name]
+
+
+@dataclass(frozen=True)
 class Batch:
-    """`inputs` go to the model by name, ``model(**batch.inputs)``; `target` to the loss."""
+    """`inputs` go to the model by name, ``model(**batch.inputs)``; `target` to the loss.
+
+    Every tensor has the samples along its first axis [B].
+    """
 
     inputs: Mapping[str, Tensor]
     target: Tensor
 
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.target)
 
-class Metrics(Protocol):
-    """Accumulates over a whole split, so that no figure is a mean of per-batch means."""
+    def each(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """Return a batch of what `function` makes of every tensor."""
+        inputs = {name: function(value) for name, value in self.inputs.items()}
+        return Batch(inputs, function(self.target))
+
+
+class Accumulator(Protocol):
+    """Adds up over a whole split, so that no figure is a mean of per-batch means."""
 
     def update(self, prediction: Tensor, batch: Batch) -> None:
         """Add one batch; must not synchronise with the host."""
 
     def compute(self) -> dict[str, float]:
-        """Return the figures over everything seen; the key ``mae`` (or the data's own) is first."""
+        """Return the figures over everything seen, by the names of `DataSet.metrics`."""
 
 
 class DataSet(Protocol):
-    """What the training loop needs from data."""
+    """What training needs of any data."""
 
+    metrics: Sequence[Metric]
+    """What evaluation computes. The first is monitored; `trainer.monitor` chooses another."""
     batch_size: int
     """Samples per optimizer step; the loop splits it into `memory.gradient_accumulation` parts."""
     eval_batch_size: int
     """Samples per forward pass in evaluation."""
-    monitor: str
-    """The metric that validation minimises, a key of `Metrics.compute()`."""
-
-    def to(self, device: torch.device) -> None:
-        """Move what is kept on the device; called once, before training."""
-
-    def model_arguments(self) -> Mapping[str, Any]:
-        """Return what a model's constructor may ask for by name (``num_sensors``, …)."""
 
     def size(self, split: Split) -> int:
         """Return the number of samples in a split."""
+
+    def model_arguments(self) -> Mapping[str, Any]:
+        """Return what a model's constructor may ask for by name (``num_classes``, …)."""
+
+    def loss(self, prediction: Tensor, batch: Batch) -> Tensor:
+        """Return the loss summed over the batch, a scalar; never averaged.
+
+        The loop divides the sum by the weight of the whole step, so that gradient accumulation
+        does not change the result.
+        """
+
+    def accumulator(self) -> Accumulator:
+        """Return a new accumulator of the figures that `metrics` declares."""
+
+    def fingerprint(self) -> str:
+        """Return a short hash of the values, so that two runs can be told to share data."""
+
+
+@runtime_checkable
+class ResidentDataSet(DataSet, Protocol):
+    """Data that are kept on the device; batches are gathered there by index."""
+
+    def to(self, device: torch.device) -> None:
+        """Move what is kept on the device; called once, before training."""
 
     def gather(self, split: Split, indices: Tensor) -> Batch:
         """Return the samples with these indices [B] (int64, on the device) as one batch."""
@@ -69,24 +197,85 @@ class DataSet(Protocol):
     def weight(self, split: Split, indices: Tensor) -> Tensor:
         """Return what the summed loss of these samples is divided by, a scalar on the device."""
 
-    def loss(self, prediction: Tensor, batch: Batch) -> Tensor:
-        """Return the loss summed over the batch, a scalar; never averaged (see `weight`)."""
 
-    def metrics(self) -> Metrics:
-        """Return a new accumulator."""
+@runtime_checkable
+class StreamedDataSet(DataSet, Protocol):
+    """Data that are read sample by sample, on the host, in worker processes."""
+
+    def item(self, split: Split, index: int, generator: torch.Generator) -> Batch:
+        """Read one sample; its tensors are on the CPU and have no batch axis.
+
+        Called in a worker process, so the object must be picklable. Random augmentation must draw
+        from `generator` alone, which is seeded by (`trainer.seed`, epoch, index): the sample is
+        then the same after a resume, with any number of workers.
+
+        Raises:
+            Exception: the sample cannot be read; see `loader.on_bad_sample`.
+
+        """
+
+
+@runtime_checkable
+class Resident(Protocol):
+    """A data set that says which tensors it keeps on the device; optional."""
+
+    def resident(self) -> Iterable[Tensor]:
+        """Return the tensors, so that a plan counts them; where absent, all attributes count."""
+
+
+@runtime_checkable
+class Weighted(Protocol):
+    """A streamed data set whose loss is not divided by the number of samples; optional."""
+
+    def batch_weight(self, batch: Batch) -> Tensor:
+        """Return what the summed loss of these samples is divided by, a scalar on the host."""
+
+
+@runtime_checkable
+class Collated(Protocol):
+    """A streamed data set whose samples are not just stacked to a batch; optional."""
+
+    def collate(self, items: Sequence[Batch]) -> Batch:
+        """Return the samples as one batch, with a first axis [B]."""
+
+
+@runtime_checkable
+class Named(Protocol):
+    """A streamed data set that can say where a sample comes from; optional."""
+
+    def sample_name(self, split: Split, index: int) -> str:
+        """Return the file, for messages about a sample that cannot be read."""
+
+
+@runtime_checkable
+class Exemplary(Protocol):
+    """A streamed data set that knows the shapes of its batches without reading one; optional."""
+
+    def example(self, split: Split, count: int) -> Batch:
+        """Return a batch of `count` samples whose values do not matter; nothing is read."""
+
+
+@runtime_checkable
+class Plotted(Protocol):
+    """A data set with figures of its own; optional."""
 
     def plots(
-        self, predict: Callable[[Batch], Tensor], metrics: Metrics, folder: Path
+        self, predict: Callable[[Batch], Tensor], metrics: Any, folder: Path
     ) -> Sequence[Path]:
-        """Draw forecasts against the truth, and the test's `metrics`; return the PNG files."""
+        """Draw the test's predictions and its accumulator `metrics`; return the PNG files."""
 
-    def fingerprint(self) -> str:
-        """Return a short hash of the values, so that two runs can be told to share data."""
+
+@runtime_checkable
+class Described(Protocol):
+    """A data set that can say what it holds; optional, printed where a run begins."""
+
+    def describe(self) -> str:
+        """Return one line of facts, and one more per warning."""
 
 
 @runtime_checkable
 class Checked(Protocol):
-    """A class that can judge its arguments before it is built."""
+    """A class that can judge its arguments before it is built; optional."""
 
     @classmethod
     def problems(cls, arguments: Mapping[str, Any]) -> list[str]:
@@ -94,8 +283,47 @@ class Checked(Protocol):
 
 
 @runtime_checkable
-class Described(Protocol):
-    """A data set that can say what it holds; optional, and told where a run begins."""
+class Cached(Protocol):
+    """A data set or model with caches that may be emptied when memory is short; optional."""
 
-    def describe(self) -> str:
-        """Return one line of facts, and one more per warning."""
+    def clear(self) -> None:
+        """Empty the caches; what they held is made again when it is needed."""
+
+
+@runtime_checkable
+class Pretrained(Protocol):
+    """A model whose weights are read from disk apart from its construction; optional."""
+
+    def load_pretrained(self) -> None:
+        """Read the weights; called once before training, never by a plan."""
+
+
+@runtime_checkable
+class Grouped(Protocol):
+    """A model whose parameters are trained at different rates; optional."""
+
+    def parameter_groups(self) -> Mapping[str, Iterable[torch.nn.Parameter]]:
+        """Return the trained parameters by group; `optimizer.groups` sets each group's values."""
+
+
+def protocol_problem(cls: type) -> str | None:
+    """Return what a data set's class lacks to be one, in a line; None if nothing."""
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    if hasattr(cls, "gather") and not hasattr(cls, "accumulator") and hasattr(cls, "metrics"):
+        return (
+            f"data: {name} is written for an earlier version: rename its method metrics() to "
+            "accumulator(), and replace `monitor` by `metrics = [Metric(NAME), …]`, the monitored "
+            "one first (from expt.job import Metric; goal='max' where higher is better)"
+        )
+    if not (hasattr(cls, "gather") or hasattr(cls, "item")):
+        return (
+            f"data: {name} has neither gather(split, indices) nor item(split, index, generator); "
+            "a data set needs one of them (docs/add-a-job.md)"
+        )
+    needed = ["size", "model_arguments", "loss", "accumulator", "fingerprint"]
+    needed += ["to", "weight"] if hasattr(cls, "gather") else []
+    missing = [method for method in needed if not hasattr(cls, method)]
+    if missing:
+        lacking = ", no ".join(missing)
+        return f"data: {name} has no {lacking}; a data set needs it (expt.job.DataSet)"
+    return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 
@@ -12,3 +14,17 @@ def print_table(table: Table) -> None:
     if not console.is_terminal:
         console = Console(width=120)
     console.print(table)
+
+
+def markdown_table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Return rows of cells as Markdown, the heads first; columns `right` are numbers."""
+    heads = rows[0]
+    rule = ["---:" if number in right else "---" for number in range(len(heads))]
+    lines = ["| " + " | ".join(escaped(cell) for cell in row) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join(rule) + "|")
+    return "\n".join(lines) + "\n"
+
+
+def escaped(cell: str) -> str:
+    """Return a text as a cell of a Markdown table."""
+    return cell.replace("|", "\\|")

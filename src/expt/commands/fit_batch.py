@@ -36,6 +36,7 @@ from expt.run.overflow import too_small_for_weights
 from expt.run.planner import budget_bytes, target_of, target_remark
 from expt.tables import print_table
 from expt.tracking.tracker import NullTracker, open_tracker
+from expt.training.batches import place
 from expt.training.device import make_fabric
 from expt.training.display import SilentDisplay
 from expt.training.evaluate import evaluate
@@ -65,7 +66,7 @@ def confirm(
     budget: Budget,
     run_dir: Path,
 ) -> Confirmation:
-    """Take the steps; `data` is on the device afterwards.
+    """Do the steps; `data` is on the device afterwards.
 
     Args:
         settings: model, optimizer and techniques.
@@ -85,7 +86,7 @@ def confirm(
         with budget.enforce(fabric.device) as ledger:
             meter = meter_for(fabric.device, ledger)
             fabric.seed_everything(settings.trainer.seed, verbose=False)
-            data.to(fabric.device)
+            place(data, fabric.device)
             model, optimizer = assemble(settings, fabric, data)
             trainer = Trainer(
                 fabric=fabric,
@@ -100,12 +101,14 @@ def confirm(
                 interruption=Interruption(),
                 profiler=StepProfiler(),
                 run_dir=run_dir,
+                loader=settings.loader,
             )
-            indices = torch.arange(micro_batch * parts, device=fabric.device) % data.size("train")
+            samples = trainer.batches.of(torch.arange(micro_batch * parts) % data.size("train"))
             model.train()
             for _ in range(STEPS):
-                trainer.train_step(indices)
-            evaluate(fabric, model, data, "val", meter, max_batches=1)
+                trainer.train_step(samples)
+            evaluate(model, trainer.batches, "val", meter, max_batches=1)
+            trainer.batches.close()
             return Confirmation(True, meter.peak_allocated_bytes(), meter.peak_reserved_bytes())
 
     outcome = attempt(work, shortage)

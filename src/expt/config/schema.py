@@ -7,6 +7,7 @@ their defaults live in their YAML. Limits that a type cannot say are in the `pro
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -209,6 +210,7 @@ class TrainerConfig:
     steps_per_epoch: int | None = None  # None: the whole training part
     max_steps: int | None = None  # total optimizer steps
     time_limit_seconds: float | None = None
+    monitor: str | None = None  # metric that decides what is best; None: the data set's first
     early_stopping_patience: int | None = 8  # epochs without a better validation; None: never
     eval_batches: int | None = None  # None: the whole split; a limit is for smoke tests only
     schedule: Schedule = Schedule.one_cycle
@@ -266,6 +268,35 @@ class TrainerConfig:
         return found
 
 
+class BadSample(Enum):
+    """What to do with a sample that cannot be read."""
+
+    fail = "fail"  # end the run, and name the file
+    skip = "skip"  # count it; in training the next sample that can be read takes its place
+
+
+@dataclass
+class LoaderConfig:
+    """Node `loader`: how samples of a streamed data set are read; resident data read none."""
+
+    num_workers: int = 2  # processes that read ahead; 0: this one reads, when samples are needed
+    prefetch_factor: int = 2  # batches that each worker holds ready, in host memory
+    persistent_workers: bool = True  # keep the processes from epoch to epoch
+    pin_memory: bool | None = None  # page-locked batches, faster to copy; None: on CUDA
+    on_bad_sample: BadSample = BadSample.fail
+
+    def problems(self) -> list[str]:
+        """Return one message per value out of range."""
+        found = at_least("loader", self, num_workers=0, prefetch_factor=1)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        if cores is not None and self.num_workers > max(cores, MIN_WORKERS):
+            found.append(
+                f"loader.num_workers={self.num_workers} is more than the {cores} cores that this "
+                f"process may use; try loader.num_workers={cores}"
+            )
+        return found
+
+
 @dataclass
 class TrackingConfig:
     """Group `tracking`: where runs are recorded; `uri: null` records nothing outside outputs/."""
@@ -300,6 +331,7 @@ class Config:
     data: dict[str, Any] = MISSING
     optimizer: dict[str, Any] = MISSING
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
@@ -311,6 +343,8 @@ class Config:
     search: SearchConfig | None = None
 
 
+MIN_WORKERS = 2
+"""So many workers are allowed on any machine: the default must be valid everywhere."""
 MAX_SEED = 2**32 - 1
 """The largest seed that NumPy takes."""
 ATTENTION_KERNELS = ("math", "fused", "sliding_window", "top_k")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from expt.config.command_nodes import CardsConfig, FitConfig
-from expt.config.schema import AUTO, MemoryConfig, TrackingConfig, TrainerConfig
+from expt.config.schema import AUTO, LoaderConfig, MemoryConfig, TrackingConfig, TrainerConfig
 from expt.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class Settings:
     memory: MemoryConfig
     tracking: TrackingConfig
     arguments: Mapping[str, Mapping[str, Any]]
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
     fit: FitConfig = field(default_factory=FitConfig)
     cards: CardsConfig = field(default_factory=CardsConfig)
 

@@ -23,13 +23,14 @@ from expt.config.schema import (
     AUTO,
     OPEN_GROUPS,
     Config,
+    LoaderConfig,
     MemoryConfig,
     TrackingConfig,
     TrainerConfig,
 )
 from expt.config.settings import OFFLOAD_NEEDS_CUDA, Settings, locate, targets
 from expt.errors import ConfigError, nearest
-from expt.job import Checked
+from expt.job import Checked, protocol_problem
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ def validated(cfg: DictConfig, overridden: Collection[str] = ()) -> Settings:
         trainer = cast(TrainerConfig, OmegaConf.to_object(cfg.trainer))
         memory = cast(MemoryConfig, OmegaConf.to_object(cfg.memory))
         tracking = cast(TrackingConfig, OmegaConf.to_object(cfg.tracking))
+        loader = cast(LoaderConfig, OmegaConf.to_object(cfg.loader))
         fit = cast(FitConfig, OmegaConf.to_object(cfg.fit))
         cards = cast(CardsConfig, OmegaConf.to_object(cfg.cards))
         open_groups = {
@@ -58,7 +60,7 @@ def validated(cfg: DictConfig, overridden: Collection[str] = ()) -> Settings:
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     problems += memory.problems() + trainer.problems() + tracking.problems()
-    problems += fit.problems() + cards.problems()
+    problems += loader.problems() + fit.problems() + cards.problems()
     problems += _device_problems(trainer.device.value)
     if not cfg.task.for_any_device:
         problems += _budget_problems(memory, trainer.device.value)
@@ -71,6 +73,8 @@ def validated(cfg: DictConfig, overridden: Collection[str] = ()) -> Settings:
         problems += found
     sound = {group: own for group, own in arguments.items() if own}
     problems += _own_problems(sound)
+    if "data" in sound:
+        problems += _data_set_problems(sound["data"], loader)
     batch_size = arguments["data"].get("batch_size")
     if batch_size is not None and memory.gradient_accumulation > max(batch_size, 1):
         problems.append(
@@ -84,7 +88,7 @@ def validated(cfg: DictConfig, overridden: Collection[str] = ()) -> Settings:
         problems += _optimizer_problems(sound["optimizer"])
     if problems:
         raise ConfigError(problems)
-    return Settings(trainer, memory, tracking, arguments, fit, cards)
+    return Settings(trainer, memory, tracking, arguments, loader, fit, cards)
 
 
 def _added_keys(cfg: DictConfig) -> list[str]:
@@ -167,6 +171,22 @@ def _own_problems(arguments: Mapping[str, Mapping[str, Any]]) -> list[str]:
             }
         found += factory.problems({**shared, **own})
     return found
+
+
+def _data_set_problems(arguments: Mapping[str, Any], loader: LoaderConfig) -> list[str]:
+    """Refuse a class that is no data set, and loader settings that its kind of data cannot have."""
+    cls = locate(arguments["_target_"])
+    if not inspect.isclass(cls):
+        return []  # a function that makes one; what it returns is not known yet
+    problem = protocol_problem(cls)
+    if problem is not None:
+        return [problem]
+    if hasattr(cls, "gather") and loader.pin_memory:
+        return [
+            f"loader.pin_memory=true: the samples of {cls.__name__} are on the device already, and "
+            "torch cannot pin memory that is not the host's; leave it out"
+        ]
+    return []
 
 
 def _technique_problems(

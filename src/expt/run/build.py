@@ -19,6 +19,7 @@ from expt.errors import ConfigError, ModelError
 from expt.job import DataSet
 from expt.memory.techniques.techniques import Techniques, apply
 from expt.memory.techniques.techniques import problems as technique_problems
+from expt.training.batches import Examples
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -87,10 +88,8 @@ def assemble(settings: Settings, fabric: Fabric, data: DataSet) -> tuple[nn.Modu
         ModelError: its forward does not take the data's inputs.
 
     """
-    import torch
-
     model: nn.Module = build(settings, "model", **data.model_arguments())
-    check_forward(model, data.gather("train", torch.arange(1, device=fabric.device)).inputs)
+    check_forward(model, Examples(data, fabric.device).input_names())
     techniques = techniques_of(settings.memory)
     problems = technique_problems(model, techniques)
     if techniques.saved_tensor_offload and fabric.device.type != "cuda":

@@ -23,6 +23,7 @@ from expt.memory.measuring.budget import Budget
 from expt.memory.planning.planning import Plan, Target, plan
 from expt.memory.techniques.techniques import Techniques, apply
 from expt.run.build import build, check_forward, techniques_of
+from expt.training.batches import Examples, is_streamed, kept_on_device
 from expt.units import format_bytes, parse_bytes
 
 log = logging.getLogger(__name__)
@@ -64,17 +65,22 @@ def plan_training(
     samples = min(batch_size or data.batch_size, data.size("train"))  # as the loop takes them
     micro_batch = -(-samples // techniques.gradient_accumulation)
 
+    examples = Examples(data)
+    inputs = examples.input_names()  # reads a streamed sample, if it must, outside of the trace
+    # On the CPU the whole batch of a step is device memory, of which a micro-batch is a part.
+    whole = samples if target == "cpu" and is_streamed(data) else micro_batch
+
     def batch_fn() -> tuple[Batch, Tensor]:
-        indices = torch.arange(micro_batch)
-        return data.gather("train", indices), data.weight("train", indices)
+        batch = examples.batch("train", whole)
+        weight = examples.weight("train", micro_batch, batch)
+        return (batch if whole == micro_batch else batch.each(lambda v: v[:micro_batch])), weight
 
     def loss_fn(forward: Callable[..., Any], batch: tuple[Batch, Tensor]) -> Tensor:
         return data.loss(forward(**batch[0].inputs), batch[0]) / batch[1]
 
     def evaluation_fn(forward: Callable[..., Any]) -> None:
-        size = min(data.eval_batch_size, data.size("val"))
-        batch = data.gather("val", torch.arange(size))
-        data.metrics().update(forward(**batch.inputs), batch)
+        batch = examples.batch("val", min(data.eval_batch_size, data.size("val")))
+        data.accumulator().update(forward(**batch.inputs), batch)
 
     def optimizer_fn(parameters: list[nn.Parameter]) -> Any:
         optimizer = build(settings, "optimizer", params=parameters)
@@ -86,8 +92,6 @@ def plan_training(
 
     def prepare(model: nn.Module) -> None:
         apply(model, techniques)
-
-    inputs = list(data.gather("train", torch.arange(1)).inputs)
 
     def model_fn() -> nn.Module:
         model: nn.Module = build(settings, "model", **data.model_arguments())
@@ -105,7 +109,7 @@ def plan_training(
         clip_norm=settings.trainer.gradient_clip_norm,
         evaluation_fn=evaluation_fn if evaluation else None,
         prepare=prepare,
-        resident=list(_resident(vars(data))),
+        resident=kept_on_device(data),
         averaged=settings.trainer.ema_decay is not None,
     )
 
@@ -184,15 +188,6 @@ def budget_bytes(value: object, target: Target) -> int | None:
             f"memory.budget={value} depends on the card, and there is none here; give an amount, "
             "like memory.budget=24GiB, or memory.target=cpu"
         ) from error
-
-
-def _resident(values: Any) -> Iterator[Tensor]:
-    """Yield the tensors that a data set keeps."""
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, dict):
-        for value in values.values():
-            yield from _resident(value)
 
 
 class Predictor:

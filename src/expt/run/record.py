@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -20,19 +20,14 @@ from expt.memory.measuring.meter import MemoryMeter
 from expt.memory.planning.planning import Plan
 from expt.memory.recovery.event import OomEvent
 from expt.memory.watching.manager import MemoryManager
-from expt.result import PLAN_NAME, RunResult, Status
+from expt.result import PLAN_NAME, RunResult
 from expt.tracking.tracker import Tracker
 from expt.training import checkpoint
-from expt.training.checkpoint import Progress
+from expt.training.trainer import Trainer
 
 CONFIG_NAME, HISTORY_NAME = "config.yaml", "history.json"
 EVENTS_NAME = "oom_events.json"
 READINGS_NAME = "memory.csv"
-ENDINGS: dict[Status, Literal["FINISHED", "FAILED", "KILLED"]] = {
-    "completed": "FINISHED",
-    "failed": "FAILED",
-    "stopped": "KILLED",
-}
 
 
 @dataclass
@@ -51,19 +46,19 @@ class Recorder:
         if not self.started:
             self.started = True
             preset = {"preset": str(self.result.preset), "device": str(self.result.device)}
-            self.result.unit = parameters.get("data", {}).get("unit")
             origin = {"run_dir": str(self.run_dir), **_versions()}
             self.tracker.start(name, parameters, {**preset, **origin, **tags})
             self._tell()
 
-    def progress(self, progress: Progress, monitor: str, meter: MemoryMeter) -> None:
+    def progress(self, trainer: Trainer) -> None:
         """Take over how far training came, and the history's file."""
-        result = self.result
+        result, progress = self.result, trainer.progress
         result.epochs, result.steps = progress.epoch, progress.step
         result.seconds = progress.seconds
         if progress.history:
-            result.metrics[f"val/{monitor}"] = progress.best
-        self.memory(meter)
+            result.metrics[f"val/{trainer.monitor.name}"] = progress.best
+        result.skipped_samples = trainer.batches.skipped
+        self.memory(trainer.meter)
         write_json(self.run_dir / HISTORY_NAME, progress.history)
 
     def memory(self, meter: MemoryMeter) -> None:
@@ -171,7 +166,7 @@ class Recorder:
             write_json(self.run_dir / EVENTS_NAME, result.oom_events)
             tracker.artifact(self.run_dir / EVENTS_NAME)
         tracker.artifact(self.run_dir / "result.json")
-        tracker.finish(ENDINGS[result.status])
+        tracker.finish(result.outcome.columns.tracker_status)
 
     def close_after(self, error: BaseException) -> None:
         """Record a run that an error ended; the error is the one to report, whatever fails here."""

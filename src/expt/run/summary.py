@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich import box
 from rich.table import Table
 
 from expt.files import replace_atomically
+from expt.job import Metric
 from expt.result import RunResult
-from expt.tables import print_table
+from expt.tables import markdown_table, print_table
 from expt.units import GIB, counted, format_bytes, format_seconds
-
-_AT_MINUTES = re.compile(r"test/mae_(\d+(?:\.\d+)?)min")
 
 
 def print_result(result: RunResult, run_dir: Path) -> None:
     """Print the table of errors and memory that a run ends with."""
-    metrics, memory = result.metrics, result.memory
+    memory = result.memory
     reached = f"{counted(result.epochs, 'epoch')}, {counted(result.steps, 'step')}"
     print(f"\n{result.status} ({result.stop_reason}) after {reached}")
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("measure")
     table.add_column("value", justify="right")
-    table.add_row("validation MAE (best)", _figure(metrics.get("val/mae"), result.unit))
-    for minutes in minutes_of([result]):
-        table.add_row(f"test MAE, {minutes} min", _figure(metrics.get(f"test/mae_{minutes}min")))
-    table.add_row(
-        "test MAE, all steps", _figure(metrics.get("test/mae"), result.unit), style="bold"
-    )
-    table.add_row("test RMSE", _figure(metrics.get("test/rmse"), result.unit))
-    mape = metrics.get("test/mape")
-    table.add_row("test MAPE", "-" if mape is None else f"{100 * mape:.2f} %")
+    best = result.metric()
+    table.add_row(f"validation {best.label} (best)", best.text(result.value()))
+    for metric, value in tested(result):
+        monitored = metric.name == result.monitor
+        style = "bold" if monitored else None
+        table.add_row(f"test {metric.label}", metric.text(value), style=style)
     predicted = memory.get("predicted_peak_bytes")
     if predicted is not None:
         table.add_row("predicted peak memory", format_bytes(predicted))
@@ -57,64 +52,58 @@ def print_result(result: RunResult, run_dir: Path) -> None:
 def comparison_table(results: Mapping[str, RunResult]) -> Table:
     """Return runs side by side, one row each."""
     table = Table(box=box.SIMPLE_HEAD)
-    minutes = minutes_of(results.values())
-    for number, name in enumerate(columns(minutes)):
+    heads, *rows = compared(results)
+    for number, name in enumerate(heads):
         table.add_column(name, justify="left" if number < 3 else "right")
-    for name, result in results.items():
-        table.add_row(*row(name, result, minutes))
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
 def comparison_markdown(results: Mapping[str, RunResult]) -> str:
     """Return the same table as Markdown."""
-    minutes = minutes_of(results.values())
-    heads = columns(minutes)
-    rows = [heads, *(row(name, result, minutes) for name, result in results.items())]
-    lines = ["| " + " | ".join(cells) + " |" for cells in rows]
-    lines.insert(1, "|" + "---|" * len(heads))
-    return "\n".join(lines) + "\n"
+    return markdown_table(compared(results))
 
 
-def minutes_of(results: Iterable[RunResult]) -> list[str]:
-    """Return how far ahead the runs were tested, in minutes: ``["15", "30", "60"]``."""
-    found = {
-        match[1]
-        for result in results
-        for name, value in result.metrics.items()
-        if value is not None and (match := _AT_MINUTES.fullmatch(name))
-    }
-    return sorted(found, key=float)
+def compared(results: Mapping[str, RunResult]) -> list[list[str]]:
+    """Return runs side by side as cells, the heads first; a column per metric that was tested."""
+    metrics: dict[str, Metric] = {}
+    for result in results.values():
+        metrics.setdefault(f"val/{result.monitor}", result.metric())
+        for metric, _ in tested(result):
+            metrics.setdefault(f"test/{metric.name}", metric)
+    names = sorted(metrics, key=lambda name: name.startswith("test/"))
+    monitored = {result.monitor for result in results.values()}
+    heads = [
+        f"{name.partition('/')[0]} {metric.label}" if metric.name in monitored else metric.label
+        for name, metric in ((name, metrics[name]) for name in names)
+    ]
+    rows = [["job", "preset", "status", *heads, "peak", "time"]]
+    for job, result in results.items():
+        cells = [metrics[name].text(result.metrics.get(name), unit=False) for name in names]
+        peak = format_bytes(result.memory["peak_allocated_bytes"])
+        time = format_seconds(result.seconds)
+        rows.append([job, result.preset or "-", result.status, *cells, peak, time])
+    return rows
 
 
-def columns(minutes: Sequence[str]) -> tuple[str, ...]:
-    """Return the heads of a table of runs; one column holds the errors at all of `minutes`."""
-    ahead = "/".join(minutes or ("15", "30", "60"))
-    return ("job", "preset", "status", "val MAE", "test MAE", f"{ahead} min", "peak", "time")
-
-
-def row(name: str, result: RunResult, minutes: Sequence[str]) -> tuple[str, ...]:
-    """Return a run's cells for `columns`."""
-    metrics = result.metrics
-    horizons = (_figure(metrics.get(f"test/mae_{ahead}min")) for ahead in minutes)
-    return (
-        name,
-        result.preset or "-",
-        result.status,
-        _figure(metrics.get("val/mae")),
-        _figure(metrics.get("test/mae")),
-        "/".join(horizons) or "-",
-        format_bytes(result.memory["peak_allocated_bytes"]),
-        format_seconds(result.seconds),
-    )
+def tested(result: RunResult) -> list[tuple[Metric, float | None]]:
+    """Return what the test measured; of what there is nothing of, only the monitored figure."""
+    described = [Metric.from_dict(stored) for stored in result.metrics_meta] or [
+        result.metric(name) for name in result.metrics if name.startswith("test/")
+    ]
+    values = [(metric, result.metrics.get(f"test/{metric.name}")) for metric in described]
+    return [
+        (metric, value)
+        for metric, value in values
+        if value is not None or metric.name == result.monitor
+    ]
 
 
 def plot_history(
-    history: Sequence[Mapping[str, float]], monitor: str, folder: Path, unit: str | None = None
+    history: Sequence[Mapping[str, float]], monitor: Metric, folder: Path
 ) -> list[Path]:
-    """Draw loss and validation over steps, and memory over steps; return the PNG files.
-
-    `unit` is that of the errors (`RunResult.unit`); without one the axis says only what they are.
-    """
+    """Draw loss and validation over steps, and memory over steps; return the PNG files."""
     if not history:
         return []
     import matplotlib
@@ -126,19 +115,18 @@ def plot_history(
     figure = Figure(figsize=(8, 6), layout="constrained")
     losses, memory = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     losses.plot(steps, [row["loss"] for row in history], "o-", label="training loss")
-    losses.plot(steps, [row["val"] for row in history], "o-", label=f"validation {monitor.upper()}")
-    best = min(history, key=lambda row: row["val"])
+    losses.plot(steps, [row["val"] for row in history], "o-", label=f"validation {monitor.label}")
+    best = min(history, key=lambda row: monitor.cost(row["val"]))
     losses.axhline(best["val"], color="0.6", linewidth=0.8, linestyle=":")
     losses.annotate(
-        f"best {best['val']:.3f}",
+        f"best {monitor.text(best['val'], unit=monitor.percent)}",
         (best["step"], best["val"]),
         textcoords="offset points",
         xytext=(0, -14),
         ha="center",
         fontsize=9,
     )
-    name = "MAE" if monitor == "mae" else monitor
-    losses.set_ylabel(f"{name} ({unit})" if unit else name)
+    losses.set_ylabel(monitor.axis())
     losses.margins(x=0.08, y=0.2)
     losses.legend(frameon=False)
     labels = {

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from expt.config.settings import RunContext, Settings
 from expt.errors import RecoveryError, UserError
 from expt.files import write_text
-from expt.job import DataSet
+from expt.job import DataSet, Plotted, monitored
 from expt.memory.measuring.budget import Budget
 from expt.memory.planning.planning import Plan
 from expt.result import RunResult, load_launch, save_launch
@@ -33,11 +33,12 @@ from expt.run.record import CONFIG_NAME, READINGS_NAME, Recorder, device_name
 from expt.run.summary import plot_history, print_result
 from expt.tracking.tracker import OncePerStep, open_tracker
 from expt.training import checkpoint
+from expt.training.batches import place
 from expt.training.display import choose_display
 from expt.training.evaluate import evaluate, predict
 from expt.training.interruption import Interruption, Stopped
 from expt.training.profiler import StepProfiler, TraceProfiler
-from expt.training.stopping import Outcome
+from expt.training.stopping import Ending
 from expt.training.trainer import Trainer
 from expt.units import counted
 from expt.uri import without_password
@@ -71,6 +72,9 @@ class TrainJob:
                 precision=str(self.fabric.strategy.precision.precision),
             ),
         )
+        metrics = self.data.metrics
+        monitor = monitored(metrics, self.settings.trainer.monitor)
+        self.recorder.result.describe(metrics, monitor.name)
         self.recorder.plan(self.planned, self.budget.bytes if self.budget else None)
         device = self.fabric.device
         self.manager = manager_for(self.settings.memory, device)
@@ -174,7 +178,7 @@ class TrainJob:
         settings, fabric = self.settings, self.fabric
         fabric.seed_everything(settings.trainer.seed, verbose=False)
         _set_deterministic(settings.trainer.deterministic)
-        self.data.to(fabric.device)
+        place(self.data, fabric.device)
         model, optimizer = assemble(settings, fabric, self.data)
         self.recorder.result.parameters = sum(weight.numel() for weight in model.parameters())
         profile = settings.trainer.profile
@@ -192,17 +196,18 @@ class TrainJob:
             manager=self.manager,
             profiler=TraceProfiler(self.context.run_dir) if profile else StepProfiler(),
             run_dir=self.context.run_dir,
+            loader=settings.loader,
         )
 
-    def _conclude(self, trainer: Trainer, outcome: Outcome) -> None:
+    def _conclude(self, trainer: Trainer, outcome: Ending) -> None:
         """Test if training ended as it should; the status is set when all of it went well."""
         recorder, result = self.recorder, self.recorder.result
-        recorder.progress(trainer.progress, self.data.monitor, trainer.meter)
+        recorder.progress(trainer)
         if outcome.reason != "out_of_memory":  # else they may be half of a step on
             hashed = partial(checkpoint.weights_sha256, trainer.model)
             result.weights_sha256 = self.room.recovery.once_more(hashed, "conclusion")
         folder = self.context.run_dir / "plots"
-        plots = list(plot_history(trainer.progress.history, self.data.monitor, folder, result.unit))
+        plots = list(plot_history(trainer.progress.history, trainer.monitor, folder))
         if outcome.status == "completed" and trainer.settings.test:
             outcome, more = self._test(trainer, outcome, folder)
             plots += more
@@ -217,14 +222,13 @@ class TrainJob:
         recorder.artifacts(plots)
         result.status, result.stop_reason = outcome.status, outcome.reason
 
-    def _test(self, trainer: Trainer, outcome: Outcome, folder: Path) -> tuple[Outcome, list[Path]]:
+    def _test(self, trainer: Trainer, outcome: Ending, folder: Path) -> tuple[Ending, list[Path]]:
         """Test the best weights once; a signal stops it, and a resumed run tests again."""
         load = partial(checkpoint.load_best, trainer.folder, self.fabric, trainer.model)
         self.room.recovery.once_more(load, "resume")
         metrics = evaluate(
-            self.fabric,
             trainer.model,
-            self.data,
+            trainer.batches,
             "test",
             trainer.meter,
             trainer.settings.eval_batches,
@@ -233,10 +237,13 @@ class TrainJob:
         )
         self.recorder.memory(trainer.meter)
         if metrics is None:
-            return Outcome("stopped", "signal", outcome.step), []
+            return Ending("stopped", "signal", outcome.step), []
         recovery = self.room.recovery
         figures = recovery.once_more(metrics.compute, "conclusion")
         self.recorder.result.metrics |= {f"test/{name}": value for name, value in figures.items()}
+        self.recorder.result.skipped_samples = trainer.batches.skipped
+        if not isinstance(self.data, Plotted):
+            return outcome, []
         plots = self.data.plots(
             lambda batch: predict(trainer.model, batch, recovery), metrics, folder
         )

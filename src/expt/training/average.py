@@ -35,14 +35,21 @@ class NoAverage:
 
 
 class WeightAverage(NoAverage):
-    """An exponential moving average of a model's trained parameters.
+    """An exponential moving average of a model's trained parameters and its float buffers.
 
     `update` after every optimizer step; inside `exchanged` the model has the averaged weights.
+    Buffers are averaged too, since the running statistics of batch normalisation belong to the
+    weights that they were measured with; buffers of integers stay as they are.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._decay = decay
-        self._weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._weights: dict[str, Tensor] = {
+            name: weight for name, weight in model.named_parameters() if weight.requires_grad
+        }
+        self._weights |= {
+            name: value for name, value in model.named_buffers() if value.is_floating_point()
+        }
         self._averages = {name: p.detach().clone() for name, p in self._weights.items()}
 
     def update(self, step: int) -> None:

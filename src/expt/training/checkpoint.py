@@ -7,6 +7,7 @@ the history; ``best.pt`` the weights that validated best. Both are replaced atom
 from __future__ import annotations
 
 import hashlib
+import math
 import pickle
 import random
 import struct
@@ -45,7 +46,8 @@ class Progress:
     """Where a run is; part of every checkpoint.
 
     `history` has one row per finished epoch; `epoch_loss` and `epoch_weight` are the sums of the
-    epoch under way, so that its mean survives a resume; `recovery` is what
+    epoch under way, so that its mean survives a resume; `data_seconds` were spent waiting for
+    streamed samples; `recovery` is what
     `Recovery.state` of `expt.memory.recovery.recovery` returned, empty in checkpoints from before
     there was one.
     """
@@ -54,12 +56,13 @@ class Progress:
     epoch: int = 0
     step_in_epoch: int = 0
     seconds: float = 0.0
-    best: float = float("inf")
+    best: float | None = None
     best_epoch: int = 0
     epoch_loss: float = 0.0
     epoch_weight: float = 0.0
     peak_allocated_bytes: int | None = None
     peak_reserved_bytes: int | None = None
+    data_seconds: float = 0.0
     run_id: str | None = None
     history: list[dict[str, float]] = field(default_factory=list)
     recovery: dict[str, Any] = field(default_factory=dict)
@@ -111,7 +114,10 @@ def load_last(
     fabric.strategy.precision.load_state_dict(rest["scaler"])
     average.load_state_dict(rest.get("average", {}))
     restore_random_state(rest["random"])
-    return Progress(**rest["progress"])
+    progress = Progress(**rest["progress"])
+    if progress.best is not None and not math.isfinite(progress.best):
+        progress.best = None  # how checkpoints of earlier versions said that there is none yet
+    return progress
 
 
 def save_best(folder: Path, fabric: Fabric, model: nn.Module, progress: Progress) -> None:

@@ -33,7 +33,7 @@ class Display(Protocol):
     def step(self, step: int, loss: float | None) -> None:
         """Show one more optimizer step; `loss` only where it was read from the device."""
 
-    def epoch(self, line: str, val: float, peak_bytes: int | None) -> None:
+    def epoch(self, line: str, value: str, peak_bytes: int | None) -> None:
         """Show a finished epoch."""
 
     def stop(self) -> None:
@@ -49,7 +49,7 @@ class SilentDisplay:
     def step(self, step: int, loss: float | None) -> None:
         """Do nothing."""
 
-    def epoch(self, line: str, val: float, peak_bytes: int | None) -> None:
+    def epoch(self, line: str, value: str, peak_bytes: int | None) -> None:
         """Do nothing."""
 
     def stop(self) -> None:
@@ -74,14 +74,14 @@ class LineDisplay(SilentDisplay):
             self._printed = now
             print(f"           step {step}/{self._total}  loss {loss:.3f}", flush=True)
 
-    def epoch(self, line: str, val: float, peak_bytes: int | None) -> None:
+    def epoch(self, line: str, value: str, peak_bytes: int | None) -> None:
         """Print the epoch's line."""
         self._printed = time.monotonic()
         print(line, flush=True)
 
 
 class BarDisplay:
-    """One bar for the run: loss, validation MAE, peak memory, time left."""
+    """One bar for the run: loss, the monitored figure, peak memory, time left."""
 
     def __init__(self, console: Console) -> None:
         self._bar = Progress(
@@ -107,10 +107,10 @@ class BarDisplay:
         else:
             self._bar.update(self._task, completed=step, loss=f"{loss:.3f}")
 
-    def epoch(self, line: str, val: float, peak_bytes: int | None) -> None:
+    def epoch(self, line: str, value: str, peak_bytes: int | None) -> None:
         """Print the epoch's line above the bar."""
         self._bar.console.print(line, highlight=False)
-        self._bar.update(self._task, val=f"{val:.3f}", peak=f"peak {format_bytes(peak_bytes)}")
+        self._bar.update(self._task, val=value, peak=f"peak {format_bytes(peak_bytes)}")
 
     def stop(self) -> None:
         """Take the bar away."""
@@ -127,17 +127,20 @@ def choose_display(enabled: bool) -> Display:
 
 
 class ProgressFile:
-    """Keeps ``progress.json`` (`step`, `epoch`, `val/mae`) up to date, cheaply."""
+    """Keeps ``progress.json`` (`step`, `epoch`, and under `name` the last validation), cheaply.
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / FILE_NAME
+    `name` is ``val/`` and the metric that is monitored.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.path, self.name = folder / FILE_NAME, name
         self._due = 0.0
 
-    def write(self, step: int, epoch: int, val: float | None, force: bool = False) -> None:
+    def write(self, step: int, epoch: int, value: float | None, force: bool = False) -> None:
         """Replace the file, unless it was a moment ago."""
         start = time.monotonic()
         if not force and start < self._due:
             return
-        write_json(self.path, {"step": step, "epoch": epoch, "val/mae": val}, durable=False)
+        write_json(self.path, {"step": step, "epoch": epoch, self.name: value}, durable=False)
         took = time.monotonic() - start
         self._due = start + max(WRITE_INTERVAL_SECONDS, took / WRITE_SHARE)

@@ -6,25 +6,24 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from expt.job import Batch, DataSet, Metrics, Split
+from expt.job import Accumulator, Batch, DataSet, Split
 from expt.memory.measuring.meter import MemoryMeter
 from expt.memory.recovery.recovery import Recovery
+from expt.training.batches import Batches, Samples
 
 
 @torch.no_grad()
 def evaluate(
-    fabric: Fabric,
     model: nn.Module,
-    data: DataSet,
+    batches: Batches,
     split: Split,
     meter: MemoryMeter,
     max_batches: int | None = None,
     interrupted: Callable[[], bool] = lambda: False,
     recovery: Recovery | None = None,
-) -> Metrics | None:
+) -> Accumulator | None:
     """Return the metrics over every sample of `split`, none padded and none dropped.
 
     `max_batches` cuts it short for smoke tests; the figures are then of those batches only.
@@ -33,50 +32,56 @@ def evaluate(
 
     Raises:
         RecoveryError: not even a single sample can be evaluated.
+        DataError: a sample cannot be read.
 
     """
-    run = _SplitRun(model, data, split)
-    model.eval()
+    data = batches.data
     count = data.size(split)
     if max_batches is not None:
         count = min(count, max_batches * data.eval_batch_size)
-    indices = torch.arange(count, device=fabric.device)
-    while run.done < count:
-        if interrupted():
-            return None
-        with meter.evaluation():
-            score = partial(run.score, indices)
-            if recovery is None:
-                score(data.eval_batch_size)
-            elif not recovery.evaluation(score, data.eval_batch_size):
-                run.forget_half_counted()
+    model.eval()
+    finished = False
+    while not finished:
+        run = _Run(model, data)
+        for samples in batches.evaluation(split, count):
+            while run.done < len(samples):
+                if interrupted():
+                    return None
+                with meter.evaluation():
+                    score = partial(run.score, samples)
+                    if recovery is None:
+                        score(data.eval_batch_size)
+                    else:
+                        recovery.evaluation(score, data.eval_batch_size)
+                if run.counting:
+                    break
+            if run.counting:
+                break  # the sums are half changed; to begin again is the only undo
+            run.done = 0
+        else:
+            finished = True
     model.train()
-    return run.metrics
+    return run.accumulator
 
 
-class _SplitRun:
-    """How far the evaluation of a split has come."""
+class _Run:
+    """The figures so far, and how far the samples at hand are done."""
 
-    def __init__(self, model: nn.Module, data: DataSet, split: Split) -> None:
-        self.model, self.data, self.split = model, data, split
-        self.metrics = data.metrics()
+    def __init__(self, model: nn.Module, data: DataSet) -> None:
+        self.model, self.data = model, data
+        self.accumulator = data.accumulator()
         self.done = 0
-        self._counting = False
+        self.counting = False
 
-    def score(self, indices: Tensor, size: int) -> None:
-        """Add the next `size` samples to the metrics."""
-        chunk = indices[self.done : self.done + size]
-        batch = self.data.gather(self.split, chunk)
+    def score(self, samples: Samples, size: int) -> None:
+        """Add the next `size` samples to the figures."""
+        part = samples[self.done : self.done + size]
+        batch = part.batch()
         prediction = self.model(**batch.inputs)
-        self._counting = True
-        self.metrics.update(prediction, batch)
-        self._counting = False
-        self.done += len(chunk)
-
-    def forget_half_counted(self) -> None:
-        """Begin again if the metrics were being changed; a new accumulator is the only undo."""
-        if self._counting:
-            self.metrics, self.done, self._counting = self.data.metrics(), 0, False
+        self.counting = True
+        self.accumulator.update(prediction, batch)
+        self.counting = False
+        self.done += len(part)
 
 
 @torch.no_grad()
@@ -90,12 +95,11 @@ def predict(model: nn.Module, batch: Batch, recovery: Recovery | None = None) ->
 
     """
     model.eval()
-    count, parts = len(batch.target), list[Tensor]()
+    count, parts = len(batch), list[Tensor]()
 
     def extend(size: int) -> None:
         start = sum(map(len, parts))
-        inputs = {name: value[start : start + size] for name, value in batch.inputs.items()}
-        parts.append(model(**inputs))
+        parts.append(model(**batch.each(lambda value: value[start : start + size]).inputs))
 
     while sum(map(len, parts)) < count:
         if recovery is None:

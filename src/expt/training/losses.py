@@ -79,7 +79,7 @@ class LossReader:
         self._pending.clear()
 
 
-class Here:
+class Ready:
     """The arrival of what is there already."""
 
     def query(self) -> bool:
@@ -92,7 +92,7 @@ class Here:
 
 def fetch_at_once(tensor: Tensor) -> tuple[Tensor, Arrival]:
     """Return the values of a tensor that is on the host, or on a device that has no events."""
-    return tensor.cpu(), Here()
+    return tensor.cpu(), Ready()
 
 
 def fetch_from_cuda(tensor: Tensor) -> tuple[Tensor, Arrival]:

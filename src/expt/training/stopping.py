@@ -28,7 +28,7 @@ STATUSES: dict[StopReason, Status] = {
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Ending:
     """Why `fit` returned; `step` is the optimizer step at which it did."""
 
     status: Status
@@ -37,8 +37,8 @@ class Outcome:
     message: str | None = None
 
     @classmethod
-    def of(cls, reason: StopReason, step: int, message: str | None = None) -> Outcome:
-        """Return the outcome that a reason means."""
+    def of(cls, reason: StopReason, step: int, message: str | None = None) -> Ending:
+        """Return the ending that a reason means."""
         return cls(STATUSES.get(reason, "completed"), reason, step, message)
 
 

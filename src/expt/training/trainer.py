@@ -11,24 +11,27 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from expt.config.schema import TrainerConfig
-from expt.errors import BrokenStepError, RecoveryError
-from expt.job import DataSet, Described
+from expt.config.schema import LoaderConfig, TrainerConfig
+from expt.errors import BrokenStepError, LoaderError, RecoveryError
+from expt.job import DataSet, Described, monitored
 from expt.memory.measuring.meter import MemoryMeter
 from expt.memory.recovery.recovery import Recovery
 from expt.memory.watching.manager import MemoryManager
 from expt.tracking.tracker import Tracker
 from expt.training import checkpoint, schedules
 from expt.training.average import average_for
+from expt.training.batches import Batches, Samples, micro_batches
 from expt.training.checkpoint import Progress
 from expt.training.display import Display, ProgressFile
 from expt.training.evaluate import evaluate
@@ -36,7 +39,7 @@ from expt.training.interruption import Interruption
 from expt.training.losses import LossReader
 from expt.training.profiler import StepProfiler
 from expt.training.steps.choose import steps_for
-from expt.training.stopping import Outcome, StopReason, limit_reached
+from expt.training.stopping import Ending, StopReason, limit_reached
 from expt.units import format_bytes, format_seconds
 
 
@@ -60,12 +63,21 @@ class Trainer:
     interruption: Interruption
     profiler: StepProfiler
     run_dir: Path
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
     manager: MemoryManager = field(default_factory=lambda: MemoryManager(monitoring=False))
 
     def __post_init__(self) -> None:
+        self.monitor = monitored(self.data.metrics, self.settings.monitor)
+        self.batches = Batches(
+            self.data,
+            self.fabric.device,
+            self.loader,
+            self.settings.seed,
+            self.settings.repeat_first_epoch,
+        )
         self.progress = Progress()
         self.folder = self.run_dir / checkpoint.FOLDER
-        self.progress_file = ProgressFile(self.folder)
+        self.progress_file = ProgressFile(self.folder, f"val/{self.monitor.name}")
         batches = -(-self.data.size("train") // self.data.batch_size)
         self.steps_per_epoch = min(batches, self.settings.steps_per_epoch or batches)
         limit = self.settings.max_steps or float("inf")
@@ -90,6 +102,7 @@ class Trainer:
             scaler=self._scaler,
             processes=self.fabric.world_size,
             on_capture=self.meter.captured,
+            streamed=self.batches.streamed,
         )
         self._losses = LossReader(self.fabric.device)
         on_host = self.fabric.device.type == "cpu"
@@ -104,7 +117,7 @@ class Trainer:
             self.meter.restore(restored.peak_allocated_bytes, restored.peak_reserved_bytes)
         return self.progress.step
 
-    def fit(self) -> Outcome:
+    def fit(self) -> Ending:
         """Train until one of the reasons to stop; the checkpoints are complete when it returns."""
         self._started = time.monotonic() - self.progress.seconds
         if isinstance(self.data, Described):
@@ -120,21 +133,21 @@ class Trainer:
                 reason = None if under_way else limit_reached(self.progress, self.settings)
                 reason = reason or self._epoch_or_replay()
                 if reason is not None:
-                    return Outcome.of(reason, self.progress.step)
+                    return Ending.of(reason, self.progress.step)
         except RecoveryError as error:
-            return Outcome.of("out_of_memory", self.progress.step, str(error))
+            return Ending.of("out_of_memory", self.progress.step, str(error))
         finally:
             self.display.stop()
             self.profiler.stop()
+            self.batches.close()
 
-    def train_step(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Take one optimizer step on these samples [B]; return (mean loss, weight) on device."""
-        weight = self.data.weight("train", indices)
+    def train_step(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        """Do one optimizer step on these samples; return (mean loss, weight) on the device."""
+        weight = samples.weight()
         total = torch.zeros((), device=self.fabric.device)
-        parts = min(self.recovery.techniques.gradient_accumulation, len(indices))
-        for part in indices.tensor_split(parts):
+        for part in micro_batches(samples, self.recovery.techniques.gradient_accumulation):
             self.recovery.phase = "forward"
-            batch = self.data.gather("train", part)
+            batch = part.batch()
             loss = self.data.loss(self.model(**batch.inputs), batch) / weight
             self.recovery.phase = "backward"
             self.fabric.backward(loss)
@@ -145,9 +158,9 @@ class Trainer:
         self.optimizer.zero_grad()
         return total, weight
 
-    def _eager_step(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def _eager_step(self, samples: Samples) -> tuple[Tensor, Tensor]:
         # No closure: a frame that is cleared after an error keeps its function, and so the model.
-        return self.train_step(indices)
+        return self.train_step(samples)
 
     def _epoch_or_replay(self) -> StopReason | None:
         """Run the rest of the epoch, or go back to the last checkpoint if a step was broken."""
@@ -167,27 +180,33 @@ class Trainer:
         progress = self.progress
         self.model.train()  # an evaluation may have broken off
         self.recovery.position = (progress.step, progress.epoch)
-        order = self.recovery.once_more(partial(self._order, progress.epoch), "epoch")
+        waited = self.batches.waited_seconds
+        place = (progress.epoch, progress.step_in_epoch, self.steps_per_epoch)
+        batches = self.recovery.once_more(partial(self.batches.training, *place), "epoch")
         self.meter.start_epoch()
         loss_sum = torch.full((), progress.epoch_loss, device=self.fabric.device)
         weight_sum = torch.full((), progress.epoch_weight, device=self.fabric.device)
-        limit = self._take_steps(order.split(self.data.batch_size), loss_sum, weight_sum)
+        limit = self._take_steps(batches, loss_sum, weight_sum)
+        progress.data_seconds += self.batches.waited_seconds - waited
         if limit in ("signal", "non_finite_loss"):
             return limit
         return self._validate(float(loss_sum), float(weight_sum)) or limit
 
     def _take_steps(
-        self, batches: tuple[Tensor, ...], loss_sum: Tensor, weight_sum: Tensor
+        self, batches: Iterator[Samples], loss_sum: Tensor, weight_sum: Tensor
     ) -> StopReason | None:
         """Take the steps left of the epoch and add to its sums; a GPU is not waited for."""
         progress = self.progress
         limit = limit_reached(progress, self.settings, before_validation=True)
         while progress.step_in_epoch < self.steps_per_epoch and limit is None:
             self._set_rate(progress.step / self.total_steps)
-            indices = batches[progress.step_in_epoch]
             self.recovery.position = (progress.step, progress.epoch)
+            samples = self._next(batches)
+            if samples is None:
+                self._save_last()
+                return "signal"
             with self.meter.step():
-                loss, weight = self.steps(indices)
+                loss, weight = self.steps(samples)
             self.average.update(progress.step)
             loss_sum += loss * weight
             weight_sum += weight
@@ -196,6 +215,15 @@ class Trainer:
             self.profiler.step()
             limit = self._after_step(loss, loss_sum, weight_sum)
         return limit
+
+    def _next(self, batches: Iterator[Samples]) -> Samples | None:
+        """Return the samples of the next step; None if a signal came while they were read."""
+        try:
+            return next(batches)
+        except LoaderError:
+            if self.interruption.received is None:
+                raise
+            return None  # whoever stops the run has ended its workers too
 
     def _after_step(self, loss: Tensor, loss_sum: Tensor, weight_sum: Tensor) -> StopReason | None:
         """Read, report and save what is due; return why to stop before the epoch is over."""
@@ -219,8 +247,8 @@ class Trainer:
                 self.tracker.metrics({"train/loss_step": seen}, reading.step)
         self.manager.step()
         self.display.step(progress.step, seen)
-        val = progress.history[-1]["val"] if progress.history else None
-        self.progress_file.write(progress.step, progress.epoch, val)
+        value = progress.history[-1]["val"] if progress.history else None
+        self.progress_file.write(progress.step, progress.epoch, value)
         progress.seconds = time.monotonic() - self._started
         if due or signal:
             progress.epoch_loss, progress.epoch_weight = float(loss_sum), float(weight_sum)
@@ -231,13 +259,12 @@ class Trainer:
 
     def _validate(self, loss_sum: float, weight_sum: float) -> StopReason | None:
         """Close the epoch: validate, record, keep the best, save; return why to stop."""
-        progress, monitor = self.progress, self.data.monitor
+        progress, monitor = self.progress, self.monitor
         self.recovery.position = (progress.step, progress.epoch)
         with self.average.exchanged():
             metrics = evaluate(
-                self.fabric,
                 self.model,
-                self.data,
+                self.batches,
                 "val",
                 self.meter,
                 self.settings.eval_batches,
@@ -250,8 +277,8 @@ class Trainer:
             self._save_last()
             return "signal"
         figures = metrics.compute()
-        val = figures[monitor]
-        if not math.isfinite(val):
+        value = figures[monitor.name]
+        if not math.isfinite(value):
             return "non_finite_loss"
         progress.epoch += 1
         progress.step_in_epoch = 0
@@ -264,13 +291,14 @@ class Trainer:
             "step": float(progress.step),
             "seconds": progress.seconds,
             "loss": loss_sum / max(weight_sum, 1.0),
-            "val": val,
+            "val": value,
             "rate": float(self.optimizer.param_groups[0]["lr"]),
+            **({"data_seconds": progress.data_seconds} if self.batches.streamed else {}),
             **{name: float(count) for name, count in memory.items()},
         }
         progress.history.append(row)
-        if val < progress.best:
-            progress.best, progress.best_epoch = val, progress.epoch
+        if monitor.better(value, progress.best):
+            progress.best, progress.best_epoch = value, progress.epoch
             with self.average.exchanged():
                 checkpoint.save_best(self.folder, self.fabric, self.model, progress)
         self._save_last()
@@ -283,13 +311,14 @@ class Trainer:
         self, row: dict[str, float], figures: dict[str, float], memory: dict[str, int]
     ) -> None:
         """Send a finished epoch to the tracker, the display and the progress file."""
-        progress, monitor = self.progress, self.data.monitor
+        progress, monitor = self.progress, self.monitor
         recorded = {
             "train/loss": row["loss"],
             "learning_rate": row["rate"],
             "epoch": row["epoch"],
             "seconds": row["seconds"],
-            f"best_val/{monitor}": progress.best,
+            **{name: row[name] for name in ("data_seconds",) if name in row},
+            f"best_val/{monitor.name}": cast(float, progress.best),
             **{f"val/{name}": value for name, value in figures.items()},
             **{f"memory/{name}": float(count) for name, count in memory.items()},
         }
@@ -297,18 +326,12 @@ class Trainer:
         peak = progress.peak_allocated_bytes
         line = (
             f"epoch {progress.epoch:3d}  step {progress.step}  train loss {row['loss']:.3f}  "
-            f"val {monitor} {row['val']:.3f}{' *' if progress.best == row['val'] else '  '}"
+            f"val {monitor.name} {monitor.text(row['val'], unit=monitor.percent)}"
+            f"{' *' if progress.best_epoch == progress.epoch else '  '}"
             f"  peak {format_bytes(peak)}  {format_seconds(progress.seconds)}"
         )
-        self.display.epoch(line, row["val"], peak)
+        self.display.epoch(line, monitor.text(row["val"]), peak)
         self.progress_file.write(progress.step, progress.epoch, row["val"], force=True)
-
-    def _order(self, epoch: int) -> Tensor:
-        """Return the epoch's order of samples, from seed and epoch alone, on the device."""
-        epoch = 0 if self.settings.repeat_first_epoch else epoch
-        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
-        order = torch.randperm(self.data.size("train"), generator=generator)
-        return order.to(self.fabric.device)
 
     def _set_rate(self, progress: float) -> None:
         factor = self._rate_factor(progress)

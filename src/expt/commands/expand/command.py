@@ -27,7 +27,7 @@ from expt.config.settings import RunContext, Settings
 from expt.config.validate import validated
 from expt.errors import ConfigError
 from expt.files import write_json, write_text
-from expt.job import DataSet
+from expt.job import DataSet, monitored
 from expt.memory.measuring.budget import Budget
 from expt.result import load_launch, save_launch
 from expt.run.build import build
@@ -76,8 +76,9 @@ def run(cfg: DictConfig, context: RunContext) -> ExpandResult:
         budget = Budget.parse(settings.memory.budget, device).bytes
     data: DataSet = build(settings, "data")
     with Interruption() as interruption:
+        monitor = monitored(data.metrics, settings.trainer.monitor)
         prober = Prober(
-            base, settings, context, expansion, budget, data.monitor,
+            base, settings, context, expansion, budget, monitor.name,
             stopped=lambda: interruption.received is not None,
         )  # fmt: skip
         record = Record(prober, expansion, context, settings)

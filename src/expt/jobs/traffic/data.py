@@ -25,7 +25,7 @@ from torch import Tensor
 
 from expt.errors import DataError
 from expt.job import Batch, Split
-from expt.jobs.traffic.metrics import MaskedErrors, check_shape
+from expt.jobs.traffic.metrics import MaskedErrors, check_shape, error_metrics
 from expt.jobs.traffic.reading import read_series
 from expt.jobs.traffic.series import Series
 from expt.jobs.traffic.source import named
@@ -36,7 +36,7 @@ SHIPPED = "expt://"
 
 
 class TrafficData:
-    """Forecasting samples from one speed series; implements `expt.job.DataSet`.
+    """Forecasting samples from one speed series; implements `expt.job.ResidentDataSet`.
 
     Args:
         path: the series: npz, HDF5, csv or parquet; ``expt://NAME`` is a shipped file.
@@ -56,8 +56,6 @@ class TrafficData:
             in every split.
 
     """
-
-    monitor = "mae"
 
     def __init__(
         self,
@@ -97,6 +95,7 @@ class TrafficData:
         with named(source):
             _ = self.series.steps_per_day  # refused here, before anything is built for it
             self.mean, self.std = self._scaling()
+        self.metrics = error_metrics(horizon, self.series.step_seconds, unit)
         self._on_device(torch.device("cpu"))
         for split, observed in self._observed_targets.items():
             if not observed.any():
@@ -157,6 +156,12 @@ class TrafficData:
         """Move the whole series and its masks to `device`."""
         self._on_device(device)
 
+    def resident(self) -> list[Tensor]:
+        """Return the tensors that stay on the device."""
+        kept = [self._speed, self._observed, self._scaled, self._time_of_day, self._day_of_week]
+        kept += [self._offsets, *self._starts.values(), *self._observed_targets.values()]
+        return kept
+
     def model_arguments(self) -> Mapping[str, Any]:
         """Return the shapes a model may ask for, and the graph."""
         return {
@@ -194,7 +199,7 @@ class TrafficData:
         error = (self.to_speed(prediction) - batch.target).abs()
         return torch.where(batch.target > 0, error, 0.0).sum()
 
-    def metrics(self) -> MaskedErrors:
+    def accumulator(self) -> MaskedErrors:
         """Return an accumulator in `unit`, per horizon."""
         return MaskedErrors(self.to_speed, self.horizon, self.series.step_seconds)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from expt.errors import ModelError
-from expt.job import Batch
+from expt.job import Batch, Metric
 
 REPORTED_MINUTES = (15, 30, 60)
 
@@ -35,6 +35,24 @@ def reported_steps(horizon: int, step_seconds: int) -> dict[str, int]:
     return {f"{step * step_seconds / 60:g}": step for step in sorted(steps)}
 
 
+def error_metrics(horizon: int, step_seconds: int, unit: str) -> list[Metric]:
+    """Return what `MaskedErrors` computes, the monitored figure first.
+
+    The errors at `REPORTED_MINUTES` are always among them, whether the series has such a step or
+    not, so that records of all series have the same keys.
+    """
+    minutes = {f"{m:g}" for m in REPORTED_MINUTES} | set(reported_steps(horizon, step_seconds))
+    return [
+        Metric("mae", label="MAE", unit=unit),
+        *(
+            Metric(f"mae_{ahead}min", label=f"MAE, {ahead} min", unit=unit)
+            for ahead in sorted(minutes, key=float)
+        ),
+        Metric("rmse", label="RMSE", unit=unit),
+        Metric("mape", label="MAPE", percent=True, digits=4),
+    ]
+
+
 def check_shape(prediction: Tensor, batch: Batch) -> None:
     """Raise ModelError unless the prediction has the target's shape; broadcasting would hide it."""
     if prediction.shape != batch.target.shape:
@@ -45,7 +63,7 @@ def check_shape(prediction: Tensor, batch: Batch) -> None:
 
 
 class MaskedErrors:
-    """Errors per forecast step, in the target's unit; implements `expt.job.Metrics`."""
+    """Errors per forecast step, in the target's unit; implements `expt.job.Accumulator`."""
 
     def __init__(
         self, to_speed: Callable[[Tensor], Tensor], horizon: int, step_seconds: int

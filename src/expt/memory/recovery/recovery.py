@@ -187,12 +187,12 @@ class Recovery:
         self._record(outcome, move, reason)
         return False
 
-    def capture(self, work: Callable[[], T], mend: Callable[[], None]) -> T | None:
+    def capture(self, work: Callable[[], T], reset: Callable[[], None]) -> T | None:
         """Do work that only makes later steps faster; None if there is no memory for it.
 
         Args:
             work: may leave the allocator in a state in which nothing can be released.
-            mend: brings it out of that; called unless torch's own allocator said that memory ran
+            reset: brings it out of that; called unless torch's own allocator said that memory ran
                 out, in which case the work was ended as it should.
 
         """
@@ -210,7 +210,7 @@ class Recovery:
         if isinstance(outcome, Success):
             return outcome.value
         if not cleanly:
-            mend()
+            reset()
         release(self.device)
         self.phase = "capture"
         self._record(outcome, Move("eager", self.techniques, ()), None)

@@ -1,10 +1,10 @@
 """Steps that are captured once and replayed: one launch instead of hundreds, on CUDA.
 
-Small models are bound by launching kernels, not by running them. Here the first steps are taken
+Small models are bound by launching kernels, not by running them. Here the first steps are done
 eagerly (they are steps like any other, so that nothing is computed only to warm up), the last of
 them watched for what a capture forbids; then one step is captured without being run, and it and
 all later ones of the same size are replayed. The samples' indices and the learning rates are
-tensors that every replay reads; the last, smaller batch of an epoch is taken eagerly.
+tensors that every replay reads; the last, smaller batch of an epoch is done eagerly.
 
 A captured step keeps its memory to itself. When memory is short, it is the first to go.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -26,15 +26,16 @@ from expt.memory.recovery.recovery import Recovery
 from expt.memory.recovery.undo import RandomState, bare_optimizer
 from expt.memory.techniques.block_randomness import BlockCounter, block_randomness
 from expt.memory.techniques.techniques import Techniques
+from expt.training.batches import ResidentSamples, Samples
 from expt.training.steps.cuda_graph import why_not_captured
-from expt.training.steps.eager import Steps, Take
+from expt.training.steps.eager import StepFunction, Steps
 
 WARM_STEPS = 3
 """Steps before the capture: optimizer state and library workspaces are made in the first; the CPU's
 ledger watches as many (`expt.memory.measuring.meter.LEDGER_STEPS`)."""
 
 
-NO_ROOM = "there is no memory for it beside the rest; trainer.compile=off does not try"
+NO_ROOM = "not enough memory to capture it; set trainer.compile=off to skip the attempt"
 
 
 class Machinery(Protocol):
@@ -53,7 +54,7 @@ class Machinery(Protocol):
 
         """
 
-    def mend(self) -> None:
+    def reset_after_failed_capture(self) -> None:
         """Make the device usable after a capture that broke off."""
 
 
@@ -62,7 +63,7 @@ class CapturedSteps(Steps):
 
     def __init__(
         self,
-        take: Take,
+        function: StepFunction,
         optimizer: Optimizer,
         recovery: Recovery,
         batch_size: int,
@@ -74,14 +75,14 @@ class CapturedSteps(Steps):
         on_capture: Callable[[bool], None] = lambda captured: None,
         say: Callable[[str], None] = print,
     ) -> None:
-        super().__init__(take, recovery)
+        super().__init__(function, recovery)
         self._optimizer = optimizer
         self._batch_size = batch_size
         self._machinery = machinery
         self._scaler, self._processes, self._compiled = scaler, processes, compiled
         self._on_capture, self._say = on_capture, say
         self._given_up = False
-        self._taken = self._blocks = 0
+        self._done = self._blocks = 0
         self._techniques: Techniques | None = None
         self._graph: Any = None
         recovery.give_way = self._give_way
@@ -91,19 +92,19 @@ class CapturedSteps(Steps):
         """Whether a step is captured now."""
         return self._graph is not None
 
-    def __call__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Replay a step on samples [B], capture it if it is time to, or take it eagerly."""
-        if self._given_up or len(indices) != self._batch_size:
-            return super().__call__(indices)
+    def __call__(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        """Replay a step, capture it if it is time to, or execute it eagerly."""
+        if self._given_up or len(samples) != self._batch_size:
+            return super().__call__(samples)
         if self._techniques != self.recovery.techniques:
             self._begin()
             if self._given_up:
-                return super().__call__(indices)
-        if self._taken < WARM_STEPS:
-            return self._warm(indices)
-        if self._graph is None and not self._capture(indices):
-            return super().__call__(indices)
-        self._indices.copy_(indices)
+                return super().__call__(samples)
+        if self._done < WARM_STEPS:
+            return self._warm(samples)
+        if self._graph is None and not self._capture(samples):
+            return super().__call__(samples)
+        self._samples.copy_(cast(ResidentSamples, samples))
         for rate, group in zip(self._rates, self._groups(), strict=True):
             rate.fill_(group["lr"])
         self._graph.replay()
@@ -118,44 +119,47 @@ class CapturedSteps(Steps):
     def _begin(self) -> None:
         """Start over with the techniques in force, unless they cannot be captured."""
         self._drop()
-        self._techniques, self._taken = self.recovery.techniques, 0
+        self._techniques, self._done = self.recovery.techniques, 0
         reason = why_not_captured(
             self._optimizer, self._techniques, self._scaler, self._processes, self._compiled
         )
         if reason is not None:
             self._stay_eager(reason)
 
-    def _warm(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        found: list[str] | None = [] if self._taken == WARM_STEPS - 1 else None
+    def _warm(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        found: list[str] | None = [] if self._done == WARM_STEPS - 1 else None
         counter = BlockCounter()
 
         def work() -> tuple[Tensor, Tensor]:
             counter.blocks = 0
             with block_randomness(counter), self._machinery.warming(found):
-                return self.take(indices)
+                return self.function(samples)
 
-        result = self.recovery.step(work, len(indices))
-        self._taken += 1
+        result = self.recovery.step(work, len(samples))
+        self._done += 1
         self._blocks = counter.blocks
         if found:
             self._stay_eager(found[0])
         return result
 
-    def _capture(self, indices: Tensor) -> bool:
+    def _capture(self, samples: Samples) -> bool:
         """Capture a step; tell whether there is one now."""
         state = RandomState(self.recovery.device)
-        self._indices = indices.clone()
+        self._samples = cast(ResidentSamples, samples).clone()
         self._rates = [
-            torch.full((), float(group["lr"]), device=indices.device) for group in self._groups()
+            torch.full((), float(group["lr"]), device=self.recovery.device)
+            for group in self._groups()
         ]
         seed = (torch.initial_seed() * 1_000_003 + self.recovery.position[0]) % 2**63
         capture = partial(
-            self._machinery.capture, partial(self.take, self._indices), self._blocks, seed
+            self._machinery.capture, partial(self.function, self._samples), self._blocks, seed
         )
         reason = None
         with self._rates_on_device():
             try:
-                captured = self.recovery.capture(capture, self._machinery.mend)
+                captured = self.recovery.capture(
+                    capture, self._machinery.reset_after_failed_capture
+                )
             except UserError:
                 raise  # it could not be mended, so that nothing would work from here on
             except Exception as error:
@@ -169,7 +173,7 @@ class CapturedSteps(Steps):
         # Outside the handler, whose traceback holds what the capture had made.
         self._optimizer.zero_grad()
         if reason is not None:
-            self._machinery.mend()
+            self._machinery.reset_after_failed_capture()
         self._stay_eager(f"the capture failed ({reason})" if reason else NO_ROOM)
         state.restore()
         release(self.recovery.device)

@@ -10,12 +10,12 @@ from torch.optim import Optimizer
 
 from expt.config.schema import Compile
 from expt.memory.recovery.recovery import Recovery
-from expt.training.steps.eager import Steps, Take
+from expt.training.steps.eager import StepFunction, Steps
 
 
 def steps_for(
     how: Compile,
-    take: Take,
+    function: StepFunction,
     model: nn.Module,
     optimizer: Optimizer,
     recovery: Recovery,
@@ -23,6 +23,7 @@ def steps_for(
     *,
     scaler: object = None,
     processes: int = 1,
+    streamed: bool = False,
     on_capture: Callable[[bool], None] = lambda captured: None,
     say: Callable[[str], None] = lambda line: print(line, flush=True),
 ) -> Steps:
@@ -30,34 +31,42 @@ def steps_for(
 
     Args:
         how: what `trainer.compile` asks for.
-        take: see `Take`.
+        function: does one step.
         model: on its device, with or without Fabric's wrapper.
         optimizer: with or without Fabric's wrapper.
         recovery: that the steps run under.
         batch_size: samples in every step but the last of an epoch.
         scaler: fp16's, None without one.
         processes: that train together.
+        streamed: whether samples come from the host, so that no step can be captured.
         on_capture: told when a step is captured, and when it is given up.
         say: told why steps are not taken as asked for.
 
     """
     device = recovery.device
     if how is Compile.off or (how is Compile.auto and device.type != "cuda"):
-        return Steps(take, recovery)
+        return Steps(function, recovery)
     if how is Compile.compile:
-        from expt.training.steps.compiled import CompiledTake
+        from expt.training.steps.compiled import CompiledStep
 
-        take = CompiledTake(take, model, recovery, batch_size, say)
+        function = CompiledStep(function, model, recovery, batch_size, say)
         if device.type != "cuda":
-            return Steps(take, recovery)
+            return Steps(function, recovery)
     if device.type != "cuda":
         say(f"trainer.compile={how.value}: {device.type} has no CUDA graphs, so steps stay eager")
-        return Steps(take, recovery)
+        return Steps(function, recovery)
+    if streamed:
+        if how is not Compile.auto:
+            say(
+                f"trainer.compile={how.value}: streamed samples are copied from the host in every "
+                "step, so steps are not captured"
+            )
+        return Steps(function, recovery)
     from expt.training.steps.captured import CapturedSteps
     from expt.training.steps.cuda_graph import CudaGraphs
 
     return CapturedSteps(
-        take,
+        function,
         optimizer,
         recovery,
         batch_size,

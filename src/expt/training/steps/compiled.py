@@ -20,7 +20,8 @@ from expt.memory.recovery.recovery import Recovery
 from expt.memory.recovery.undo import RandomState
 from expt.memory.techniques.techniques import Techniques
 from expt.memory.techniques.wrapping import bare
-from expt.training.steps.eager import Take
+from expt.training.batches import Samples
+from expt.training.steps.eager import StepFunction
 
 EAGER_STEPS = 1
 """Steps before compiling on CUDA: the second compiles, the third is watched before a capture."""
@@ -28,19 +29,19 @@ LEDGER_STEPS = 3
 """Steps that the CPU's ledger watches, operator by operator (`expt.memory.measuring.meter`)."""
 
 
-class CompiledTake:
-    """Takes a step with compiled kernels, or eagerly; see `expt.training.steps.eager.Take`."""
+class CompiledStep:
+    """Does a step with compiled kernels, or eagerly; a `StepFunction`."""
 
     def __init__(
         self,
-        take: Take,
+        function: StepFunction,
         model: nn.Module,
         recovery: Recovery,
         batch_size: int,
         say: Callable[[str], None],
         backend: str | Callable[..., object] = "inductor",
     ) -> None:
-        self._take = take
+        self._function = function
         self._backend = backend
         self._model = bare(model)
         self._recovery = recovery
@@ -51,26 +52,26 @@ class CompiledTake:
         self._techniques: Techniques | None = None
         self._compiled: Callable[..., object] | None = None
 
-    def __call__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Take one whole step on samples [B]."""
-        if self._given_up or len(indices) != self._batch_size:
-            return self._take(indices)
+    def __call__(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        """Do one whole step."""
+        if self._given_up or len(samples) != self._batch_size:
+            return self._function(samples)
         if self._eager_left > 0:
             self._eager_left -= 1
-            return self._take(indices)
+            return self._function(samples)
         if _get_current_dispatch_mode() is not None:
             return self._eager_for_good(
-                indices, "every operator is watched, as by a memory.budget on this device"
+                samples, "every operator is watched, as by a memory.budget on this device"
             )
         if self._techniques != self._recovery.techniques:
             self._compile()
         if self._proved:
             with self._in_force():
-                return self._take(indices)
+                return self._function(samples)
         before, reason = RandomState(self._recovery.device), ""
         try:
             with self._in_force():
-                result = self._take(indices)
+                result = self._function(samples)
             self._proved = True
             return result
         except Exception as error:
@@ -82,7 +83,7 @@ class CompiledTake:
         for weight in self._model.parameters():
             weight.grad = None
         before.restore()
-        return self._eager_for_good(indices, reason)
+        return self._eager_for_good(samples, reason)
 
     def _compile(self) -> None:
         """Compile anew, lazily, for techniques that may have changed the model's forward."""
@@ -100,7 +101,7 @@ class CompiledTake:
         finally:
             self._model._compiled_call_impl = None
 
-    def _eager_for_good(self, indices: Tensor, reason: str) -> tuple[Tensor, Tensor]:
+    def _eager_for_good(self, samples: Samples, reason: str) -> tuple[Tensor, Tensor]:
         self._given_up = True
         self._say(f"the model is not compiled: {reason}")
-        return self._take(indices)
+        return self._function(samples)

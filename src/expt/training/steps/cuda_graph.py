@@ -88,7 +88,7 @@ class CudaGraphs:
         self._broken = None
         return graph, outputs
 
-    def mend(self) -> None:
+    def reset_after_failed_capture(self) -> None:
         """Bring allocator and generator out of a capture that broke off.
 
         torch leaves both in it when the capture cannot even be ended; a capture that succeeds

@@ -13,27 +13,28 @@ from functools import partial
 from torch import Tensor
 
 from expt.memory.recovery.recovery import Recovery
+from expt.training.batches import Samples
 
-Take = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Takes one whole step on samples [B]; returns its mean loss and its weight, on the device."""
+StepFunction = Callable[[Samples], tuple[Tensor, Tensor]]
+"""Does one whole step on some samples; returns its mean loss and its weight, on the device."""
 
 
 class Steps:
-    """Takes every step operator by operator, and again if memory runs out."""
+    """Executes every step operator by operator, and again if memory runs out."""
 
-    def __init__(self, take: Take, recovery: Recovery) -> None:
-        self.take = take
+    def __init__(self, function: StepFunction, recovery: Recovery) -> None:
+        self.function = function
         self.recovery = recovery
 
-    def __call__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Take a step on samples [B]; the loss and weight are valid until the next one.
+    def __call__(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        """Do a step; the loss and weight are valid until the next one.
 
         Raises:
             RecoveryError: nothing is left to try.
             BrokenStepError: the optimizer had begun to write.
 
         """
-        return self.recovery.step(partial(self.take, indices), len(indices))
+        return self.recovery.step(partial(self.function, samples), len(samples))
 
     def forget(self) -> None:
         """Keep nothing that refers to optimizer state, which has just been replaced."""
