@@ -6,7 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from expt.result import FILE_NAME, METRIC_NAMES, RunResult, Status, load_result
+from expt.job import Metric
+from expt.jobs.traffic.metrics import error_metrics
+from expt.result import (
+    EARLIER_WORDS,
+    FILE_NAME,
+    OUTCOMES,
+    Outcome,
+    RunResult,
+    Status,
+    load_result,
+)
+
+AHEAD = ("mae_15min", "mae_30min", "mae_60min")
 
 
 def filled() -> RunResult:
@@ -38,7 +50,6 @@ def test_the_file_is_plain_json_with_every_field(tmp_path: Path) -> None:
     stored = json.loads((tmp_path / "result.json").read_text())
     assert FILE_NAME == "result.json"
     assert stored == asdict(RunResult("failed", "error"))
-    assert stored["metrics"] == dict.fromkeys(METRIC_NAMES)
     assert set(stored["memory"]) == {
         "peak_allocated_bytes",
         "peak_reserved_bytes",
@@ -104,3 +115,66 @@ def test_no_file_is_no_result(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("status", "code"), [("completed", 0), ("failed", 1), ("stopped", 1)])
 def test_the_exit_code(status: Status, code: int) -> None:
     assert RunResult(status, "reason").exit_code == code
+
+
+def test_every_figure_is_there_from_the_beginning() -> None:
+    result = RunResult("failed", "error")
+    result.describe(error_metrics(12, 300, "mph"), "mae")
+    assert result.metrics == dict.fromkeys(
+        ["val/mae", *(f"test/{name}" for name in ("mae", *AHEAD, "rmse", "mape"))]
+    )
+    result.metrics["val/mae"] = 3.0
+    result.describe(error_metrics(12, 300, "mph"), "mae")
+    assert result.value() == 3.0
+
+
+def test_a_record_describes_its_metrics(tmp_path: Path) -> None:
+    accuracy = Metric("accuracy", goal="max", label="accuracy", percent=True)
+    result = RunResult("completed", "epochs")
+    result.describe([accuracy, Metric("loss")], "accuracy")
+    result.save(tmp_path)
+    loaded = load_result(tmp_path)
+    assert loaded is not None
+    assert (loaded.metric(), loaded.metric("val/loss")) == (accuracy, Metric("loss"))
+    assert loaded.metric("test/unknown") == Metric("unknown")
+
+
+def test_a_record_from_before_is_of_errors_in_its_unit(tmp_path: Path) -> None:
+    stored = asdict(filled())
+    for name in ("monitor", "metrics_meta", "skipped_samples", "data_fingerprint"):
+        del stored[name]
+    (tmp_path / FILE_NAME).write_text(json.dumps(stored))
+    loaded = load_result(tmp_path)
+    assert loaded is not None
+    assert loaded.metric() == Metric("mae", unit="mph")
+    assert loaded.metric("test/mape").text(0.0912) == "9.12 %"
+    assert loaded.value() == 3.115
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "outcome"),
+    [
+        ("completed", "early_stopping", Outcome.completed),
+        ("failed", "out_of_memory", Outcome.out_of_memory),
+        ("failed", "OutOfMemoryError: CUDA out of memory", Outcome.out_of_memory),
+        ("failed", "RecoveryError: memory ran out", Outcome.out_of_memory),
+        ("failed", "non_finite_loss", Outcome.diverged),
+        ("failed", "RuntimeError: a bad lens", Outcome.failed),
+        ("stopped", "signal", Outcome.stopped),
+    ],
+)
+def test_how_a_run_ended(status: Status, reason: str, outcome: Outcome) -> None:
+    assert RunResult(status, reason).outcome is outcome
+
+
+def test_every_outcome_has_its_columns_and_reads_earlier_words() -> None:
+    assert set(OUTCOMES) == set(Outcome)
+    assert all(Outcome.parse(outcome.value) is outcome for outcome in Outcome)
+    assert Outcome.parse("oom") is Outcome.out_of_memory
+    assert {Outcome.parse(word) for word in EARLIER_WORDS} == {
+        Outcome(name) for name in EARLIER_WORDS.values()
+    }
+    assert Outcome.parse(None) is Outcome.parse("whatever") is Outcome.unfinished
+    # What an earlier version's trials were told to Optuna and MLflow stays what it was.
+    assert Outcome.out_of_memory.columns.trial_state == "PRUNED"
+    assert Outcome.predicted_over.columns.counts is False

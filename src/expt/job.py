@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeGuard, runtime_checkable
 
 from expt.errors import ConfigError, nearest
 
@@ -184,7 +184,6 @@ class DataSet(Protocol):
         """Return a short hash of the values, so that two runs can be told to share data."""
 
 
-@runtime_checkable
 class ResidentDataSet(DataSet, Protocol):
     """Data that are kept on the device; batches are gathered there by index."""
 
@@ -198,7 +197,6 @@ class ResidentDataSet(DataSet, Protocol):
         """Return what the summed loss of these samples is divided by, a scalar on the device."""
 
 
-@runtime_checkable
 class StreamedDataSet(DataSet, Protocol):
     """Data that are read sample by sample, on the host, in worker processes."""
 
@@ -304,6 +302,11 @@ class Grouped(Protocol):
 
     def parameter_groups(self) -> Mapping[str, Iterable[torch.nn.Parameter]]:
         """Return the trained parameters by group; `optimizer.groups` sets each group's values."""
+
+
+def is_resident(data: DataSet) -> TypeGuard[ResidentDataSet]:
+    """Tell whether a data set is kept on the device; else its samples are read one by one."""
+    return hasattr(data, "gather")
 
 
 def protocol_problem(cls: type) -> str | None:

@@ -9,25 +9,29 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from expt.job import Metric
+from expt.jobs.traffic.metrics import error_metrics
 from expt.result import RunResult
 from expt.run.summary import (
-    columns,
+    compared,
     comparison_markdown,
     comparison_table,
     plot_history,
     print_result,
-    row,
 )
 from expt.tables import print_table
 from expt.units import GIB, MIB
 
 RUN_DIR = Path("/runs/one")
+FIVE_MINUTES, HOUR = 300, 3600
+ACCURACY = Metric("accuracy", goal="max", label="accuracy", percent=True)
 
 
 def completed() -> RunResult:
     result = RunResult(
         "completed", "early_stopping", preset="lite", epochs=12, steps=1200, seconds=187.0
     )
+    result.describe(error_metrics(12, FIVE_MINUTES, "mph"), "mae")
     result.metrics |= {
         "val/mae": 3.1151,
         "test/mae": 3.3069,
@@ -57,10 +61,10 @@ def test_the_table_of_a_completed_run(capsys: pytest.CaptureFixture[str]) -> Non
     assert {name: text for name, text in shown.items() if "─" not in name} == {
         "measure": "value",
         "validation MAE (best)": "3.115 mph",
-        "test MAE, 15 min": "3.000",
-        "test MAE, 30 min": "3.380",
-        "test MAE, 60 min": "3.740",
-        "test MAE, all steps": "3.307 mph",
+        "test MAE": "3.307 mph",
+        "test MAE, 15 min": "3.000 mph",
+        "test MAE, 30 min": "3.380 mph",
+        "test MAE, 60 min": "3.740 mph",
         "test RMSE": "6.500 mph",
         "test MAPE": "9.12 %",
         "peak allocated memory": "64.0 MiB",
@@ -70,30 +74,41 @@ def test_the_table_of_a_completed_run(capsys: pytest.CaptureFixture[str]) -> Non
     }
 
 
-@pytest.mark.parametrize(("unit", "shown"), [("km/h", "3.307 km/h"), (None, "3.307")])
+@pytest.mark.parametrize(("unit", "shown"), [("km/h", "3.307 km/h"), ("", "3.307")])
 def test_figures_are_in_the_unit_of_the_data(
-    unit: str | None, shown: str, capsys: pytest.CaptureFixture[str]
+    unit: str, shown: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = completed()
-    result.unit = unit
-    assert printed(result, capsys)["test MAE, all steps"] == shown
+    result.describe(error_metrics(12, FIVE_MINUTES, unit), "mae")
+    assert printed(result, capsys)["test MAE"] == shown
+    assert result.unit == (unit or None)
 
 
-def test_metrics_of_other_data_are_no_minutes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_record_from_before_metrics_described_themselves(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     result = completed()
-    result.metrics |= {"test/mae_admin": 1.0, "test/mae_per_min": 1.0, "test/mae_7.5min": 2.0}
+    result.metrics_meta = []
     shown = printed(result, capsys)
-    assert [name for name in shown if name.endswith(" min")] == [
-        f"test MAE, {minutes} min" for minutes in ("7.5", "15", "30", "60")
-    ]
+    assert (shown["validation MAE (best)"], shown["test MAE"]) == ("3.115 mph", "3.307 mph")
+    assert shown["test MAPE"] == "9.12 %"
+
+
+def test_the_table_of_a_metric_to_be_maximised(capsys: pytest.CaptureFixture[str]) -> None:
+    result = RunResult("completed", "epochs")
+    result.describe([ACCURACY, Metric("loss", label="loss")], "accuracy")
+    result.metrics |= {"val/accuracy": 0.875, "test/accuracy": 0.5625, "test/loss": 0.3}
+    shown = printed(result, capsys)
+    assert shown["validation accuracy (best)"] == "87.5 %"
+    assert (shown["test accuracy"], shown["test loss"]) == ("56.2 %", "0.300")
+    assert "MAE" not in " ".join(shown)
 
 
 def test_the_table_of_a_failed_run(capsys: pytest.CaptureFixture[str]) -> None:
     shown = printed(RunResult("failed", "non_finite_loss"), capsys)
     assert "failed (non_finite_loss) after 0 epochs, 0 steps" in shown
-    for name in ("validation MAE (best)", "test MAE, all steps", "test MAPE"):
-        assert shown[name] == "-"
-    assert not any(name.endswith(" min") for name in shown)
+    assert shown["validation MAE (best)"] == "-"
+    assert not any(name.startswith("test") for name in shown)
     assert shown["peak allocated memory"] == "not measured"
     assert shown["time"] == "0.0 s"
     assert not any(name.startswith(("memory measured", "MLflow")) for name in shown)
@@ -112,23 +127,27 @@ def test_what_a_gpu_and_a_tracker_add(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_the_cells_of_a_run() -> None:
-    minutes = ["15", "30", "60"]
-    assert dict(zip(columns(minutes), row("0", completed(), minutes), strict=True)) == {
+    heads, first, second = compared({"0": completed(), "1": RunResult("failed", "error")})
+    assert dict(zip(heads, first, strict=True)) == {
         "job": "0",
         "preset": "lite",
         "status": "completed",
         "val MAE": "3.115",
         "test MAE": "3.307",
-        "15/30/60 min": "3.000/3.380/3.740",
+        "MAE, 15 min": "3.000",
+        "MAE, 30 min": "3.380",
+        "MAE, 60 min": "3.740",
+        "RMSE": "6.500",
+        "MAPE": "9.12",
         "peak": "64.0 MiB",
         "time": "3:07 min",
     }
-    failed = row("1", RunResult("failed", "error"), minutes)
-    assert failed == ("1", "-", "failed", "-", "-", "-/-/-", "not measured", "0.0 s")
+    assert second == ["1", "-", "failed", *["-"] * 7, "not measured", "0.0 s"]
 
 
 def hourly() -> RunResult:
     result = RunResult("completed", "epochs")
+    result.describe(error_metrics(12, HOUR, "mph"), "mae")
     result.metrics |= {f"test/mae_{ahead}min": ahead / 60 for ahead in (720, 360, 180, 60)}
     return result
 
@@ -136,20 +155,24 @@ def hourly() -> RunResult:
 def test_the_rows_are_the_steps_that_were_tested(capsys: pytest.CaptureFixture[str]) -> None:
     shown = printed(hourly(), capsys)
     assert [(name, text) for name, text in shown.items() if name.endswith(" min")] == [
-        ("test MAE, 60 min", "1.000"),
-        ("test MAE, 180 min", "3.000"),
-        ("test MAE, 360 min", "6.000"),
-        ("test MAE, 720 min", "12.000"),
+        ("test MAE, 60 min", "1.000 mph"),
+        ("test MAE, 180 min", "3.000 mph"),
+        ("test MAE, 360 min", "6.000 mph"),
+        ("test MAE, 720 min", "12.000 mph"),
     ]
 
 
 def test_runs_of_several_intervals_share_a_table() -> None:
-    head, _, first, second = comparison_markdown({"0": completed(), "1": hourly()}).splitlines()
-    assert "| 15/30/60/180/360/720 min |" in head
-    assert "| 3.000/3.380/3.740/-/-/- |" in first
-    assert "| -/-/1.000/3.000/6.000/12.000 |" in second
+    text = comparison_markdown({"0": completed(), "1": hourly()})
+    heads, _, first, second = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()
+    ]
+    assert dict(zip(heads, first, strict=True))["MAE, 15 min"] == "3.000"
+    assert dict(zip(heads, first, strict=True))["MAE, 720 min"] == "-"
+    assert dict(zip(heads, second, strict=True))["MAE, 720 min"] == "12.000"
+    assert dict(zip(heads, second, strict=True))["MAE, 15 min"] == "-"
     untested = comparison_markdown({"0": RunResult("failed", "error")})
-    assert "| 15/30/60 min |" in untested and "| - | not measured |" in untested
+    assert "| val MAE |" in untested and "| - | not measured |" in untested
 
 
 def test_runs_side_by_side_are_not_cut_off(capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,7 +181,7 @@ def test_runs_side_by_side_are_not_cut_off(capsys: pytest.CaptureFixture[str]) -
     out = capsys.readouterr().out
     assert "…" not in out
     header, _, first, second = [line.split() for line in out.splitlines() if line.strip()]
-    assert header == " ".join(columns(["15", "30", "60"])).split()
+    assert header == " ".join(compared(results, most=5)[0]).split()
     assert first[:3] == ["0", "lite", "completed"]
     assert second[:3] == ["1", "-", "failed"]
 
@@ -166,7 +189,7 @@ def test_runs_side_by_side_are_not_cut_off(capsys: pytest.CaptureFixture[str]) -
 def test_a_table_fits_the_terminal_it_is_on() -> None:
     screen = io.StringIO()
     Console(file=screen, width=150).print(comparison_table({"0": completed()}))
-    assert "3.000/3.380/3.740" in screen.getvalue()
+    assert "3.380" in screen.getvalue()
 
 
 def history(epochs: int = 3, **memory: float) -> list[dict[str, float]]:
@@ -187,7 +210,7 @@ LEDGER = {"peak_allocated_bytes": 0.5 * GIB, "process_peak_bytes": 2.0 * GIB}
 
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_the_history_is_a_png(tmp_path: Path, epochs: int) -> None:
-    (path,) = plot_history(history(epochs, **LEDGER), "mae", tmp_path / "plots")
+    (path,) = plot_history(history(epochs, **LEDGER), Metric("mae"), tmp_path / "plots")
     assert path == tmp_path / "plots" / "history.png"
     content = path.read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n")
@@ -197,7 +220,7 @@ def test_the_history_is_a_png(tmp_path: Path, epochs: int) -> None:
 
 
 def test_no_epoch_no_plot(tmp_path: Path) -> None:
-    assert plot_history([], "mae", tmp_path) == []
+    assert plot_history([], Metric("mae"), tmp_path) == []
     assert list(tmp_path.iterdir()) == []
 
 
@@ -210,9 +233,14 @@ def test_what_the_plot_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         save(figure, *args, **kwargs)
 
     monkeypatch.setattr(Figure, "savefig", kept)
-    plot_history(history(3, **LEDGER), "mae", tmp_path, "km/h")
-    plot_history(history(3, **LEDGER), "mae", tmp_path)
-    assert [figure.axes[0].get_ylabel() for figure in drawn] == ["MAE (km/h)", "MAE"]
+    plot_history(history(3, **LEDGER), Metric("mae", unit="km/h"), tmp_path)
+    plot_history(history(3, **LEDGER), Metric("mae"), tmp_path)
+    plot_history(history(3, **LEDGER), ACCURACY, tmp_path)
+    assert [figure.axes[0].get_ylabel() for figure in drawn] == [
+        "MAE (km/h)",
+        "MAE",
+        "accuracy (%)",
+    ]
     losses, memory = drawn[0].axes
     lines = {line.get_label(): line for line in [*losses.lines, *memory.lines]}
     assert list(lines["training loss"].get_xdata()) == [100, 200, 300]
@@ -221,7 +249,10 @@ def test_what_the_plot_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert list(lines["process (resident, peak)"].get_ydata()) == [2.0, 2.0, 2.0]
     assert "peak reserved" not in lines
     assert [(note.get_text(), note.xy) for note in losses.texts] == [("best 3.500", (200, 3.5))]
+    # The higher the better.
+    highest = drawn[2].axes[0].texts
+    assert [(note.get_text(), note.xy) for note in highest] == [("best 400.0 %", (100, 4.0))]
 
 
 def test_a_history_without_memory_is_drawn_without_a_warning(tmp_path: Path) -> None:
-    assert plot_history(history(), "mae", tmp_path)
+    assert plot_history(history(), Metric("mae"), tmp_path)

@@ -28,7 +28,7 @@ def show(display: Display) -> None:
     display.start(total_steps=20, step=0)
     for step in range(1, 11):
         display.step(step, 3.21 if step % 2 == 0 else None)
-    display.epoch(LINE, 3.456, 1 << 30)
+    display.epoch(LINE, "3.456", 1 << 30)
     display.stop()
 
 
@@ -42,7 +42,7 @@ def test_a_line_per_epoch_where_there_is_no_terminal(capsys: pytest.CaptureFixtu
 def test_lines_are_there_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(raw)))
-    LineDisplay().epoch(LINE, 3.456, None)
+    LineDisplay().epoch(LINE, "3.456", None)
     assert raw.getvalue().decode() == LINE + "\n"
 
 
@@ -89,7 +89,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_the_file_says_step_epoch_and_validation(tmp_path: Path) -> None:
-    ProgressFile(tmp_path / "checkpoints").write(10, 2, 3.5)
+    ProgressFile(tmp_path / "checkpoints", "val/mae").write(10, 2, 3.5)
     path = tmp_path / "checkpoints" / "progress.json"
     assert json.loads(path.read_text()) == {"step": 10, "epoch": 2, "val/mae": 3.5}
     assert list(path.parent.iterdir()) == [path]
@@ -97,13 +97,13 @@ def test_the_file_says_step_epoch_and_validation(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("val", [None, float("nan")])
 def test_no_validation_yet_is_null(tmp_path: Path, val: float | None) -> None:
-    file = ProgressFile(tmp_path)
+    file = ProgressFile(tmp_path, "val/mae")
     file.write(1, 0, val)
     assert json.loads(file.path.read_text())["val/mae"] is None
 
 
 def test_the_file_is_not_written_at_every_step(tmp_path: Path, clock: list[float]) -> None:
-    file = ProgressFile(tmp_path)
+    file = ProgressFile(tmp_path, "val/mae")
 
     def stored() -> int:
         return int(json.loads(file.path.read_text())["step"])
@@ -126,7 +126,7 @@ def test_the_file_is_not_written_at_every_step(tmp_path: Path, clock: list[float
 def test_a_disk_that_refuses_is_reported(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("in the way")
     with pytest.raises(StorageError):
-        ProgressFile(tmp_path / "checkpoints").write(1, 0, None)
+        ProgressFile(tmp_path / "checkpoints", "val/mae").write(1, 0, None)
 
 
 def test_lines_between_epochs_come_now_and_then(
@@ -147,7 +147,7 @@ def test_lines_between_epochs_come_now_and_then(
 def test_a_slow_disk_is_not_asked_more_often_than_it_can_answer(
     tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = ProgressFile(tmp_path)
+    file = ProgressFile(tmp_path, "val/mae")
     written: list[int] = []
 
     def slow(path: Path, value: dict[str, int], durable: bool) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from expt.config.schema import Device, Precision, TrainerConfig
-from expt.job import Batch
+from expt.job import Batch, Metric
 from expt.memory.measuring.budget import Budget
 from expt.memory.measuring.meter import LedgerMeter, meter_for
 from expt.memory.recovery.event import OomEvent
@@ -22,12 +22,13 @@ from expt.memory.recovery.limits import Limits
 from expt.memory.recovery.recovery import Recovery
 from expt.memory.techniques.techniques import Techniques, apply
 from expt.tracking.tracker import NullTracker
+from expt.training.batches import ResidentSamples
 from expt.training.device import make_fabric
 from expt.training.display import SilentDisplay
 from expt.training.evaluate import evaluate, predict
 from expt.training.interruption import Interruption
 from expt.training.profiler import StepProfiler
-from expt.training.stopping import Outcome
+from expt.training.stopping import Ending
 from expt.training.trainer import Trainer
 
 NUM_TRAIN, NUM_VAL, WIDTH = 52, 10, 6
@@ -113,7 +114,7 @@ class Sums:
 class Curve:
     """y = sin of a sum, with unequal weights, so that accumulation by means would show."""
 
-    batch_size, eval_batch_size, monitor = 8, 4, "mae"
+    batch_size, eval_batch_size, metrics = 8, 4, (Metric("mae"),)
 
     def __init__(self, faults: Faults, count: int = NUM_TRAIN) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -138,7 +139,7 @@ class Curve:
     def loss(self, prediction: Tensor, batch: Batch) -> Tensor:
         return ((prediction - batch.target).abs() * batch.inputs["observed"]).sum()
 
-    def metrics(self) -> Sums:
+    def accumulator(self) -> Sums:
         return Sums(self.faults)
 
 
@@ -217,9 +218,9 @@ class Run:
         self.batches: dict[int, list[int]] = {}
         train_step = self.trainer.train_step
 
-        def noted(indices: Tensor) -> tuple[Tensor, Tensor]:
-            self.batches[self.trainer.progress.step] = indices.tolist()
-            return train_step(indices)
+        def noted(samples: ResidentSamples) -> tuple[Tensor, Tensor]:
+            self.batches[self.trainer.progress.step] = samples.indices.tolist()
+            return train_step(samples)
 
         self.trainer.train_step = noted
         step = type(raw).step
@@ -232,7 +233,7 @@ class Run:
 
         raw.step = faulty
 
-    def fit(self) -> Outcome:
+    def fit(self) -> Ending:
         return self.trainer.fit()
 
     @property
@@ -390,10 +391,10 @@ def test_a_recovered_run_that_is_killed_goes_on_where_it_was(tmp_path, plain, at
     cut = Run(tmp_path, faults, checkpoint_every_steps=2)
     step = cut.trainer.train_step
 
-    def killed(indices: Tensor) -> tuple[Tensor, Tensor]:
+    def killed(samples: ResidentSamples) -> tuple[Tensor, Tensor]:
         if cut.trainer.progress.step == at:
             raise KilledError
-        return step(indices)
+        return step(samples)
 
     cut.trainer.train_step = killed
     with pytest.raises(KilledError):
@@ -518,9 +519,13 @@ def test_a_prediction_is_made_in_parts(tmp_path):
     torch.testing.assert_close(parts, whole)
     assert run.recovery.evaluation_batch_size == 4
     metrics = evaluate(
-        run.trainer.fabric, run.trainer.model, data, "val", run.trainer.meter, 2,
+        run.trainer.model,
+        run.trainer.batches,
+        "val",
+        run.trainer.meter,
+        2,
         recovery=run.recovery,
-    )  # fmt: skip
+    )
     assert metrics.count == 8
 
 

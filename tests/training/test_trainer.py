@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from expt.config.schema import Device, Precision, Schedule, TrainerConfig
 from expt.errors import StorageError
 from expt.files import replace_atomically
-from expt.job import Batch
+from expt.job import Batch, Metric
 from expt.memory.measuring.meter import LedgerMeter
 from expt.memory.recovery.recovery import Recovery
 from expt.memory.techniques.techniques import Techniques
@@ -48,7 +48,7 @@ class Sums:
 class Line:
     """y = x w + noise, with unequal weights, so that accumulation by means would show."""
 
-    batch_size, eval_batch_size, monitor = 8, 4, "mae"
+    batch_size, eval_batch_size, metrics = 8, 4, (Metric("mae"),)
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -71,7 +71,7 @@ class Line:
     def loss(self, prediction: Tensor, batch: Batch) -> Tensor:
         return ((prediction - batch.target).abs() * batch.inputs["observed"]).sum()
 
-    def metrics(self) -> Sums:
+    def accumulator(self) -> Sums:
         return Sums()
 
 
@@ -127,7 +127,7 @@ def test_an_epoch_uses_every_sample_once_and_the_last_batch_is_smaller(make):
     trainer = make(epochs=1)
     seen: list[int] = []
     step = trainer.train_step
-    trainer.train_step = lambda indices: (seen.extend(indices.tolist()), step(indices))[1]
+    trainer.train_step = lambda samples: (seen.extend(samples.indices.tolist()), step(samples))[1]
     outcome = trainer.fit()
     assert (outcome.status, outcome.reason, outcome.step) == ("completed", "epochs", 7)
     assert sorted(seen) == list(range(NUM_TRAIN))
@@ -142,10 +142,13 @@ def test_what_the_data_say_of_themselves_comes_first(make, monkeypatch, capsys):
 
 
 def test_two_epochs_have_different_orders_but_the_same_ones_for_a_seed(make):
-    trainer = make()
-    assert not torch.equal(trainer._order(0), trainer._order(1))
-    assert torch.equal(trainer._order(1), make().__class__._order(trainer, 1))
-    assert not torch.equal(trainer._order(0), make(seed=1)._order(0))
+    def order(epoch: int, **settings: Any) -> list[int]:
+        batches = make(**settings).batches.training(epoch, 0, 7)
+        return torch.cat([samples.indices for samples in batches]).tolist()
+
+    assert order(0) != order(1) == order(1)
+    assert order(0) != order(0, seed=1)
+    assert order(1, repeat_first_epoch=True) == order(0)
 
 
 @pytest.mark.parametrize("parts", [2, 3, 8])
@@ -371,7 +374,7 @@ def test_clipping_bounds_the_step(make):
             norms.append(float(torch.stack(grads).norm()))
 
         trainer._clip_gradients = spy
-        trainer.train_step(torch.arange(8))
+        trainer.train_step(trainer.batches.of(torch.arange(8)))
     assert norms[0] > 1e-2
     assert norms[1] == pytest.approx(1e-3, rel=1e-3)
 
@@ -393,7 +396,7 @@ def test_a_batch_is_cut_into_as_many_parts_as_were_asked_for(make, parts):
     trainer = make(accumulation=parts)
     gather = trainer.data.gather
     trainer.data.gather = lambda split, at: (sizes.append(len(at)), gather(split, at))[1]
-    trainer.train_step(torch.arange(8))
+    trainer.train_step(trainer.batches.of(torch.arange(8)))
     assert len(sizes) == min(parts, 8)
     assert sum(sizes) == 8
     assert max(sizes) - min(sizes) <= 1

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from expt.config.schema import Device, Precision, TrainerConfig
 from expt.config.settings import Settings
 from expt.errors import ConfigError, ExptError
-from expt.job import Batch, DataSet
+from expt.job import Batch, DataSet, is_resident
 from expt.memory.measuring.budget import Budget
 from expt.memory.planning.planning import Plan, Target, plan
 from expt.memory.techniques.techniques import Techniques, apply
 from expt.run.build import build, check_forward, techniques_of
-from expt.training.batches import Examples, is_streamed, kept_on_device
+from expt.training.batches import Examples, kept_on_device
 from expt.units import format_bytes, parse_bytes
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def plan_training(
     examples = Examples(data)
     inputs = examples.input_names()  # reads a streamed sample, if it must, outside of the trace
     # On the CPU the whole batch of a step is device memory, of which a micro-batch is a part.
-    whole = samples if target == "cpu" and is_streamed(data) else micro_batch
+    whole = samples if target == "cpu" and not is_resident(data) else micro_batch
 
     def batch_fn() -> tuple[Batch, Tensor]:
         batch = examples.batch("train", whole)

@@ -14,6 +14,8 @@ from expt.result import RunResult
 from expt.tables import markdown_table, print_table
 from expt.units import GIB, counted, format_bytes, format_seconds
 
+CONSOLE_METRICS = 5
+
 
 def print_result(result: RunResult, run_dir: Path) -> None:
     """Print the table of errors and memory that a run ends with."""
@@ -50,9 +52,9 @@ def print_result(result: RunResult, run_dir: Path) -> None:
 
 
 def comparison_table(results: Mapping[str, RunResult]) -> Table:
-    """Return runs side by side, one row each."""
+    """Return runs side by side, one row each, with as many metrics as a console has room for."""
     table = Table(box=box.SIMPLE_HEAD)
-    heads, *rows = compared(results)
+    heads, *rows = compared(results, CONSOLE_METRICS)
     for number, name in enumerate(heads):
         table.add_column(name, justify="left" if number < 3 else "right")
     for row in rows:
@@ -61,18 +63,18 @@ def comparison_table(results: Mapping[str, RunResult]) -> Table:
 
 
 def comparison_markdown(results: Mapping[str, RunResult]) -> str:
-    """Return the same table as Markdown."""
+    """Return the same table as Markdown, with all metrics."""
     return markdown_table(compared(results))
 
 
-def compared(results: Mapping[str, RunResult]) -> list[list[str]]:
-    """Return runs side by side as cells, the heads first; a column per metric that was tested."""
+def compared(results: Mapping[str, RunResult], most: int | None = None) -> list[list[str]]:
+    """Return runs side by side as cells, the heads first; a column for each of `most` metrics."""
     metrics: dict[str, Metric] = {}
     for result in results.values():
         metrics.setdefault(f"val/{result.monitor}", result.metric())
         for metric, _ in tested(result):
             metrics.setdefault(f"test/{metric.name}", metric)
-    names = sorted(metrics, key=lambda name: name.startswith("test/"))
+    names = sorted(metrics, key=lambda name: name.startswith("test/"))[:most]
     monitored = {result.monitor for result in results.values()}
     heads = [
         f"{name.partition('/')[0]} {metric.label}" if metric.name in monitored else metric.label

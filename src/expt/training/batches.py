@@ -37,6 +37,7 @@ from expt.job import (
     Split,
     StreamedDataSet,
     Weighted,
+    is_resident,
 )
 
 Key = tuple[Split, int, int]
@@ -137,14 +138,9 @@ def batch_weight(data: DataSet, batch: Batch) -> Tensor:
     return torch.tensor(float(len(batch)))
 
 
-def is_streamed(data: DataSet) -> bool:
-    """Tell whether samples are read while training goes on."""
-    return not isinstance(data, ResidentDataSet)
-
-
 def place(data: DataSet, device: torch.device) -> None:
     """Move resident data to the device; streamed data are copied there sample by sample."""
-    if isinstance(data, ResidentDataSet):
+    if is_resident(data):
         data.to(device)
 
 
@@ -152,7 +148,7 @@ def kept_on_device(data: DataSet) -> list[Tensor]:
     """Return the tensors that a data set keeps on the device; streamed data keep none."""
     if isinstance(data, Resident):
         return list(data.resident())
-    return list(_tensors(vars(data))) if isinstance(data, ResidentDataSet) else []
+    return list(_tensors(vars(data))) if is_resident(data) else []
 
 
 @dataclass
@@ -171,7 +167,7 @@ class Examples:
             DataError: not even one sample can be read.
 
         """
-        if isinstance(self.data, ResidentDataSet):
+        if is_resident(self.data):
             return self.data.gather(split, torch.arange(count, device=self.device))
         if isinstance(self.data, Exemplary):
             return self.data.example(split, count)
@@ -180,7 +176,7 @@ class Examples:
 
     def weight(self, split: Split, count: int, batch: Batch) -> Tensor:
         """Return the weight of a batch of `count` samples."""
-        if isinstance(self.data, ResidentDataSet):
+        if is_resident(self.data):
             return self.data.weight(split, torch.arange(count, device=self.device))
         return batch_weight(self.data, batch)
 
@@ -231,14 +227,14 @@ class Batches:
     @property
     def streamed(self) -> bool:
         """Whether samples are read while training goes on."""
-        return is_streamed(self.data)
+        return not is_resident(self.data)
 
     def training(self, epoch: int, first: int, last: int) -> Iterator[Samples]:
         """Return the steps `first` to `last` (exclusive) of an epoch."""
         epoch = 0 if self.repeat_first_epoch else epoch
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(self.data.size("train"), generator=generator)
-        if isinstance(self.data, ResidentDataSet):
+        if is_resident(self.data):
             steps = order.to(self.device).split(self.data.batch_size)[first:last]
             data = self.data
             return iter([ResidentSamples(data, "train", indices) for indices in steps])
@@ -246,14 +242,14 @@ class Batches:
 
     def evaluation(self, split: Split, count: int) -> Iterator[Samples]:
         """Return the first `count` samples of a split; streamed ones by `eval_batch_size`."""
-        if isinstance(self.data, ResidentDataSet):
+        if is_resident(self.data):
             indices = torch.arange(count, device=self.device)
             return iter([ResidentSamples(self.data, split, indices)])
         return self._streamed(split, torch.arange(count).split(self.data.eval_batch_size), 0)
 
     def of(self, indices: Tensor) -> Samples:
         """Return the training samples with these indices [B]."""
-        if isinstance(self.data, ResidentDataSet):
+        if is_resident(self.data):
             return ResidentSamples(self.data, "train", indices.to(self.device))
         return next(self._streamed("train", [indices], 0))
 

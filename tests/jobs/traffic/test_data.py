@@ -166,7 +166,7 @@ def test_persistence_has_the_published_errors(metr_la: TrafficData) -> None:
     # The variant behind the published figures: the last reading as it is stored, so that a
     # missing one forecasts 0 mph. With the mean in its place the error would be 4.51 mph, with
     # the last reading that was observed 4.43.
-    metrics = metr_la.metrics()
+    metrics = metr_la.accumulator()
     missing = -metr_la.mean / metr_la.std
     for indices in torch.arange(metr_la.size("test")).split(1000):
         batch = metr_la.gather("test", indices)
@@ -378,7 +378,7 @@ def test_plots_of_a_day_and_of_the_horizon(tmp_path: Path) -> None:
         sizes.append(len(batch.target))
         return batch.inputs["speed"]
 
-    metrics = data.metrics()
+    metrics = data.accumulator()
     batch = data.gather("test", torch.arange(20))
     metrics.update(batch.inputs["speed"], batch)
     paths = data.plots(predict, metrics, tmp_path / "plots")
@@ -395,7 +395,7 @@ def test_plots_show_one_day_at_most(tmp_path: Path) -> None:
         seen.append(batch.inputs["time_of_day"][:, 0])
         return batch.inputs["speed"]
 
-    metrics = data.metrics()
+    metrics = data.accumulator()
     batch = data.gather("val", torch.arange(3))
     metrics.update(batch.inputs["speed"], batch)
     data.plots(predict, metrics, tmp_path)

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from expt.config.schema import Compile, Device, Precision, Schedule, TrainerConfig
 from expt.errors import UserError
-from expt.job import Batch
+from expt.job import Batch, Metric
 from expt.memory.measuring.meter import LedgerMeter
 from expt.memory.recovery.recovery import Recovery
 from expt.memory.recovery.undo import RandomState
@@ -76,7 +76,7 @@ class Tape:
     def __init__(self, trainer: Trainer) -> None:
         self.model, self.optimizer = trainer.model, trainer.optimizer
         self.graphs: list[Recorded] = []
-        self.warm = self.replays = self.mended = 0
+        self.warm = self.replays = self.resets = 0
         self.forbidden: list[str] = []
 
     @contextmanager
@@ -108,8 +108,8 @@ class Tape:
         graph.replay = counted
         return graph, outputs
 
-    def mend(self) -> None:
-        self.mended += 1
+    def reset_after_failed_capture(self) -> None:
+        self.resets += 1
 
 
 class Sums:
@@ -129,7 +129,7 @@ class Sums:
 class Curve:
     """y = sin of a sum, with unequal weights."""
 
-    batch_size, eval_batch_size, monitor = BATCH, 4, "mae"
+    batch_size, eval_batch_size, metrics = BATCH, 4, (Metric("mae"),)
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -152,7 +152,7 @@ class Curve:
     def loss(self, prediction: Tensor, batch: Batch) -> Tensor:
         return ((prediction - batch.target).abs() * batch.inputs["observed"]).sum()
 
-    def metrics(self) -> Sums:
+    def accumulator(self) -> Sums:
         return Sums()
 
 
@@ -216,7 +216,7 @@ class Run:
         self.captures: list[bool] = []
         if captured:
             self.trainer.steps = CapturedSteps(
-                lambda indices: self.trainer.train_step(indices),
+                lambda samples: self.trainer.train_step(samples),
                 wrapped,
                 recovery,
                 BATCH,
@@ -298,12 +298,12 @@ def test_a_step_that_reads_a_value_stays_eager_and_says_so(tmp_path):
     assert_the_same(run, eager)
 
 
-def test_a_capture_that_fails_is_mended_and_changes_nothing(tmp_path):
+def test_a_capture_that_fails_is_reset_and_changes_nothing(tmp_path):
     eager = Run(tmp_path / "eager", captured=False, dropout=0.3).fit()
     run = Run(tmp_path / "run", dropout=0.3)
     run.net.hook = lambda: float(run.net.last.bias.detach()) if capturing() else None
     run.fit()
-    assert (run.tape.mended, run.tape.replays, len(run.said)) == (1, 0, 1)
+    assert (run.tape.resets, run.tape.replays, len(run.said)) == (1, 0, 1)
     assert "the capture failed (RuntimeError: operation not permitted" in run.said[0]
     assert_the_same(run, eager)
 
@@ -332,7 +332,7 @@ def test_running_out_of_memory_in_a_capture_leaves_eager_steps(tmp_path):
     run.fit()
     assert run.rungs == [(WARM_STEPS, "eager")]
     assert run.trainer.recovery.events[0]["phase"] == "capture"
-    assert (run.tape.replays, run.tape.mended) == (0, 0)
+    assert (run.tape.replays, run.tape.resets) == (0, 0)
     assert_the_same(run, eager)
 
 
@@ -352,7 +352,7 @@ def test_a_library_without_memory_in_a_capture_leaves_eager_steps(
     eager = Run(tmp_path / "eager", captured=False, epochs=2).fit()
     run = Run(tmp_path / "run", epochs=2)
     run.net.hook = raising_in_capture(RuntimeError(words))
-    begun, mend, order = run.tape.capture, run.tape.mend, list[str]()
+    begun, reset, order = run.tape.capture, run.tape.reset_after_failed_capture, list[str]()
 
     def capture(*given: Any) -> Any:
         try:
@@ -362,27 +362,27 @@ def test_a_library_without_memory_in_a_capture_leaves_eager_steps(
                 raise RuntimeError("operation failed due to a previous error during capture")
 
     run.tape.capture = capture
-    run.tape.mend = lambda: (order.append("mended"), mend())[1]
+    run.tape.reset_after_failed_capture = lambda: (order.append("reset"), reset())[1]
     released = "expt.memory.recovery.recovery.release"
     monkeypatch.setattr(released, lambda device: order.append("released"))
     run.fit()
     assert run.rungs == [(WARM_STEPS, "eager")]
     assert run.trainer.recovery.events[0]["phase"] == "capture"
     # While the allocator believes in the capture, it refuses to release anything.
-    assert order == ["mended", "released"]
-    assert (run.tape.replays, run.tape.mended) == (0, 1)
-    assert ["there is no memory for it" in line for line in run.said] == [True]
+    assert order == ["reset", "released"]
+    assert (run.tape.replays, run.tape.resets) == (0, 1)
+    assert ["not enough memory to capture it" in line for line in run.said] == [True]
     assert_the_same(run, eager)
 
 
-def test_what_cannot_be_mended_ends_the_run_and_is_said(tmp_path):
+def test_what_cannot_be_reset_ends_the_run_and_is_said(tmp_path):
     run = Run(tmp_path)
     run.net.hook = raising_in_capture(RuntimeError(LIBRARIES[0]))
 
-    def mend() -> None:
+    def reset_after_failed_capture() -> None:
         raise UserError("run it again with trainer.compile=off")
 
-    run.tape.mend = mend
+    run.tape.reset_after_failed_capture = reset_after_failed_capture
     with pytest.raises(UserError, match=r"trainer\.compile=off"):
         run.trainer.fit()
     assert run.said == [], "no eager step is taken on a device that cannot be used"

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from expt.memory.measuring.budget_ledger import BudgetLedger
 from expt.memory.recovery.recovery import Recovery
 from expt.memory.techniques.techniques import Techniques, apply
-from expt.training.steps.compiled import LEDGER_STEPS, CompiledTake
+from expt.training.steps.compiled import LEDGER_STEPS, CompiledStep
 
 BATCH = 6
 
@@ -33,7 +33,7 @@ class Net(nn.Module):
 
 
 class Run:
-    """A loop of a few lines around `CompiledTake`."""
+    """A loop of a few lines around `CompiledStep`."""
 
     def __init__(
         self, compiled: bool, techniques: Techniques | None = None, **options: Any
@@ -47,7 +47,7 @@ class Run:
         self.x, self.said = torch.randn(20, 4), list[str]()
         self.take: Any = self.plain
         if compiled:
-            self.take = CompiledTake(
+            self.take = CompiledStep(
                 self.plain, self.net, self.recovery, BATCH, self.said.append, **options
             )
 
@@ -123,7 +123,7 @@ def test_an_enforced_budget_on_the_cpu_leaves_eager_steps():
 def test_running_out_of_memory_is_recoverys_and_no_failure_to_compile():
     expected = Run(False).steps(10)
     run = Run(True, backend="aot_eager")
-    plain, failed = run.take._take, []
+    plain, failed = run.take._function, []
 
     def once(indices: Tensor) -> tuple[Tensor, Tensor]:
         if run.take._eager_left == 0 and not failed:
@@ -131,7 +131,7 @@ def test_running_out_of_memory_is_recoverys_and_no_failure_to_compile():
             raise torch.OutOfMemoryError("CPU out of memory. Tried to allocate 2.50 KiB.")
         return plain(indices)
 
-    run.take._take = once
+    run.take._function = once
     torch.testing.assert_close(run.steps(10), expected, rtol=1e-4, atol=1e-6)
     assert run.said == []
     assert [event["rung"] for event in run.recovery.events] == ["halve_micro_batch"]

@@ -104,13 +104,13 @@ def test_the_mode_is_set_back_after_an_error(modes: list[object]) -> None:
     assert modes == ["warn", 0]
 
 
-def test_nothing_is_mended_where_nothing_broke(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_reset_where_nothing_broke(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: pytest.fail("touched"))
-    CudaGraphs(torch.device("cuda:0")).mend()
+    CudaGraphs(torch.device("cuda:0")).reset_after_failed_capture()
 
 
-def test_memory_is_released_before_mending_asks_for_some(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_released_before_resetting_asks_for_some(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     zeros = torch.zeros
     for name in ("Stream", "current_stream"):
@@ -127,7 +127,7 @@ def test_memory_is_released_before_mending_asks_for_some(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch, "rand", lambda count, device: zeros(count))
     graphs = CudaGraphs(torch.device("cuda:0"))
     graphs._broken = object()
-    graphs.mend()
+    graphs.reset_after_failed_capture()
     assert done == ["released", "captured"]
 
 

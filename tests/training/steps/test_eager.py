@@ -108,14 +108,14 @@ def test_the_counter_counts() -> None:
 @pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
 def test_a_step_waits_for_nothing(tmp_path, precision) -> None:
     trainer = make(tmp_path, precision, ema_decay=0.9)
-    indices = torch.arange(4)
-    trainer.steps(indices)
+    samples = trainer.batches.of(torch.arange(4))
+    trainer.steps(samples)
     total = torch.zeros(())
     with Waits() as waits:
         for number in range(3):
             trainer._set_rate(number / 10)
             trainer.recovery.position = (number, 0)
-            loss, weight = trainer.steps(indices)
+            loss, weight = trainer.steps(samples)
             trainer.average.update(number)
             total += loss * weight
     assert not waits.seen
@@ -125,9 +125,7 @@ def test_a_step_waits_for_nothing(tmp_path, precision) -> None:
 def test_evaluation_waits_for_nothing_but_its_figures(tmp_path) -> None:
     trainer = make(tmp_path)
     with Waits() as waits:
-        metrics = evaluate(
-            trainer.fabric, trainer.model, trainer.data, "val", trainer.meter, max_batches=3
-        )
+        metrics = evaluate(trainer.model, trainer.batches, "val", trainer.meter, max_batches=3)
     assert not waits.seen
     assert metrics is not None
     assert metrics.compute()["mae"] > 0
