@@ -74,8 +74,8 @@ def measure(preset: str, device: str, steps: int, *overrides: str) -> dict[str, 
         trainer.tracker = tracker = open_tracker(Path(folder))
         trainer.manager = manager_for(settings.memory, trainer.fabric.device)
         trainer.display = BarDisplay(Console(file=sink, force_terminal=True, width=120))
-        for batch in trainer._order(0).split(trainer.data.batch_size)[:WARM_STEPS]:
-            trainer.train_step(batch)
+        for samples in trainer.batches.training(0, 0, WARM_STEPS):
+            trainer.train_step(samples)
         watch, step_seconds = Stopwatch(), timed_steps(trainer)
         watch.wrap("tracker", tracker, "metrics", "tags", "artifact")
         watch.wrap("display", trainer.display, "step", "epoch")

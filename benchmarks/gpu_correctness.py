@@ -13,6 +13,7 @@ from common import make_trainer
 from torch import Tensor
 
 from expt.memory.techniques.techniques import apply
+from expt.training.batches import Samples
 
 CASES: dict[str, tuple[str, ...]] = {
     "fp32": ("memory.precision=fp32",),
@@ -86,9 +87,9 @@ def trained(overrides: list[str], steps: int) -> dict[str, Any]:
     listen(trainer, said)
     trainer.model.train()
     losses = []
-    for number, indices in enumerate(order(trainer, steps)):
+    for number, samples in enumerate(order(trainer, steps)):
         trainer._set_rate(number / steps)
-        loss, _ = trainer.steps(indices)
+        loss, _ = trainer.steps(samples)
         trainer.average.update(number)
         losses.append(loss.detach().clone())
     weights = [weight.detach().cpu() for weight in trainer.model.parameters()]
@@ -98,17 +99,17 @@ def trained(overrides: list[str], steps: int) -> dict[str, Any]:
 
 def listen(trainer: Any, said: list[str]) -> None:
     """Let `said` get what a trainer says about staying eager."""
-    for part in (trainer.steps, trainer.steps.take):
+    for part in (trainer.steps, trainer.steps.function):
         if hasattr(part, "_say"):
             part._say = said.append
 
 
-def order(trainer: Any, steps: int) -> list[Tensor]:
-    """Return the batches of so many steps, epoch after epoch, as a run takes them."""
-    batches: list[Tensor] = []
+def order(trainer: Any, steps: int) -> list[Samples]:
+    """Return the samples of so many steps, epoch after epoch, as a run takes them."""
+    batches: list[Samples] = []
     epoch = 0
     while len(batches) < steps:
-        batches += trainer._order(epoch).split(trainer.data.batch_size)
+        batches += trainer.batches.training(epoch, 0, steps - len(batches))
         epoch += 1
     return batches[:steps]
 

@@ -43,12 +43,12 @@ def step(
     listen(trainer, said)
     trainer.model.train()
     batch = trainer.data.batch_size
-    batches = [indices for indices in order(trainer, 200) if len(indices) == batch]
+    batches = [samples for samples in order(trainer, 200) if len(samples) == batch]
     trainer.meter.start_epoch()
     started = time.perf_counter()
-    for indices in batches[:WARM_STEPS]:
+    for samples in batches[:WARM_STEPS]:
         with trainer.meter.step():
-            trainer.steps(indices)
+            trainer.steps(samples)
     warm_seconds = now(trainer.fabric.device) - started
     count, start = 0, now(trainer.fabric.device)
     while count < 3 or time.perf_counter() - start < seconds:
@@ -100,9 +100,9 @@ def floor(preset: str, precision: str, device: str, *overrides: str) -> dict[str
     plan = plan_training(settings, build(settings, "data"), target, evaluation=False)
     trainer = make_trainer(*given, f"trainer.device={device}")
     trainer.model.train()
-    indices = torch.arange(trainer.data.batch_size, device=trainer.fabric.device)
+    samples = trainer.batches.of(torch.arange(trainer.data.batch_size))
     with FlopCounterMode(display=False) as counter:
-        trainer.train_step(indices)
+        trainer.train_step(samples)
     parameters = sum(weight.numel() for weight in trainer.model.parameters())
     moved = PASSES_OVER_ACTIVATIONS * plan.by_category["activations"] + MOMENTS_BYTES * parameters
     measured = rates(trainer.fabric.device, precision, small=bool(overrides))

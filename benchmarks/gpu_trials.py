@@ -77,10 +77,10 @@ def run(overrides: list[str], steps: int, budget: Budget | None) -> dict[str, An
             *overrides, apply=apply, budget_bytes=budget.bytes if budget else None
         )
         trainer.model.train()
-        for number, indices in enumerate(order(trainer, steps)):
+        for number, samples in enumerate(order(trainer, steps)):
             trainer.recovery.position = (number, 0)
             with trainer.meter.step() if ledger is None else nullcontext():
-                trainer.steps(indices)
+                trainer.steps(samples)
         peaks = trainer.meter if ledger is None else None
         allocated = ledger.peak_bytes if peaks is None else peaks.peak_allocated_bytes()
         return {

@@ -43,12 +43,12 @@ class Strict:
     def __init__(self, steps: Any) -> None:
         self.steps, self.taken = steps, 0
 
-    def __call__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, samples: Any) -> tuple[Tensor, Tensor]:
         """Take a step."""
-        if self.taken == WARM_STEPS and indices.device.type == "cuda":
+        if self.taken == WARM_STEPS and samples.indices.device.type == "cuda":
             torch.cuda.set_sync_debug_mode("error")
         self.taken += 1
-        found: tuple[Tensor, Tensor] = self.steps(indices)
+        found: tuple[Tensor, Tensor] = self.steps(samples)
         return found
 
 
@@ -86,7 +86,7 @@ def epoch(device: str, steps: int, *small: str) -> dict[str, Any]:
     trainer.steps, inner = Strict(trainer.steps), trainer.steps
     trainer._started = time.monotonic()
     trainer.model.train()
-    batches = trainer._order(0).split(trainer.data.batch_size)
+    batches = trainer.batches.training(0, 0, trainer.steps_per_epoch)
     loss, weight = (torch.zeros((), device=trainer.fabric.device) for _ in range(2))
     readings = Readings()
     try:

@@ -73,7 +73,7 @@ def measure(preset: str, precision: str, checkpointing: str, device: str) -> dic
         f"trainer.device={device}",
     )
     trainer.model.train()
-    batch = torch.arange(trainer.data.batch_size, device=trainer.fabric.device)
+    batch = trainer.batches.of(torch.arange(trainer.data.batch_size))
     trainer.meter.start_epoch()
     for _ in range(2):
         with trainer.meter.step():
@@ -94,20 +94,20 @@ def measure(preset: str, precision: str, checkpointing: str, device: str) -> dic
     return row
 
 
-def seconds_per_step(trainer: Any, batch: torch.Tensor) -> float:
+def seconds_per_step(trainer: Any, batch: Any) -> float:
     for _ in range(WARM_STEPS):
         trainer.train_step(batch)
-    if batch.is_cuda:
+    if trainer.fabric.device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(TIMED_STEPS):
         trainer.train_step(batch)
-    if batch.is_cuda:
+    if trainer.fabric.device.type == "cuda":
         torch.cuda.synchronize()
     return (time.perf_counter() - start) / TIMED_STEPS
 
 
-def profiler_peak_bytes(trainer: Any, batch: torch.Tensor) -> int:
+def profiler_peak_bytes(trainer: Any, batch: Any) -> int:
     """Return the peak of a step from the profiler's allocation events, plus what lived before."""
     from torch.profiler import ProfilerActivity, profile
 

@@ -38,14 +38,14 @@ def ours(overrides: list[str], device: str) -> PlannedStep:
     given = [line for line in overrides if not line.startswith("trainer.device=")]
     trainer = make_trainer(*given, f"trainer.device={device}", "trainer.compile=off")
     data = trainer.data
-    train = torch.arange(data.batch_size, device=device)
+    train = trainer.batches.of(torch.arange(data.batch_size))
     val = torch.arange(min(data.eval_batch_size, data.size("val")), device=device)
 
     def evaluate() -> None:
         trainer.model.eval()
         with torch.no_grad():
             batch = data.gather("val", val)
-            data.metrics().update(trainer.model(**batch.inputs), batch)
+            data.accumulator().update(trainer.model(**batch.inputs), batch)
         trainer.model.train()
 
     def live() -> list[Tensor]:

@@ -73,7 +73,7 @@ def measure(
 
 def step_seconds(trainer: Any, steps: int) -> float:
     trainer.model.train()
-    samples = torch.arange(trainer.data.batch_size, device=trainer.fabric.device)
+    samples = trainer.batches.of(torch.arange(trainer.data.batch_size))
     start = now(trainer.fabric.device)
     for _ in range(steps):
         trainer.train_step(samples)

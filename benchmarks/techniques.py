@@ -140,7 +140,7 @@ def measure(preset: str, technique: str, device: str) -> dict[str, Any]:
     overrides = (*PRESETS[preset], *COMMON, *ROWS[technique], f"trainer.device={device}")
     trainer = make_trainer(*overrides)
     trainer.model.train()
-    batch = torch.arange(trainer.data.batch_size, device=trainer.fabric.device)
+    batch = trainer.batches.of(torch.arange(trainer.data.batch_size))
     trainer.meter.start_epoch()
     for _ in range(2):
         with trainer.meter.step():
@@ -161,17 +161,18 @@ def measure(preset: str, technique: str, device: str) -> dict[str, Any]:
     return row
 
 
-def seconds_per_step(trainer: Any, batch: torch.Tensor) -> float:
+def seconds_per_step(trainer: Any, batch: Any) -> float:
     """Return the quickest of a few steps; on the CPU its own time on one thread, not the clock's.
 
     Other work on the machine then adds little.
     """
-    clock = time.perf_counter if batch.is_cuda else time.process_time
+    on_cuda = trainer.fabric.device.type == "cuda"
+    clock = time.perf_counter if on_cuda else time.process_time
     times = []
     for _ in range(TIMED_STEPS):
         start = clock()
         trainer.train_step(batch)
-        if batch.is_cuda:
+        if on_cuda:
             torch.cuda.synchronize()
         times.append(clock() - start)
     return min(times)

@@ -80,3 +80,23 @@ def _restore_process_state(
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", None) or "").startswith(written):
             del sys.modules[name]
+
+
+TOYS = Path(__file__).parent / "toys"
+
+
+@pytest.fixture
+def toys(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the toy jobs, whose classes can be imported; worker processes find them too."""
+    monkeypatch.syspath_prepend(str(TOYS))
+    monkeypatch.setenv("PYTHONPATH", f"{TOYS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    return TOYS
+
+
+@pytest.fixture
+def clips(toys: Path, home: Path) -> Path:
+    """The folder ``clips`` of the streamed toy job, in the current folder."""
+    from clips import write_clips
+
+    write_clips(home / "clips")
+    return home / "clips"

@@ -97,6 +97,7 @@ def make(tmp_path: Path) -> Callable[..., Trainer]:
         precision: Precision = Precision.fp32,
         hook: Callable[[], None] = lambda: None,
         interruption: Interruption | None = None,
+        data: Any = None,
         **settings: Any,
     ) -> Trainer:
         fabric = make_fabric(Device.cpu, precision)
@@ -109,7 +110,7 @@ def make(tmp_path: Path) -> Callable[..., Trainer]:
             fabric=fabric,
             model=model,
             optimizer=optimizer,
-            data=Line(),
+            data=data or Line(),
             settings=TrainerConfig(**{"epochs": 3, "log_every_steps": 1, **settings}),
             recovery=Recovery(Techniques(accumulation), fabric.device),
             meter=LedgerMeter(),
@@ -400,3 +401,38 @@ def test_a_batch_is_cut_into_as_many_parts_as_were_asked_for(make, parts):
     assert len(sizes) == min(parts, 8)
     assert sum(sizes) == 8
     assert max(sizes) - min(sizes) <= 1
+
+
+class Scripted(Line):
+    """Line, whose validations come out as they are told to."""
+
+    metrics = (Metric("accuracy", goal="max"), Metric("mae"))
+
+    def __init__(self, figures: list[float]) -> None:
+        super().__init__()
+        self.figures = iter(figures)
+
+    def accumulator(self) -> Any:
+        data = self
+
+        class Told(Sums):
+            def compute(self) -> dict[str, float]:
+                value = next(data.figures)
+                return {"accuracy": value, "mae": value}
+
+        return Told()
+
+
+@pytest.mark.parametrize(
+    ("monitor", "best", "reason"), [(None, (0.9, 2), "early_stopping"), ("mae", (0.2, 4), "epochs")]
+)
+def test_what_is_best_follows_the_goal_of_the_metric(make, tmp_path, monitor, best, reason):
+    trainer = make(
+        epochs=5, monitor=monitor, early_stopping_patience=2,
+        data=Scripted([0.5, 0.9, 0.4, 0.2] if monitor is None else [0.5, 0.4, 0.6, 0.2, 0.3]),
+    )  # fmt: skip
+    ending = trainer.fit()
+    assert (trainer.progress.best, trainer.progress.best_epoch) == best
+    assert ending.reason == reason
+    stored = torch.load(tmp_path / "run/checkpoints/best.pt", weights_only=True)
+    assert (stored["val"], stored["epoch"]) == best

@@ -184,7 +184,7 @@ def _data_set_problems(arguments: Mapping[str, Any], loader: LoaderConfig) -> li
     if hasattr(cls, "gather") and loader.pin_memory:
         return [
             f"loader.pin_memory=true: the samples of {cls.__name__} are on the device already, and "
-            "torch cannot pin memory that is not the host's; leave it out"
+            "torch cannot pin what is not in host memory; leave it out"
         ]
     return []
 

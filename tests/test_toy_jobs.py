@@ -1,0 +1,189 @@
+"""Two jobs that are not traffic, each one class and one YAML: everything holds for them as well."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from expt.result import Outcome, load_result
+
+JOBS = ("blobs", "clips")
+STEPS = ("trainer.epochs=4", "trainer.steps_per_epoch=6", "trainer.checkpoint_every_steps=2")
+
+
+def job(toys: Path, name: str, *more: str) -> tuple[str, ...]:
+    """Return the command line of a toy job."""
+    chosen = (f"--config-dir={toys / 'conf'}", f"data={name}", "model=classifier")
+    return (*chosen, "tracking=none", "trainer.progress=false", "trainer.schedule=constant", *more)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_the_best_epoch_is_the_one_of_the_highest_accuracy(expt, toys, clips, home, name) -> None:
+    line = job(toys, name, "trainer.epochs=5", "optimizer.lr=0.05", "hydra.run.dir=run")
+    code, out, err = expt(*line, small=False)
+    assert code == 0, err
+    result = load_result(home / "run")
+    history = json.loads((home / "run/history.json").read_text())
+    assert result.monitor == "accuracy"
+    assert result.metrics["val/accuracy"] == max(row["val"] for row in history) > 0.5
+    assert set(result.metrics) == {"val/accuracy", "test/accuracy", "test/loss"}
+    assert result.outcome is Outcome.completed
+    assert re.search(r"validation accuracy \(best\) +\d+\.\d %", out)
+    assert "MAE" not in out and "mph" not in out
+    assert result.metric().goal == "max" and result.unit is None
+    progress = json.loads((home / "run/checkpoints/progress.json").read_text())
+    assert progress["val/accuracy"] == history[-1]["val"]
+    assert ("data_seconds" in history[-1]) == (name == "clips")
+    predicted = result.memory["predicted_peak_bytes"]
+    peak = result.memory["peak_allocated_bytes"]
+    assert predicted == pytest.approx(peak, rel=0.05, abs=2048)  # indices are not counted
+
+
+def test_another_metric_can_be_monitored_and_a_wrong_one_is_refused(expt, toys, home) -> None:
+    line = job(toys, "blobs", "trainer.epochs=2", "hydra.run.dir=run")
+    assert expt(*line, "trainer.monitor=loss", small=False)[0] == 0
+    result = load_result(home / "run")
+    history = json.loads((home / "run/history.json").read_text())
+    assert result.metrics["val/loss"] == min(row["val"] for row in history)
+    code, _, err = expt(*line, "trainer.monitor=acuracy", "hydra.run.dir=other", small=False)
+    assert code == 2
+    assert "trainer.monitor=acuracy" in err and "accuracy" in err
+    assert not (home / "other").exists()
+
+
+KILLING_MODEL = """
+import os
+import signal
+from blobs import Classifier
+
+
+class Net(Classifier):
+    left = int(os.environ.get("KILL_AT", "1000"))
+
+    def forward(self, x):
+        if self.training:
+            Net.left -= 1
+            if Net.left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(x)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "workers"), [("blobs", (0, 0, 0, 0)), ("clips", (2, 0, 2, 0))], ids=JOBS
+)
+def test_killed_three_times_it_ends_with_the_same_weights(
+    expt, toys, clips, home, monkeypatch, name, workers
+):
+    (home / "killing.py").write_text(KILLING_MODEL)
+    line = job(toys, name, *STEPS, "model._target_=killing.Net", "model.dropout=0.2")
+    line += ("memory.plan=false",)
+    code, _, err = expt(*line, "hydra.run.dir=whole", "loader.num_workers=2", small=False)
+    assert code == 0, err
+    resume = ("trainer.resume=true", "hydra.run.dir=run")
+    for at, count in zip((5, 9, 8), workers, strict=False):
+        ran = subprocess.run(
+            [sys.executable, "-m", "expt", *line, f"loader.num_workers={count}", *resume],
+            cwd=home,
+            env={**os.environ, "KILL_AT": str(at)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert ran.returncode == -signal.SIGKILL, ran.stderr
+    code, _, err = expt(*line, f"loader.num_workers={workers[3]}", *resume, small=False)
+    assert code == 0, err
+    result, expected = load_result(home / "run"), load_result(home / "whole")
+    assert result.resumed_from_step >= 12
+    assert result.weights_sha256 == expected.weights_sha256
+    assert result.metrics == expected.metrics
+
+
+OOM_MODEL = """
+import torch
+from blobs import Classifier
+
+
+class Net(Classifier):
+    calls = 0
+
+    def forward(self, x):
+        if torch.is_grad_enabled() and self.training and type(x) is torch.Tensor:
+            Net.calls += 1
+            if Net.calls in (5, 12):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+        return super().forward(x)
+"""
+
+
+def test_a_lack_of_memory_loses_nothing_and_reads_nothing_twice(expt, toys, clips, home) -> None:
+    (home / "lacking.py").write_text(OOM_MODEL)
+    log = home / "reads"
+    line = job(toys, "clips", *STEPS, f"data.log={log}", "memory.plan=false", "trainer.test=false")
+    assert expt(*line, "hydra.run.dir=whole", small=False)[0] == 0
+    undisturbed = Counter(line.split()[1] for line in log.read_text().splitlines())
+    log.unlink()
+    code, _, err = expt(*line, "model._target_=lacking.Net", "hydra.run.dir=run", small=False)
+    assert code == 0, err
+    result, expected = load_result(home / "run"), load_result(home / "whole")
+    assert len(result.oom_events) == 2
+    assert result.metrics == pytest.approx(expected.metrics)
+    assert Counter(line.split()[1] for line in log.read_text().splitlines()) == undisturbed
+    import torch
+
+    weights = [
+        torch.load(home / run / "checkpoints/last.pt", weights_only=True)["model"]
+        for run in ("run", "whole")
+    ]
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_data_of_the_earlier_protocol_are_told_what_to_change(expt, toys, home) -> None:
+    (home / "earlier.py").write_text(
+        "class Old:\n"
+        "    monitor = 'mae'\n"
+        "    def __init__(self, batch_size=2, eval_batch_size=2): ...\n"
+        "    def gather(self, split, indices): ...\n"
+        "    def metrics(self): ...\n"
+    )
+    code, _, err = expt(*job(toys, "blobs", "data._target_=earlier.Old"), small=False)
+    assert code == 2
+    assert "rename its method metrics() to accumulator()" in err
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (("loader.pin_memory=true",), "cannot pin"),
+        (("loader.num_workers=1000",), "more than the"),
+        (("loader.num_workers=-1",), "loader.num_workers must be at least 0"),
+        (("loader.on_bad_sample=ignore",), "on_bad_sample"),
+        (("loader.workers=2",), "num_workers"),
+    ],
+)
+def test_settings_of_the_loader_that_make_no_sense_are_refused(
+    expt, toys, settings: tuple[str, ...], words: str
+) -> None:
+    code, _, err = expt(*job(toys, "blobs"), *settings, small=False)
+    assert code == 2
+    assert words in err
+
+
+def test_a_sample_that_cannot_be_read_ends_the_run_with_its_name(expt, toys, clips, home) -> None:
+    (clips / "train_007_1.npy").write_bytes(b"no clip")
+    line = job(toys, "clips", "trainer.epochs=1")
+    code, _, err = expt(*line, "hydra.run.dir=run", small=False)
+    assert code == 2
+    assert "train_007_1.npy cannot be read" in err
+    code, _, err = expt(*line, "hydra.run.dir=skipping", "loader.on_bad_sample=skip", small=False)
+    assert code == 0, err
+    assert load_result(home / "skipping").skipped_samples == 1

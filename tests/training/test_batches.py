@@ -1,0 +1,196 @@
+"""Samples of both kinds: their order, what they draw, who reads them, and what cannot be read."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from expt.config.schema import BadSample, LoaderConfig
+from expt.errors import DataError, LoaderError
+from expt.job import Batch
+from expt.training.batches import (
+    Batches,
+    Examples,
+    HostSamples,
+    ResidentSamples,
+    kept_on_device,
+    micro_batches,
+    sample_generator,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def made(clips: Path) -> Iterator[Callable[..., Batches]]:
+    """Make `Batches` of the toy clips; the workers end with the test."""
+    from clips import Clips
+
+    every: list[Batches] = []
+
+    def make(seed: int = 0, log: str | None = None, **loader: Any) -> Batches:
+        settings = LoaderConfig(**{"num_workers": 0, **loader})
+        every.append(Batches(Clips(str(clips), 8, 5, log), CPU, settings, seed))
+        return every[-1]
+
+    yield make
+    for batches in every:
+        batches.close()
+
+
+def values(batches: Batches, epoch: int, first: int = 0, last: int = 6) -> torch.Tensor:
+    """Return all clips of some steps, one after the other."""
+    steps = batches.training(epoch, first, last)
+    return torch.cat([samples.batch().inputs["x"] for samples in steps])
+
+
+def test_the_samples_of_a_step_depend_on_seed_epoch_and_index_alone(made) -> None:
+    whole = values(made(), epoch=1)
+    assert torch.equal(whole, values(made(num_workers=2), epoch=1))
+    assert torch.equal(whole[24:], values(made(), epoch=1, first=3))
+    assert not torch.equal(whole, values(made(), epoch=2))
+    assert not torch.equal(whole, values(made(seed=1), epoch=1))
+    state = torch.get_rng_state()
+    values(made(), epoch=1)
+    assert torch.equal(state, torch.get_rng_state()), "the training's random state has moved"
+
+
+def test_an_epoch_reads_every_file_once_and_the_workers_stay(made, home: Path) -> None:
+    batches = made(num_workers=2, log="reads")
+    for epoch in (0, 1):
+        values(batches, epoch)
+        sizes = [len(samples) for samples in batches.evaluation("val", 12)]
+        assert sizes == [5, 5, 2]
+    reads = [line.split() for line in (home / "reads").read_text().splitlines()]
+    assert set(Counter(name for _, name in reads).values()) == {2}
+    assert len({pid for pid, _ in reads}) == 2
+    assert str(os.getpid()) not in {pid for pid, _ in reads}
+    assert batches.waited_seconds > 0
+
+
+def test_an_epoch_that_is_broken_off_leaves_nothing_for_the_next(made) -> None:
+    batches = made(num_workers=2)
+    next(batches.training(0, 0, 6))
+    assert torch.equal(values(batches, epoch=1), values(made(), epoch=1))
+
+
+def test_the_parts_of_a_step_are_views_of_what_was_read(made) -> None:
+    samples = next(made().training(0, 0, 1))
+    assert isinstance(samples, HostSamples)
+    parts = list(micro_batches(samples, 3))
+    assert [len(part) for part in parts] == [3, 3, 2]
+    assert torch.equal(
+        torch.cat([part.batch().inputs["x"] for part in parts]), samples.batch().inputs["x"]
+    )
+    assert parts[0].batch().target.untyped_storage().data_ptr() == (
+        samples.host.target.untyped_storage().data_ptr()
+    )
+    assert float(samples.weight()) == 8
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sample_that_cannot_be_read_is_named(made, clips: Path, workers: int) -> None:
+    (clips / "train_007_1.npy").write_bytes(b"no clip")
+    with pytest.raises(DataError, match=r"train_007_1\.npy cannot be read: .*on_bad_sample=skip"):
+        values(made(num_workers=workers), epoch=0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sample_that_is_skipped_is_counted_and_replaced(made, clips, workers: int) -> None:
+    for name in ("train_007_1", "val_003_0"):
+        (clips / f"{name}.npy").write_bytes(b"no clip")
+    batches = made(num_workers=workers, on_bad_sample=BadSample.skip)
+    assert len(values(batches, epoch=0)) == 48, "a step keeps its size"
+    assert batches.skipped == 1
+    # An evaluation counts nothing twice: what cannot be read is left out.
+    assert [len(samples) for samples in batches.evaluation("val", 12)] == [4, 5, 2]
+    assert batches.skipped == 2
+
+
+def test_nothing_that_can_be_read_is_an_error(made, clips) -> None:
+    for file in clips.glob("train_*"):
+        file.write_bytes(b"no clip")
+    with pytest.raises(DataError, match="no sample of a step can be read"):
+        values(made(on_bad_sample=BadSample.skip), epoch=0)
+    with pytest.raises(DataError, match="no sample of the train part can be read"):
+        Examples(made().data).batch("train", 3)
+
+
+def test_a_worker_that_dies_is_one_line_that_names_the_files(made, monkeypatch) -> None:
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+    batches = made(num_workers=1, prefetch_factor=1)
+    steps = batches.training(0, 0, 6)
+    next(steps)
+    (worker,) = batches._loader._iterator._workers
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(LoaderError, match=r"worker process .* died .*train_\d+_\d\.npy"):
+        for _ in steps:
+            pass
+    # It can be asked again, with new workers.
+    assert torch.equal(values(batches, epoch=0), values(made(), epoch=0))
+
+
+def test_workers_leave_ctrl_c_to_the_process_that_trains(made) -> None:
+    batches = made(num_workers=1)
+    steps = batches.training(0, 0, 6)
+    next(steps)
+    (worker,) = batches._loader._iterator._workers
+    os.kill(worker.pid, signal.SIGINT)
+    time.sleep(0.1)
+    assert len(list(steps)) == 5
+
+
+def test_shapes_that_differ_are_said(made, monkeypatch) -> None:
+    batches = made()
+    monkeypatch.setattr(
+        type(batches.data), "item",
+        lambda self, split, index, generator: Batch({"x": torch.zeros(index + 1)}, torch.tensor(0)),
+    )  # fmt: skip
+    with pytest.raises(DataError, match=r"different shapes of x .*collate"):
+        values(batches, epoch=0)
+
+
+def test_an_example_has_the_shapes_of_a_batch_and_reads_one_file(made, home: Path) -> None:
+    data = made(log="reads").data
+    examples = Examples(data)
+    batch = examples.batch("train", 7)
+    real = next(made().training(0, 0, 1)).batch()
+    assert batch.inputs["x"].shape == (7, *real.inputs["x"].shape[1:])
+    assert (batch.inputs["x"].dtype, batch.target.dtype) == (torch.float32, torch.int64)
+    assert examples.input_names() == ["x"]
+    assert float(examples.weight("train", 7, batch)) == 7
+    assert len((home / "reads").read_text().splitlines()) == 1
+    assert kept_on_device(data) == []
+
+
+def test_resident_samples_are_indices_on_the_device(toys) -> None:
+    from blobs import Blobs
+
+    data = Blobs(batch_size=10, eval_batch_size=16)
+    batches = Batches(data, CPU, LoaderConfig(), seed=0)
+    steps = list(batches.training(0, 0, 10))
+    assert [len(samples) for samples in steps] == [10] * 9 + [6]
+    assert sorted(torch.cat([samples.indices for samples in steps]).tolist()) == list(range(96))
+    (everything,) = batches.evaluation("val", 48)
+    assert isinstance(everything, ResidentSamples) and len(everything) == 48
+    copy = steps[0].clone()
+    copy.copy_(steps[1])
+    assert torch.equal(copy.indices, steps[1].indices)
+    assert not torch.equal(copy.indices, steps[0].indices)
+    assert sum(tensor is data.x or tensor is data.y for tensor in kept_on_device(data)) == 2
+
+
+def test_generators_of_two_samples_draw_differently() -> None:
+    draws = {
+        float(torch.rand((), generator=sample_generator(*key)))
+        for key in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 1, 1)]
+    }
+    assert len(draws) == 5
