@@ -147,6 +147,26 @@ def test_a_lack_of_memory_loses_nothing_and_reads_nothing_twice(expt, toys, clip
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("mode", "exact"), [("batch", False), ("group", True)])
+def test_what_batch_normalisation_makes_inexact_is_said(expt, toys, home, mode, exact) -> None:
+    (home / "lacking.py").write_text(OOM_MODEL.replace("(5, 12)", "(5,)"))
+    line = job(toys, "blobs", "model.batch_norm=true", f"memory.batch_norm={mode}", *STEPS)
+    line += ("memory.plan=false",)
+    assert expt(*line, "hydra.run.dir=whole", small=False)[0] == 0
+    code, out, err = expt(*line, "model._target_=lacking.Net", "hydra.run.dir=run", small=False)
+    assert code == 0, err
+    result, expected = load_result(home / "run"), load_result(home / "whole")
+    (event,) = result.oom_events
+    assert (event["rung"], event["exact"]) == ("halve_micro_batch", exact)
+    assert event["samples_per_statistic"] == (None if exact else 4)
+    assert ("batch normalisation is now over 4 samples" in out) is not exact
+    same = result.metrics["test/loss"] == pytest.approx(expected.metrics["test/loss"], rel=1e-4)
+    assert same is exact
+    cut = ("memory.gradient_accumulation=2", "hydra.run.dir=cut")
+    code, out, _ = expt(*line, *cut, small=False)
+    assert ("normalises over the batch in 1 layer" in out) is not exact
+
+
 def test_data_of_the_earlier_protocol_are_told_what_to_change(expt, toys, home) -> None:
     (home / "earlier.py").write_text(
         "class Old:\n"

@@ -64,6 +64,14 @@ class Compile(Enum):
     compile = "compile"  # the model by torch.compile; on CUDA, captured as well
 
 
+class BatchNorm(Enum):
+    """What layers of batch normalisation do in training; see docs/techniques.md."""
+
+    batch = "batch"  # as the model has them: over the samples of a forward pass
+    frozen = "frozen"  # by their running statistics, which stay as they are
+    group = "group"  # over groups of channels of every sample by itself
+
+
 class OnOverflow(Enum):
     """What a run does that is predicted not to fit its budget."""
 
@@ -109,6 +117,7 @@ class MemoryConfig:
     attention_top_k: int | None = None  # keys per query, for top_k
     saved_tensor_offload: bool = False  # what backward needs waits in host memory; CUDA only
     optimizer_in_backward: bool = False  # step each weight as its gradient is done
+    batch_norm: BatchNorm = BatchNorm.batch  # group and frozen are exact however a batch is cut
     forward_chunks: int = 1  # slices of a batch in evaluation, one after the other
     forward_chunks_in_training: bool = False  # also in training, where it saves little
 

@@ -80,6 +80,22 @@ def build(settings: Settings, group: str, **provided: Any) -> Any:
     return factory(**handed)
 
 
+def build_model(settings: Settings, data: DataSet, inputs: Iterable[str]) -> nn.Module:
+    """Build the model, with its layers of batch normalisation as `memory.batch_norm` says.
+
+    Raises:
+        ConfigError: an argument is missing.
+        ModelError: its forward does not take `inputs`, the data's, by name.
+
+    """
+    from expt.memory.techniques.batch_norm import set_batch_norm
+
+    model: nn.Module = build(settings, "model", **data.model_arguments())
+    check_forward(model, inputs)
+    set_batch_norm(model, settings.memory.batch_norm.value)
+    return model
+
+
 def assemble(settings: Settings, fabric: Fabric, data: DataSet) -> tuple[nn.Module, Optimizer]:
     """Build model and optimizer with the memory techniques asked for, set up on the device.
 
@@ -88,8 +104,7 @@ def assemble(settings: Settings, fabric: Fabric, data: DataSet) -> tuple[nn.Modu
         ModelError: its forward does not take the data's inputs.
 
     """
-    model: nn.Module = build(settings, "model", **data.model_arguments())
-    check_forward(model, Examples(data, fabric.device).input_names())
+    model = build_model(settings, data, Examples(data, fabric.device).input_names())
     techniques = techniques_of(settings.memory)
     problems = technique_problems(model, techniques)
     if techniques.saved_tensor_offload and fabric.device.type != "cuda":

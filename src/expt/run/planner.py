@@ -22,7 +22,7 @@ from expt.job import Batch, DataSet, is_resident
 from expt.memory.measuring.budget import Budget
 from expt.memory.planning.planning import Plan, Target, plan
 from expt.memory.techniques.techniques import Techniques, apply
-from expt.run.build import build, check_forward, techniques_of
+from expt.run.build import build, build_model, techniques_of
 from expt.training.batches import Examples, kept_on_device
 from expt.units import format_bytes, parse_bytes
 
@@ -94,9 +94,7 @@ def plan_training(
         apply(model, techniques)
 
     def model_fn() -> nn.Module:
-        model: nn.Module = build(settings, "model", **data.model_arguments())
-        check_forward(model, inputs)
-        return model
+        return build_model(settings, data, inputs)
 
     return plan(
         model_fn,

@@ -24,6 +24,7 @@ from expt.files import write_text
 from expt.job import DataSet, Plotted, monitored
 from expt.memory.measuring.budget import Budget
 from expt.memory.planning.planning import Plan
+from expt.memory.techniques.batch_norm import batch_statistics
 from expt.result import RunResult, load_launch, save_launch
 from expt.run.build import assemble
 from expt.run.fallback import folder, next_size
@@ -173,6 +174,21 @@ class TrainJob:
             f"{trainer.total_steps} in all; {self.context.run_dir}",
             flush=True,
         )
+        self._say_what_is_not_exact(trainer)
+
+    def _say_what_is_not_exact(self, trainer: Trainer) -> None:
+        """Say that statistics are over parts of the batch, where they are."""
+        parts = trainer.recovery.techniques.gradient_accumulation
+        layers = batch_statistics(trainer.model)
+        if parts > 1 and layers:
+            samples = -(-self.data.batch_size // parts)
+            print(
+                f"note: {self._model_name()} normalises over the batch in "
+                f"{counted(len(layers), 'layer')}, and with gradient accumulation over {samples} "
+                f"of {self.data.batch_size} samples at a time, which is not the same as the whole "
+                "batch; memory.batch_norm=group or frozen is exact",
+                flush=True,
+            )
 
     def _build(self) -> Trainer:
         settings, fabric = self.settings, self.fabric

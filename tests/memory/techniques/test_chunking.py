@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from expt.errors import ModelError
 from expt.memory.measuring.ledger import StorageLedger
-from expt.memory.techniques.chunking import batch_statistics, chunk_forward, remove_chunking
+from expt.memory.techniques.batch_norm import batch_statistics
+from expt.memory.techniques.chunking import chunk_forward, remove_chunking
 
 
 class Net(nn.Module):

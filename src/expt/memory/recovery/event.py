@@ -47,7 +47,9 @@ class OomEvent:
     """One failure to allocate and what was done about it.
 
     `step` and `epoch` are those that were under way, counted from 0. `rung` is None where nothing
-    was left to try; `replayed` says that the run went back to its last checkpoint.
+    was left to try; `replayed` says that the run went back to its last checkpoint. `exact` says
+    that the step is the same in other words, to rounding; it is false where the batch was cut and
+    the model normalises over it, then over `samples_per_statistic` at a time.
     """
 
     phase: str
@@ -63,6 +65,8 @@ class OomEvent:
     evaluation_batch_size: int | None = None
     replayed: bool = False
     evidence: list[str] = field(default_factory=list)
+    exact: bool = True
+    samples_per_statistic: int | None = None
 
     @classmethod
     def of(
@@ -76,6 +80,7 @@ class OomEvent:
         budget_bytes: int | None,
         evaluation_batch_size: int | None,
         replayed: bool,
+        samples_per_statistic: int | None = None,
     ) -> OomEvent:
         """Return the record of a failure at a position (step, epoch) and of the move made then.
 
@@ -96,6 +101,8 @@ class OomEvent:
             evaluation_batch_size,
             replayed,
             [str(path) for path in failure.evidence],
+            samples_per_statistic is None,
+            samples_per_statistic,
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -117,4 +124,9 @@ class OomEvent:
             if self.phase not in (THRASHING, "capture"):
                 then += ", and it is done again"
             then += " from the last checkpoint" if self.replayed else ""
+        if self.samples_per_statistic is not None:
+            then += (
+                f"; batch normalisation is now over {self.samples_per_statistic} samples, so the "
+                "result is not the same (memory.batch_norm=group or frozen keeps it)"
+            )
         return f"out of memory {where} at step {self.step}{asked}: {then}"

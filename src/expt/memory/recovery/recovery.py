@@ -32,6 +32,7 @@ from expt.memory.recovery.event import PHASES, THRASHING, OomEvent
 from expt.memory.recovery.ladder import Apply, Footing, Move, Predict
 from expt.memory.recovery.limits import ONCE, Limits, Thrashing, Trouble, retries
 from expt.memory.recovery.undo import RandomState, StepUndo
+from expt.memory.techniques.batch_norm import batch_statistics
 from expt.memory.techniques.techniques import Techniques
 
 T = TypeVar("T")
@@ -84,6 +85,7 @@ class Recovery:
         """Optimizer step and epoch under way, for the record."""
         self.give_way: Callable[[], bool] = lambda: False
         """Gives back memory that only makes steps faster; returns whether there was any."""
+        self._over_the_batch = False
         self._classify = classify
         self._undo: StepUndo | None = None
         self._step_trouble, self._failed_step = Trouble(), -1
@@ -98,6 +100,7 @@ class Recovery:
     def attach(self, model: nn.Module, optimizer: Optimizer, scaler: Any = None) -> None:
         """Take charge of a model that has the techniques, its optimizer, and fp16's scaler."""
         self.footing.attach(model, optimizer)
+        self._over_the_batch = bool(batch_statistics(model))
         self._undo = StepUndo(model, optimizer, self.device, scaler)
 
     def step(self, work: Callable[[], T], samples: int) -> T:
@@ -261,7 +264,9 @@ class Recovery:
         """Go one rung down after a step failed, and enter it; raise RecoveryError if none is."""
         reason = self.limits.forbid(trouble, self.events)
         move = NOTHING if reason else self._down(samples, trouble)
-        self._record(failure, move, reason, replayed)
+        cut = move.rung == "halve_micro_batch" and self._over_the_batch
+        parts = self.techniques.gradient_accumulation
+        self._record(failure, move, reason, replayed, -(-samples // parts) if cut else None)
 
     def _down(self, samples: int, trouble: Trouble) -> Move:
         """Give up what only makes steps faster, if there is any, or go one rung down."""
@@ -272,7 +277,12 @@ class Recovery:
         return move
 
     def _record(
-        self, failure: Failure, move: Move, reason: str | None, replayed: bool = False
+        self,
+        failure: Failure,
+        move: Move,
+        reason: str | None,
+        replayed: bool = False,
+        samples_per_statistic: int | None = None,
     ) -> None:
         """Enter what happened; raise RecoveryError if nothing was, or could be, done."""
         if reason is None and move.techniques is None:
@@ -287,6 +297,7 @@ class Recovery:
             budget_bytes=self.budget_bytes,
             evaluation_batch_size=self.evaluation_batch_size,
             replayed=replayed and reason is None,
+            samples_per_statistic=samples_per_statistic,
         )
         self.events.append(event.as_dict())
         self.on_event(event)

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from expt.memory.techniques.optimizer_in_backward import stepping
@@ -95,8 +96,8 @@ def _by_foreach(group: dict[str, object]) -> bool:
 
 
 SMALL_BYTES = 4 * 1024**2
-"""Buffers up to this size, together, are copied for every step; larger ones are compared. (The
-kernel of batch normalisation writes its statistics past the version counters.)"""
+"""Buffers up to this size, together, are copied for every step; larger ones are compared. Running
+statistics are always copied, since their kernel writes past the version counters."""
 COUNTING = (torch.optim.Adam, torch.optim.AdamW)
 """Optimizers that raise the count of steps of all weights first (torch/optim/adam.py)."""
 NO_STEPS = torch.empty(0)
@@ -150,7 +151,7 @@ class StepUndo:
         for group in self.optimizer.param_groups:
             own |= {id(weight): weight for weight in group["params"]}
         self.weights = list(own.values())
-        self._small, large = _by_size(list(model.buffers()))
+        self._small, large = _by_size(list(model.buffers()), running_statistics(model))
         self._fixed: list[Tensor] = [*self.weights, *large]
         self._copies = [torch.empty_like(buffer) for buffer in self._small]
 
@@ -233,12 +234,27 @@ class StepUndo:
         return [float(count) for count in counts] != before
 
 
-def _by_size(buffers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Part buffers into those small enough to copy, all together, and the others."""
-    small: list[Tensor] = []
-    large: list[Tensor] = []
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """Return the buffers that a forward pass of batch normalisation writes."""
+    return [
+        buffer
+        for layer in model.modules()
+        if isinstance(layer, _NormBase)
+        for buffer in layer.buffers(recurse=False)
+    ]
+
+
+def _by_size(buffers: list[Tensor], always: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Part buffers into those small enough to copy, all together, and the others.
+
+    Those in `always` are copied whatever their size: nobody sees that they are written.
+    """
+    small, large = list(always), list[Tensor]()
+    known = {id(buffer) for buffer in always}
     left = SMALL_BYTES
     for buffer in sorted(buffers, key=lambda tensor: tensor.nbytes):
+        if id(buffer) in known:
+            continue
         left -= buffer.nbytes
         (small if left >= 0 else large).append(buffer)
     return small, large

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from expt.errors import ModelError
@@ -33,11 +32,6 @@ def chunk_forward(model: nn.Module, chunks: int, in_training: bool = False) -> N
 def remove_chunking(model: nn.Module) -> bool:
     """Run the model over whole batches again; return whether it was chunked."""
     return unwrap(model, NAME)
-
-
-def batch_statistics(model: nn.Module) -> list[str]:
-    """Return the names of modules that compute over the batch, which slices would change."""
-    return [name for name, part in model.named_modules() if isinstance(part, _BatchNorm)]
 
 
 class Chunked:

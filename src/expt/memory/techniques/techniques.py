@@ -3,7 +3,8 @@
 `Techniques` is what the plan predicts, the ladder changes and the construction asks for; `apply`
 makes a model obey it, in place, also while it trains. A technique never changes what is computed,
 beyond rounding and the numbers that dropout draws, except where its own documentation says so
-(the attention kernels sliding_window and top_k). No torch at import.
+(the attention kernels sliding_window and top_k), and in models that normalise over the batch
+(`expt.memory.techniques.batch_norm`). No torch at import.
 """
 
 from __future__ import annotations
@@ -104,8 +105,8 @@ def apply(model: nn.Module, techniques: Techniques) -> Applied:
 def problems(model: nn.Module, techniques: Techniques) -> list[str]:
     """Return why some of `techniques` cannot be applied to `model`, one message each."""
     from expt.memory.techniques.attention_kernel import attention_modules
+    from expt.memory.techniques.batch_norm import batch_statistics
     from expt.memory.techniques.checkpointing import chosen_blocks
-    from expt.memory.techniques.chunking import batch_statistics
     from expt.memory.techniques.repeated_blocks import repeated_blocks
     from expt.memory.techniques.wrapping import bare
 
@@ -131,7 +132,7 @@ def problems(model: nn.Module, techniques: Techniques) -> list[str]:
         found.append(
             f"memory.forward_chunks_in_training=true: {name} normalises over the batch "
             f"({parts[0]}{', …' if len(parts) > 1 else ''}), and would do so over slices of it; "
-            "set it to false"
+            "set it to false, or memory.batch_norm=group or frozen"
         )
     return found
 
