@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from expt.config.command_nodes import CardsConfig, FitConfig
+from expt.config.moved import hint
 from expt.config.schema import AUTO, LoaderConfig, MemoryConfig, TrackingConfig, TrainerConfig
 from expt.errors import ConfigError, nearest
 
@@ -63,8 +64,13 @@ def locate(target: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
+        own = error.name is not None and f"{module_name}.".startswith(f"{error.name}.")
+        if not own and (moved := hint(error.name)):
+            raise ConfigError(
+                f"{module_name} imports {error.name}, which has moved{moved}"
+            ) from error
         # A module that exists but itself imports something absent is a fault, not a typo.
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+        if not own:
             raise
         raise ConfigError(
             f"there is no module {error.name!r}; a module of your own must be in the current "

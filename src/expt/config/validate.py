@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from expt.config.command_nodes import CardsConfig, FitConfig
+from expt.config.moved import with_current_targets
 from expt.config.schema import (
     AUTO,
     OPEN_GROUPS,
@@ -53,8 +54,8 @@ def validated(cfg: DictConfig, overridden: Collection[str] = ()) -> Settings:
         loader = cast(LoaderConfig, OmegaConf.to_object(cfg.loader))
         fit = cast(FitConfig, OmegaConf.to_object(cfg.fit))
         cards = cast(CardsConfig, OmegaConf.to_object(cfg.cards))
-        open_groups = {
-            group: cast(dict[str, Any], OmegaConf.to_container(cfg[group], resolve=True))
+        open_groups: dict[str, dict[str, Any]] = {
+            group: with_current_targets(OmegaConf.to_container(cfg[group], resolve=True))
             for group in OPEN_GROUPS
         }
     except OmegaConfBaseException as error:
