@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from expt.config.schema import Fallback, MemoryConfig, Precision, Preset
+from expt.config.schema import MemoryConfig, Precision, Preset
 from expt.result import load_result
 from expt.run.guard import advice
 
@@ -98,7 +98,12 @@ def test_when_nothing_is_left_the_run_says_what_was_tried_and_what_would_help(ex
             "it tried, a higher memory.budget, memory.precision=bf16, or another device",
         ),
         (
-            MemoryConfig(preset=Preset.minimal, fallback=Fallback.preset, budget="5MiB"),
+            MemoryConfig(
+                preset=Preset.minimal,
+                fallback="preset",
+                fallback_settings=["+memory=lite"],
+                budget="5MiB",
+            ),
             "phase1",
             "cpu",
             "a higher memory.budget, memory.precision=bf16, or another device",
@@ -110,7 +115,9 @@ def test_when_nothing_is_left_the_run_says_what_was_tried_and_what_would_help(ex
             "a smaller model than memory=minimal, or another device",
         ),
         (
-            MemoryConfig(preset=Preset.minimal, fallback=Fallback.preset),
+            MemoryConfig(
+                preset=Preset.minimal, fallback="preset", fallback_settings=["+memory=lite"]
+            ),
             "phase1",
             "cuda",
             "another device",

@@ -17,7 +17,7 @@ from expt.memory.recovery.attempt import release
 from expt.result import RunResult, load_launch, load_result
 from expt.run.batch_size import with_batch_found
 from expt.run.build import build
-from expt.run.fallback import next_size, smaller_run
+from expt.run.fallback import next_smaller, short_name, smaller_run
 from expt.run.overflow import plan_before, too_small_for_weights, with_techniques
 from expt.run.summary import print_result
 from expt.run.train import TrainJob
@@ -57,7 +57,7 @@ def run(cfg: DictConfig, context: RunContext) -> RunResult:
         memory = settings.memory
         budget = None if memory.budget is None else Budget.parse(memory.budget, fabric.device)
         refusal = None if budget is None else too_small_for_weights(budget, settings, data)
-        if refusal is not None and next_size(settings) is None:
+        if refusal is not None and next_smaller(settings, context) is None:
             raise ConfigError(refusal)
         settings, planned = plan_before(
             settings, data, fabric.device.type, budget.bytes if budget else None
@@ -69,10 +69,10 @@ def run(cfg: DictConfig, context: RunContext) -> RunResult:
         return result
     del data, job, planned
     release(fabric.device)  # the smaller run needs the room
-    size = next_size(settings)
-    assert size is not None
-    print(f"memory.fallback=preset: {size} takes over, in {result.fallback_run}")
-    return run(*smaller_run(context, size, result))
+    entry = next_smaller(settings, context)
+    assert entry is not None
+    print(f"memory.fallback: {short_name(entry)} takes over, in {result.fallback_run}")
+    return run(*smaller_run(settings, context, entry, result))
 
 
 def _untested(earlier: RunResult, settings: Settings) -> bool:

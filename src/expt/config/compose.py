@@ -23,6 +23,7 @@ from expt.config.schema import Config, Preset
 from expt.errors import ConfigError
 from expt.result import load_launch
 
+CONFIG_NAME = "config"
 OPTIONAL_GROUPS = ("memory", "experiment", "debug", "search")
 """Groups of which nothing may be chosen."""
 
@@ -124,7 +125,7 @@ def compose_lines(lines: Sequence[str], own: str | None = None) -> DictConfig:
     """
     open_composition(own)
     try:
-        return compose("config", overrides=prepare_arguments(lines))
+        return compose(CONFIG_NAME, overrides=prepare_arguments(lines))
     finally:
         GlobalHydra.instance().clear()
 

@@ -88,13 +88,6 @@ class Preset(Enum):
     minimal = "minimal"
 
 
-class Fallback(Enum):
-    """What to do when recovery has nothing left to try."""
-
-    none = "none"  # the run has failed
-    preset = "preset"  # a new run with the next smaller preset; after minimal, the model phase1
-
-
 @dataclass
 class TaskConfig:
     """Group `task`: the function that `python -m expt` runs."""
@@ -134,7 +127,8 @@ class MemoryConfig:
     recover: bool = True  # when memory runs out, do the same step again with techniques that save
     max_recoveries: int = 100  # in a run
     max_recoveries_per_step: int = 12
-    fallback: Fallback = Fallback.none  # what to do when recovery has nothing left to try
+    fallback: Any = "none"  # or preset (fallback_settings), or a list: smaller runs to try instead
+    fallback_settings: list[str] = field(default_factory=list)  # from the largest run on
 
     def problems(self) -> list[str]:
         """Return one message per value out of range, and per contradiction."""
@@ -163,6 +157,18 @@ class MemoryConfig:
             found.append(problem)
         if self.target not in (None, "cuda", "cpu"):
             found.append(f"memory.target={self.target!r} must be cuda, cpu or null")
+        if self.fallback not in ("none", "preset") and not isinstance(self.fallback, list):
+            found.append(
+                f"memory.fallback={self.fallback!r} must be none, preset, or a list of settings "
+                "like [+memory=lite,+memory=minimal]"
+            )
+        found += [
+            f"memory.fallback: {entry!r} is no setting; write key=value"
+            for entry in self.smaller_runs
+            if "=" not in str(entry)
+        ]
+        if self.fallback == "preset" and not self.fallback_settings:
+            found.append("memory.fallback=preset: memory.fallback_settings names no smaller run")
         found += _checkpointing_problems(self.activation_checkpointing)
         found += self._attention_problems()
         if self.forward_chunks_in_training and self.forward_chunks == 1:
@@ -187,6 +193,13 @@ class MemoryConfig:
                 "the gradients overflow; use memory.precision=bf16 or fp32"
             )
         return found
+
+    @property
+    def smaller_runs(self) -> list[str]:
+        """Return the settings that make a run smaller, one after the other; none if not wanted."""
+        if isinstance(self.fallback, list):
+            return self.fallback
+        return self.fallback_settings if self.fallback == "preset" else []
 
     def _attention_problems(self) -> list[str]:
         kernel = self.attention_kernel
@@ -226,6 +239,7 @@ class TrainerConfig:
     warmup_fraction: float = 0.1  # of all steps, for one_cycle and cosine
     step_milestones: list[float] = field(default_factory=lambda: [0.5, 0.8])  # of all steps
     step_factor: float = 0.1
+    trainable: list[str] | None = None  # patterns of weights' names, like expert.*; None: all
     gradient_clip_norm: float | None = 5.0
     ema_decay: float | None = None  # validate and test averaged weights; per step, like 0.9995
     checkpoint_every_steps: int | None = 500  # also after every epoch; None: only then
@@ -362,6 +376,8 @@ STORES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks
 """Schemes of a tracking URI; MLflow's file store is no longer maintained."""
 AUTO = "auto"
 """As `data.batch_size`: the largest that fits, found before a training."""
+OWN_ARGUMENTS = {"optimizer": frozenset({"groups"})}
+"""Keys of an open group that are ours, and not its constructor's."""
 OPEN_GROUPS = ("model", "data", "optimizer")
 """Groups whose keys are a `_target_` and its constructor's arguments."""
 

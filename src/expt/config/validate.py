@@ -23,6 +23,7 @@ from expt.config.moved import with_current_targets
 from expt.config.schema import (
     AUTO,
     OPEN_GROUPS,
+    OWN_ARGUMENTS,
     Config,
     LoaderConfig,
     MemoryConfig,
@@ -125,6 +126,9 @@ def _checked_arguments(
         key = f"{group}.{name}"
         if name == "_target_":
             continue
+        if name in OWN_ARGUMENTS.get(group, ()):
+            kept[name] = value
+            continue
         if name not in parameters and not takes_any:
             if f"{group}._target_" in overridden and key not in overridden:
                 dropped.append(name)
@@ -217,6 +221,11 @@ def _optimizer_problems(arguments: Mapping[str, Any]) -> list[str]:
     import torch
 
     own = {name: value for name, value in arguments.items() if name != "_target_"}
+    groups = own.pop("groups", None)
+    if groups is not None and not (
+        isinstance(groups, dict) and all(isinstance(value, dict) for value in groups.values())
+    ):
+        return ["optimizer.groups must map groups to settings, like {backbone.*: {lr: 1e-5}}"]
     if targets(own) or not isinstance(locate(arguments["_target_"]), type):
         return []
     try:

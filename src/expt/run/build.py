@@ -6,17 +6,18 @@ data knows. Hydra may build exactly the classes a node names, and nothing else.
 
 from __future__ import annotations
 
+import fnmatch
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
 
-from expt.config.schema import MemoryConfig, Preset
+from expt.config.schema import OWN_ARGUMENTS, MemoryConfig, Preset
 from expt.config.settings import OFFLOAD_NEEDS_CUDA, Settings, targets
-from expt.errors import ConfigError, ModelError
-from expt.job import DataSet
+from expt.errors import ConfigError, ModelError, nearest
+from expt.job import DataSet, Grouped, Pretrained
 from expt.memory.techniques.techniques import Techniques, apply
 from expt.memory.techniques.techniques import problems as technique_problems
 from expt.training.batches import Examples
@@ -40,7 +41,8 @@ def build(settings: Settings, group: str, **provided: Any) -> Any:
         ConfigError: a required argument is neither in the configuration nor provided.
 
     """
-    arguments = settings.arguments[group]
+    own = OWN_ARGUMENTS.get(group, frozenset())
+    arguments = {n: v for n, v in settings.arguments[group].items() if n not in own}
     if group == "data" and settings.batch_is_auto:
         raise ConfigError(AUTO_NOT_HERE)
     parameters = inspect.signature(settings.target(group)).parameters
@@ -93,7 +95,75 @@ def build_model(settings: Settings, data: DataSet, inputs: Iterable[str]) -> nn.
     model: nn.Module = build(settings, "model", **data.model_arguments())
     check_forward(model, inputs)
     set_batch_norm(model, settings.memory.batch_norm.value)
+    if settings.trainer.trainable is not None:
+        freeze_others(model, settings.trainer.trainable)
     return model
+
+
+def freeze_others(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Train only the weights whose names match a pattern, like ``expert.*``.
+
+    Raises:
+        ConfigError: a pattern matches no weight.
+
+    """
+    names = [name for name, _ in model.named_parameters()]
+    idle = [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
+    if idle or not patterns:
+        raise ConfigError(
+            [
+                f"trainer.trainable: {pattern!r} matches no weight of {type(model).__name__}; "
+                f"{nearest(pattern, names)}"
+                for pattern in idle or [""]
+            ]
+        )
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
+
+
+def build_optimizer(settings: Settings, model: nn.Module) -> Optimizer:
+    """Build the optimizer of the weights that are trained, in groups where there are any.
+
+    Groups are those of the model (`expt.job.Grouped`), or else the patterns of weights' names in
+    `optimizer.groups`; the other weights are a group of their own, with the optimizer's settings.
+
+    Raises:
+        ConfigError: `optimizer.groups` names a group that there is not.
+
+    """
+    chosen: Mapping[str, Mapping[str, Any]] = settings.arguments["optimizer"].get("groups") or {}
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    if not trained:
+        raise ConfigError("trainer.trainable leaves no weight to train")
+    if isinstance(model, Grouped):
+        members = {name: list(group) for name, group in model.parameter_groups().items()}
+        unknown = [name for name in chosen if name not in members]
+    else:
+        members = {name: [trained[key] for key in fnmatch.filter(trained, name)] for name in chosen}
+        unknown = [name for name, group in members.items() if not group]
+    if unknown:
+        known = members if isinstance(model, Grouped) else trained
+        raise ConfigError(
+            [f"optimizer.groups.{n}: there is no such group; {nearest(n, known)}" for n in unknown]
+        )
+    left = dict.fromkeys(trained.values())
+    parameters: list[Any] = []
+    for name, group in members.items():
+        own = [weight for weight in group if weight in left]
+        for weight in own:
+            del left[weight]
+        if own:
+            parameters.append({"params": own, **chosen.get(name, {})})
+    if not parameters:
+        parameters = list(left)
+    elif left:
+        parameters.append({"params": list(left)})
+    optimizer: Optimizer = build(settings, "optimizer", params=parameters)
+    if not settings.memory.optimizer_in_backward:
+        return optimizer
+    from expt.memory.techniques.optimizer_in_backward import OptimizerInBackward
+
+    return OptimizerInBackward(optimizer)
 
 
 def assemble(settings: Settings, fabric: Fabric, data: DataSet) -> tuple[nn.Module, Optimizer]:
@@ -112,11 +182,9 @@ def assemble(settings: Settings, fabric: Fabric, data: DataSet) -> tuple[nn.Modu
     if problems:
         raise ConfigError(problems)
     apply(model, techniques)
-    optimizer: Optimizer = build(settings, "optimizer", params=list(model.parameters()))
-    if techniques.optimizer_in_backward:
-        from expt.memory.techniques.optimizer_in_backward import OptimizerInBackward
-
-        optimizer = OptimizerInBackward(optimizer)
+    if isinstance(model, Pretrained):
+        model.load_pretrained()
+    optimizer = build_optimizer(settings, model)
     wrapped = fabric.setup(model, optimizer)
     return wrapped[0], wrapped[1]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from expt.config.schema import Fallback, MemoryConfig, Preset
+from expt.config.schema import MemoryConfig, Preset
 from expt.memory.measuring.budget import Budget
 from expt.memory.measuring.meter import CudaMeter, LedgerMeter, meter_for
 from expt.memory.recovery.attempt import collect
@@ -36,7 +36,7 @@ def advice(memory: MemoryConfig, takes_over: str | None, device: str) -> str:
     ways = []
     if takes_over is None:
         ways.append(smaller_sizes(memory))
-        if memory.fallback is Fallback.none and memory.preset is not Preset.minimal:
+        if not memory.smaller_runs and memory.preset is not Preset.minimal:
             ways[-1] += ", or memory.fallback=preset to have it tried"
     if memory.budget is not None:
         ways.append("a higher memory.budget")

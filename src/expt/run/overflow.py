@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from expt.config.schema import Compile, Fallback, OnOverflow
+from expt.config.compose import key
+from expt.config.schema import Compile, OnOverflow
 from expt.config.settings import RunContext, Settings
 from expt.errors import ConfigError, UserError, first_line
 from expt.job import DataSet
@@ -21,7 +22,6 @@ from expt.memory.planning.planning import Plan, Target
 from expt.memory.recovery.ladder import PLANNED_LADDER, adapt, changes
 from expt.memory.techniques.techniques import Techniques
 from expt.run.build import build, smaller_sizes, techniques_of
-from expt.run.fallback import key
 from expt.run.planner import Predictor, plan_training, savings, spelled_out
 from expt.units import format_bytes
 
@@ -135,7 +135,7 @@ def remark(settings: Settings, planned: Plan, limit: Limit) -> str:
     else:
         memory = settings.memory
         helpers = ["recovery"] if memory.recover else []
-        helpers += ["memory.fallback"] if memory.fallback is not Fallback.none else []
+        helpers += ["memory.fallback"] if memory.smaller_runs else []
         then = ", then ".join(helpers) or "nothing takes over if it fails"
     return f"{text}; the run goes on all the same ({then})"
 
@@ -251,7 +251,7 @@ def _inside(
     memory = settings.memory
     # A card without a budget raises by itself, and a smaller run takes over only after an error.
     starts = limit.can_be_met and (
-        (limit.budget is None and memory.recover) or memory.fallback is not Fallback.none
+        (limit.budget is None and memory.recover) or bool(memory.smaller_runs)
     )
     match memory.on_overflow:
         case OnOverflow.refuse if not starts:

@@ -22,7 +22,7 @@ from expt.job import Batch, DataSet, is_resident
 from expt.memory.measuring.budget import Budget
 from expt.memory.planning.planning import Plan, Target, plan
 from expt.memory.techniques.techniques import Techniques, apply
-from expt.run.build import build, build_model, techniques_of
+from expt.run.build import build, build_model, build_optimizer, techniques_of
 from expt.training.batches import Examples, kept_on_device
 from expt.units import format_bytes, parse_bytes
 
@@ -82,16 +82,15 @@ def plan_training(
         batch = examples.batch("val", min(data.eval_batch_size, data.size("val")))
         data.accumulator().update(forward(**batch.inputs), batch)
 
-    def optimizer_fn(parameters: list[nn.Parameter]) -> Any:
-        optimizer = build(settings, "optimizer", params=parameters)
-        if not techniques.optimizer_in_backward:
-            return optimizer
-        from expt.memory.techniques.optimizer_in_backward import OptimizerInBackward
+    traced: list[nn.Module] = []
 
-        return OptimizerInBackward(optimizer)
+    def optimizer_fn(parameters: list[nn.Parameter]) -> Any:
+        memory = replace(settings.memory, optimizer_in_backward=techniques.optimizer_in_backward)
+        return build_optimizer(replace(settings, memory=memory), traced[-1])
 
     def prepare(model: nn.Module) -> None:
         apply(model, techniques)
+        traced.append(model)
 
     def model_fn() -> nn.Module:
         return build_model(settings, data, inputs)

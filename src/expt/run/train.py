@@ -21,13 +21,14 @@ from omegaconf import DictConfig, OmegaConf
 from expt.config.settings import RunContext, Settings
 from expt.errors import RecoveryError, UserError
 from expt.files import write_text
-from expt.job import DataSet, Plotted, monitored
+from expt.job import Cached, DataSet, Plotted, monitored
 from expt.memory.measuring.budget import Budget
 from expt.memory.planning.planning import Plan
 from expt.memory.techniques.batch_norm import batch_statistics
+from expt.memory.techniques.wrapping import bare
 from expt.result import RunResult, load_launch, save_launch
 from expt.run.build import assemble
-from expt.run.fallback import folder, next_size
+from expt.run.fallback import folder, next_smaller, short_name
 from expt.run.guard import Room, advice, manager_for
 from expt.run.planner import Predictor
 from expt.run.record import CONFIG_NAME, READINGS_NAME, Recorder, device_name
@@ -134,13 +135,14 @@ class TrainJob:
 
     def _give_up(self, message: str) -> None:
         """Say that memory is not enough, and which smaller run takes over, if one is wanted."""
-        size = next_size(self.settings)
+        entry = next_smaller(self.settings, self.context)
+        size = None if entry is None else short_name(entry)
         self._start()
         print(f"{message}. {advice(self.settings.memory, size, self.fabric.device.type)}")
         result = self.recorder.result
         result.status, result.stop_reason = "failed", "out_of_memory"
-        if size is not None:
-            result.fallback_run = str(folder(self.context.run_dir, size))
+        if entry is not None:
+            result.fallback_run = str(folder(self.context.run_dir, entry))
             self.recorder.tracker.tags({"fallback_run": result.fallback_run})
 
     def _start(self) -> None:
@@ -196,6 +198,9 @@ class TrainJob:
         _set_deterministic(settings.trainer.deterministic)
         place(self.data, fabric.device)
         model, optimizer = assemble(settings, fabric, self.data)
+        for owner in (self.data, bare(model)):
+            if isinstance(owner, Cached):
+                self.manager.on_cleanup(owner.clear)
         self.recorder.result.parameters = sum(weight.numel() for weight in model.parameters())
         profile = settings.trainer.profile
         return Trainer(

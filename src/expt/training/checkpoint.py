@@ -1,7 +1,8 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped.
 
 ``last.pt`` holds model, optimizer, gradient scaler, random states, the position in the data and
-the history; ``best.pt`` the weights that validated best. Both are replaced atomically.
+the history; ``best.pt`` the weights that validated best. Both are replaced atomically. Where most
+weights are frozen, these are left out, and only their names and hash are kept.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import pickle
 import random
 import struct
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,15 +20,18 @@ from typing import Any
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from expt.errors import ConfigError
 from expt.files import replace_atomically
+from expt.memory.techniques.wrapping import bare
 from expt.training.average import NoAverage
 
 FOLDER = "checkpoints"
 LAST, BEST = "last.pt", "best.pt"
+FROZEN = "_frozen_weights"
+"""Attribute of a model under which the hash of its frozen weights is kept."""
 UNREADABLE = (
     AttributeError,
     EOFError,
@@ -79,13 +84,14 @@ def save_last(
     """Write ``last.pt``; raises StorageError, with the one before intact."""
     state = {
         "model": model,
+        "frozen": frozen_weights(model),
         "optimizer": optimizer,
         "average": average.state_dict(),
         "scaler": fabric.strategy.precision.state_dict(),
         "random": random_state(),
         "progress": asdict(progress),
     }
-    replace_atomically(folder / LAST, lambda path: fabric.save(path, state))
+    replace_atomically(folder / LAST, lambda path: fabric.save(path, state, filter=kept(model)))
 
 
 def load_last(
@@ -100,9 +106,8 @@ def load_last(
     path = folder / LAST
     if not path.exists():
         return None
-    state: dict[str, Any] = {"model": model, "optimizer": optimizer}
     try:
-        rest = fabric.load(path, state, weights_only=True)
+        rest = _load(path, fabric, model, {"optimizer": optimizer})
     except (torch.OutOfMemoryError, MemoryError):
         raise  # recovery's, not a damaged file
     except UNREADABLE as error:
@@ -122,13 +127,76 @@ def load_last(
 
 def save_best(folder: Path, fabric: Fabric, model: nn.Module, progress: Progress) -> None:
     """Write ``best.pt``: the weights, and when they were reached."""
-    state = {"model": model, "step": progress.step, "epoch": progress.epoch, "val": progress.best}
-    replace_atomically(folder / BEST, lambda path: fabric.save(path, state))
+    state: dict[str, Any] = {
+        "model": model,
+        "frozen": frozen_weights(model),
+        "step": progress.step,
+        "epoch": progress.epoch,
+        "val": progress.best,
+    }
+    replace_atomically(folder / BEST, lambda path: fabric.save(path, state, filter=kept(model)))
 
 
 def load_best(folder: Path, fabric: Fabric, model: nn.Module) -> None:
-    """Put the best weights into `model`."""
-    fabric.load(folder / BEST, {"model": model}, weights_only=True)
+    """Put the best weights into `model`.
+
+    Raises:
+        ConfigError: they are of a model with other frozen weights.
+
+    """
+    _load(folder / BEST, fabric, model, {})
+
+
+def left_out(model: nn.Module) -> set[str]:
+    """Return the weights that checkpoints leave out: the frozen, where they are most of all."""
+    weights = dict(bare(model).named_parameters())
+    frozen = {name for name, weight in weights.items() if not weight.requires_grad}
+    if len(frozen) == len(weights):
+        return set()  # a model that is not being trained
+    size = sum(weights[name].nbytes for name in frozen)
+    return frozen if 2 * size > sum(weight.nbytes for weight in weights.values()) else set()
+
+
+def kept(model: nn.Module) -> dict[str, Callable[[str, Any], bool]]:
+    """Return which entries of a model's state a checkpoint holds, as `Fabric.save` asks."""
+    out = left_out(model)
+    return {"model": lambda name, value: name not in out}
+
+
+def frozen_weights(model: nn.Module) -> dict[str, Any] | None:
+    """Return names and hash of the weights that are left out, None if none are.
+
+    The hash is taken once: frozen weights do not change.
+    """
+    out = left_out(model)
+    if not out:
+        return None
+    inner = bare(model)
+    known: dict[str, Any] | None = vars(inner).get(FROZEN)
+    if known is None or set(known["names"]) != out:
+        weights = {name: value for name, value in inner.state_dict().items() if name in out}
+        known = {"names": sorted(out), "sha256": _sha256(weights)}
+        vars(inner)[FROZEN] = known
+    return known
+
+
+def _load(path: Path, fabric: Fabric, model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """Restore the model and `state` in place; return the rest of the checkpoint."""
+    stored = fabric.load(path, weights_only=True)
+    expected, found = frozen_weights(model), stored.get("frozen")
+    if found != expected:
+        raise ConfigError(
+            f"trainer.resume: {path} was written beside other frozen weights than this run has; "
+            "resume with the model, the pretrained weights and the trainer.trainable of the first "
+            "run"
+        )
+    missing, unexpected = bare(model).load_state_dict(stored.pop("model"), strict=False)
+    lacking = set(missing) - set(expected["names"] if expected else ())
+    if lacking or unexpected:
+        raise RuntimeError(f"missing weights {sorted(lacking)}, unexpected {sorted(unexpected)}")
+    for name, part in state.items():
+        part.load_state_dict(stored.pop(name))
+    return stored
 
 
 def random_state() -> dict[str, Any]:
@@ -155,9 +223,14 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Return a hash over the names and values of every parameter and buffer."""
+    """Return a hash over the names and values of every parameter and buffer in a checkpoint."""
+    out = left_out(model)
+    return _sha256({name: v for name, v in bare(model).state_dict().items() if name not in out})
+
+
+def _sha256(values: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(values.items()):
         digest.update(name.encode())
         flat = value.detach().cpu().reshape(-1)  # a scalar buffer has no axis to view as bytes
         digest.update(flat.view(torch.uint8).numpy().tobytes())

@@ -23,6 +23,7 @@ from expt.commands.expand.policy import Probe, Step, expand, kept_changes, last_
 from expt.commands.expand.probe import Prober, device_here, forced
 from expt.commands.expand.steps import among, step_problems
 from expt.config.command_nodes import ExpandConfig
+from expt.config.compose import key
 from expt.config.settings import RunContext, Settings
 from expt.config.validate import validated
 from expt.errors import ConfigError
@@ -31,7 +32,6 @@ from expt.job import DataSet, monitored
 from expt.memory.measuring.budget import Budget
 from expt.result import load_launch, save_launch
 from expt.run.build import build
-from expt.run.fallback import key
 from expt.tables import print_table
 from expt.tracking.tracker import Tracker, open_tracker
 from expt.training.interruption import Interruption, Stopped

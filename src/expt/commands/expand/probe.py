@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from expt.commands.expand.policy import Outcome, Probe
 from expt.config.command_nodes import ExpandConfig
+from expt.config.compose import CONFIG_NAME, key
 from expt.config.schema import Device, TrainerConfig
 from expt.config.settings import RunContext, Settings
 from expt.config.validate import validated
@@ -29,7 +30,6 @@ from expt.memory.planning.planning import Plan, Target
 from expt.reports.sources.folders import state_of
 from expt.result import RunResult, load_launch, load_result
 from expt.run.build import build
-from expt.run.fallback import CONFIG_NAME, key
 from expt.run.planner import plan_training
 from expt.run.process import Ended, run_apart
 from expt.tracking.journal import is_closed

@@ -10,9 +10,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from expt.config.compose import CONFIG_NAME, key
 from expt.config.validate import validated
 from expt.errors import ConfigError, nearest
-from expt.run.fallback import CONFIG_NAME, key
 
 NO_STEPS = ("task", "expand", "report", "search", "tracking", "hydra", "trainer.resume")
 """Keys, and beginnings of keys, that are not part of what is trained."""
