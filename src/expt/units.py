@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 
 GIB = 1024**3
 MIB = 1024**2
@@ -11,10 +12,20 @@ KIB = 1024
 FACTORS = {
     "": 1,
     "b": 1,
-    **{f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)},
-    **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)},
+    **{f"{letter}ib": 1024**power for power, letter in enumerate("kmgtp", 1)},
+    **{f"{letter}b": 1000**power for power, letter in enumerate("kmgtp", 1)},
 }
 """Bytes in a unit, in lower case: GiB is 2^30 and GB is 10^9."""
+WRITTEN_FACTORS = {
+    **FACTORS,
+    "byte": 1,
+    "bytes": 1,
+    **{f"{letter}i": 1024**power for power, letter in enumerate("kmgtp", 1)},
+    **{letter: 1024**power for power, letter in enumerate("kmgt", 1)},
+}
+"""The same for text that others wrote: a bare G is what `top` and `htop` mean by it, 2^30."""
+WRITTEN_NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d{1,20})(?:\.\d{0,20})?(?:[eE][+-]?\d{1,3})?"
+WRITTEN_UNIT = r"(?:[KMGTPkmgtp][iI]?[Bb]|[KMGTP]i|[KMGT]|[Bb]ytes?|B)"
 BYTES_FORMS = "200MiB, 6GiB, 6GB (10^9) or a number of bytes"
 _PERCENT = re.compile(r"(?P<number>[+-]?\d+(?:\.\d*)?)\s*%")
 _BYTES = re.compile(r"\+?(?P<number>\d+(?:\.\d*)?(?:e\+?\d+)?)\s*(?P<unit>[a-z]*)", re.IGNORECASE)
@@ -42,6 +53,23 @@ def parse_bytes(value: object) -> int:
     if not math.isfinite(count) or count < 1:
         raise ValueError(f"must be at least one byte; write {BYTES_FORMS}")
     return int(count) if not found["number"].isdigit() else int(found["number"]) * FACTORS[unit]
+
+
+def written_bytes(number: str, unit: str, binary: bool = False) -> int:
+    """Return the bytes that an amount found in a text stands for.
+
+    Args:
+        number: as written, ``1,024`` and ``2.5e3`` included (`WRITTEN_NUMBER`).
+        unit: a key of `WRITTEN_FACTORS`, in any case.
+        binary: the writer means 2^30 by GB, as Paddle does, and torch's MPS allocator did before
+            it wrote GiB.
+
+    """
+    unit = unit.lower()
+    if binary and len(unit) == 2 and unit.endswith("b"):
+        unit = unit[0]
+    count = float(number.replace(",", "")) * WRITTEN_FACTORS[unit]
+    return round(count) if math.isfinite(count) else sys.maxsize
 
 
 def parse_percent(text: str) -> float | None:

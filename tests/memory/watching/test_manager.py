@@ -12,7 +12,7 @@ import torch
 
 from expt.errors import UserError
 from expt.memory import MemoryManager
-from expt.memory.diagnosis.reading import read_log
+from expt.memory.diagnosis.log_reader import read_log
 from expt.memory.diagnosis.trend import Reading
 from expt.memory.watching.gauges import CudaGauge, HostGauge
 

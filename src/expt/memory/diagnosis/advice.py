@@ -6,8 +6,12 @@ more), mixed precision, fused attention, freezing parts, CPU offload, model para
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from expt.memory.diagnosis.oom import Kind
 from expt.memory.diagnosis.oom_figures import Cause
+from expt.memory.diagnosis.trend import Forecast, Trend
+from expt.units import GIB
 
 SMALLER_BATCH = (
     "A smaller batch with accumulation: double memory.gradient_accumulation (=2, =4, …); the batch "
@@ -36,6 +40,15 @@ LEAK = (
     "retain_graph=True, or a hidden state carried into the next step without detach()",
     "To find the line: torch.cuda.memory._record_memory_history() for a few steps, then "
     "_dump_snapshot() and pytorch.org/memory_viz",
+    "Until it is found: checkpoint often (trainer.checkpoint_every_steps=100) and go on with "
+    "trainer.resume=RUN_DIR",
+)
+HOST_LEAK = (
+    "Something outlives the step in the host's memory: losses, predictions or tensors in a list, a "
+    "cache without a largest size, figures that are never closed",
+    "With loader workers: Python objects in the data set are copied page by page as their "
+    "reference counts change; keep them in NumPy arrays, and use fewer workers",
+    "To find the line: tracemalloc.take_snapshot() every hundred steps, and compare_to the first",
     "Until it is found: checkpoint often (trainer.checkpoint_every_steps=100) and go on with "
     "trainer.resume=RUN_DIR",
 )
@@ -86,16 +99,44 @@ COMMUNICATION = (
     *REMEDIES,
 )
 
+ROOMY = 0.5
+"""Peak, as a part of the device, below which a larger batch would fit."""
+NOT_WORTH = GIB // 100
+"""Growth in a run so far that nobody has to look at."""
+
+TRANSIENT = (
+    "Run it again, and see who else takes memory at that moment: nvidia-smi -l 1; a second process "
+    "on the card, or another rank that starts, may take it and give it back",
+    "Look for a limit that the message does not name: set_per_process_memory_fraction, a MIG "
+    "slice, a container; Intel Arc refuses a single allocation above 4 GB",
+    SMALLER_BATCH,
+)
+MPS_OTHERS = (
+    "Other allocations are Metal's outside torch's allocator: end other programs that use the GPU, "
+    "and a second framework in this process",
+    "torch.mps.empty_cache() between phases; PYTORCH_MPS_HIGH_WATERMARK_RATIO=0.0 lifts the limit, "
+    "at the risk that the system fails",
+    SMALLER_BATCH,
+)
+KILLED = (
+    "Make sure that it was memory: dmesg | grep -i 'killed process', or sacct -j JOB -o "
+    "State,MaxRSS; somebody or a time limit may have ended the process as well",
+    *HOST,
+)
+
 _BY_CAUSE = {
     "fragmentation": FRAGMENTATION,
     "other_process": OTHER_PROCESS,
     "limit": LIMIT,
+    "transient": TRANSIENT,
     "too_large": TOO_LARGE,
 }
 _BY_KIND = {
     "host_allocator": HOST,
     "memory_error": HOST,
     "oom_killer": HOST,
+    "ray": HOST,
+    "killed": KILLED,
     "cublas": LIBRARY,
     "cudnn": LIBRARY,
     "cuda_library": LIBRARY,
@@ -105,4 +146,48 @@ _BY_KIND = {
 
 def advice_for(kind: Kind, cause: Cause) -> tuple[str, ...]:
     """Return what to do about an out-of-memory error, the first thing first."""
+    if kind == "mps" and cause == "other_process":
+        return MPS_OTHERS
     return _BY_CAUSE.get(cause) or _BY_KIND.get(kind, REMEDIES)
+
+
+def suggest(
+    trend: Trend,
+    ahead: Forecast | None,
+    over: Sequence[str],
+    peak_fraction: float | None,
+    on_gpu: bool,
+) -> list[str]:
+    """Return sentences, the most urgent first.
+
+    Args:
+        trend: the verdict over the first device.
+        ahead: its forecast, if there is one.
+        over: names of the devices above their threshold now.
+        peak_fraction: the first device's peak, as a part of its memory.
+        on_gpu: whether that device is a GPU.
+
+    """
+    found = []
+    if ahead is not None and ahead.action != "none":
+        found.append(
+            f"Memory runs out within {ahead.horizon_steps:g} steps with a probability of "
+            f"{ahead.risk:.0%}: {ahead.advice}"
+        )
+    if trend.verdict == "leak" and trend.growth_bytes > NOT_WORTH:
+        found.append(f"There is a leak. {trend.evidence[0]} {LEAK[0]}. {LEAK[1]}")
+    elif trend.verdict == "fragmentation":
+        found.append(f"Fragmentation grows. {trend.evidence[0]} {FRAGMENTATION[0]}")
+    elif trend.verdict == "other_process":
+        found.append(f"Another process grows. {trend.evidence[0]} {OTHER_PROCESS[0]}")
+    for name in over:
+        if name == "host":
+            found.append(f"The host's memory is above its threshold. {HOST[0]}")
+        elif trend.verdict == "steady":
+            found.append(f"{name} is above its threshold. {SMALLER_BATCH}")
+    if on_gpu and not found and peak_fraction is not None and 0 < peak_fraction < ROOMY:
+        found.append(
+            f"The peak takes {peak_fraction:.0%} of the device: a larger data.batch_size, or fewer "
+            "parts (memory.gradient_accumulation), would fit and train faster"
+        )
+    return found

@@ -13,16 +13,18 @@ class Lookalike:
     name: str
     pattern: re.Pattern[str]
     advice: str
+    follows: bool = False  # may follow from a lack of memory elsewhere
 
 
-def _of(name: str, pattern: str, advice: str) -> Lookalike:
-    return Lookalike(name, re.compile(pattern, re.IGNORECASE), advice)
+def _of(name: str, pattern: str, advice: str, follows: bool = False) -> Lookalike:
+    return Lookalike(name, re.compile(pattern, re.IGNORECASE), advice, follows)
 
 
 LOOKALIKES = (
     _of(
         "a kernel's tile does not fit the GPU's shared memory (on-chip, not the card's memory)",
-        r"out of resources?: shared memory|uses too much shared data",
+        r"out of resources?: shared memory|uses too much shared data"
+        r"|in memory space (?:vmem|smem|sflag|cmem)",
         "smaller block sizes or fewer num_stages in the Triton kernel; another attention kernel",
     ),
     _of(
@@ -50,6 +52,22 @@ LOOKALIKES = (
         "the disk is full",
         r"no space left on device|disk quota exceeded",
         "free some space, or choose another folder with hydra.run.dir=FOLDER",
+    ),
+    _of(
+        "Ray's object store is full: it is a part of /dev/shm, not the memory of a process",
+        r"ObjectStoreFullError|object store (?:is full|memory is full)",
+        "delete references to objects, or raise object_store_memory in ray.init",
+    ),
+    _of(
+        "a message or a quota is too large for a service, which also says 'resource exhausted'",
+        r"RESOURCE_EXHAUSTED: (?:Quota|Received message larger|Sent message larger)|quota exceeded",
+        "raise the service's limit, or send less at once",
+    ),
+    _of(
+        "a data-loading process ended, without a signal that says why",
+        r"DataLoader worker \(.{0,80}?\) (?:exited unexpectedly|is killed by signal: (?!Killed))",
+        "read the lines above it, or run with no loader workers to see the error itself",
+        follows=True,
     ),
     _of(
         "too many files are open",
@@ -80,6 +98,7 @@ LOOKALIKES = (
         "ranks lost each other",
         r"NCCL (?:error|timeout|watchdog)|nccl\w*Error|unhandled cuda error",
         "run again with NCCL_DEBUG=INFO and look for the first rank that failed",
+        follows=True,
     ),
     _of(
         "the driver cannot be asked about the GPU",

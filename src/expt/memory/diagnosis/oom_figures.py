@@ -11,26 +11,29 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from expt.memory.diagnosis.quantities import NUMBER, UNIT, to_bytes
-from expt.units import GIB
+from expt.units import GIB, WRITTEN_NUMBER, WRITTEN_UNIT, written_bytes
 
 Cause = Literal[
     "full",  # tensors fill the device
     "fragmentation",  # the allocator holds enough, but not in one piece
     "other_process",  # somebody else holds much of the device
-    "limit",  # a cap on this process, lower than the device
+    "limit",  # a cap on this process or on one allocation, lower than the device
+    "transient",  # there was room when the message was written, and it names no limit
     "too_large",  # one tensor larger than the whole device
     "unknown",  # the message gives no figures to judge by
 ]
 
-FRAGMENTED = 0.2
-"""Part of what is reserved that is held but unallocated; from here on tidying pays (handbook: 20
-to 30 %)."""
+FRAGMENTED = 0.05
+"""Least part of what is reserved that must be without a tensor, though it would hold the request:
+less is the rest of a full device."""
+FRAGMENTED_UNASKED = 0.2
+"""The same where the message does not say how much was asked for (handbook: 20 to 30 %)."""
 CROWDED = 0.2
-"""Part of the device that is neither free nor this process's; its context takes about 0.5 GiB."""
-
+"""Least part of the device that others must hold."""
 CONTEXT_BYTES = 3 * GIB // 2
 """Most that a CUDA context and library workspaces add to what the allocator holds."""
+ONE_ALLOCATION_BYTES = 4 * 10**9
+"""Size from which on some devices (Intel Arc) refuse a single allocation, however much is free."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,37 @@ class Figures:
     limit_bytes: int | None = None
 
     @property
+    def held_bytes(self) -> int | None:
+        """All that this process is known to hold."""
+        counts = (self.process_bytes, self.reserved_bytes, self.allocated_bytes)
+        return next((count for count in counts if count is not None), None)
+
+    @property
+    def others_bytes(self) -> int | None:
+        """What others hold: as the message says, or what is neither free nor this process's.
+
+        Where the message does not say what is free, it is all that this process does not hold, if
+        the request would have fit into it.
+        """
+        held, total = self.held_bytes, self.total_bytes
+        if self.other_processes_bytes is not None:
+            return self.other_processes_bytes
+        if total is None or held is None:
+            return None
+        if self.free_bytes is not None:
+            return max(total - self.free_bytes - held, 0)
+        return total - held if held + (self.requested_bytes or 0) <= total else None
+
+    @property
+    def others_are_inferred(self) -> bool:
+        """Whether `others_bytes` rests on nothing but that the request would have fit."""
+        return (
+            self.free_bytes is None
+            and self.other_processes_bytes is None
+            and (self.others_bytes or 0) > 0
+        )
+
+    @property
     def unused_bytes(self) -> int | None:
         """What the allocator holds without a tensor in it."""
         if self.reserved_bytes is None or self.allocated_bytes is None:
@@ -61,37 +95,79 @@ class Figures:
 
 
 def _phrase(pattern: str) -> re.Pattern[str]:
-    """Compile a phrase; ``#`` stands for an amount and a space for any white space."""
-    amount = rf"(?P<number>{NUMBER})\s*(?P<unit>{UNIT})"
-    return re.compile(pattern.replace(" ", r"\s+").replace("#", amount), re.IGNORECASE)
+    """Compile a phrase: ``#`` stands for an amount, ``@`` for one whose unit may be missing.
+
+    ``~`` is an amount that is passed over, and a space any white space.
+    """
+    unit = rf"(?P<unit>{WRITTEN_UNIT})(?![a-z])"
+    marks = {
+        " ": r"\s+",
+        "#": rf"(?P<number>{WRITTEN_NUMBER})\s*{unit}",
+        "@": rf"(?P<number>{WRITTEN_NUMBER})(?:\s*{unit})?",
+        "~": rf"{WRITTEN_NUMBER}\s*(?:{WRITTEN_UNIT})",
+    }
+    spelled = "".join(marks.get(mark, mark) for mark in pattern)
+    return re.compile(spelled, re.IGNORECASE)
 
 
 _PHRASES = {
     "requested_bytes": (
         r"try(?:ing|ied)? to allocate #",
         r"tried to allocate #",
-        r"unable to allocate #",
+        r"(?:unable|failed|not|attempting) to allocate(?: (?:request for|memory of))? #",
+        r"cannot allocate #",
+        r"out of memory(?: while trying to allocate| allocating) #",
         r"[cm]alloc(?: async| host)? #",
+        r"(?:malloc|allocation) (?:of|for)(?: size)?[ :]+#",
+        r"requested buffer of size @",
+        r"not allocate tensor with #",
+        r"request memory size: @",
+        r"[md]evice memory failed, size ?\[@",
+        r"rtMalloc fail\w*,[^\n]{0,60}?size: ?@",
         r"invalid buffer size: #",
         r"unable to mmap #",
     ),
-    "total_bytes": (r"total capaci?ty of #", r"# total capacity", r"# total\b", r"max allowed: #"),
-    "free_bytes": (r"of which # is free", r"# free\b", r"# is free\b"),
+    "total_bytes": (
+        r"total capaci?ty of #",
+        r"# total capacity",
+        r"# total\b",
+        r"max allowed: #",
+        r"used ~ of # hbm",
+        r"was ~ / #",
+    ),
+    "free_bytes": (
+        r"of which # is free",
+        r"there are # free",
+        r"# free\b",
+        r"# is free\b",
+        r"available memory is(?: only)? #",
+        r"available memory size:? @",
+    ),
     "allocated_bytes": (
         r"# is allocated by PyTorch",
         r"# already allocated",
         r"# allocated by PyTorch",
         r"MPS allocated: #",
+        r"allocated so far: #",
+        r"# memory has been allocated",
         r"# allocated\b",
     ),
     "reserved_bytes": (r"# reserved in total", r"# reserved(?! by PyTorch but)(?! but)\b"),
     "unused_bytes": (r"# is reserved by PyTorch but unallocated", r"# reserved but unallocated"),
     "process_bytes": (r"this process has # memory in use",),
-    "limit_bytes": (r"# allowed\b", r"max allowed: #", r"limit(?: of|:)? #", r"budget(?: of|:)? #"),
+    "limit_bytes": (
+        r"# allowed\b",
+        r"max allowed: #",
+        r"with size larger than #",
+        r"limit(?: of|:)? #",
+        r"budget(?: of|:)? #",
+    ),
+    "other_processes_bytes": (r"other allocations: #",),
 }
 _COMPILED = {name: [_phrase(pattern) for pattern in found] for name, found in _PHRASES.items()}
 _PROCESS = _phrase(r"Process (?P<id>\d+) has # memory in use")
-_LABELS_BINARY = re.compile(r"MPS allocated: [\d.]+ [KMGT]B")
+_LABELS_BINARY = re.compile(r"MPS allocated: [\d.]+ [KMGT]B|Out of memory error on GPU")
+"""Torch's MPS allocator of old, and Paddle: they write GB for 2^30."""
 
 
 def read_figures(message: str) -> Figures:
@@ -103,15 +179,17 @@ def read_figures(message: str) -> Figures:
     allocated, unused = values["allocated_bytes"], values.pop("unused_bytes")
     if values["reserved_bytes"] is None and allocated is not None and unused is not None:
         values["reserved_bytes"] = allocated + unused
-    others = [to_bytes(one["number"], one["unit"]) for one in _PROCESS.finditer(message)]
-    if others and values["process_bytes"] is None and allocated is not None:
+    processes = [written_bytes(one["number"], one["unit"]) for one in _PROCESS.finditer(message)]
+    if processes and values["process_bytes"] is None and allocated is not None:
         # In a container torch cannot tell which of the processes it is; the nearest one fits.
         held = values["reserved_bytes"] or allocated
-        own = min(others, key=lambda count: abs(count - held))
+        own = min(processes, key=lambda count: abs(count - held))
         if 0.95 * held <= own <= held + max(held / 10, CONTEXT_BYTES):
-            others.remove(own)
+            processes.remove(own)
             values["process_bytes"] = own
-    return Figures(other_processes_bytes=sum(others) if others else None, **values)
+    if processes:
+        values["other_processes_bytes"] = sum(processes)
+    return Figures(**values)
 
 
 def likely_cause(figures: Figures) -> Cause:
@@ -121,55 +199,53 @@ def likely_cause(figures: Figures) -> Cause:
         return "too_large"
     if total is None and free is None and figures.allocated_bytes is None:
         return "unknown"
-    if _is_fragmented(figures):
-        return "fragmentation"
-    if _others(figures) > CROWDED * (total or 0) > 0:
-        return "other_process"
-    if _is_capped(figures):
+    if requested is not None and free is not None and free >= requested:
+        return "transient" if figures.limit_bytes in (None, total) else "limit"
+    if _is_at_limit(figures):
         return "limit"
-    return "full"
+    if _is_crowded(figures):
+        return "other_process"
+    return "fragmentation" if _is_fragmented(figures) else "full"
+
+
+def _is_at_limit(figures: Figures) -> bool:
+    """Tell whether a limit lower than the device would be passed."""
+    requested, limit, total = figures.requested_bytes, figures.limit_bytes, figures.total_bytes
+    held = figures.held_bytes
+    if limit is None and figures.others_are_inferred:
+        return (requested or 0) >= ONE_ALLOCATION_BYTES
+    return limit not in (None, total) and held is not None and held + (requested or 0) > limit
+
+
+def _is_crowded(figures: Figures) -> bool:
+    """Tell whether others hold more than a small part of the device."""
+    others, total = figures.others_bytes, figures.total_bytes
+    if others is None or total is None:
+        return False
+    stated = figures.other_processes_bytes is not None or figures.process_bytes is not None
+    return others > max(CROWDED * total, 0 if stated else CONTEXT_BYTES)
 
 
 def _is_fragmented(figures: Figures) -> bool:
-    """Enough is held unallocated for what was asked, or a large part of all that is held."""
+    """Tell whether enough is held without a tensor in it, and not just the rest of a full device.
+
+    With what is free, the pieces would hold the request; small pieces of a full device would not.
+    """
     unused, fraction = figures.unused_bytes, figures.fragmented_fraction
     if unused is None or fraction is None:
         return False
     requested = figures.requested_bytes
     if requested is None:
-        return fraction > FRAGMENTED
-    # With what is free, the pieces would hold it; little pieces of a full device would not.
+        return fraction > FRAGMENTED_UNASKED
     enough = unused + (figures.free_bytes or 0) >= requested
-    return enough and unused >= requested / 2 and (fraction > FRAGMENTED or unused >= requested)
-
-
-def _is_capped(figures: Figures) -> bool:
-    """Tell whether the device had room, or this process stands at a lower limit."""
-    requested, free, limit = figures.requested_bytes, figures.free_bytes, figures.limit_bytes
-    if requested is not None and free is not None and free >= requested:
-        return True
-    held = figures.process_bytes or figures.reserved_bytes or figures.allocated_bytes
-    if limit is None or held is None or limit == figures.total_bytes:
-        return False
-    return held + (requested or 0) > limit
-
-
-def _others(figures: Figures) -> int:
-    """Return the bytes on the device that are not this process's."""
-    if figures.other_processes_bytes:
-        return figures.other_processes_bytes
-    total, free = figures.total_bytes, figures.free_bytes
-    own = figures.process_bytes or figures.reserved_bytes or figures.allocated_bytes
-    if total is None or free is None or own is None:
-        return 0
-    return total - free - own
+    return enough and unused >= requested / 2 and fraction >= FRAGMENTED
 
 
 def _first(patterns: list[re.Pattern[str]], message: str, binary: bool) -> int | None:
     for pattern in patterns:
         found = pattern.search(message)
         if found is not None:
-            return to_bytes(found["number"], found["unit"], binary)
+            return written_bytes(found["number"], found["unit"] or "", binary)
     return None
 
 
@@ -181,5 +257,7 @@ def _without_units(message: str) -> dict[str, int]:
     words = {name: name.removesuffix("_bytes") for name in ("total_bytes", "free_bytes")}
     words |= {"allocated_bytes": "allocated", "reserved_bytes": "reserved"}
     retold = message[asked.end() : asked.end() + 200]
-    found = {name: re.search(rf"({NUMBER})\s+{word}\b", retold) for name, word in words.items()}
-    return {name: to_bytes(one[1], asked["unit"]) for name, one in found.items() if one}
+    found = {
+        name: re.search(rf"({WRITTEN_NUMBER})\s+{word}\b", retold) for name, word in words.items()
+    }
+    return {name: written_bytes(one[1], asked["unit"]) for name, one in found.items() if one}

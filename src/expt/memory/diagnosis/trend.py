@@ -2,7 +2,7 @@
 
 A leak is growth of the bytes still allocated when a step is over: what a step needs in between is
 gone by then, so these bytes should stay as they are once training has warmed up. Growth counts
-when it is significant (see `significance`), goes on in the second half of the readings, and is not
+when it is significant (see `statistics`), goes on in the second half of the readings, and is not
 negligible; a step up followed by a plateau is none.
 """
 
@@ -10,19 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import sqrt
 from typing import Literal
 
 import numpy as np
 
-from expt.memory.diagnosis.significance import (
+from expt.memory.diagnosis.statistics import (
     EXACT_UP_TO,
     Array,
     parabola,
     rising_probability,
     sen_slope,
-    upper_tail,
 )
-from expt.units import MIB, format_bytes
+from expt.units import MIB, counted, format_bytes
 
 Verdict = Literal["leak", "fragmentation", "other_process", "steady"]
 
@@ -31,7 +31,7 @@ SIGNIFICANCE = 1e-4
 SIGNIFICANCE_OF_FEW = {4: 0.042, 5: 0.0084, 6: 0.0014, 7: 0.0002}
 """The same for so few readings: a rise at every one of them."""
 SMALLEST_RISE = 0.04
-"""Rise over all readings, as a part of the level, below which nobody needs to be woken."""
+"""Smallest rise over all readings that is reported, as a part of the level."""
 SMALLEST_RISE_OF_FEW = 0.25
 """The same with up to 7 readings, which luck could have put in order; 0.1 if memory did run out,
 and with up to 10 readings."""
@@ -41,6 +41,26 @@ FRAGMENTED = 0.2
 """Part of the reserved bytes without a tensor in it (handbook: tidy from 20 to 30 % on)."""
 MOST_READINGS = 300
 """A longer series is put together to so many medians: the tests look at all pairs."""
+
+
+Action = Literal["halve_batch_and_checkpoint", "smaller_batch", "mixed_precision", "none"]
+
+WINDOW = 50
+"""Readings that the line is put through."""
+FEWEST = 4
+"""Readings below which there is no line worth continuing."""
+ACTIONS: tuple[tuple[float, Action, str], ...] = (
+    (
+        0.8,
+        "halve_batch_and_checkpoint",
+        "halve the micro-batch (double memory.gradient_accumulation) and set "
+        "memory.activation_checkpointing=true",
+    ),
+    (0.5, "smaller_batch", "use three quarters of the batch: data.batch_size x 0.75"),
+    (0.3, "mixed_precision", "set memory.precision=bf16"),
+    (0.0, "none", "nothing"),
+)
+"""Risk above which to act, from the highest, and how (the handbook's table)."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +103,7 @@ def judge(readings: Sequence[Reading], ran_out: bool = False) -> Trend:
 
     """
     if not readings:
-        return Trend("steady", False, 0, 0.0, 0.0, 0, 0.0, 1.0, ("there are no readings",))
+        return Trend("steady", False, 0, 0.0, 0.0, 0, 0.0, 1.0, ("There are no readings.",))
     steps = np.array([reading.step for reading in readings])
     allocated = np.array([float(reading.allocated_bytes) for reading in readings])
     high_water = any(reading.high_water for reading in readings)
@@ -91,18 +111,20 @@ def judge(readings: Sequence[Reading], ran_out: bool = False) -> Trend:
     reserved = _column(readings, "reserved_bytes")
     other = _column(readings, "other_bytes")
     if leak.is_real:
-        return _trend("leak", leak, readings, "allocated after a step")
+        return _trend("leak", leak, readings, "The memory allocated after a step")
     if reserved is not None:
         unused = _Rise(steps, reserved - allocated, scale=float(np.median(reserved)))
         fraction = float(np.median((1 - allocated / np.maximum(reserved, 1))[-_tail(len(steps)) :]))
         if unused.is_real and fraction > FRAGMENTED:
-            why = f"{fraction:.0%} of what is reserved holds no tensor at the end"
-            return _trend("fragmentation", unused, readings, "reserved but unallocated", why)
+            why = f"At the end {fraction:.0%} of what is reserved holds no tensor."
+            return _trend(
+                "fragmentation", unused, readings, "The memory reserved but unallocated", why
+            )
     if other is not None:
         theirs = _Rise(steps, other, scale=float(np.median(allocated) + np.median(other)))
         if theirs.is_real or theirs.has_stepped_up:
-            return _trend("other_process", theirs, readings, "held by other processes")
-    return _trend("steady", leak, readings, "allocated after a step")
+            return _trend("other_process", theirs, readings, "The memory held by other processes")
+    return _trend("steady", leak, readings, "The memory allocated after a step")
 
 
 class _Rise:
@@ -139,6 +161,8 @@ class _Rise:
     @property
     def accelerating(self) -> bool:
         """Whether the slope itself rises, significantly and by at least a quarter."""
+        from scipy.stats import t
+
         n = len(self.values)
         if n <= 7:
             rates = np.diff(self.values) / np.diff(self.steps)
@@ -147,7 +171,7 @@ class _Rise:
         before = sen_slope(self.steps[early], self.values[early])
         after = sen_slope(self.steps[late], self.values[late])
         bend, _ = parabola(self.steps, self.values)
-        return after > 1.25 * max(before, 0.0) and upper_tail(bend, n - 3) < 0.01
+        return after > 1.25 * max(before, 0.0) and bool(t.sf(bend, n - 3) < 0.01)
 
     @property
     def has_stepped_up(self) -> bool:
@@ -176,11 +200,11 @@ def _trend(
     begin, end = (format_bytes(round(float(rise.values[at]))) for at in (0, -1))
     accelerating = verdict == "leak" and rise.accelerating
     rate = (
-        f"{name}: {begin} at step {first:g}, {end} at step {last:g}, "
-        f"{rise.slope / MIB:+.3g} MiB a step over {len(readings)} readings"
+        f"{name} was {begin} at step {first:g} and {end} at step {last:g}: "
+        f"{rise.slope / MIB:+.3g} MiB a step over {counted(len(readings), 'reading')}."
     )
-    test = f"rank test for a rise: p = {rise.p_value:.2g}" + (
-        "; the slope itself rises" if accelerating else ""
+    test = f"The rank test for a rise gives p = {rise.p_value:.2g}" + (
+        "; the slope itself rises." if accelerating else "."
     )
     return Trend(
         verdict,
@@ -215,3 +239,63 @@ def _thinned(steps: Array, values: Array) -> tuple[Array, Array]:
     groups = np.array_split(np.arange(len(steps)), MOST_READINGS)
     medians = np.array([(np.median(steps[g]), np.median(values[g])) for g in groups])
     return medians[:, 0], medians[:, 1]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Where the bytes after a step are heading."""
+
+    risk: float  # probability, 0 to 1, of passing the capacity within the horizon
+    horizon_steps: float
+    expected_bytes: int  # after those steps
+    steps_left: float | None  # until the line meets the capacity; None if it does not rise
+    action: Action
+    advice: str
+
+
+def forecast(
+    readings: Sequence[Reading],
+    capacity_bytes: int,
+    horizon_steps: float = 100,
+    window: int = WINDOW,
+) -> Forecast | None:
+    """Continue the line through the last readings; None for fewer than `FEWEST` of them.
+
+    Args:
+        readings: in the order of their steps. Where they have peaks, what a step needs on top of
+            what is left after it is taken off the capacity.
+        capacity_bytes: what the device or the budget has.
+        horizon_steps: how far to look ahead.
+        window: readings that count.
+
+    """
+    from scipy.stats import t
+
+    last = list(readings)[-window:]
+    if len(last) < FEWEST:
+        return None
+    x = np.array([reading.step for reading in last], dtype=float)
+    y = np.array([reading.allocated_bytes for reading in last], dtype=float)
+    spread = float(((x - x.mean()) ** 2).sum())
+    slope = float(((x - x.mean()) * y).sum()) / spread if spread else 0.0
+    at = float(x[-1]) + horizon_steps
+    expected = float(y.mean()) + slope * (at - float(x.mean()))
+    rest = y - y.mean() - slope * (x - x.mean())
+    n = len(last)
+    # Figures are rounded and allocators jitter: no line is better known than to a thousandth.
+    error = max(float((rest**2).sum()) / (n - 2), (1e-3 * float(y.mean())) ** 2, 1.0)
+    distance = (at - float(x.mean())) ** 2 / spread if spread else 0.0
+    deviation = sqrt(error * (1 + 1 / n + distance))
+    room = capacity_bytes - _transient(last)
+    risk = float(t.sf((room - expected) / deviation, n - 2))
+    left = max((room - float(y[-1])) / slope, 0.0) if slope > 0 else None
+    _, action, advice = next(row for row in ACTIONS if risk > row[0] or row[0] == 0.0)
+    return Forecast(risk, horizon_steps, round(expected), left, action, advice)
+
+
+def _transient(readings: Sequence[Reading]) -> int:
+    """Return the bytes that a step needs for a while, above the most that was left after one."""
+    peaks = [reading.peak_bytes for reading in readings if reading.peak_bytes is not None]
+    if not peaks:
+        return 0
+    return max(max(peaks) - max(reading.allocated_bytes for reading in readings), 0)

@@ -26,9 +26,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from expt.errors import UserError
 from expt.files import write_text
-from expt.memory.diagnosis.forecast import Forecast, forecast
-from expt.memory.diagnosis.suggestions import suggest
-from expt.memory.diagnosis.trend import Reading, Trend, judge
+from expt.memory.diagnosis.advice import suggest
+from expt.memory.diagnosis.trend import Forecast, Reading, Trend, forecast, judge
 from expt.memory.watching.cleaning import Cleaner, Cleanup
 from expt.memory.watching.gauges import Alarm, Gauge, HostGauge, gauge_for
 from expt.memory.watching.history import History, from_csv, to_csv

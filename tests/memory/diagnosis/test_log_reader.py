@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from expt.memory.diagnosis.reading import read_log
+from expt.memory.diagnosis.log_reader import read_log
 from expt.memory.diagnosis.trend import Reading
 from expt.memory.watching.history import to_csv
 
