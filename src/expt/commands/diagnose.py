@@ -5,6 +5,8 @@ The answer is printed and written to ``diagnosis.json`` in the run's directory.
 
 from __future__ import annotations
 
+import codecs
+import re
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ MOST_BYTES = 8 * 1024**2
 """Of a longer file the end is read: that is where memory ran out."""
 MOST_GARBLED = 0.05
 """Characters that are no text, as a part of all, from which on a file is taken to be binary."""
+
+_GARBLED = re.compile("[\x01-\x06\x0e-\x1a\ufffd]")
 
 
 @dataclass(frozen=True)
@@ -67,21 +71,34 @@ def _read(path: Path) -> str:
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
+            encoding = _encoding(file.read(4096))
+            file.seek(0)
             if size > MOST_BYTES:
                 print(f"{path} is long; the last {MOST_BYTES // 1024**2} MiB of it are read")
-                file.seek(size - MOST_BYTES)
-            content = file.read(MOST_BYTES)
+                file.seek((size - MOST_BYTES) // 2 * 2)  # between two characters of UTF-16
+            content = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"diagnose.log={path} cannot be read: {error.strerror}") from error
     if not content.strip():
         raise ConfigError(f"diagnose.log={path} is empty; give the log or the error message")
-    text = content.decode("utf-8", errors="replace")
-    if "\0" in text or text.count("\ufffd") > MOST_GARBLED * len(text):
+    text = content.decode(encoding, errors="replace").removeprefix("\ufeff")
+    if "\0" in text or len(_GARBLED.findall(text)) > MOST_GARBLED * len(text):
         raise ConfigError(
             f"diagnose.log={path} is not text (a checkpoint, a picture, an archive?); give a log, "
-            "an error message, a CSV or a history.json in UTF-8"
+            "an error message, a CSV or a history.json in UTF-8 or UTF-16"
         )
     return text
+
+
+def _encoding(head: bytes) -> str:
+    """Return the encoding of a file that begins so; PowerShell's ``>`` writes UTF-16."""
+    marks = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+    if head[:2] in marks:
+        return marks[head[:2]]
+    odd, even = head[1::2].count(0), head[::2].count(0)
+    if max(odd, even) > 0.8 * (len(head) // 2) and min(odd, even) == 0:
+        return "utf-16-le" if odd else "utf-16-be"
+    return "utf-8"
 
 
 def _print(diagnosis: Diagnosis, path: Path) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from expt.memory.diagnosis.oom import Kind
 from expt.memory.diagnosis.oom_figures import Cause
+from expt.memory.diagnosis.oom_wordings import Kind
 from expt.memory.diagnosis.trend import Forecast, Trend
 from expt.units import GIB
 

@@ -36,7 +36,7 @@ UNITLESS_BYTES = 2**24
 """Numbers without a unit from which on they are taken as bytes."""
 
 _MEMORY_WORDS = re.compile(
-    r"(?:gpu|cuda|max|v|peak)?mem(?:ory|ories)?(?:used|usage|alloc\w*)?|v?ram|hbm|(?:max|vm)?rss|vms"
+    r"(?:gpu|cuda|max|v|peak)?mem(?:ory|ories)?(?:used|usage|alloc\w*)?|v?ram|hbm|(?:max|vm)?rss"
     r"|uss|pss|heap|alloc\w*|reserved|resident|footprint|speicher|mémoire|память|显存|内存|メモリ"
 )
 _ROLE_WORDS = re.compile(
@@ -47,7 +47,7 @@ _DEVICE_WORDS = {
     **dict.fromkeys(("gpu", "gpus", "cuda", "vram", "hbm", "hip", "rocm", "gpumem"), "GPU"),
     **dict.fromkeys(("cudamem", "card"), "GPU"),
     **{name: name.upper() for name in ("npu", "xpu", "mps", "tpu", "hpu", "mlu")},
-    **dict.fromkeys(("cpu", "host", "ram", "rss", "maxrss", "vmrss", "vms", "uss", "pss"), "CPU"),
+    **dict.fromkeys(("cpu", "host", "ram", "rss", "maxrss", "vmrss", "uss", "pss"), "CPU"),
     **dict.fromkeys(("system", "sys", "resident"), "CPU"),
 }
 _RANK_WORDS = ("rank", "default", "worker", "node", "device")
@@ -71,7 +71,7 @@ _NEVER_WORDS = re.compile(
     r"saved?|saves|savings?|saving|freed|delta|diff|increase\w*|growth|grew|change\w*|estimat\w+"
     r"|predict\w+|expect\w+|replay|bandwidth|bw|swap\w*|disks?|bus|pcie|nvlink|nums?|number|counts?"
     r"|util\w*|percent\w*|pct|frac|fraction|ratio|temp\w*|power|clock|fan|download\w*|upload\w*"
-    r"|queue|episodic|released?"
+    r"|queue|episodic|released?|vms"
 )
 """Words that rule memory out wherever they stand; the others only right before the number."""
 
@@ -90,6 +90,7 @@ _TOKEN = re.compile(
     rf"(?<![\w.\x00+-])(?P<number>{WRITTEN_NUMBER})(?:\s?_?(?P<unit>{WRITTEN_UNIT})(?![\w%]))?"
     r"(?P<rate>\s*(?:/|per\b)\s*(?:s|ms|min|h|it|sec\w*|hour|iter\w*|step|epoch|sample|token)\b)?"
 )
+_OF = re.compile(r"\s*(?:/|of|out of)\s*")
 _WORD = re.compile(r"([^\W\d_]+)(?:\x00(\d+)\x00)?")
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z][a-z])")
 
@@ -159,11 +160,11 @@ def amounts(line: str) -> list[Amount]:
             context = context if alone.empty and not alone.device else alone
         for token, label in labelled:
             rank = label.rank or rank
-            inherited = replace(label, device=label.device or device)
-            found = _found(token, inherited, context, rank)
-            (named if not label.empty or label.device or context.memory else unnamed).extend(found)
-            if found or "\0" in label.text:
-                device = inherited.device
+            if token.unit or label.unit or label.memory or label.role_word:
+                found = _found(token, label, context, (rank, label.device or device))
+                says_what = not label.empty or label.device or context.memory
+                (named if says_what else unnamed).extend(found)
+                device = label.device or device
             if label.foreign or (label.unknown and not label.memory):
                 context = Label("")
     known = any(one.role in ("allocated_bytes", "peak_bytes") for one in named)
@@ -185,10 +186,10 @@ def cell_amounts(name: str, value: str, device: str = "") -> list[Amount]:
     tokens = _tokens(value)
     if len(tokens) != 1 or tokens[0].start or re.search(r"[^\W_]|%", value[tokens[0].end :]):
         return []
-    rank = label.rank
+    where = (label.rank, label.device)
     if device:
-        rank, label = device, replace(label, device="" if label.device in device else label.device)
-    return _found(tokens[0], label, Label(""), rank)
+        where = (device, "" if label.device in device else label.device)
+    return _found(tokens[0], label, Label(""), where)
 
 
 @lru_cache(4096)
@@ -273,17 +274,15 @@ def _labelled(part: str) -> Iterator[tuple[_Token, Label]]:
     words_follow = first.empty and (not last.empty or bool(last.device and not first.device))
     for at, token in enumerate(tokens):
         label = gaps[at + words_follow]
-        label = replace(
-            label,
-            device=label.device or (first.device if words_follow else ""),
-            rank=label.rank or first.rank,
-        )
-        if not words_follow and token is tokens[-1]:
+        if words_follow and (first.device or first.rank):
+            label = replace(
+                label, device=label.device or first.device, rank=label.rank or first.rank
+            )
+        if not words_follow and token is tokens[-1] and not (last.empty and not last.device):
             # ``used 12.0M tokens``, ``used 8.3 GB GPU``
             foreign = label.foreign or last.foreign or (not label.memory and last.unknown)
+            foreign = foreign or not (token.unit or label.unit)  # ``memory: 3 entries``
             label = replace(label, foreign=foreign, device=label.device or last.device)
-            if not token.unit and not label.unit and not (last.empty and not last.device):
-                continue
         yield token, label
 
 
@@ -297,11 +296,7 @@ def _tokens(text: str) -> list[_Token]:
         )
         token = _Token(found["number"], found["unit"] or "", start, end, unclear)
         before = tokens[-1] if tokens else None
-        if (
-            before
-            and not before.total
-            and re.fullmatch(r"\s*(?:/|of|out of)\s*", text[before.end : start])
-        ):
+        if before and not before.total and _OF.fullmatch(text, before.end, start):
             # 18.2/24 GB, 18.2 GB of 24 GB
             unit = before.unit or token.unit
             tokens[-1] = _Token(
@@ -312,7 +307,7 @@ def _tokens(text: str) -> list[_Token]:
     return tokens
 
 
-def _found(token: _Token, label: Label, context: Label, rank: str) -> list[Amount]:
+def _found(token: _Token, label: Label, context: Label, where: tuple[str, str]) -> list[Amount]:
     """Return the amount that a number is with these words, and its total; nothing if it is none."""
     if token.is_rate or label.foreign or (label.empty and context.foreign):
         return []
@@ -321,7 +316,7 @@ def _found(token: _Token, label: Label, context: Label, rank: str) -> list[Amoun
     unit, assumed = _unit(token, label, context)
     if unit is None:
         return []
-    device = " ".join(part for part in (rank, label.device) if part)
+    device = " ".join(part for part in where if part)
     role = context.role if label.empty and context.memory else label.role
     own = Amount(written_bytes(token.number, unit), role, device, label.text, assumed)
     found = [own]

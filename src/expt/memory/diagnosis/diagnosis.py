@@ -9,8 +9,9 @@ from typing import Any, Literal
 from expt.memory.diagnosis import advice
 from expt.memory.diagnosis.log_reader import LogContent, read_log
 from expt.memory.diagnosis.lookalikes import find_lookalike
-from expt.memory.diagnosis.oom import HOST_KINDS, OomReport, classify_oom, probable_oom
+from expt.memory.diagnosis.oom import OomReport, classify_oom, probable_oom
 from expt.memory.diagnosis.oom_figures import Figures
+from expt.memory.diagnosis.oom_wordings import HOST_KINDS
 from expt.memory.diagnosis.trend import FEWEST, Forecast, Reading, Trend, forecast, judge
 from expt.units import counted, format_bytes
 

@@ -36,11 +36,17 @@ _STEPS = (
         re.IGNORECASE,
     ),
     re.compile(r"\bafter (?P<step>\d+) (?:iterations|steps)\b"),  # Megatron
-    re.compile(r"\[\s*(?P<step>\d+)\s*/\s*\d+\s*\]"),
+    # The last of [epoch/epochs][step/steps].
+    re.compile(r"\[\s*(?P<step>\d+)\s*/\s*\d+\s*\](?!\s*\[\s*\d+\s*/)"),
     re.compile(r"\|\s*(?P<step>\d+)/(?:\d+|\?)\s*\["),  # tqdm
     re.compile(rf"\bbatch\b\s*[:=#]?\s*\[?\s*{_COUNT}", re.IGNORECASE),
 )
-_EPOCH = re.compile(r"\bepochs?\b\s*[:=#]?\s*\[?\s*(?P<step>\d+)(?:\s*/\s*\d+)?", re.IGNORECASE)
+_EPOCH = re.compile(
+    r"\bepochs?\b\s*[:=#]?\s*\[?\s*(?P<step>\d+(?:\.\d+)?)(?:\s*/\s*\d+)?", re.IGNORECASE
+)
+_ANY_STEP = re.compile(
+    "|".join(one.pattern.replace("?P<step>", "?:") for one in (*_STEPS, _EPOCH)), re.IGNORECASE
+)
 _ABOUT_MEMORY = re.compile(
     r"\d\s?_?[KMGTkmgt][iI]?[Bb]?\b|bytes|mem|rss|ram\b|alloc|显存|内存", re.ASCII | re.IGNORECASE
 )
@@ -104,7 +110,9 @@ def _read_lines(text: str) -> LogContent:
             epoch = None if named else _EPOCH.search(line)
             if named or epoch:
                 collected = by_step if named else by_epoch
-                collected.add(_count(named or epoch), amounts(_without_steps(line)))
+                collected.add(_count(named or epoch), amounts(_ANY_STEP.sub(" ; ", line)))
+            elif line.lstrip().startswith("{"):  # a record that names no step
+                by_row.add(float(by_row.longest()), amounts(line))
             else:
                 head = table_head(line) or head
     report = classify_oom(text) or probable_oom(text)
@@ -118,12 +126,6 @@ def _read_lines(text: str) -> LogContent:
 def _count(found: re.Match[str] | None) -> float:
     assert found is not None
     return float(found["step"].replace(",", ""))
-
-
-def _without_steps(line: str) -> str:
-    for pattern in (*_STEPS, _EPOCH):
-        line = pattern.sub(" ; ", line)
-    return line
 
 
 @dataclass
@@ -153,7 +155,7 @@ class _Collected:
     def series(self) -> dict[str, tuple[Reading, ...]]:
         """Return the series by name, the fullest accelerator first and the host last."""
         found = {
-            f"{name} ({place})".strip() if place else name: readings
+            (f"{name} ({place})" if name else place) if place else name: readings
             for name, known in self.readings.items()
             for place, readings in _told_apart(known).items()
         }
@@ -227,7 +229,7 @@ def _told_apart(readings: Sequence[Reading]) -> dict[str, tuple[Reading, ...]]:
     if how_often < 4 or how_often < 0.8 * len(steps) or count > MOST_READINGS_A_STEP:
         count = 1
     return {
-        "" if count == 1 else f"{place + 1} of {count} by size": tuple(
+        "" if count == 1 else f"series {place + 1} of {count} by size": tuple(
             at_step[place] for at_step in steps if len(at_step) > place
         )
         for place in range(count)

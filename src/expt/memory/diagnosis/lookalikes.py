@@ -23,7 +23,7 @@ def _of(name: str, pattern: str, advice: str, follows: bool = False) -> Lookalik
 LOOKALIKES = (
     _of(
         "a kernel's tile does not fit the GPU's shared memory (on-chip, not the card's memory)",
-        r"out of resources?: shared memory|uses too much shared data"
+        r"out of resources?: (?:shared|tensor) memory|uses too much shared data"
         r"|in memory space (?:vmem|smem|sflag|cmem)",
         "smaller block sizes or fewer num_stages in the Triton kernel; another attention kernel",
     ),
