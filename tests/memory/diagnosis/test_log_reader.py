@@ -1,3 +1,5 @@
+# ruff: noqa: E501  (a line of a log stays in one piece)
+
 from __future__ import annotations
 
 import json
@@ -143,6 +145,166 @@ def test_a_history_of_a_gpu_and_of_a_cpu() -> None:
         for s in (1, 2)
     )
     assert [r.allocated_bytes for r in read_log(lines + "\n{torn").readings] == [7, 7]
+
+
+def log(line: str, count: int = 12) -> str:
+    """A log whose ``{n}`` counts up, ``{m}`` from 8300 by 300, ``{g}`` from 8.3 by 0.3."""
+    return "".join(
+        line.replace("{n}", str(n))
+        .replace("{m}", str(8000 + 300 * n))
+        .replace("{g}", f"{8 + 0.3 * n:.2f}")
+        + "\n"
+        for n in range(1, count + 1)
+    )
+
+
+def growth(text: str) -> dict[str, float]:
+    """GB by which each series grows."""
+    return {
+        name: round((readings[-1].allocated_bytes - readings[0].allocated_bytes) / GB, 1)
+        for name, readings in read_log(text).series.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("step {n} GPU mem {g} GB, CPU mem 44.1 GB", {"GPU": 3.3, "CPU": 0}),
+        (
+            "step {n} | GPU0: 40.1 GB | GPU1: {g} GB | RAM: 80 GB",
+            {"GPU 0": 0, "GPU 1": 3.3, "CPU": 0},
+        ),
+        ("step {n} mem cuda:0={g}GB cuda:1=40.1GB", {"GPU 1": 0, "GPU 0": 3.3}),
+        ("step {n} cuda:0 mem {m} cuda:1 mem 30000", {"GPU 1": 0, "GPU 0": 3.5}),
+        ("[rank1]: step {n} mem {g} GB\n[rank0]: step {n} mem 40 GB", {"rank 0": 0, "rank 1": 3.3}),
+        (
+            "step {n} mem {g} GB\nstep {n} mem 40 GB",
+            {"series 1 of 2 by size": 0, "series 2 of 2 by size": 3.3},
+        ),
+        ("step {n} mem: [{g} GB, 40.1 GB]", {"#2": 0, "#1": 3.3}),
+        ("step {n} activation mem 30 GB | optimizer mem {g} GB", {"": 0, "optimizer mem": 3.3}),
+        ("iter: {n}, gpu mem: {m}Mb, mem: 12.3Gb, lr: 1.0e-03", {"GPU mem": 0, "GPU": 3.3}),
+        ("step {n} | 8.1 GB on npu:0 | {g} GB on npu:1", {"NPU 1": 3.3, "NPU 0": 0}),
+        ("iter {n}: RSS {m} MB, VMS 99000 MB, gpu 3.1 GB", {"GPU": 0, "CPU": 3.3}),
+        ("step {n} cached {g} GB", {"reserved": 3.3}),
+    ],
+)
+def test_each_device_is_a_series(line: str, expected: dict[str, float]) -> None:
+    assert growth(log(line)) == expected
+
+
+def test_allocated_and_reserved_are_told_apart() -> None:
+    for line in (
+        "step {n} | allocated 10 GB | reserved {g} GB | max_memory_allocated 30 GB",
+        "step {n} mem alloc/res 10/{g} GB",
+        "[{n}/100] GPU mem allocated/reserved: 10GB/{g}GB",
+        "step {n} max_mem_reserved: {m} MB, max_mem_allocated: 10000 MB",
+    ):
+        readings = read_log(log(line)).readings
+        assert {one.allocated_bytes for one in readings} == {10 * GB}
+        assert [one.reserved_bytes for one in readings[::11]] == [round(8.3 * GB), round(11.6 * GB)]
+
+
+MEGATRON = (
+    " iteration {n}/ 100 | consumed samples: 1280 | learning rate: 1.300E-06 |\n"
+    "[Rank {r}] (after {n} iterations) memory (MB) | allocated: {m}.0 | max allocated: 90000.2 | "
+    "reserved: 91000.0 | max reserved: 91000.0"
+)
+YOLO = (
+    "\n      Epoch    GPU_mem   box_loss   Instances       Size\n"
+    "      {n}/50      0G      1.255   14   640:   0%|      | 0/8\r"
+    "      {n}/50      {g}G      1.255         14        640: 100%|####| 8/8 [00:01<00:00,  4.5it/s]\n"
+    "                 Class     Images  Instances      Box(P          R: 100%|##| 4/4 [00:00<00:00]\n"
+    "                   all        128        929      0.64      0.53"
+)
+
+
+@pytest.mark.parametrize(
+    ("line", "head", "device", "unit"),
+    [
+        # MMEngine, torchvision, Detectron2: MiB by convention
+        ("Epoch [1][{n}0/7724]\tlr: 1.000e-04, time: 1.26, memory: {m}, loss: 122", "", "", 2**20),
+        ("Iter(train) [ {n}0/1000]  lr: 2.0e-04  time: 1.2  memory: {m}  loss: 1.2", "", "", 2**20),
+        ("Epoch: [0]  [ {n}0/625]  eta: 0:05:12  lr: 0.1  time: 0.5  max mem: {m}", "", "", 2**20),
+        ("eta: 1:00:00  iter: {n}9  total_loss: 1.5  lr: 1.0e-05  max_mem: {m}M", "", "", 2**20),
+        ("Train: [0/300][{n}0/1251]  eta 0:20:00 lr 0.1  mem {m}MB", "", "", 10**6),
+        # dictionaries: ms-swift, Axolotl, JAX
+        ("{'loss': 0.8, 'memory(GiB)': {g}, 'global_step/max_steps': '{n}/22156'}", "", "", 2**30),
+        ("{'loss': 0.8, 'epoch': 0.{n}1, 'memory/max_mem_active(gib)': {g}}", "", "", 2**30),
+        ("{'loss': 0.8, 'gpu_mem_gb': {g}}", "", "GPU", GB),
+        ("step {n}: {'bytes_in_use': {m}000000, 'bytes_limit': 99000000000}", "", "", 10**6),
+        # JSON lines, whole or after a prefix
+        ('{"mode": "train", "epoch": 1, "iter": {n}0, "memory": {m}, "time": 0.5}', "", "", 2**20),
+        ('INFO {"epoch": 1, "iter": {n}0, "lr": 0.0001, "memory": {m}}', "start\n", "", 2**20),
+        ('{"step": {n}, "gpu": {"0": {"memory_gb": {g}}}}', "", "GPU 0", GB),
+        (
+            '{"_step": {n}, "system.proc.memory.rssMB": {m}.1, "system.memory": 33.2}',
+            "",
+            "CPU",
+            10**6,
+        ),
+        # tables with a head: YOLO, fastai, Markdown, Rich, CSV inside a log
+        (YOLO, "", "GPU", 2**30),
+        (
+            "{n}     0.5     0.4     {m}  00:12",
+            "epoch  train_loss  valid  gpu_mem_mb  time\n",
+            "GPU",
+            10**6,
+        ),
+        ("| {n} | 2.3 | {g} |", "| step | loss | mem (GB) |\n|----|----|----|\n", "", GB),
+        ("│ {n} │ 2.3 │ {g} │", "│ epoch │ loss │ gpu mem (GB) │\n", "GPU", GB),
+        ("{n},{m},0.3", "INFO start\nstep,mem_mb,loss\n", "", 10**6),
+        ("{n}\t{m}\t0.3", "step\tmem_mb\tloss\n", "", 10**6),
+        ("{n} 8.1 {g}G", "step loss gpu_mem\n", "GPU", 2**30),
+        # others: Megatron, DeepSpeed, torchtitan, progress bars, colours
+        (MEGATRON.replace("{r}", "0"), "", "rank 0", 10**6),
+        ("step={n}, MA {g} GB         Max_MA 30.3 GB         CA 33.0 GB", "", "", GB),
+        (
+            "[rank0]:[titan] - root - step: {n}  loss:  8.0  memory: {g}GiB(52.01%)  tps: 8,000",
+            "",
+            "rank 0",
+            2**30,
+        ),
+        (
+            "Epoch 0:  10%|#   | {n}/1000 [00:30<03:40,  4.00it/s, loss=2.3, gpu_mem={g}GB]",
+            "",
+            "GPU",
+            GB,
+        ),
+        ("\x1b[34mstep {n}\x1b[0m mem=\x1b[1m{g}GB\x1b[0m", "", "", GB),
+        ("step {n} GPU 0 (NVIDIA A100-SXM4-80GB): {g} GB", "", "GPU 0", GB),
+    ],
+)
+def test_the_logs_of_many_programs(line: str, head: str, device: str, unit: int) -> None:
+    content = read_log(head + log(line))
+    readings = content.series[device]
+    assert len(readings) == 12
+    scale = 1 if "{g}" in line else 1000
+    for reading, at in ((readings[0], 8.3), (readings[-1], 11.6)):
+        assert reading.allocated_bytes == pytest.approx(at * scale * unit, rel=1e-4)
+    steps = [reading.step for reading in readings]
+    assert steps == sorted(set(steps))
+    assumed = not any(
+        word in line + head
+        for word in ("GB", "gb", "gib", "GiB", "mb", "MB", "{m}M", "{g}G", "bytes")
+    )
+    assert bool(content.notes) == assumed
+
+
+def test_torch_memory_stats_in_a_csv() -> None:
+    stage = "Monitor.on_train_batch_start/"
+    names = (
+        "allocated_bytes.all.current",
+        "allocated_bytes.all.allocated",
+        "allocation.all.current",
+    )
+    names = (*names, "allocated_bytes.large_pool.current", "reserved_bytes.all.current")
+    head = ",".join(("epoch", "step", *(stage + name for name in names)))
+    content = read_log(
+        head + "\n" + log("0,{n},8000000000,{m}00000000,4{n}0,7000000000,9000000000")
+    )
+    assert {name: len(readings) for name, readings in content.series.items()} == {"": 12}
+    assert content.readings[0] == Reading(1, 8 * GB, 9 * GB)
 
 
 def test_nothing_found_is_no_error() -> None:

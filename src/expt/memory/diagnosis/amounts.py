@@ -82,6 +82,7 @@ _INDEXED = re.compile(
     re.IGNORECASE,
 )
 _BRACKETED_UNIT = re.compile(r"[(\[]\s*(?:in )?(?P<unit>[kmgtp]i?b|bytes)\s*[)\]]", re.IGNORECASE)
+_UNIT_IN_CAMEL_CASE = re.compile(r"(?<=[a-z])(?=(?:[KMGT]i?B|Bytes)(?![A-Za-z]))")
 _NAMED_UNIT = re.compile(r"(?:^|(?<=[\W_]))(?P<unit>[kmgtp]i?b|bytes)(?=$|[\W_])", re.IGNORECASE)
 _SEPARATOR = re.compile(
     r"(?<!\d),|,(?!\d{3}(?!\d))|[;|\t{}()\[\]]|(?<![:=\s])\s{2,}|\s[-*\u2013\u2014]\s"
@@ -90,6 +91,8 @@ _TOKEN = re.compile(
     rf"(?<![\w.\x00+-])(?P<number>{WRITTEN_NUMBER})(?:\s?_?(?P<unit>{WRITTEN_UNIT})(?![\w%]))?"
     r"(?P<rate>\s*(?:/|per\b)\s*(?:s|ms|min|h|it|sec\w*|hour|iter\w*|step|epoch|sample|token)\b)?"
 )
+_NOT_NOW = re.compile(r"(?:large|small)_pool|\.all\.allocated$")
+"""Parts of torch's `memory_stats`: a pool of the whole, and all that was ever allocated."""
 _OF = re.compile(r"\s*(?:/|of|out of)\s*")
 _WORD = re.compile(r"([^\W\d_]+)(?:\x00(\d+)\x00)?")
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z][a-z])")
@@ -224,7 +227,7 @@ def describe(text: str) -> Label:
             role_word = True
         elif not named and not _NEUTRAL_WORDS.fullmatch(word):
             unknown = True
-    if "%" in rest:
+    if "%" in rest or _NOT_NOW.search(rest):
         never = True
     return Label(
         " ".join(text.replace("\0", "").split()).strip(" :=_-"),
@@ -249,7 +252,7 @@ def _role(words: set[str]) -> Role:
         return "free_bytes"
     if words & {"unallocated"}:
         return "unused_bytes"
-    if words & {"reserved", "cached", "cache", "pool", "ca"}:
+    if words & {"reserved", "res", "cached", "cache", "pool", "ca"}:
         return "peak_reserved_bytes" if is_peak else "reserved_bytes"
     if words & {"limit", "budget", "capacity", "allowed"} or ("total" in words and not in_use):
         return "total_bytes"
@@ -258,8 +261,8 @@ def _role(words: set[str]) -> Role:
 
 def _marked(text: str) -> str:
     """Tell units in brackets and numbers of devices from amounts: they are part of a name."""
-    text = _BRACKETED_UNIT.sub(r"_\g<unit>", text)
-    return _INDEXED.sub("\\g<kind>\0\\g<index>\0 ", text)
+    text = _UNIT_IN_CAMEL_CASE.sub("_", _BRACKETED_UNIT.sub(r"_\g<unit>", text))
+    return _INDEXED.sub("\\g<kind>\0\\g<index>\0", text)
 
 
 def _labelled(part: str) -> Iterator[tuple[_Token, Label]]:
@@ -318,12 +321,17 @@ def _found(token: _Token, label: Label, context: Label, where: tuple[str, str]) 
         return []
     device = " ".join(part for part in where if part)
     role = context.role if label.empty and context.memory else label.role
+    second: Role = "total_bytes"
+    if token.total and "/" in label.text:  # ``allocated/reserved: 8.3/20.1 GB``
+        first, _, after = label.text.rpartition("/")
+        role, named = describe(first).role, describe(after).role
+        second = named if named != role else second
     own = Amount(written_bytes(token.number, unit), role, device, label.text, assumed)
     found = [own]
     if token.total:
         number, total_unit = token.total.split(" ")
         count = written_bytes(number, total_unit or unit)
-        found.append(Amount(count, "total_bytes", device, label.text, assumed))
+        found.append(Amount(count, second, device, label.text, assumed))
     return found if own.count_bytes <= MOST_PLAUSIBLE else []
 
 

@@ -238,7 +238,7 @@ def _of_trend(worst: str, trends: Mapping[str, Trend], content: LogContent) -> D
     trend, readings = trends[worst], content.series[worst]
     span = f"from step {trend.first_step:g} to {trend.last_step:g}"
     same = [name for name, one in trends.items() if one.verdict == trend.verdict and name]
-    same = [f"the {name}" if name in ("GPU", "CPU") else name for name in same]
+    same = [_spoken(name) for name in same]
     on = f" on {' and '.join(same)}" if worst else ""
     causes = {
         "leak": f"There is a leak{on}{', accelerating' if trend.accelerating else ''}: "
@@ -266,6 +266,15 @@ def _of_trend(worst: str, trends: Mapping[str, Trend], content: LogContent) -> D
     return Diagnosis(
         kind, causes[trend.verdict], tuple(evidence), what_to_do, content.oom, trend, ahead
     )
+
+
+def _spoken(series: str) -> str:
+    """Return a series' name in a sentence."""
+    device = series.removesuffix("reserved").strip()
+    known = f"the {device}" if device in ("GPU", "CPU") else device
+    if device == series:
+        return known
+    return f"{known}'s reserved memory" if known else "the reserved memory"
 
 
 def _steady(trends: Mapping[str, Trend], content: LogContent) -> Diagnosis:

@@ -160,6 +160,9 @@ class _Collected:
             for place, readings in _told_apart(known).items()
         }
 
+        if "#2" in found and "" in found:
+            found["#1"] = found.pop("")
+
         def order(item: tuple[str, tuple[Reading, ...]]) -> tuple[bool, int]:
             return "CPU" in item[0], -max(one.allocated_bytes for one in item[1])
 
@@ -178,7 +181,8 @@ def _readings(step: float, found: Iterable[Amount]) -> dict[str, Reading]:
             name = f"{name} {one.label}".strip()
         number = 2
         while one.role in values.get(name, {}):
-            name, number = f"{name.removesuffix(f' #{number - 1}')} #{number}", number + 1
+            name = f"{name.removesuffix(f'#{number - 1}')} #{number}".strip()
+            number += 1
         values.setdefault(name, {})[one.role] = one.count_bytes
     readings = {}
     for name, of_device in values.items():
@@ -194,14 +198,15 @@ def _readings(step: float, found: Iterable[Amount]) -> dict[str, Reading]:
 
 def _reading(step: float, values: Mapping[Role, int]) -> Reading:
     allocated, peak = values.get("allocated_bytes"), values.get("peak_bytes")
+    high_water = allocated is None
     return Reading(
         step,
         values["peak_bytes"] if allocated is None else allocated,
-        values.get("reserved_bytes"),
+        values.get("reserved_bytes", values.get("peak_reserved_bytes") if high_water else None),
         values.get("other_bytes"),
         peak if allocated is not None else None,
         values.get("total_bytes"),
-        high_water=allocated is None,
+        high_water=high_water,
     )
 
 

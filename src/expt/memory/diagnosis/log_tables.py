@@ -157,10 +157,9 @@ def table_head(line: str) -> TableHead | None:
     """Return the table that a line is the head of: words only, a step, and a column of memory."""
     if len(line) > 400 or not re.search(r"mem|rss|alloc|reserved", line, re.IGNORECASE):
         return None
-    gaps = re.search(r"\S(?:\s{2,}|\t)\S", line)
-    split = _by_bars if line.count("|") > 1 else _by_gaps if gaps else str.split
+    split = next(split for form, split in _SPLITS if form.search(line))
     names = split(line)
-    if len(names) < 3 or re.search(r"[=:]|\d\.\d", line):
+    if len(names) < (2 if split is _by_commas else 3) or re.search(r"[=:]|\d\.\d", line):
         return None
     steps = [name.lower().lstrip("#").strip() in STEP_NAMES for name in names]
     if not any(steps) or not any(describe(name).memory for name in names):
@@ -169,8 +168,20 @@ def table_head(line: str) -> TableHead | None:
 
 
 def _by_bars(line: str) -> list[str]:
-    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+    return [cell.strip() for cell in re.split("[|│┃]", line.strip().strip("|│┃"))]
+
+
+def _by_commas(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split(",")]
 
 
 def _by_gaps(line: str) -> list[str]:
     return re.split(r"\t+|\s{2,}", line.strip())
+
+
+_SPLITS: tuple[tuple[re.Pattern[str], Callable[[str], list[str]]], ...] = (
+    (re.compile("[|\u2502\u2503].*[|\u2502\u2503]"), _by_bars),
+    (re.compile(","), _by_commas),
+    (re.compile(r"\S(?:\s{2,}|\t)\S"), _by_gaps),
+    (re.compile(""), str.split),
+)

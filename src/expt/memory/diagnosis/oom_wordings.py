@@ -74,8 +74,12 @@ _WORDINGS: tuple[tuple[Kind | None, str], ...] = (
     ("host_allocator", r"\b(?:(?:UR|ZE|PI)_(?:RESULT_)?ERROR|VK_ERROR|CL)_OUT_OF_HOST_MEMORY\b"),
     ("nvml", r"NVML_SUCCESS == r\w* INTERNAL ASSERT FAILED at [^\n]*CachingAllocator"),
     ("cuda", r"\bcudaMalloc\w*(?: retry)? failed: out of memory"),  # llama.cpp, MXNet
-    ("npu", r"\brtMalloc fail|\balloc device memory failed, runtime result = 207001"),
-    ("npu", r"\b(?:ACL_ERROR_RT_MEMORY_ALLOCATION|ACL_ERROR_STORAGE_OVER_LIMIT)\b"),
+    (
+        "npu",
+        r"\brtMalloc fail"
+        r"|\b(?:alloc device memory failed, runtime result =|error code is) 207001\b",
+    ),
+    ("npu", r"\bACL_ERROR_(?:RT_MEMORY_ALLOCATION|BAD_ALLOC|STORAGE_OVER_LIMIT)\b"),
     ("npu", r"\bEL0004: (?s:.){0,80}?Failed to allocate memory"),
     ("npu", r"\bMalloc device memory failed\b"),  # MindSpore
     (
@@ -89,6 +93,7 @@ _WORDINGS: tuple[tuple[Kind | None, str], ...] = (
     ("device", r"Allocator \(\w+\) ran out of memory trying to allocate(?![^\n]*not a failure)"),
     ("device", r"Out of memory error on (?:GPU|XPU|NPU|device)\b[^\n]{0,10}"),  # Paddle
     ("device", r"\bCannot allocate [\d.]+[KMGT]?B memory on (?:GPU|XPU)"),
+    ("device", r"\bpaddle::memory::allocation::BadAlloc\b"),
     ("device", r"Failed to allocate memory for requested buffer of size \d+"),  # ONNX Runtime
     ("device", r"PT_DEVMEM Allocation failed|\bsynStatus\w*OUT_OF_DEVICE_MEMORY\b"),  # Gaudi
     ("device", r"VK_ERROR_OUT_OF_DEVICE_MEMORY|ErrorOutOfDeviceMemory|\bCNRT_RET_ERR_NOMEM\b"),
@@ -106,6 +111,8 @@ _WORDINGS: tuple[tuple[Kind | None, str], ...] = (
     ("host_allocator", r"unable to mmap \d+ bytes [^\n]*Cannot allocate memory"),
     ("host_allocator", r"\[WinError (?:1455|8|14)\]|\bpaging file is too small\b"),
     ("host_allocator", r"Not enough memory resources are available to process this command"),
+    ("host_allocator", r"\bFail(?:ed)? to alloc memory of \d+ size"),  # Paddle
+    ("host_allocator", r"\bdiagnosed a low virtual memory condition"),  # Windows' event 2004
     ("host_allocator", r"\bmemory allocation of \d+ bytes failed"),  # Rust
     ("host_allocator", r"^fatal error: runtime: (?:out of memory|cannot allocate memory)"),  # Go
     ("host_allocator", r"java\.lang\.OutOfMemoryError"),
@@ -115,18 +122,19 @@ _WORDINGS: tuple[tuple[Kind | None, str], ...] = (
     ("oom_killer", r"(?<!\b0 )\boom[_-]kill event|\binvoked oom-killer|\boom-kill:constraint"),
     ("oom_killer", r"killed by the (?:cgroup )?(?:out-of-memory handler|OOM killer\.)"),
     ("oom_killer", r"may have been killed by the cgroup out-of-memory handler"),
-    ("oom_killer", r"\bresult 'oom-kill'|\bOOMKilled\b(?!\W{1,4}false)"),
+    ("oom_killer", r"\bresult 'oom-kill'|\bOOM[- ]?[Kk]illed\b(?!\W{1,4}false)"),
     ("oom_killer", r"\b[Ee]xceeded (?:job|step) memory limit|\bTERM_MEMLIMIT\b"),
     ("oom_killer", r"\bmem \d+[kmg]?b exceeded limit \d+"),  # PBS
     ("oom_killer", r"\bState\s*[:=]\s*OUT_OF_MEMORY\b|\btasks? [\d,-]+: Out Of Memory\b"),
-    ("ray", r"the node running low on memory"),
+    ("ray", r"\bnode (?:is )?(?:running|ran) (?:low on|out of) memory"),
     ("ray", r"\b[1-9]\d* Workers \(tasks / actors\) killed due to memory pressure"),
     ("device", r"(?:^|\.)(?:CUDA)?OutOfMemoryError(?::|\s*$)"),
     (None, r"(?<!you )\bTried\s+to\s+allocate\s+[\d.]+\s+[KMGT]i?B\b"),
 )
 KILLED = re.compile(
     r"DataLoader worker \(pid[^)]*\) (?:is|was) killed by signal: Killed"
-    r"|(?i:\b(?:exit ?codes?|return ?code|exit status|exited with(?: code)?))[\s:=(]*(?:-9|137)\b"
+    r"|(?i:\b(?:exit ?codes?|return ?code|exit status|exited with(?: code)?))"
+    r"[\s:=(\"']*(?:-9|137)\b"
     r"|\bSignal 9 \(SIGKILL\)|terminated with signal SIGKILL|died with <Signals\.SIGKILL"
     r"|\bSIGKILL\(-9\)|\bkilled by signal 9\b|\bsignal: killed\b|\bKilled: 9\b|\btask \S+: Killed\b"
     r"|^\s*Killed\s*$|\bline \d+:\s+\d+ Killed\b|\bzsh: killed\b"
@@ -138,14 +146,16 @@ KILLED_FOR_OTHERS = re.compile(r"TIME LIMIT|TIMEOUT|CANCELLED AT|[Pp]reempt|PREE
 """What explains such an end otherwise."""
 PATTERNS = [(kind, re.compile(wording, re.MULTILINE)) for kind, wording in _WORDINGS]
 HINT = re.compile(
-    r"[Oo]ut[ _-][Oo]f[ _-](?:\w+_)?memory|OUT_OF_\w*MEMORY|ut of Memory|OutOfMemory|to\s+allocate"
-    r"|t allocate|not enough memory|ALLOC\w*_FAILED|AllocFailed|[cm]alloc \w+|NVML_SUCCESS"
-    r"|bad_alloc|MemoryError|MemoryAllocation|memory_error|OOM when|oom[-_]kill|Errno 12"
-    r"|unable to mmap|[Bb]uffer (?:of )?size|RESOURCE_EXHAUSTED|[Rr]esource ?[Ee]xhausted|Malloc"
-    r"|Cannot alloc|Failed to allocate|ran out of memory|device memory failed|MEMORY_ALLOCATION"
-    r"|OVER_LIMIT|OutOfDeviceMemory|ALLOCATION_FAILURE|NOMEM|PT_DEVMEM|video memory|WinError"
-    r"|paging file|memory resources|memory allocation of|OOMKilled|Out Of Memory|killed by the"
-    r"|memory limit|MEMLIMIT|exceeded limit|low on memory|memory pressure"
+    r"[Oo]ut[ _-][Oo]f[ _-](?:\w+_)?memory|OUT_OF_\w*MEMORY|ut of Memory|OutOfMemory"
+    r"|to\s+allocate|t allocate|not enough memory|ALLOC\w*_FAILED|AllocFailed|[cm]alloc \w+"
+    r"|NVML_SUCCESS|bad_alloc|MemoryError|MemoryAllocation|memory_error|OOM when|oom[-_]kill"
+    r"|Errno 12|unable to mmap|[Bb]uffer (?:of )?size|RESOURCE_EXHAUSTED"
+    r"|[Rr]esource ?[Ee]xhausted|Malloc|Cannot alloc|to alloc memory|BadAlloc|BAD_ALLOC"
+    r"|virtual memory|error code is|Failed to allocate|ran out of memory|device memory failed"
+    r"|MEMORY_ALLOCATION|OVER_LIMIT|OutOfDeviceMemory|ALLOCATION_FAILURE|NOMEM|PT_DEVMEM"
+    r"|video memory|WinError|paging file|memory resources|memory allocation of|OOM.?[Kk]illed"
+    r"|Out Of Memory|killed by the|memory limit|MEMLIMIT|exceeded limit"
+    r"|(?:low on|out of) memory|memory pressure"
 )
 """What every wording has in it."""
 IN_PROSE = re.compile(
