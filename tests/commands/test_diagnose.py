@@ -67,6 +67,19 @@ def test_a_mistake_is_one_clear_message(expt, home: Path, arguments, words) -> N
     assert not (home / "run").exists()
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-8-sig"])
+def test_other_encodings_are_read(expt, home: Path, monkeypatch, encoding: str) -> None:
+    from expt.tasks import diagnose as module
+
+    (home / "train.log").write_bytes(f"# Läuft\r\n{LOG}Step 1000: OOM\r\n".encode(encoding))
+    code, out, err = diagnose(expt, "diagnose.log=train.log")
+    assert code == 0, err
+    assert "train.log: leak" in out
+    assert "from step 100 to 900" in out.replace("\n", " ")
+    monkeypatch.setattr(module, "MOST_BYTES", 61 if "16" in encoding else 31)
+    assert "train.log: oom" in diagnose(expt, "diagnose.log=train.log")[1]
+
+
 def test_of_a_long_log_the_end_is_read(expt, home: Path, monkeypatch) -> None:
     from expt.commands import diagnose as module
 

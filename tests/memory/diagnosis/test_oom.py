@@ -1,3 +1,5 @@
+# ruff: noqa: E501  (a message stays in one piece)
+
 from __future__ import annotations
 
 import errno
@@ -217,6 +219,86 @@ def test_the_traffic_guides_message() -> None:
     assert report.bytes_allocated == round(24.93 * GIB)
 
 
+def newer(
+    requested: str, total: str, free: str, allocated: str, unused: str, more: str = ""
+) -> str:
+    """The message of torch 2, with figures in GiB."""
+    return (
+        f"CUDA out of memory. Tried to allocate {requested} GiB. GPU 0 has a total capacity of {total} "
+        f"GiB of which {free} GiB is free. {more}Of the allocated memory {allocated} GiB is allocated "
+        f"by PyTorch, and {unused} GiB is reserved by PyTorch but unallocated."
+    )
+
+
+def older(requested: str, total: str, allocated: str, free: str, reserved: str) -> str:
+    """The message of torch 1, with figures in GiB."""
+    return (
+        f"CUDA out of memory. Tried to allocate {requested} GiB (GPU 0; {total} GiB total capacity; "
+        f"{allocated} GiB already allocated; {free} GiB free; {reserved} GiB reserved in total by "
+        "PyTorch)"
+    )
+
+
+XPU = (
+    "XPU out of memory. Tried to allocate {0} GiB. GPU 0 has a total capacity of 15.11 GiB{1}. Of the "
+    "allocated memory 0 bytes is allocated by PyTorch, and 0 bytes is reserved by PyTorch but "
+    "unallocated."
+)
+WHY = [
+    # room left: a limit if one is named, else it was gone for a moment only
+    (newer("2.00", "80.00", "50.00", "7.50", "0.30", "8.00 GiB allowed; "), "limit"),
+    (newer("0.02", "24.00", "18.00", "4.00", "1.98", "6.00 GiB allowed; "), "limit"),
+    (newer("2.00", "80.00", "50.00", "28.00", "1.00"), "transient"),
+    (older("2.26", "6.00", "0.76", "3.03", "1.24"), "transient"),
+    (older("10.84", "23.65", "1.06", "10.26", "12.53"), "fragmentation"),
+    # others hold it, whatever lies unused
+    (older("0.02", "61.00", "10.20", "0.01", "10.65"), "other_process"),
+    (older("1.00", "24.00", "3.00", "0.50", "6.00"), "other_process"),
+    (
+        newer("1.00", "24.00", "0.50", "3.00", "4.00", "Process 7 has 15.50 GiB memory in use. "),
+        "other_process",
+    ),
+    (older("0.02", "60.97", "10.24", "0.01", "10.65").replace("CUDA", "NPU"), "other_process"),
+    # full is full, with the rest of its blocks; so is a small card with a context of its own
+    (newer("0.09", "8.00", "0.00", "7.30", "0.12"), "full"),
+    (newer("0.02", "23.69", "0.01", "22.50", "0.60"), "full"),
+    (older("0.02", "3.94", "2.98", "0.01", "3.00"), "full"),
+    (older("0.02", "1.96", "1.24", "0.00", "1.25"), "full"),
+    (newer("4.00", "80.00", "1.00", "74.00", "2.00"), "full"),
+    # a real share lies in pieces
+    (newer("3.00", "24.00", "0.20", "12.00", "11.00"), "fragmentation"),
+    (newer("1.00", "80.00", "0.30", "60.00", "18.00"), "fragmentation"),
+    # what is free is not said, and the request would have fit
+    (XPU.format("1.71", ""), "other_process"),
+    (XPU.format("8.00", ""), "limit"),
+    (XPU.format("16.00", ""), "too_large"),
+    (XPU.format("9.00", " of which 12.50 GiB is free"), "transient"),
+    (XPU.format("9.00", " of which 1.50 GiB is free"), "other_process"),
+    (
+        "RuntimeError: Current platform can NOT allocate memory block with size larger than 4GB! Tried to "
+        "allocate 6.85 GiB (GPU 0; 15.56 GiB total capacity; 0 bytes already allocated; 0 bytes reserved "
+        "in total by PyTorch)",
+        "limit",
+    ),
+    # other back ends
+    (MPS.format("GiB", "MiB").replace("613.56", "0.10").replace("17.36", "18.00"), "full"),
+    (
+        "MPS backend out of memory (MPS allocated: 2.00 GB, other allocations: 6.50 GB, max allowed: 9.07 "
+        "GB). Tried to allocate 1.00 GB on private pool.",
+        "other_process",
+    ),
+    (
+        "Out of memory error on GPU 0. Cannot allocate 3GB memory on GPU 0, 6GB memory has been allocated "
+        "and available memory is only 1.0MB.",
+        "full",
+    ),
+    (
+        "RESOURCE_EXHAUSTED: Attempting to allocate 4.00G. That was not possible. There are 2.62G free.",
+        "full",
+    ),
+]
+
+
 @pytest.mark.parametrize(
     ("text", "cause"),
     [
@@ -253,6 +335,7 @@ def test_the_traffic_guides_message() -> None:
             "limit",
         ),
         ("torch.OutOfMemoryError: CUDA out of memory.", "unknown"),
+        *WHY,
     ],
 )
 def test_the_figures_say_why(text: str, cause: str) -> None:
