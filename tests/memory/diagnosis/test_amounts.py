@@ -163,6 +163,7 @@ MEMORY = [
     ("allocated 18.2 GB tokens/s 400", round(18.2 * GB)),
     ("activation checkpointing mem 18.2 GB", round(18.2 * GB)),
     ("显存: 18.2GB", round(18.2 * GB)),
+    ("GPU memory utilization: 18.2 GB", round(18.2 * GB)),
     ("used 18.2 GB", round(18.2 * GB)),
     ("18.2 GB", round(18.2 * GB)),
     ("gpu 0: 8.9G used", round(8.9 * GIB)),

@@ -14,7 +14,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from expt.memory.diagnosis.amounts import Amount, Role, amounts
+from expt.memory.diagnosis.amounts import Amount, amounts
+from expt.memory.diagnosis.labels import Role
 from expt.memory.diagnosis.log_tables import TableHead, read_table, table_head
 from expt.memory.diagnosis.oom import OomReport, classify_oom, probable_oom
 from expt.memory.diagnosis.trend import Reading

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from expt.memory.diagnosis.amounts import Amount, cell_amounts, describe, name_label
+from expt.memory.diagnosis.amounts import Amount, cell_amounts
+from expt.memory.diagnosis.labels import describe, name_label
 
 Row = tuple[float, list[Amount]]
 """A step, and the amounts of memory at it."""
