@@ -57,8 +57,8 @@ LOGS = {
     ),
 }
 ANSWERS = {
-    "learning_rates_in_E.log": ("not_oom", "neither"),
-    "tokens_in_M.log": ("not_oom", "neither"),
+    "learning_rates_in_E.log": ("not_oom", "Neither"),
+    "tokens_in_M.log": ("not_oom", "Neither"),
     "gpu_leaks_beside_cpu.log": ("leak", "on the GPU"),
     "other_process.txt": ("other_process", "Other processes hold 50.33 GiB of 61.00 GiB"),
     "limit_with_room_left.txt": ("oom", "A limit of 1.05 GiB"),

@@ -406,16 +406,17 @@ def test_a_long_log_takes_no_time() -> None:
     assert classify_oom(text) is None
 
 
-def test_importing_memory_stays_without_torch() -> None:
+def test_importing_memory_stays_without_torch_and_scipy() -> None:
     program = (
         "import sys, expt.memory as m\n"
         "assert m.classify_oom('CUDA out of memory.').kind == 'cuda'\n"
-        "print('torch' in sys.modules, 'MemoryManager' in dir(m))"
+        "import expt.memory.diagnosis.diagnosis\n"
+        "print('torch' in sys.modules, 'scipy' in sys.modules, 'MemoryManager' in dir(m))"
     )
     ran = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
     )
-    assert ran.stdout.split() == ["False", "True"]
+    assert ran.stdout.split() == ["False", "False", "True"]
     import expt.memory
 
     with pytest.raises(AttributeError, match="nothing"):

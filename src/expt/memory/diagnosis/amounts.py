@@ -195,11 +195,9 @@ def _unit(token: _Token, label: Label, context: Label) -> tuple[str | None, str]
 
 def _assumed_unit(token: _Token, label: Label) -> tuple[str | None, str]:
     """Return the unit of ``memory: 4672`` by convention."""
-    if (
-        not label.memory
-        or label.unknown
-        or not re.search(r"mem|ram|rss|显存|内存", label.text, re.I)
-    ):
+    text = label.text.lower()
+    of_memory = label.memory and re.search("mem|ram|rss|显存|内存", text) is not None
+    if not of_memory or label.unknown or "util" in text:
         return None, ""
     number = float(token.number.replace(",", ""))
     if UNITLESS_MIB[0] <= number <= UNITLESS_MIB[1]:

@@ -188,11 +188,12 @@ def _not_oom(text: str) -> Diagnosis:
     found = find_lookalike(text)
     if found is not None:
         lookalike, line = found
-        return Diagnosis("not_oom", lookalike.name, (line,), (lookalike.advice,))
+        name = lookalike.name[0].upper() + lookalike.name[1:]
+        return Diagnosis("not_oom", name, (line,), (lookalike.advice,))
     return Diagnosis(
         "not_oom",
-        "neither an out-of-memory message nor a series of memory readings was found",
-        (f"{counted(len(text.splitlines()), 'line')} read",),
+        "Neither an out-of-memory message nor a series of memory readings was found",
+        (f"The text has {counted(len(text.splitlines()), 'line')}.",),
         (
             "Give the whole traceback, or a log whose lines name a step and an amount of memory, "
             "as in 'step 100: 18.2 GiB'",
