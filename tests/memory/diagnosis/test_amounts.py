@@ -126,6 +126,17 @@ step {n} requests {n}2K, words {n}.1M
 step {n} queue {n}2K rows {n}.4M
 step {n} reward {n}1.2 memory {n}
 step {n} A100-80GB x {n}
+step {n} batch size {n}2 MB
+step {n} tensor size {n}2 MB
+step {n} shared memory {n}8 KB per block
+step {n} message size {n}2 MB
+step {n} max file size {n}2 MB
+step {n} L2 cache {n}2 MB
+step {n} GPU hours {n}.2K
+step {n} {n}50 TFLOP/s/GPU
+step {n}: throughput per GPU (TFLOP/s/GPU): {n}50.1
+step {n} pinned buffers {n}2 MB
+step {n} RAM disk {n}.2 GB
 step {n} memory 1{n}E
 step {n} memory {n}.0EB
 step {n} memory {n}.0PB

@@ -97,7 +97,17 @@ def test_where_memory_ran_out(end: str, step: int, kind: str | None) -> None:
     assert len(content.readings) == 1, "the message's own amounts are no reading"
 
 
-@pytest.mark.parametrize("end", ["step 9 no OOM so far", "step 9 out_of_memory_events 0", "done"])
+@pytest.mark.parametrize(
+    "end",
+    [
+        "step 9 no OOM so far",
+        "step 9: smaller batch to avoid an OOM",
+        "step 9 OOM-safe mode",
+        "step 9 oom_count 0 OOM retries 0",
+        "step 9 out_of_memory_events 0",
+        "done",
+    ],
+)
 def test_memory_did_not_run_out(end: str) -> None:
     content = read_log(f"step 8 mem 2 GB\n{end}\n")
     assert not content.ran_out

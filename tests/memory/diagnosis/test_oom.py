@@ -281,6 +281,17 @@ WHY = [
         "limit",
     ),
     # other back ends
+    (
+        "torch.OutOfMemoryError: Allocation on device 0 would exceed allowed memory. (out of memory)\n"
+        "Currently allocated     : 7.45 GiB\nRequested               : 2.50 GiB\n"
+        "Device limit            : 23.69 GiB\nFree (according to CUDA): 14.00 GiB\n"
+        "PyTorch limit (set by user-supplied memory fraction)\n                        : 8.00 GiB",
+        "limit",
+    ),
+    (
+        "cupy.cuda.memory.OutOfMemoryError: Out of memory allocating 8,000 bytes (allocated so far: 0 bytes).",
+        "unknown",
+    ),
     (MPS.format("GiB", "MiB").replace("613.56", "0.10").replace("17.36", "18.00"), "full"),
     (
         "MPS backend out of memory (MPS allocated: 2.00 GB, other allocations: 6.50 GB, max allowed: 9.07 "

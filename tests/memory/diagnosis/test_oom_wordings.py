@@ -22,6 +22,7 @@ OUT_OF_MEMORY = {
         "mxnet.base.MXNetError: src/storage/pooled_storage_manager.h:161: cudaMalloc retry failed: "
         "out of memory",
         "failed to allocate 6.10G (6549825536 bytes) from device: CUDA_ERROR_OUT_OF_MEMORY",
+        "torch.OutOfMemoryError: CUDA error(2), out of memory.",
         "MemoryError: std::bad_alloc: out_of_memory: CUDA error at: mr.hpp:70: "
         "cudaErrorMemoryAllocation out of memory",
     ],
@@ -61,6 +62,8 @@ OUT_OF_MEMORY = {
         "        Possible Cause: Available memory is insufficient.",
         "        alloc device memory failed, runtime result = 207001[FUNC:ReportCallError]",
         "Call rtMalloc fail, purpose: page caching, type = 2, size:3221291008, device_id:0",
+        "[npu_driver.cc:12] MallocDevice: [drv api] halMemAlloc failed: size=2147483648, drvRetCode=6!",
+        "Out of Memory!!! Request memory size: 34359738368, Memory Statistic:",
         "Malloc device memory failed, size[2147483648], ret[207001], Device[0] Available memory "
         "size: 1024 may be other processes occupying this card",
     ],
@@ -80,6 +83,9 @@ OUT_OF_MEMORY = {
         "jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: Attempting to allocate 4.00G. That was not "
         "possible. There are 2.62G free.; (0x0x0_HBM0)",
         "RESOURCE_EXHAUSTED: Failed to allocate request for 2.00GiB (2147483648B) on device ordinal 0",
+        "XlaRuntimeError: INTERNAL: Failed to allocate 1073741824 bytes for new constant",
+        "InternalError: Failed copying input tensor to GPU:0: Dst tensor is not initialized.",
+        "ValueError: No available memory for the cache blocks. Try increasing gpu_memory_utilization",
         # Paddle
         "ResourceExhaustedError: \n\nOut of memory error on GPU 1. Cannot allocate 98.25MB memory on "
         "GPU 1, 6.000000GB memory has been allocated and available memory is only 0.000000B.",
@@ -109,6 +115,7 @@ OUT_OF_MEMORY = {
         "OSError: [WinError 1455] Die Auslagerungsdatei ist zu klein",
         "OSError: [WinError 8] Not enough memory resources are available to process this command",
         "memory allocation of 4294967296 bytes failed",
+        "pandas.errors.ParserError: Error tokenizing data. C error: out of memory",
         "fatal error: runtime: out of memory",
         "java.lang.OutOfMemoryError: Java heap space",
         "level_zero backend failed with error: 38 (UR_RESULT_ERROR_OUT_OF_HOST_MEMORY)",
@@ -133,6 +140,8 @@ OUT_OF_MEMORY = {
         "State: OUT_OF_MEMORY (exit code 0)",
         "train.service: Failed with result 'oom-kill'.",
         "    Last State:  Terminated\n      Reason:    OOMKilled\n      Exit Code: 137",
+        "The node was low on resource: memory. Container main was using 30Gi",
+        "Container killed by YARN for exceeding memory limits. 5.5 GB of 5.5 GB physical memory used.",
         "TERM_MEMLIMIT: job killed after reaching LSF memory usage limit.",
         "=>> PBS: job killed: mem 16803452kb exceeded limit 16777216kb",
     ],
@@ -156,6 +165,8 @@ PROBABLY = [
     "epoch 3 loss 0.1\nKilled\n",
     "run.sh: line 12:  4242 Killed                  python train.py",
     "zsh: killed     python train.py",
+    "[1]    12345 killed     python train.py",
+    "Command terminated by signal 9",
     "srun: error: gpu01: task 3: Killed",
     "Worker exit detail: Worker unexpectedly exits. There are some potential root causes. (1) The "
     "process is killed by SIGKILL by OOM killer due to high memory usage. (2) ray stop --force",
@@ -167,6 +178,9 @@ NOT_OUT_OF_MEMORY = [
     "OutOfResources: out of resource: tensor memory, Required: 640, Hardware limit: 512.",
     "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 20.0M of 16.0M vmem.",
     "too many resources requested for launch",
+    "RuntimeError: Unable to find a valid cuDNN algorithm to run convolution",
+    "Native API returns: 40 (UR_RESULT_ERROR_OUT_OF_RESOURCES)",
+    "ray.exceptions.WorkerCrashedError: The worker died unexpectedly while executing this task.",
     # services
     "grpc: RESOURCE_EXHAUSTED: Received message larger than max (5000000 vs. 4194304)",
     "google.api_core.exceptions.ResourceExhausted: 429 RESOURCE_EXHAUSTED: Quota exceeded for quota",

@@ -85,7 +85,8 @@ HOST = (
     "Fewer loader workers, prefetch 1 or 2: each process holds its own copies",
     "Open large files lazily (numpy.load(mmap_mode='r'), h5py) instead of reading them whole",
     "Every process loads the whole model: load once, or with torch.load(mmap=True)",
-    "Raise the limit of the container or job (docker --memory, Slurm --mem)",
+    "Raise the limit of the container or job (docker --memory, Slurm --mem); on Windows, the size "
+    "of the paging file",
     SMALLER_BATCH,
 )
 LIBRARY = (

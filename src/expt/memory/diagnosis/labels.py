@@ -43,7 +43,7 @@ _RANK_WORDS = ("rank", "default", "worker", "node", "device")
 _NEUTRAL_WORDS = re.compile(
     r"steps?|iter(?:ation)?s?|it|epochs?|batch|train(?:ing|er)?|val(?:id|idation)?|eval\w*|rank"
     r"|local|global|node|worker|device|default|at|on|in|of|is|was|are|now|after|before|the|an?|by"
-    r"|for|with|to|and|avg|average|mean|min|size|so|far|already|currently|about|info|debug"
+    r"|for|with|to|and|avg|average|mean|min|so|far|already|currently|about|info|debug"
     r"|warning|process|processes|tensors?|torch|pytorch|nvidia|smi|py|main|log(?:ger)?|out|stats|util\w*"
 )
 _FOREIGN_WORDS = re.compile(
@@ -59,7 +59,7 @@ _NEVER_WORDS = re.compile(
     r"saved?|saves|savings?|saving|freed|delta|diff|increase\w*|growth|grew|change\w*|estimat\w+"
     r"|predict\w+|expect\w+|replay|bandwidth|bw|swap\w*|disks?|bus|pcie|nvlink|nums?|number|counts?"
     r"|percent\w*|pct|frac|fraction|ratio|temp\w*|power|clock|fan|download\w*|upload\w*"
-    r"|queue|episodic|released?|vms"
+    r"|queue|shared|episodic|released?|vms"
 )
 """Words that rule memory out wherever they stand; the others only right before the number."""
 

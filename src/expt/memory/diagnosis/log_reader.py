@@ -18,6 +18,7 @@ from expt.memory.diagnosis.amounts import Amount, amounts
 from expt.memory.diagnosis.labels import Role
 from expt.memory.diagnosis.log_tables import TableHead, read_table, table_head
 from expt.memory.diagnosis.oom import OomReport, classify_oom, probable_oom
+from expt.memory.diagnosis.oom_wordings import IN_PROSE
 from expt.memory.diagnosis.trend import Reading
 
 LONGEST_LINE = 2000
@@ -52,7 +53,8 @@ _ABOUT_MEMORY = re.compile(
     r"\d\s?_?[KMGTkmgt][iI]?[Bb]?\b|bytes|mem|rss|ram\b|alloc|显存|内存", re.ASCII | re.IGNORECASE
 )
 _OOM_WORD = re.compile(
-    r"(?<!no )(?<!0 )\b(?:OOM\b|(?:CUDA )?[Oo]ut of memory)(?![-_ ](?:events|er))"
+    r"(?<!no )(?<!0 )\b(?:OOM\b|(?:CUDA )?[Oo]ut of memory)"
+    r"(?![-_ ](?:event|err|er\b|safe|free|risk|retr|count|guard|score|prot))"
 )
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _QUOTES = str.maketrans("", "", "'\"`")
@@ -101,7 +103,12 @@ def _read_lines(text: str) -> LogContent:
         line = whole.translate(_QUOTES)
         named = next((found for one in _STEPS if (found := one.search(line))), None)
         step = _count(named) if named else step
-        if _OOM_WORD.search(line) and (classify_oom(whole) is not None or (named and not word)):
+        oom = _OOM_WORD.search(line)
+        if (
+            oom
+            and not IN_PROSE.search(line[: oom.start()])
+            and (classify_oom(whole) is not None or (named and not word))
+        ):
             word, ran_out_at = True, step if ran_out_at is None else ran_out_at
             continue  # its amounts are those of the message
         row = head.read(line) if head else None

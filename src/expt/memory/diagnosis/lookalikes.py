@@ -80,9 +80,26 @@ LOOKALIKES = (
         "pad inputs to a few fixed shapes, or mark the changing dimension as dynamic",
     ),
     _of(
-        "cuDNN has no kernel for this layout or type",
+        "this layout or type has no kernel in cuDNN",
         r"CUDNN_STATUS_NOT_SUPPORTED",
         "make the input contiguous, or set torch.backends.cudnn.enabled = False to see it",
+    ),
+    _of(
+        "the library cuDNN failed to start or found no algorithm, for which it may lack memory",
+        r"CUDNN_STATUS_(?:NOT_INITIALIZED|EXECUTION_FAILED)"
+        r"|unable to find (?:a valid cuDNN|an engine)",
+        "try a smaller batch; if it stays, compare the versions of cuDNN, CUDA and the driver",
+    ),
+    _of(
+        "the Intel device ran out of resources, of which memory is only one",
+        r"ERROR_OUT_OF_RESOURCES",
+        "try a smaller batch; if it stays, update the driver",
+    ),
+    _of(
+        "a Ray worker died, and Ray does not say why",
+        r"WorkerCrashedError",
+        "look for the node's memory in the dashboard, and for the end in python-core-worker-*.log",
+        follows=True,
     ),
     _of(
         "a kernel of a library failed",

@@ -55,20 +55,14 @@ def _why(report: OomReport) -> str:
         case "other_process" if report.kind == "mps":
             return f"{others} of {total} are other allocations, outside torch's allocator"
         case "other_process" if figures.others_are_inferred:
-            return (
-                f"Other processes probably hold it: this process holds only "
-                f"{format_bytes(figures.held_bytes)} of {total}"
-            )
+            return f"Other processes probably hold it: {_held(figures)}"
         case "other_process":
             return f"Other processes hold {others} of {total}"
         case "limit" if figures.limit_bytes is not None:
             room = "" if figures.free_bytes is None else f"; {free} of the device are free"
             return f"A limit of {limit} on this process was reached{room}"
         case "limit":
-            return (
-                "The device probably limits a single allocation: this process holds only "
-                f"{format_bytes(figures.held_bytes)} of {total}"
-            )
+            return f"The device probably limits a single allocation: {_held(figures)}"
         case "transient":
             return (
                 f"{free} were free when the message was written, enough for the "
@@ -79,6 +73,11 @@ def _why(report: OomReport) -> str:
             return "One tensor is larger than the whole device; its shape is probably wrong"
         case _:
             return "" if report.kind in HOST_KINDS else "The message gives no figures"
+
+
+def _held(figures: Figures) -> str:
+    held = f"only {format_bytes(figures.held_bytes)}" if figures.held_bytes else "nothing"
+    return f"this process holds {held} of {format_bytes(figures.total_bytes)}"
 
 
 def _how_full(report: OomReport) -> str:

@@ -116,6 +116,7 @@ _PHRASES = {
         r"tried to allocate #",
         r"(?:unable|failed|not|attempting) to allocate(?: (?:request for|memory of))? #",
         r"cannot allocate #",
+        r"requested\s*: #",
         r"out of memory(?: while trying to allocate| allocating) #",
         r"[cm]alloc(?: async| host)? #",
         r"(?:malloc|allocation) (?:of|for)(?: size)?[ :]+#",
@@ -131,6 +132,7 @@ _PHRASES = {
         r"total capaci?ty of #",
         r"# total capacity",
         r"# total\b",
+        r"device limit\s*: #",
         r"max allowed: #",
         r"used ~ of # hbm",
         r"was ~ / #",
@@ -138,6 +140,7 @@ _PHRASES = {
     "free_bytes": (
         r"of which # is free",
         r"there are # free",
+        r"free \(according to CUDA\)\s*: #",
         r"# free\b",
         r"# is free\b",
         r"available memory is(?: only)? #",
@@ -149,6 +152,7 @@ _PHRASES = {
         r"# allocated by PyTorch",
         r"MPS allocated: #",
         r"allocated so far: #",
+        r"currently allocated\s*: #",
         r"# memory has been allocated",
         r"# allocated\b",
     ),
@@ -159,6 +163,7 @@ _PHRASES = {
         r"# allowed\b",
         r"max allowed: #",
         r"with size larger than #",
+        r"PyTorch limit [^:]{0,80}: #",
         r"limit(?: of|:)? #",
         r"budget(?: of|:)? #",
     ),
@@ -197,10 +202,10 @@ def likely_cause(figures: Figures) -> Cause:
     requested, total, free = figures.requested_bytes, figures.total_bytes, figures.free_bytes
     if requested is not None and total is not None and requested > total:
         return "too_large"
-    if total is None and free is None and figures.allocated_bytes is None:
+    if total is None and free is None and not figures.allocated_bytes:
         return "unknown"
     if requested is not None and free is not None and free >= requested:
-        return "transient" if figures.limit_bytes in (None, total) else "limit"
+        return "limit" if _names_limit(figures) else "transient"
     if _is_at_limit(figures):
         return "limit"
     if _is_crowded(figures):
@@ -208,13 +213,19 @@ def likely_cause(figures: Figures) -> Cause:
     return "fragmentation" if _is_fragmented(figures) else "full"
 
 
+def _names_limit(figures: Figures) -> bool:
+    """Tell whether there is a limit lower than the device."""
+    limit, total = figures.limit_bytes, figures.total_bytes
+    return limit is not None and (total is None or limit < total)
+
+
 def _is_at_limit(figures: Figures) -> bool:
     """Tell whether a limit lower than the device would be passed."""
-    requested, limit, total = figures.requested_bytes, figures.limit_bytes, figures.total_bytes
-    held = figures.held_bytes
-    if limit is None and figures.others_are_inferred:
-        return (requested or 0) >= ONE_ALLOCATION_BYTES
-    return limit not in (None, total) and held is not None and held + (requested or 0) > limit
+    requested, held = figures.requested_bytes or 0, figures.held_bytes
+    limit = figures.limit_bytes if _names_limit(figures) else None
+    if limit is None:
+        return figures.others_are_inferred and requested >= ONE_ALLOCATION_BYTES
+    return held is not None and held + requested > limit
 
 
 def _is_crowded(figures: Figures) -> bool:

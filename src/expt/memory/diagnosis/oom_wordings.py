@@ -52,6 +52,7 @@ _SAYS_OUT = r"(?:[Oo]ut of memory|Attempting to allocate|[Ff]ailed to allocate|\
 _WORDINGS: tuple[tuple[Kind | None, str], ...] = (
     ("nccl", r"\b[NR]CCL\b[^\n]*(?:Cuda|HIP) failure(?: \d+)? 'out of memory'"),
     ("nccl", rf"(?:[Uu]nhandled (?:cuda|hip) error|nccl\w*Error)(?s:.){{0,600}}?{_CALL_SAYS}"),
+    ("nccl", r"(?:Cuda|HIP) failure(?: \d+)? 'out of memory'"),
     ("nccl", rf"Failed to (?:CUDA|HIP) [cm]alloc(?: \w+)? \d+ bytes{_NO_OTHER_FAULT}"),
     ("mps", r"MPS backend out of memory"),
     ("mps", r"kIOGPUCommandBufferCallbackErrorOutOfMemory"),
@@ -68,7 +69,7 @@ _WORDINGS: tuple[tuple[Kind | None, str], ...] = (
     ("hip", r"\b(?:HIP|ROC)BLAS_STATUS_ALLOC_FAILED\b|\bmiopenStatusAllocFailed\b"),
     ("hip", r"\bhipErrorOutOfMemory\b|\brocblas_status_memory_error\b"),
     ("cuda", r"\bCUDA_ERROR_OUT_OF_MEMORY\b|\bcudaErrorMemoryAllocation\b"),
-    ("cuda", r"cuda runtime error \(2\) : out of memory"),
+    ("cuda", r"(?:cuda runtime|CUDA) error ?\(2\)(?: :|,) out of memory"),
     ("cuda", r"^Error out of memory at line \d+ in file"),  # bitsandbytes
     ("xpu", r"\b(?:UR|ZE|PI)_(?:RESULT_)?ERROR_OUT_OF_DEVICE_MEMORY\b"),
     ("host_allocator", r"\b(?:(?:UR|ZE|PI)_(?:RESULT_)?ERROR|VK_ERROR|CL)_OUT_OF_HOST_MEMORY\b"),
@@ -81,13 +82,18 @@ _WORDINGS: tuple[tuple[Kind | None, str], ...] = (
     ),
     ("npu", r"\bACL_ERROR_(?:RT_MEMORY_ALLOCATION|BAD_ALLOC|STORAGE_OVER_LIMIT)\b"),
     ("npu", r"\bEL0004: (?s:.){0,80}?Failed to allocate memory"),
-    ("npu", r"\bMalloc device memory failed\b"),  # MindSpore
+    ("npu", r"\bMalloc device memory failed\b|\bhalMemAlloc failed\b"),  # MindSpore, driver
+    ("npu", r"\bmemory isn't enough and alloc failed\b|\bOut of Memory!!! Request memory size"),
     (
         "host_allocator",
         r"OOM when allocating tensor[^\n]{0,300}(?:device:CPU|allocator (?:mklcpu|cpu))",
     ),
     ("device", r"OOM when allocating tensor"),
     ("device", rf"RESOURCE_EXHAUSTED: {_NOT_ON_CHIP}[^\n]*{_SAYS_OUT}"),
+    ("device", r"XlaRuntimeError: \w+: [^\n]*(?:[Oo]ut of memory|[Ff]ailed to allocate)"),
+    ("device", r"\bDst tensor is not initialized\b"),  # TensorFlow
+    ("device", r"\bNo available memory for the cache blocks\b"),  # vLLM
+    ("device", r"Free memory on device [^\n]{0,60}less than desired GPU memory utilization"),
     ("device", r"Resource exhausted: (?:[^\n]*Out of memory|OOM when)"),
     ("device", r"ResourceExhaustedError:\s[^\n]*(?:[Ff]ailed to allocate memory|\bOOM\b)"),
     ("device", r"Allocator \(\w+\) ran out of memory trying to allocate(?![^\n]*not a failure)"),
@@ -115,6 +121,8 @@ _WORDINGS: tuple[tuple[Kind | None, str], ...] = (
     ("host_allocator", r"\bdiagnosed a low virtual memory condition"),  # Windows' event 2004
     ("host_allocator", r"\bmemory allocation of \d+ bytes failed"),  # Rust
     ("host_allocator", r"^fatal error: runtime: (?:out of memory|cannot allocate memory)"),  # Go
+    ("host_allocator", r"\bC error: out of memory\b|\bJavaScript heap out of memory\b"),
+    ("host_allocator", r"\bOutOfMemoryException: Out of Memory Error"),  # DuckDB
     ("host_allocator", r"java\.lang\.OutOfMemoryError"),
     ("memory_error", r"^(?:[\w.]+\.)?_?(?:Array|Arrow)?MemoryError(?::|\s*$)"),
     ("memory_error", r"Unable to allocate [\d.]+ [KMGTPE]?i?B for an array with shape"),
@@ -123,7 +131,9 @@ _WORDINGS: tuple[tuple[Kind | None, str], ...] = (
     ("oom_killer", r"killed by the (?:cgroup )?(?:out-of-memory handler|OOM killer\.)"),
     ("oom_killer", r"may have been killed by the cgroup out-of-memory handler"),
     ("oom_killer", r"\bresult 'oom-kill'|\bOOM[- ]?[Kk]illed\b(?!\W{1,4}false)"),
-    ("oom_killer", r"\b[Ee]xceeded (?:job|step) memory limit|\bTERM_MEMLIMIT\b"),
+    ("oom_killer", r"\blow on resource: memory\b|\bsystemd-oomd killed\b"),
+    ("oom_killer", r"\b(?:exceeding|beyond physical) memory limits\b"),  # YARN
+    ("oom_killer", r"\b[Ee]xceeded (?:(?:job|step) )?memory limit|\bTERM_MEMLIMIT\b"),
     ("oom_killer", r"\bmem \d+[kmg]?b exceeded limit \d+"),  # PBS
     ("oom_killer", r"\bState\s*[:=]\s*OUT_OF_MEMORY\b|\btasks? [\d,-]+: Out Of Memory\b"),
     ("ray", r"\bnode (?:is )?(?:running|ran) (?:low on|out of) memory"),
@@ -136,8 +146,9 @@ KILLED = re.compile(
     r"|(?i:\b(?:exit ?codes?|return ?code|exit status|exited with(?: code)?))"
     r"[\s:=(\"']*(?:-9|137)\b"
     r"|\bSignal 9 \(SIGKILL\)|terminated with signal SIGKILL|died with <Signals\.SIGKILL"
-    r"|\bSIGKILL\(-9\)|\bkilled by signal 9\b|\bsignal: killed\b|\bKilled: 9\b|\btask \S+: Killed\b"
-    r"|^\s*Killed\s*$|\bline \d+:\s+\d+ Killed\b|\bzsh: killed\b"
+    r"|\bSIGKILL\(-9\)"
+    r"|\b(?:by|exit|with) signal:? 9\b|\bsignal: killed\b|\bKilled: 9\b|\btask \S+: Killed\b"
+    r"|^\s*Killed\s*$|\bline \d+:\s+\d+ Killed\b|\bzsh: killed\b|^\[\d+\]\s+\d+ killed\b"
     r"|killed by SIGKILL by OOM killer",
     re.MULTILINE,
 )
@@ -156,6 +167,9 @@ HINT = re.compile(
     r"|video memory|WinError|paging file|memory resources|memory allocation of|OOM.?[Kk]illed"
     r"|Out Of Memory|killed by the|memory limit|MEMLIMIT|exceeded limit"
     r"|(?:low on|out of) memory|memory pressure"
+    r"|XlaRuntimeError|Dst tensor|cache blocks|than desired|C error|heap out|Out of Memory Error"
+    r"|on resource: memory|oomd killed|memory limits|halMemAlloc|alloc failed|Cuda failure"
+    r"|HIP failure"
 )
 """What every wording has in it."""
 IN_PROSE = re.compile(
