@@ -30,7 +30,8 @@ _TOKEN = re.compile(
     rf"(?<![\w.\x00+-])(?P<number>{WRITTEN_NUMBER})(?:\s?_?(?P<unit>{WRITTEN_UNIT})(?![\w%]))?"
     r"(?P<rate>\s*(?:/|per\b)\s*(?:s|ms|min|h|it|sec\w*|hour|iter\w*|step|epoch|sample|token)\b)?"
 )
-_OF = re.compile(r"\s*(?:/|of|out of)\s*")
+_OF = re.compile(r"\s*(?:used )?(?:/|of|out of)\s*")
+_LIST = re.compile(r"(?P<name>[\w./ -]+[=:]\s*)\[(?P<values>[\w., ]+)\]")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class _Token:
 
 def amounts(line: str) -> list[Amount]:
     """Return every amount of memory in a line; steps and times of day should be cut out before."""
-    line = marked(line)
+    line = marked(_LIST.sub(_each_named, line))
     context = Label("")
     device = rank = ""
     named: list[Amount] = []
@@ -80,6 +81,11 @@ def amounts(line: str) -> list[Amount]:
                 context = Label("")
     known = any(one.role in ("allocated_bytes", "peak_bytes") for one in named)
     return named if known else named + unnamed
+
+
+def _each_named(found: re.Match[str]) -> str:
+    """Write ``mem_gb=[8.3, 8.4]`` as ``mem_gb=8.3 ; mem_gb=8.4``: one for each rank."""
+    return " ; ".join(found["name"] + value for value in found["values"].split(","))
 
 
 def cell_amounts(name: str, value: str, device: str = "") -> list[Amount]:

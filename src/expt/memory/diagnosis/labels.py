@@ -124,7 +124,7 @@ def describe(text: str) -> Label:
         words.append(word)
         if word in _RANK_WORDS and index:
             rank = f"{'rank' if word == 'default' else word} {index}"
-        named = _DEVICE_WORDS.get(word, "")
+        named = _DEVICE_WORDS.get(word, "GPU" if word == "device" and not index else "")
         if named and (not device or device == "CPU"):
             device = f"{named} {index}" if index else named
         if _MEMORY_WORDS.fullmatch(word):

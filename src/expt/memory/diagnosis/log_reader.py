@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from expt.memory.diagnosis.amounts import Amount, amounts
-from expt.memory.diagnosis.labels import Role
+from expt.memory.diagnosis.labels import Role, describe
 from expt.memory.diagnosis.log_tables import TableHead, read_table, table_head
 from expt.memory.diagnosis.oom import OomReport, classify_oom, probable_oom
 from expt.memory.diagnosis.oom_wordings import IN_PROSE
@@ -26,6 +26,8 @@ LONGEST_LINE = 2000
 MOST_READINGS_A_STEP = 16
 """Unnamed readings at one step, of as many ranks, that are told apart; of more the largest counts.
 """
+LINES_OF_A_STEP = 2
+"""Lines after one that names a step in which memory, called so, is that step's."""
 UNITS_NOTE = {
     "MiB": "Memory without a unit is taken to be in MiB, as MMEngine and torchvision print it.",
     "bytes": "Memory without a unit is taken to be in bytes: the numbers are too large for MiB.",
@@ -50,7 +52,8 @@ _ANY_STEP = re.compile(
     "|".join(one.pattern.replace("?P<step>", "?:") for one in (*_STEPS, _EPOCH)), re.IGNORECASE
 )
 _ABOUT_MEMORY = re.compile(
-    r"\d\s?_?[KMGTkmgt][iI]?[Bb]?\b|bytes|mem|rss|ram\b|alloc|显存|内存", re.ASCII | re.IGNORECASE
+    r"\d\s?_?[KMGT]i?B?\b|\b[KMGT]i?B\b|bytes|mem|rss|ram\b|alloc|显存|内存",
+    re.ASCII | re.IGNORECASE,
 )
 _OOM_WORD = re.compile(
     r"(?<!no )(?<!0 )\b(?:OOM\b|(?:CUDA )?[Oo]ut of memory)"
@@ -98,11 +101,12 @@ def _read_lines(text: str) -> LogContent:
     step: float | None = None
     ran_out_at: float | None = None
     word = False
+    lines_since = 0
     for line in text.splitlines():
         whole = line[:LONGEST_LINE]
         line = whole.translate(_QUOTES)
         named = next((found for one in _STEPS if (found := one.search(line))), None)
-        step = _count(named) if named else step
+        step, lines_since = (_count(named), 0) if named else (step, lines_since + 1)
         oom = _OOM_WORD.search(line)
         if (
             oom
@@ -121,8 +125,10 @@ def _read_lines(text: str) -> LogContent:
                 collected.add(_count(named or epoch), amounts(_ANY_STEP.sub(" ; ", line)))
             elif line.lstrip().startswith("{"):  # a record that names no step
                 by_row.add(float(by_row.longest()), amounts(line))
-            else:
-                head = table_head(line) or head
+            elif (new := table_head(line)) is not None:
+                head = new
+            elif step is not None and lines_since <= LINES_OF_A_STEP and not word:
+                by_step.add(step, [one for one in amounts(line) if describe(one.label).memory])
     report = classify_oom(text) or probable_oom(text)
     chosen = max((by_step, by_epoch, by_row), key=lambda one: one.longest())
     ran_out = word or report is not None
@@ -180,20 +186,22 @@ class _Collected:
 def _readings(step: float, found: Iterable[Amount]) -> dict[str, Reading]:
     """Return the readings of one line by device.
 
-    A second amount of the same kind on the same device is a series of its own, by its label.
+    A second amount of the same kind on the same device is a series of its own, by its label or, if
+    that is the same, by its place.
     """
-    values: dict[str, dict[Role, int]] = {}
+    named: dict[str, dict[Role, Amount]] = {}
     for one in found:
         name = one.device
-        if one.role in values.get(name, {}):
+        before = named.get(name, {}).get(one.role)
+        if before is not None and before.label != one.label:
             name = f"{name} {one.label}".strip()
-        number = 2
-        while one.role in values.get(name, {}):
-            name = f"{name.removesuffix(f'#{number - 1}')} #{number}".strip()
-            number += 1
-        values.setdefault(name, {})[one.role] = one.count_bytes
+        base, number = name, 2
+        while one.role in named.get(name, {}):
+            name, number = f"{base} #{number}".strip(), number + 1
+        named.setdefault(name, {})[one.role] = one
     readings = {}
-    for name, of_device in values.items():
+    for name, amounts_of in named.items():
+        of_device = {role: one.count_bytes for role, one in amounts_of.items()}
         if of_device.keys() & {"allocated_bytes", "peak_bytes"}:
             readings[name] = _reading(step, of_device)
         elif of_device.keys() & {"reserved_bytes", "peak_reserved_bytes"}:
