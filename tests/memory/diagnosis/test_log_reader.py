@@ -198,6 +198,7 @@ def growth(text: str) -> dict[str, float]:
         ("step {n} 40.1 GB {g} GB", {"#1": 0, "#2": 3.3}),
         ("step {n} gpu(MB) {m}", {"GPU": 3.3}),
         ("step {n} loss 0.2\n  GPU memory: {g} GB\n  checkpoint of 3 GB", {"GPU": 3.3}),
+        ("Epoch {n}/12\n100/100 [====] - 3s - loss: 0.3 - gpu_memory: {m}", {"GPU": 3.5}),
         ("step {n} activation mem 30 GB | optimizer mem {g} GB", {"": 0, "optimizer mem": 3.3}),
         ("iter: {n}, gpu mem: {m}Mb, mem: 12.3Gb, lr: 1.0e-03", {"GPU mem": 0, "GPU": 3.3}),
         ("step {n} | 8.1 GB on npu:0 | {g} GB on npu:1", {"NPU 1": 3.3, "NPU 0": 0}),

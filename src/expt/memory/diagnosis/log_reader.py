@@ -98,43 +98,50 @@ def read_log(text: str) -> LogContent:
 def _read_lines(text: str) -> LogContent:
     by_step, by_epoch, by_row = _Collected(), _Collected(), _Collected()
     head: TableHead | None = None
+    place: tuple[_Collected, float] | None = None  # the step or epoch last named
+    lines_since = 0
     step: float | None = None
     ran_out_at: float | None = None
     word = False
-    lines_since = 0
     for line in text.splitlines():
         whole = line[:LONGEST_LINE]
         line = whole.translate(_QUOTES)
         named = next((found for one in _STEPS if (found := one.search(line))), None)
-        step, lines_since = (_count(named), 0) if named else (step, lines_since + 1)
-        oom = _OOM_WORD.search(line)
-        if (
-            oom
-            and not IN_PROSE.search(line[: oom.start()])
-            and (classify_oom(whole) is not None or (named and not word))
-        ):
+        epoch = None if named else _EPOCH.search(line)
+        lines_since += 1
+        if named or epoch:
+            place, lines_since = (by_step if named else by_epoch, _count(named or epoch)), 0
+        step = _count(named) if named else step
+        if _says_oom(line, whole, first_at_a_step=named is not None and not word):
             word, ran_out_at = True, step if ran_out_at is None else ran_out_at
             continue  # its amounts are those of the message
         row = head.read(line) if head else None
         if row is not None:
             by_row.add(*row, replaces=True)
-        elif _ABOUT_MEMORY.search(line):
-            epoch = None if named else _EPOCH.search(line)
-            if named or epoch:
-                collected = by_step if named else by_epoch
-                collected.add(_count(named or epoch), amounts(_ANY_STEP.sub(" ; ", line)))
-            elif line.lstrip().startswith("{"):  # a record that names no step
-                by_row.add(float(by_row.longest()), amounts(line))
-            elif (new := table_head(line)) is not None:
-                head = new
-            elif step is not None and lines_since <= LINES_OF_A_STEP and not word:
-                by_step.add(step, [one for one in amounts(line) if describe(one.label).memory])
+        elif _ABOUT_MEMORY.search(line) is None:
+            continue
+        elif place is not None and lines_since == 0:
+            place[0].add(place[1], amounts(_ANY_STEP.sub(" ; ", line)))
+        elif line.lstrip().startswith("{"):  # a record that names no step
+            by_row.add(float(by_row.longest()), amounts(line))
+        elif (new := table_head(line)) is not None:
+            head = new
+        elif place is not None and lines_since <= LINES_OF_A_STEP and not word:
+            place[0].add(place[1], [one for one in amounts(line) if describe(one.label).memory])
     report = classify_oom(text) or probable_oom(text)
     chosen = max((by_step, by_epoch, by_row), key=lambda one: one.longest())
     ran_out = word or report is not None
     return LogContent(
         chosen.series(), report, ran_out_at if ran_out else None, ran_out, "log", chosen.notes()
     )
+
+
+def _says_oom(line: str, whole: str, first_at_a_step: bool) -> bool:
+    """Tell whether a line says that memory ran out, as a message or, at a step, in a word."""
+    found = _OOM_WORD.search(line)
+    if found is None or IN_PROSE.search(line[: found.start()]):
+        return False
+    return classify_oom(whole) is not None or first_at_a_step
 
 
 def _count(found: re.Match[str] | None) -> float:
