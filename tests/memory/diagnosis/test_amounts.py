@@ -1,6 +1,10 @@
 """Which numbers of a line are memory: those of memory are found, all others are left alone."""
 
+# ruff: noqa: E501  (names and lines stay in one piece)
+
 from __future__ import annotations
+
+import json
 
 import pytest
 
@@ -179,6 +183,58 @@ MEMORY = [
     ("18.2 GB", round(18.2 * GB)),
     ("gpu 0: 8.9G used", round(8.9 * GIB)),
 ]
+
+
+NAMES_OF_OTHER_THINGS = """
+lr learning_rate train/learning_rate base_lr lr_pg0 lr-AdamW loss train_loss val/loss nll perplexity
+accuracy top1 f1_score grad_norm gnorm weight_norm momentum beta1 eps scale loss_scale tokens num_tokens
+tokens_seen consumed_tokens total_tokens tokens_per_second tokens/s samples consumed_samples
+samples_per_second train_samples num_samples examples images images_per_sec frames frames_per_second
+sequences seq_len sequence_length max_length context_length batch_size global_batch_size micro_batch
+params num_params trainable_params total_parameters model_size model_size_mb weights flops total_flos
+tflops TFLOPs/GPU mfu hfu macs throughput throughput(GB/s) bandwidth_gbps bus_bandwidth_gb algbw busbw
+speed train_speed(iter/s) iter_time step_time time_per_iteration data_time forward_ms eta elapsed
+epoch epochs num_epochs gpu_util gpu_utilization utilization.gpu(%) utilization.memory(%) gpu_temp
+temperature.gpu power.draw(W) gpu_power clocks.mem(MHz) fan.speed(%) memory(%) mem_percent memory_util
+mem_pct gpu_mem_fraction system.memory.percent num_alloc_retries num_ooms alloc_count oom_events
+disk_gb disk_used_gb disk.free(GiB) checkpoint_mb ckpt_size_gb file_size_bytes bytes_sent bytes_received
+network_mb downloaded_gb uploaded_mb dataset_gb shard_mb swap_used_gb swap_gb io_read_mb io_write_mb
+pcie_rx_mb nvlink_gb memory_bank memory_len mem_len replay_memory replay_memory_size memory_tokens
+memory_slots episodic_memory members remembered num_workers queue_size vocab_size reward episode_length
+score cost_usd requests words documents seed port pid version
+"""
+VALUES = ("{n}200", "{n}.5", "1.{n}E-05", "{n}.2M", "{n}12.0K", "{n}.1G", "{n}0000000000")
+
+
+def test_names_of_other_things_are_no_memory() -> None:
+    names = NAMES_OF_OTHER_THINGS.split()
+    assert len(set(names)) >= 100
+    for value in VALUES:
+        values = [[value.replace("{n}", str(n))] * len(names) for n in range(1, 9)]
+        head, rows = ["step", *names], [[str(n), *row] for n, row in enumerate(values, 1)]
+        forms = {
+            "csv": "\n".join(",".join(row) for row in [head, *rows]),
+            "table": "\n".join("  ".join(row) for row in [head, *rows]),
+            "bars": "\n".join(f"| {' | '.join(row)} |" for row in [head, *rows]),
+            "json": json.dumps([dict(zip(head, row, strict=True)) for row in rows]),
+            "lines": "\n".join(json.dumps(dict(zip(head, row, strict=True))) for row in rows),
+            "numbers": json.dumps(
+                [dict(zip(head, map(_number, row), strict=True)) for row in rows]
+            ),
+            "dict": "\n".join(f"INFO {dict(zip(head, row, strict=True))}" for row in rows),
+        }
+        for form, text in forms.items():
+            assert dict(read_log(text).series) == {}, (form, value)
+        for name in names:
+            log = "\n".join(f"step {n} {name}={row[0]}" for n, row in enumerate(values, 1))
+            assert dict(read_log(log).series) == {}, (name, value)
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def lines_that_are_no_memory() -> list[str]:

@@ -308,6 +308,19 @@ def test_the_logs_of_many_programs(line: str, head: str, device: str, unit: int)
     assert bool(content.notes) == assumed
 
 
+def test_json_in_columns_and_with_a_device_in_a_field() -> None:
+    columns = {"step": [1, 2], "memory_gb": [8, 9], "loss": [0.1, 0.2]}
+    assert [one.allocated_bytes for one in read_log(json.dumps(columns)).readings] == [
+        8 * GB,
+        9 * GB,
+    ]
+    assert growth(log('{"step": {n}, "gpu": "{g} GB"}')) == {"GPU": 3.3}
+    rows = (
+        '{"step": {n}, "device": "cuda:1", "mem": {m}}\n{"step": {n}, "device": "cpu", "mem": 9000}'
+    )
+    assert growth(log(rows)) == {"GPU 1": 3.5, "CPU": 0}
+
+
 def test_torch_memory_stats_in_a_csv() -> None:
     stage = "Monitor.on_train_batch_start/"
     names = (

@@ -182,6 +182,8 @@ def _found(token: _Token, label: Label, context: Label, where: tuple[str, str]) 
 def _unit(token: _Token, label: Label, context: Label) -> tuple[str | None, str]:
     """Return the unit of a number, None if it cannot be memory, and the unit if it is assumed."""
     unit = token.unit
+    if "util" in label.text.lower() and len(unit) < 2 and not label.unit:
+        return None, ""  # a share, unless bytes are said
     if len(unit) == 1:
         if unit == "B":
             clear = label.memory and token.number.isdigit()
@@ -203,7 +205,7 @@ def _assumed_unit(token: _Token, label: Label) -> tuple[str | None, str]:
     """Return the unit of ``memory: 4672`` by convention."""
     text = label.text.lower()
     of_memory = label.memory and re.search("mem|ram|rss|显存|内存", text) is not None
-    if not of_memory or label.unknown or "util" in text:
+    if not of_memory or label.unknown:
         return None, ""
     number = float(token.number.replace(",", ""))
     if UNITLESS_MIB[0] <= number <= UNITLESS_MIB[1]:

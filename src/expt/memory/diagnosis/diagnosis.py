@@ -83,7 +83,11 @@ def _worst(trends: Mapping[str, Trend], oom: OomReport | None) -> str | None:
     bad = [name for name in bad if _may_have_run_out(name, oom)]
     return min(
         bad,
-        key=lambda name: (order.index(trends[name].verdict), -trends[name].growth_bytes),
+        key=lambda name: (
+            order.index(trends[name].verdict),
+            "CPU" in name,
+            -trends[name].growth_bytes,
+        ),
         default=None,
     )
 

@@ -58,7 +58,7 @@ _FOREIGN_WORDS = re.compile(
 _NEVER_WORDS = re.compile(
     r"saved?|saves|savings?|saving|freed|delta|diff|increase\w*|growth|grew|change\w*|estimat\w+"
     r"|predict\w+|expect\w+|replay|bandwidth|bw|swap\w*|disks?|bus|pcie|nvlink|nums?|number|counts?"
-    r"|percent\w*|pct|frac|fraction|ratio|temp\w*|power|clock|fan|download\w*|upload\w*"
+    r"|percent\w*|pct|frac|fraction|ratio|temp\w*|power|clocks?|fan|download\w*|upload\w*"
     r"|queue|shared|episodic|released?|vms"
 )
 """Words that rule memory out wherever they stand; the others only right before the number."""

@@ -36,8 +36,8 @@ def read_table(text: str) -> tuple[list[Row], str]:
     numbers: Counter[str] = Counter()
     found = []
     for row in rows:
-        device = _device(row)
-        amounts = _row_amounts(row, device)
+        device, column = _device(row)
+        amounts = _row_amounts(row, device, column)
         if amounts:
             step = _step(row)
             found.append((float(numbers[device]) if step is None else step, amounts))
@@ -55,10 +55,20 @@ def _json_rows(text: str) -> list[Mapping[str, Any]]:
         lines = [line for line in text.splitlines() if line.lstrip().startswith("{")]
         value = [row for line in lines if (row := _object(line)) is not None]
     if isinstance(value, dict):
-        lists = [part for part in value.values() if isinstance(part, list)]
-        value = lists[0] if lists else [value]
+        value = _rows_of(value)
     rows = [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
     return [dict(_flat(row)) for row in rows]
+
+
+def _rows_of(value: dict[str, Any]) -> list[Any]:
+    """Return the rows of an object: its first list of records, its lists as columns, or itself."""
+    lists = {key: part for key, part in value.items() if isinstance(part, list)}
+    for part in lists.values():
+        if part and isinstance(part[0], dict):
+            return part
+    if len(lists) < 2:
+        return [value]
+    return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=False)]
 
 
 def _object(line: str) -> dict[str, Any] | None:
@@ -89,19 +99,19 @@ def _csv_rows(text: str) -> list[Mapping[str, Any]]:
     return [row for row in reader if None not in row]
 
 
-def _device(row: Mapping[str, Any]) -> str:
-    """Return the device that a column of a row names."""
+def _device(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the device that a column of a row names, and the column."""
     for name in DEVICE_NAMES:
         value = str(row.get(name, "")).strip()
         if value.isdigit() and len(value) < 4:
-            return f"{'rank' if 'rank' in name else 'GPU'} {value}"
-        if value and len(value) < 40:
+            return f"{'rank' if 'rank' in name else 'GPU'} {value}", name
+        if value and not value[0].isdigit() and len(value) < 40:
             label = name_label(value)
-            return label.device or label.rank or value
-    return ""
+            return label.device or label.rank or value, name
+    return "", ""
 
 
-def _row_amounts(row: Mapping[str, Any], device: str) -> list[Amount]:
+def _row_amounts(row: Mapping[str, Any], device: str, column: str) -> list[Amount]:
     names = {str(name).strip().lower(): name for name in row}
     process = names.pop("process_peak_bytes", None)
     if process is not None and "allocated_bytes" not in names:
@@ -109,7 +119,7 @@ def _row_amounts(row: Mapping[str, Any], device: str) -> list[Amount]:
     found = []
     for name in names.values():
         value = "" if isinstance(row[name], bool) or row[name] is None else str(row[name]).strip()
-        if str(name).strip().lower() not in DEVICE_NAMES:
+        if name != column:
             found += cell_amounts(str(name), value, device)
     return found
 
