@@ -72,6 +72,37 @@ def test_the_outlook_of_a_leak_that_has_not_run_out() -> None:
     assert any("in about" in line for line in found.evidence)
 
 
+def two_devices(gpu: float, cpu: float, end: str = "") -> str:
+    """A log of a GPU and the host whose memory grows by so many GB a step."""
+    lines = (
+        f"step {at} GPU mem {10 + gpu * at:.2f} GB | CPU mem {40 + cpu * at:.2f} GB"
+        for at in range(1, 41)
+    )
+    return "\n".join([*lines, end])
+
+
+def test_of_several_devices_the_one_that_leaks_is_named() -> None:
+    assert "on the GPU:" in diagnose(two_devices(0.3, 0)).cause
+    host = diagnose(two_devices(0, 0.5))
+    assert "on the CPU:" in host.cause
+    assert "host's memory" in host.advice[0]
+    both = diagnose(two_devices(0.3, 0.9))
+    assert "on the GPU and the CPU" in both.cause
+    assert both.trend is not None
+    assert both.trend.growth_bytes_per_step == pytest.approx(3e8, rel=0.01), "the GPU's"
+    assert diagnose(two_devices(0, 0)).kind == "steady"
+
+
+def test_the_memory_that_ran_out_is_the_one_that_is_judged() -> None:
+    full = diagnose(two_devices(0, 0.5, MESSAGE))
+    assert full.kind == "oom", "the host leaks, and the GPU ran out"
+    assert any(line.startswith("CPU: leak") for line in full.evidence)
+    killed = diagnose(two_devices(0.3, 0.5, "failed (exitcode: -9) local_rank: 0 (pid: 43)"))
+    assert killed.trend is not None
+    assert killed.trend.growth_bytes_per_step == pytest.approx(5e8, rel=0.01), "the host's"
+    assert "Memory probably ran out." in killed.evidence
+
+
 def test_fragmentation_other_processes_and_reserves_in_a_log() -> None:
     growing = [f"step {at} allocated 10 GB reserved {11 + 0.1 * at:.1f} GB" for at in range(60)]
     assert diagnose("\n".join(growing)).kind == "fragmentation"

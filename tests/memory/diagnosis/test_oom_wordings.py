@@ -128,6 +128,7 @@ OUT_OF_MEMORY = {
     ],
     "oom_killer": [
         "kernel: Out of memory: Killed process 991 (python3) total-vm:98kB, anon-rss:63kB",
+        "kernel: Out of memory: Kill process 991 (python) score 900 or sacrifice child",
         "Memory cgroup out of memory: Killed process 991 (python3)",
         "kernel: python3 invoked oom-killer: gfp_mask=0xcc0, order=0, oom_score_adj=0",
         "slurmstepd: error: Detected 3 oom_kill events in StepId=77.batch. Some of the step tasks have "
@@ -161,6 +162,8 @@ PROBABLY = [
     "subprocess.CalledProcessError: Command 'train' died with <Signals.SIGKILL: 9>.",
     "joblib.externals.loky.TerminatedWorkerError: The exit codes of the workers are {SIGKILL(-9)}",
     "container exited with code 137",
+    "train-1   Exited (137) 2 minutes ago",
+    "NCCL_TIMEOUT=1800\n<Process name='rank1' pid=7 parent=3 stopped exitcode=-SIGKILL>",
     "make: *** [train] Error: exit status 137",
     "epoch 3 loss 0.1\nKilled\n",
     "run.sh: line 12:  4242 Killed                  python train.py",
@@ -177,6 +180,7 @@ NOT_OUT_OF_MEMORY = [
     "limit: 101376. Reducing block sizes or `num_stages` may help.",
     "OutOfResources: out of resource: tensor memory, Required: 640, Hardware limit: 512.",
     "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 20.0M of 16.0M vmem.",
+    "JaxRuntimeError: RESOURCE_EXHAUSTED: Ran out of memory in memory space smem while allocating",
     "too many resources requested for launch",
     "RuntimeError: Unable to find a valid cuDNN algorithm to run convolution",
     "Native API returns: 40 (UR_RESULT_ERROR_OUT_OF_RESOURCES)",
@@ -275,6 +279,10 @@ def test_a_guess_gives_way_to_what_is_known() -> None:
     assert diagnose(asserted).kind == "not_oom"
     lost = f"NCCL watchdog timeout: ranks are gone\n{killed}"
     assert diagnose(lost).kind == "oom", "a rank that was killed is why the others lost it"
+    of_device = MemoryError(
+        "std::bad_alloc: out_of_memory: cudaErrorMemoryAllocation out of memory"
+    )
+    assert diagnose_error(of_device).oom.kind == "cuda"  # type: ignore[union-attr]
     assert diagnose_error(RuntimeError(PROBABLY[0])).kind == "oom"
     assert probable_oom("all is well") is None
 

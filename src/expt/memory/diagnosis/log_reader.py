@@ -89,7 +89,7 @@ def read_log(text: str) -> LogContent:
         for step, found in rows:
             collected.add(step, found)
         if collected.readings:
-            report = classify_oom(text)
+            report = classify_oom(text) or probable_oom(text)
             ran_out = report is not None
             return LogContent(collected.series(), report, None, ran_out, form, collected.notes())
     return _read_lines(text)

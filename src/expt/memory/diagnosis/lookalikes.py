@@ -24,7 +24,7 @@ LOOKALIKES = (
     _of(
         "a kernel's tile does not fit the GPU's shared memory (on-chip, not the card's memory)",
         r"out of resources?: (?:shared|tensor) memory|uses too much shared data"
-        r"|in memory space (?:vmem|smem|sflag|cmem)",
+        r"|in memory space (?:vmem|smem|sflag|cmem)|exceeded scoped vmem limit",
         "smaller block sizes or fewer num_stages in the Triton kernel; another attention kernel",
     ),
     _of(

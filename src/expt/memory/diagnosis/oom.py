@@ -16,6 +16,7 @@ from expt.memory.diagnosis.oom_figures import Cause, Figures, likely_cause, read
 from expt.memory.diagnosis.oom_wordings import (
     DEVICE_NAMES,
     HINT,
+    HOST_KINDS,
     IN_PROSE,
     KILLED,
     KILLED_FOR_OTHERS,
@@ -113,7 +114,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def _classify_exception(error: BaseException) -> OomReport | None:
     text = str(error)
     report = _classify_text(text)
-    if report is not None and not isinstance(error, MemoryError):
+    # A MemoryError may be of a device, as RAPIDS raises it; of the host, its type says enough.
+    if report and (report.kind not in HOST_KINDS or not isinstance(error, MemoryError)):
         return report
     names = {base.__name__ for base in type(error).__mro__}
     kind: Kind

@@ -90,7 +90,7 @@ _WORDINGS: tuple[tuple[Kind | None, str], ...] = (
     ),
     ("device", r"OOM when allocating tensor"),
     ("device", rf"RESOURCE_EXHAUSTED: {_NOT_ON_CHIP}[^\n]*{_SAYS_OUT}"),
-    ("device", r"XlaRuntimeError: \w+: [^\n]*(?:[Oo]ut of memory|[Ff]ailed to allocate)"),
+    ("device", rf"(?:Xla|Jax)RuntimeError: {_NOT_ON_CHIP}\w+: [^\n]*{_SAYS_OUT}"),
     ("device", r"\bDst tensor is not initialized\b"),  # TensorFlow
     ("device", r"\bNo available memory for the cache blocks\b"),  # vLLM
     ("device", r"Free memory on device [^\n]{0,60}less than desired GPU memory utilization"),
@@ -126,7 +126,7 @@ _WORDINGS: tuple[tuple[Kind | None, str], ...] = (
     ("host_allocator", r"java\.lang\.OutOfMemoryError"),
     ("memory_error", r"^(?:[\w.]+\.)?_?(?:Array|Arrow)?MemoryError(?::|\s*$)"),
     ("memory_error", r"Unable to allocate [\d.]+ [KMGTPE]?i?B for an array with shape"),
-    ("oom_killer", r"Out of memory: Killed process \d+|Memory cgroup out of memory"),
+    ("oom_killer", r"Out of memory: Kill(?:ed)? process \d+|Memory cgroup out of memory"),
     ("oom_killer", r"(?<!\b0 )\boom[_-]kill event|\binvoked oom-killer|\boom-kill:constraint"),
     ("oom_killer", r"killed by the (?:cgroup )?(?:out-of-memory handler|OOM killer\.)"),
     ("oom_killer", r"may have been killed by the cgroup out-of-memory handler"),
@@ -143,17 +143,19 @@ _WORDINGS: tuple[tuple[Kind | None, str], ...] = (
 )
 KILLED = re.compile(
     r"DataLoader worker \(pid[^)]*\) (?:is|was) killed by signal: Killed"
-    r"|(?i:\b(?:exit ?codes?|return ?code|exit status|exited with(?: code)?))"
+    r"|(?i:\b(?:exit ?codes?|return ?code|exit status|exited(?: with)?(?: code)?))"
     r"[\s:=(\"']*(?:-9|137)\b"
     r"|\bSignal 9 \(SIGKILL\)|terminated with signal SIGKILL|died with <Signals\.SIGKILL"
-    r"|\bSIGKILL\(-9\)"
+    r"|\bSIGKILL\(-9\)|\bexitcode=-SIGKILL\b"
     r"|\b(?:by|exit|with) signal:? 9\b|\bsignal: killed\b|\bKilled: 9\b|\btask \S+: Killed\b"
     r"|^\s*Killed\s*$|\bline \d+:\s+\d+ Killed\b|\bzsh: killed\b|^\[\d+\]\s+\d+ killed\b"
     r"|killed by SIGKILL by OOM killer",
     re.MULTILINE,
 )
 """How a process ends that was killed without a word: by the system for memory, or by hand."""
-KILLED_FOR_OTHERS = re.compile(r"TIME LIMIT|TIMEOUT|CANCELLED AT|[Pp]reempt|PREEMPT|node failure")
+KILLED_FOR_OTHERS = re.compile(
+    r"TIME LIMIT|\bTIMEOUT\b|CANCELLED AT|[Pp]reempted|PREEMPTED|NODE_FAIL"
+)
 """What explains such an end otherwise."""
 PATTERNS = [(kind, re.compile(wording, re.MULTILINE)) for kind, wording in _WORDINGS]
 HINT = re.compile(
@@ -167,7 +169,8 @@ HINT = re.compile(
     r"|video memory|WinError|paging file|memory resources|memory allocation of|OOM.?[Kk]illed"
     r"|Out Of Memory|killed by the|memory limit|MEMLIMIT|exceeded limit"
     r"|(?:low on|out of) memory|memory pressure"
-    r"|XlaRuntimeError|Dst tensor|cache blocks|than desired|C error|heap out|Out of Memory Error"
+    r"|(?:Xla|Jax)RuntimeError|Dst tensor|cache blocks|than desired|C error|heap out"
+    r"|Out of Memory Error"
     r"|on resource: memory|oomd killed|memory limits|halMemAlloc|alloc failed|Cuda failure"
     r"|HIP failure"
 )

@@ -4,6 +4,10 @@ A leak is growth of the bytes still allocated when a step is over: what a step n
 gone by then, so these bytes should stay as they are once training has warmed up. Growth counts
 when it is significant (see `statistics`), goes on in the second half of the readings, and is not
 negligible; a step up followed by a plateau is none.
+
+`forecast` continues a straight line through the last readings; what its own uncertainty and the
+scatter about it leave above the capacity is the risk (prediction interval of simple linear
+regression, e.g. N. R. Draper and H. Smith, Applied Regression Analysis, 3rd ed., section 1.4).
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from expt.memory.diagnosis.statistics import (
 from expt.units import MIB, counted, format_bytes
 
 Verdict = Literal["leak", "fragmentation", "other_process", "steady"]
+Action = Literal["halve_batch_and_checkpoint", "smaller_batch", "mixed_precision", "none"]
 
 SIGNIFICANCE = 1e-4
 """Largest p value of a rise."""
@@ -41,10 +46,6 @@ FRAGMENTED = 0.2
 """Part of the reserved bytes without a tensor in it (handbook: tidy from 20 to 30 % on)."""
 MOST_READINGS = 300
 """A longer series is put together to so many medians: the tests look at all pairs."""
-
-
-Action = Literal["halve_batch_and_checkpoint", "smaller_batch", "mixed_precision", "none"]
-
 WINDOW = 50
 """Readings that the line is put through."""
 FEWEST = 4
