@@ -69,7 +69,7 @@ def test_a_mistake_is_one_clear_message(expt, home: Path, arguments, words) -> N
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-8-sig"])
 def test_other_encodings_are_read(expt, home: Path, monkeypatch, encoding: str) -> None:
-    from expt.tasks import diagnose as module
+    from expt.commands import diagnose as module
 
     (home / "train.log").write_bytes(f"# Läuft\r\n{LOG}Step 1000: OOM\r\n".encode(encoding))
     code, out, err = diagnose(expt, "diagnose.log=train.log")
