@@ -126,15 +126,15 @@ def open_tracker(folder: Path) -> MlflowTracker:
 def timed_steps(trainer: Any) -> list[float]:
     """Note how long each optimizer step takes, with the meter's watching and nothing else."""
     seconds: list[float] = []
-    step = trainer.train_step
+    step = trainer.steps.run
 
-    def timed(indices: Any) -> Any:
+    def timed(samples: Any) -> Any:
         start = now(trainer.fabric.device)
-        result = step(indices)
+        result = step(samples)
         seconds.append(now(trainer.fabric.device) - start)
         return result
 
-    trainer.train_step = timed
+    trainer.steps.run = timed
     return seconds
 
 

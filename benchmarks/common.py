@@ -198,3 +198,9 @@ def make_trainer(*overrides: str, **recovery: Any) -> Any:
         profiler=StepProfiler(),
         run_dir=ROOT / "outputs" / "benchmarks",
     )
+
+
+def do_step(trainer: Any, samples: Any) -> Any:
+    """Do one step as the loop does it, recovery included; return its loss and weight."""
+    undo = not trainer.steps.replays(samples)
+    return trainer.recovery.step(trainer.steps.run, samples, len(samples), undo)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from common import make_trainer
+from common import do_step, make_trainer
 from torch import Tensor
 
 from expt.memory.techniques.techniques import apply
@@ -89,7 +89,7 @@ def trained(overrides: list[str], steps: int) -> dict[str, Any]:
     losses = []
     for number, samples in enumerate(order(trainer, steps)):
         trainer._set_rate(number / steps)
-        loss, _ = trainer.steps(samples)
+        loss, _ = do_step(trainer, samples)
         trainer.average.update(number)
         losses.append(loss.detach().clone())
     weights = [weight.detach().cpu() for weight in trainer.model.parameters()]
@@ -99,7 +99,7 @@ def trained(overrides: list[str], steps: int) -> dict[str, Any]:
 
 def listen(trainer: Any, said: list[str]) -> None:
     """Let `said` get what a trainer says about staying eager."""
-    for part in (trainer.steps, trainer.steps.function):
+    for part in (trainer.steps, trainer.steps.run, getattr(trainer.steps, "function", None)):
         if hasattr(part, "_say"):
             part._say = said.append
 

@@ -17,7 +17,7 @@ import time
 from typing import Any
 
 import torch
-from common import make_trainer, settings_for
+from common import do_step, make_trainer, settings_for
 from gpu_correctness import listen, order
 from rival_loops import now
 
@@ -48,11 +48,11 @@ def step(
     started = time.perf_counter()
     for samples in batches[:WARM_STEPS]:
         with trainer.meter.step():
-            trainer.steps(samples)
+            do_step(trainer, samples)
     warm_seconds = now(trainer.fabric.device) - started
     count, start = 0, now(trainer.fabric.device)
     while count < 3 or time.perf_counter() - start < seconds:
-        trainer.steps(batches[count % len(batches)])
+        do_step(trainer, batches[count % len(batches)])
         count += 1
         if count % 50 == 0:
             now(trainer.fabric.device)  # the host must not run ahead of the clock

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accuracy import METRICS, MODELS
-from common import ROOT, make_trainer, settings_for
+from common import ROOT, do_step, make_trainer, settings_for
 from gpu_correctness import distance, order
 
 from expt.memory.measuring.budget import Budget
@@ -80,7 +80,7 @@ def run(overrides: list[str], steps: int, budget: Budget | None) -> dict[str, An
         for number, samples in enumerate(order(trainer, steps)):
             trainer.recovery.position = (number, 0)
             with trainer.meter.step() if ledger is None else nullcontext():
-                trainer.steps(samples)
+                do_step(trainer, samples)
         peaks = trainer.meter if ledger is None else None
         allocated = ledger.peak_bytes if peaks is None else peaks.peak_allocated_bytes()
         return {

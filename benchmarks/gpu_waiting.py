@@ -38,17 +38,17 @@ class Readings(TorchFunctionMode):
 
 
 class Strict:
-    """Takes steps; from the ninth on, whoever waits for the device gets an error."""
+    """Does steps; from the ninth on, whoever waits for the device gets an error."""
 
-    def __init__(self, steps: Any) -> None:
-        self.steps, self.taken = steps, 0
+    def __init__(self, run: Any) -> None:
+        self.run, self.taken = run, 0
 
     def __call__(self, samples: Any) -> tuple[Tensor, Tensor]:
-        """Take a step."""
+        """Do a step."""
         if self.taken == WARM_STEPS and samples.indices.device.type == "cuda":
             torch.cuda.set_sync_debug_mode("error")
         self.taken += 1
-        found: tuple[Tensor, Tensor] = self.steps(samples)
+        found: tuple[Tensor, Tensor] = self.run(samples)
         return found
 
 
@@ -83,22 +83,22 @@ def epoch(device: str, steps: int, *small: str) -> dict[str, Any]:
     trainer._read_loss_every = 10 * length  # copies on a CPU are readings
     if device == "cuda":
         trainer._read_loss_every = trainer.settings.log_every_steps
-    trainer.steps, inner = Strict(trainer.steps), trainer.steps
+    trainer.steps.run = strict = Strict(trainer.steps.run)
     trainer._started = time.monotonic()
     trainer.model.train()
-    batches = trainer.batches.training(0, 0, trainer.steps_per_epoch)
-    loss, weight = (torch.zeros((), device=trainer.fabric.device) for _ in range(2))
+    sums: list[float] = []
+    trainer._validate = lambda loss_sum, weight_sum: sums.append(loss_sum)
     readings = Readings()
     try:
         with nullcontext() if device == "cuda" else readings:
-            trainer._take_steps(batches, loss, weight)
+            trainer._epoch()
     finally:
         if device == "cuda":
             torch.cuda.set_sync_debug_mode("default")
-    captured = bool(getattr(inner, "captured", False))
+    captured = bool(getattr(trainer.steps, "captured", False))
     return {
-        "steps": trainer.steps.taken - WARM_STEPS,
+        "steps": strict.taken - WARM_STEPS,
         "readings": dict(readings.seen),
         "captured": captured,
-        "sum": float(loss),
+        "sum": sums[0],
     }

@@ -222,7 +222,7 @@ class Run:
             self.batches[self.trainer.progress.step] = samples.indices.tolist()
             return train_step(samples)
 
-        self.trainer.train_step = noted
+        self.trainer.steps.run = noted
         step = type(raw).step
 
         def faulty(closure: Any = None) -> None:
@@ -368,7 +368,7 @@ def test_an_optimizer_that_steps_all_weights_at_once_then_steps_them_one_by_one(
     assert_the_same(run, undisturbed)
     again = Run(tmp_path / "b", options={"foreach": True})
     again.trainer.resume()
-    assert again.recovery.footing.one_by_one
+    assert again.recovery.ladder.one_by_one
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -389,14 +389,14 @@ def test_a_recovered_run_that_is_killed_goes_on_where_it_was(tmp_path, plain, at
     points = [(2, "backward"), (4, "optimizer_middle"), (9, "forward"), (14, "optimizer_end")]
     faults = Faults(*points)
     cut = Run(tmp_path, faults, checkpoint_every_steps=2)
-    step = cut.trainer.train_step
+    step = cut.trainer.steps.run
 
     def killed(samples: ResidentSamples) -> tuple[Tensor, Tensor]:
         if cut.trainer.progress.step == at:
             raise KilledError
         return step(samples)
 
-    cut.trainer.train_step = killed
+    cut.trainer.steps.run = killed
     with pytest.raises(KilledError):
         cut.fit()
     saved_at = max(at // 2 * 2, at // 7 * 7)
@@ -417,7 +417,7 @@ def test_a_recovered_run_that_is_killed_goes_on_where_it_was(tmp_path, plain, at
 def test_techniques_configured_anew_win_over_those_of_the_checkpoint(tmp_path):
     Run(tmp_path, Faults((1, "forward")), epochs=1).fit()
     again = Run(tmp_path)
-    again.recovery.footing.configured = again.recovery.footing.techniques = Techniques(8)
+    again.recovery.ladder.configured = again.recovery.ladder.techniques = Techniques(8)
     again.trainer.resume()
     assert again.recovery.techniques == Techniques(8)
     assert len(again.recovery.events) == 1

@@ -128,7 +128,7 @@ def test_an_epoch_uses_every_sample_once_and_the_last_batch_is_smaller(make):
     trainer = make(epochs=1)
     seen: list[int] = []
     step = trainer.train_step
-    trainer.train_step = lambda samples: (seen.extend(samples.indices.tolist()), step(samples))[1]
+    trainer.steps.run = lambda samples: (seen.extend(samples.indices.tolist()), step(samples))[1]
     outcome = trainer.fit()
     assert (outcome.status, outcome.reason, outcome.step) == ("completed", "epochs", 7)
     assert sorted(seen) == list(range(NUM_TRAIN))

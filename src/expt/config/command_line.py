@@ -13,11 +13,11 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -29,10 +29,6 @@ from expt.config.settings import RunContext
 from expt.errors import ConfigError, ExptError, UserError
 from expt.files import remove_empty_date
 
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
-
 log = logging.getLogger(__name__)
 
 HYDRA_FILES = {".hydra", "expt.log"}
@@ -41,12 +37,18 @@ HYDRA_FILES = {".hydra", "expt.log"}
 
 def run_task(cfg: DictConfig) -> Any:
     """Run the configured task; leave nothing behind if it refuses the configuration or data."""
+    with _tidied(cfg) as context:
+        return get_method(cfg.task._target_)(cfg, context)
+
+
+@contextmanager
+def _tidied(cfg: DictConfig) -> Iterator[RunContext]:
+    """Yield where a task runs; remove what a refused one left, free what a failed one holds."""
     context = _context(cfg)
-    task: Callable[[DictConfig, RunContext], Any] = get_method(cfg.task._target_)
     failed = False
     try:
         _refuse_search(cfg)
-        return task(cfg, context)
+        yield context
     except Exception as error:
         if isinstance(error, UserError):
             _remove_traces(context.run_dir)
@@ -135,13 +137,25 @@ def run_command(arguments: Sequence[str]) -> int:
     from expt.uri import without_password
 
     results: list[Any] = []
-    jobs: list[Any] = []
+    jobs: list[DictConfig] = []
+
+    def job(cfg: DictConfig) -> Any:
+        jobs.append(cfg)
+        try:
+            with _tidied(cfg) as context:
+                result = get_method(cfg.task._target_)(cfg, context)
+        except ExptError as error:
+            # As data: Hydra would print a line of its own, and of a grid's errors only the first.
+            result = Refusal(error)
+        results.append(result)
+        return result
+
     argv = sys.argv
     prepared = list(arguments)
     try:
         prepared = prepare_arguments(arguments)
         sys.argv = [argv[0], *prepared]
-        _run_hydra(jobs, results)
+        _entry(job)()
     except ExptError as error:
         print(f"error: {without_password(str(error))}", file=sys.stderr)
         return error.exit_code
@@ -178,10 +192,11 @@ class Refusal:
         return self.error.exit_code
 
 
-def _run_hydra(jobs: list[Any], results: list[Any]) -> None:
+def _entry(job: Callable[[DictConfig], Any]) -> Callable[[], None]:
+    """Return what runs Hydra on this process's arguments, and `job` on what it composes."""
     import hydra
 
-    from expt.config.compose import conf_dir, register
+    from expt.config.compose import CONFIG_NAME, conf_dir, register
 
     # Hydra then raises instead of printing and exiting 1, so that one handler decides.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -189,19 +204,7 @@ def _run_hydra(jobs: list[Any], results: list[Any]) -> None:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     register()
-
-    def job(cfg: DictConfig) -> Any:
-
-        jobs.append(cfg)
-        try:
-            result = run_task(cfg)
-        except ExptError as error:
-            # As data: Hydra would print a line of its own, and of a grid's errors only the first.
-            result = Refusal(error)
-        results.append(result)
-        return result
-
-    entry = hydra.main(
-        config_path=str(conf_dir()), config_name="config", execution_whitelist=["expt.*"]
+    entry: Callable[[Any], Callable[[], None]] = hydra.main(
+        config_path=str(conf_dir()), config_name=CONFIG_NAME, execution_whitelist=["expt.*"]
     )
-    entry(job)()
+    return entry(job)

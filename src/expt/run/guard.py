@@ -45,7 +45,7 @@ def advice(memory: MemoryConfig, takes_over: str | None, device: str) -> str:
     return f"What would help: {', '.join(ways)}, or another device" if ways else ELSEWHERE
 
 
-class Room:
+class MemoryGuard:
     """A run's budget, if it has one, and its recovery, which tells `recorder` of every event."""
 
     def __init__(

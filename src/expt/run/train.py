@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from expt.memory.techniques.wrapping import bare
 from expt.result import RunResult, load_launch, save_launch
 from expt.run.build import assemble
 from expt.run.fallback import folder, next_smaller, short_name
-from expt.run.guard import Room, advice, manager_for
+from expt.run.guard import MemoryGuard, advice, manager_for
 from expt.run.planner import Predictor
 from expt.run.record import CONFIG_NAME, READINGS_NAME, Recorder, device_name
 from expt.run.summary import plot_history, print_result
@@ -85,44 +86,46 @@ class TrainJob:
             if device.type == "cuda"
             else Predictor(self.settings, self.data, "cpu", evaluation=False)
         )
-        self.room = Room(self.settings.memory, self.budget, device, self.recorder, predict)
+        self.guard = MemoryGuard(self.settings.memory, self.budget, device, self.recorder, predict)
 
     def run(self, resuming: bool) -> RunResult:
         """Build, fit, test, record; a fault is recorded before it is raised again."""
-        recorder, run_dir = self.recorder, self.context.run_dir
-        try:
-            exhausted = self._run_within_budget(resuming)
+        exhausted: str | None = None
+        with self._recorded():
+            try:
+                with self.guard.enforced() as self.meter:
+                    trainer = self.guard.recovery.retry_once(self._build, "build")
+                    step = trainer.resume() if resuming else 0
+                    self._begin(trainer, step, resuming)
+                    self._conclude(trainer, trainer.fit())
+                    del trainer
+            except RecoveryError as error:
+                exhausted = str(error)
             if exhausted is not None:
                 self._give_up(exhausted)
-        except BaseException as error:
-            if isinstance(error, UserError) and not recorder.started:
-                raise  # found while building: nothing was started, so there is nothing to record
-            self._start()
-            recorder.close_after(error)
-            raise
-        recorder.close()
-        print_result(recorder.result, run_dir)
+        self.recorder.close()
+        print_result(self.recorder.result, self.context.run_dir)
         if self.interruption.received is not None:
             raise Stopped(self.interruption.received)
-        return recorder.result
+        return self.recorder.result
 
-    def _run_within_budget(self, resuming: bool) -> str | None:
-        """Do all that takes memory; return what was tried if there was not enough of it."""
+    @contextmanager
+    def _recorded(self) -> Iterator[None]:
+        """Record a fault before it goes on; a refusal before the start leaves nothing to record."""
         try:
-            with self.room.enforced() as self.meter:
-                trainer = self.room.recovery.once_more(self._build, "build")
-                step = trainer.resume() if resuming else 0
-                self._begin(trainer, step, resuming)
-                self._conclude(trainer, trainer.fit())
-                return None
-        except RecoveryError as error:
-            return str(error)
+            yield
+        except BaseException as error:
+            if isinstance(error, UserError) and not self.recorder.started:
+                raise
+            self._start()
+            self.recorder.close_after(error)
+            raise
 
     def _begin(self, trainer: Trainer, step: int, resuming: bool) -> None:
         result, run_dir = self.recorder.result, self.context.run_dir
         result.resumed_from_step = step
-        self.recorder.earlier_oom_events(self.room.recovery.events)
-        self.room.recovery.events = list(result.oom_events)
+        self.recorder.earlier_oom_events(self.guard.recovery.events)
+        self.guard.recovery.events = list(result.oom_events)
         self._start()
         if resuming:
             self.manager.resume(run_dir / READINGS_NAME, step)
@@ -209,7 +212,7 @@ class TrainJob:
             optimizer=optimizer,
             data=self.data,
             settings=settings.trainer,
-            recovery=self.room.recovery,
+            recovery=self.guard.recovery,
             meter=self.meter,
             tracker=OncePerStep(self.recorder.tracker),
             display=choose_display(settings.trainer.progress),
@@ -226,7 +229,7 @@ class TrainJob:
         recorder.progress(trainer)
         if outcome.reason != "out_of_memory":  # else they may be half of a step on
             hashed = partial(checkpoint.weights_sha256, trainer.model)
-            result.weights_sha256 = self.room.recovery.once_more(hashed, "conclusion")
+            result.weights_sha256 = self.guard.recovery.retry_once(hashed, "conclusion")
         folder = self.context.run_dir / "plots"
         plots = list(plot_history(trainer.progress.history, trainer.monitor, folder))
         if outcome.status == "completed" and trainer.settings.test:
@@ -246,7 +249,7 @@ class TrainJob:
     def _test(self, trainer: Trainer, outcome: Ending, folder: Path) -> tuple[Ending, list[Path]]:
         """Test the best weights once; a signal stops it, and a resumed run tests again."""
         load = partial(checkpoint.load_best, trainer.folder, self.fabric, trainer.model)
-        self.room.recovery.once_more(load, "resume")
+        self.guard.recovery.retry_once(load, "resume")
         metrics = evaluate(
             trainer.model,
             trainer.batches,
@@ -254,13 +257,13 @@ class TrainJob:
             trainer.meter,
             trainer.settings.eval_batches,
             lambda: self.interruption.received is not None,
-            self.room.recovery,
+            self.guard.recovery,
         )
         self.recorder.memory(trainer.meter)
         if metrics is None:
             return Ending("stopped", "signal", outcome.step), []
-        recovery = self.room.recovery
-        figures = recovery.once_more(metrics.compute, "conclusion")
+        recovery = self.guard.recovery
+        figures = recovery.retry_once(metrics.compute, "conclusion")
         self.recorder.result.metrics |= {f"test/{name}": value for name, value in figures.items()}
         self.recorder.result.skipped_samples = trainer.batches.skipped
         if not isinstance(self.data, Plotted):

@@ -93,7 +93,7 @@ class MlflowTracker:
             if self._journal.resumed:
                 self._before = _Recorded.read(self._journal.path.parent)
         except OSError:
-            pass  # The append below meets the same trouble, and says so.
+            pass  # The append below meets the same attempts, and says so.
         origin = {
             "mlflow.user": _user(),
             "mlflow.source.name": sys.argv[0] if sys.argv and sys.argv[0] else "<console>",

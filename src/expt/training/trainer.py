@@ -26,6 +26,7 @@ from expt.config.schema import LoaderConfig, TrainerConfig
 from expt.errors import BrokenStepError, LoaderError, RecoveryError
 from expt.job import DataSet, Described, monitored
 from expt.memory.measuring.meter import MemoryMeter
+from expt.memory.recovery.attempt import Success, attempt
 from expt.memory.recovery.recovery import Recovery
 from expt.memory.watching.manager import MemoryManager
 from expt.tracking.tracker import Tracker
@@ -94,7 +95,7 @@ class Trainer:
         self.recovery.attach(self.model, self.optimizer, self._scaler)
         self.steps = steps_for(
             self.settings.compile,
-            self._eager_step,
+            self.train_step,
             self.model,
             self.optimizer,
             self.recovery,
@@ -126,12 +127,24 @@ class Trainer:
         self.model.train()
         if self.recovery.limits.enabled and self.progress.step == 0:
             self._save_last()  # what a step that breaks before the first checkpoint goes back to
+        recovery = self.recovery
         try:
             while True:
                 # An epoch that is under way, or was when the run was killed, gets its validation.
                 under_way = self.progress.step_in_epoch > 0
                 reason = None if under_way else limit_reached(self.progress, self.settings)
-                reason = reason or self._epoch_or_replay()
+                if reason is None:
+                    try:
+                        outcome = attempt(self._epoch, recovery.classify, recovery.evidence)
+                    except BrokenStepError:
+                        outcome = None
+                    # Outside the handler, whose traceback holds what the step had made.
+                    if isinstance(outcome, Success):
+                        reason = outcome.value
+                    else:
+                        if outcome is not None:
+                            recovery.between_steps(outcome, self.data.batch_size)
+                        self._go_back()
                 if reason is not None:
                     return Ending.of(reason, self.progress.step)
         except RecoveryError as error:
@@ -158,22 +171,13 @@ class Trainer:
         self.optimizer.zero_grad()
         return total, weight
 
-    def _eager_step(self, samples: Samples) -> tuple[Tensor, Tensor]:
-        # No closure: a frame that is cleared after an error keeps its function, and so the model.
-        return self.train_step(samples)
-
-    def _epoch_or_replay(self) -> StopReason | None:
-        """Run the rest of the epoch, or go back to the last checkpoint if a step was broken."""
-        try:
-            return self.recovery.epoch(self._epoch, self.data.batch_size)
-        except BrokenStepError:
-            broken_at = self.progress.step
-        # Outside the handler, whose traceback holds what the step had made.
+    def _go_back(self) -> None:
+        """Go on from the last checkpoint: a step is broken, or memory ran out between two."""
+        broken_at = self.progress.step
         restored = self._load_last()
         assert restored is not None, "fit saves one before the first step"
         self.progress = restored
-        print(f"back at step {restored.step}: the steps up to {broken_at} are taken again")
-        return None
+        print(f"back at step {restored.step}: the steps up to {broken_at} are done again")
 
     def _epoch(self) -> StopReason | None:
         """Run the rest of the current epoch and validate; return why to stop, if so."""
@@ -182,21 +186,10 @@ class Trainer:
         self.recovery.position = (progress.step, progress.epoch)
         waited = self.batches.waited_seconds
         place = (progress.epoch, progress.step_in_epoch, self.steps_per_epoch)
-        batches = self.recovery.once_more(partial(self.batches.training, *place), "epoch")
+        batches = self.recovery.retry_once(partial(self.batches.training, *place), "epoch")
         self.meter.start_epoch()
         loss_sum = torch.full((), progress.epoch_loss, device=self.fabric.device)
         weight_sum = torch.full((), progress.epoch_weight, device=self.fabric.device)
-        limit = self._take_steps(batches, loss_sum, weight_sum)
-        progress.data_seconds += self.batches.waited_seconds - waited
-        if limit in ("signal", "non_finite_loss"):
-            return limit
-        return self._validate(float(loss_sum), float(weight_sum)) or limit
-
-    def _take_steps(
-        self, batches: Iterator[Samples], loss_sum: Tensor, weight_sum: Tensor
-    ) -> StopReason | None:
-        """Take the steps left of the epoch and add to its sums; a GPU is not waited for."""
-        progress = self.progress
         limit = limit_reached(progress, self.settings, before_validation=True)
         while progress.step_in_epoch < self.steps_per_epoch and limit is None:
             self._set_rate(progress.step / self.total_steps)
@@ -205,8 +198,9 @@ class Trainer:
             if samples is None:
                 self._save_last()
                 return "signal"
+            undo = not self.steps.replays(samples)
             with self.meter.step():
-                loss, weight = self.steps(samples)
+                loss, weight = self.recovery.step(self.steps.run, samples, len(samples), undo)
             self.average.update(progress.step)
             loss_sum += loss * weight
             weight_sum += weight
@@ -214,7 +208,10 @@ class Trainer:
             progress.step_in_epoch += 1
             self.profiler.step()
             limit = self._after_step(loss, loss_sum, weight_sum)
-        return limit
+        progress.data_seconds += self.batches.waited_seconds - waited
+        if limit in ("signal", "non_finite_loss"):
+            return limit
+        return self._validate(float(loss_sum), float(weight_sum)) or limit
 
     def _next(self, batches: Iterator[Samples]) -> Samples | None:
         """Return the samples of the next step; None if a signal came while they were read."""
@@ -357,7 +354,7 @@ class Trainer:
         )
         self.steps.forget()
         self._losses.forget()
-        return self.recovery.once_more(load, "resume")
+        return self.recovery.retry_once(load, "resume")
 
     def _save_last(self) -> None:
         self.progress.run_id = self.tracker.run_id

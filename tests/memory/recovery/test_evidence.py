@@ -62,7 +62,7 @@ def test_evidence_is_taken_while_the_tensors_are_alive(tmp_path):
         seen.append((number, Held.alive))
         return [tmp_path / "file"]
 
-    def work() -> None:
+    def work(_: object) -> None:
         held = Held()
         if not seen:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -75,6 +75,6 @@ def test_evidence_is_taken_while_the_tensors_are_alive(tmp_path):
         on_event=lambda event: seen.append(("released", Held.alive)),
     )
     recovery.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    recovery.step(work, 4)
+    recovery.step(work, None, 4)
     assert seen == [(1, 1), ("released", 0)]
     assert recovery.events[0]["evidence"] == [str(tmp_path / "file")]

@@ -44,7 +44,7 @@ def test_a_thrashing_run_goes_one_rung_down_before_it_ends(monkeypatch):
     taken = []
     for step in range(EVERY_STEPS * (LOOKS + 1)):
         recovery.position = (step, 0)
-        recovery.step(lambda: taken.append(recovery.techniques.gradient_accumulation), 8)
+        recovery.step(lambda _: taken.append(recovery.techniques.gradient_accumulation), None, 8)
     (event,) = recovery.events
     assert (event["phase"], event["cause"]) == ("thrashing", "allocation_retries")
     assert event["rung"] == "halve_micro_batch"
@@ -65,17 +65,17 @@ def test_thrashing_has_a_limit_of_its_own_and_uses_up_no_other(monkeypatch):
     recovery.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
     for step in range(EVERY_STEPS * LOOKS * 7):
         recovery.position = (step, 0)
-        recovery.step(lambda: None, 8)
+        recovery.step(lambda _: None, None, 8)
     assert [event["phase"] for event in recovery.events] == ["thrashing"] * 4
     failing = iter([True, False, True, False, True])
 
-    def step() -> None:
+    def step(_: object) -> None:
         if next(failing):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
 
     for at in range(2):
         recovery.position = (10_000 + at, 0)
-        recovery.step(step, 8)
+        recovery.step(step, None, 8)
     recovery.position = (10_002, 0)
     with pytest.raises(RecoveryError, match=r"memory\.max_recoveries=2"):
-        recovery.step(step, 8)
+        recovery.step(step, None, 8)

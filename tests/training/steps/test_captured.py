@@ -434,8 +434,8 @@ def test_other_techniques_are_captured_anew(tmp_path):
 
     def changed() -> Any:
         if next(epochs) == 3:
-            footing = run.trainer.recovery.footing
-            footing.techniques = replace(footing.techniques, gradient_accumulation=2)
+            ladder = run.trainer.recovery.ladder
+            ladder.techniques = replace(ladder.techniques, gradient_accumulation=2)
         return fit_epoch()
 
     run.trainer._epoch = changed

@@ -69,7 +69,7 @@ class Run:
         for number in range(count):
             size = 2 if number % 5 == 4 else BATCH  # the last batch of an epoch is smaller
             indices = torch.arange(number, number + size) % len(self.x)
-            self.recovery.step(lambda at=indices: self.take(at), size)
+            self.recovery.step(self.take, indices, size)
         return torch.cat([weight.detach().flatten() for weight in self.net.parameters()])
 
 

@@ -64,7 +64,7 @@ class RecoveredStep(Generic[B, T]):
         recovery = self.recovery
         recovery.position = (self._steps, 0)
         value = recovery.step(
-            lambda: self._function(batch, recovery.techniques), self._samples(batch)
+            lambda own: self._function(own, recovery.techniques), batch, self._samples(batch)
         )
         self._steps += 1
         return value

@@ -220,7 +220,7 @@ class Apply(Protocol):
         """Raise ConfigError where a technique finds nothing to apply to, changing nothing."""
 
 
-class Footing:
+class LadderState:
     """The techniques in force, and the way down.
 
     Args:

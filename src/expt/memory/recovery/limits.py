@@ -18,7 +18,7 @@ ONCE = MAX_RELEASES - 1
 
 
 @dataclass
-class Trouble:
+class Attempts:
     """How often one piece of work failed, and was done again after no more than a release."""
 
     failures: int = 0
@@ -52,20 +52,20 @@ class Limits:
     per_run: int = 100
     thrashing: int = 20
 
-    def forbid(self, trouble: Trouble, events: Sequence[Mapping[str, Any]]) -> str | None:
+    def forbid(self, attempts: Attempts, events: Sequence[Mapping[str, Any]]) -> str | None:
         """Return why nothing more may be tried, None if something may.
 
         Args:
-            trouble: of the work that failed.
+            attempts: of the work that failed.
             events: all of the run before, as `OomEvent.as_dict` gives them.
 
         """
         if not self.enabled:
             return "memory.recover=false, so nothing was tried"
         if len(events) - _thrashes(events) >= self.per_run:
-            return f"that was so often in this run already: memory.max_recoveries={self.per_run}"
-        if trouble.failures > self.per_step:
-            return f"that was so often: memory.max_recoveries_per_step={self.per_step}"
+            return f"memory.max_recoveries={self.per_run} is reached"
+        if attempts.failures > self.per_step:
+            return f"memory.max_recoveries_per_step={self.per_step} is reached"
         return None
 
     def allow_thrashing(self, events: Sequence[Mapping[str, Any]]) -> bool:

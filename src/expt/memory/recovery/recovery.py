@@ -29,12 +29,13 @@ from expt.memory.recovery.attempt import (
     shortage,
 )
 from expt.memory.recovery.event import PHASES, THRASHING, OomEvent
-from expt.memory.recovery.ladder import Apply, Footing, Move, Predict
-from expt.memory.recovery.limits import ONCE, Limits, Thrashing, Trouble, retries
+from expt.memory.recovery.ladder import Apply, LadderState, Move, Predict
+from expt.memory.recovery.limits import ONCE, Attempts, Limits, Thrashing, retries
 from expt.memory.recovery.undo import RandomState, StepUndo
 from expt.memory.techniques.batch_norm import batch_statistics
 from expt.memory.techniques.techniques import Techniques
 
+S = TypeVar("S")
 T = TypeVar("T")
 NOTHING = Move(None, None, ())
 RETRIES = Shortage("allocation_retries", None, None)
@@ -70,7 +71,7 @@ class Recovery:
         on_event: Callable[[OomEvent], None] = lambda event: None,
         collect: Callable[[int], list[Path]] = lambda number: [],
     ) -> None:
-        self.footing = Footing(techniques, device.type, apply, predict)
+        self.ladder = LadderState(techniques, device.type, apply, predict)
         self.device = device
         self.limits = limits or Limits()
         self.budget_bytes = budget_bytes
@@ -86,30 +87,32 @@ class Recovery:
         self.give_way: Callable[[], bool] = lambda: False
         """Gives back memory that only makes steps faster; returns whether there was any."""
         self._over_the_batch = False
-        self._classify = classify
+        self.classify = classify
         self._undo: StepUndo | None = None
-        self._step_trouble, self._failed_step = Trouble(), -1
-        self._evaluation_trouble, self._loop_trouble = Trouble(), Trouble()
+        self._step_attempts, self._failed_step = Attempts(), -1
+        self._evaluation_attempts, self._loop_attempts = Attempts(), Attempts()
         self._thrashing = Thrashing(partial(retries, device)) if device.type == "cuda" else None
 
     @property
     def techniques(self) -> Techniques:
         """The techniques in force."""
-        return self.footing.techniques
+        return self.ladder.techniques
 
     def attach(self, model: nn.Module, optimizer: Optimizer, scaler: Any = None) -> None:
         """Take charge of a model that has the techniques, its optimizer, and fp16's scaler."""
-        self.footing.attach(model, optimizer)
+        self.ladder.attach(model, optimizer)
         self._over_the_batch = bool(batch_statistics(model))
         self._undo = StepUndo(model, optimizer, self.device, scaler)
 
-    def step(self, work: Callable[[], T], samples: int) -> T:
-        """Take one optimizer step, as often as it needs; return what `work` returns.
+    def step(self, work: Callable[[S], T], batch: S, samples: int, undo: bool = True) -> T:
+        """Do one optimizer step, as often as it needs; return what `work` returns.
 
         Args:
-            work: the whole step: forward and backward passes, the optimizer's step, gradients
-                to None. It reads `techniques` each time it is called.
-            samples: in the step's batch.
+            work: the whole step on `batch`: forward and backward passes, the optimizer's step,
+                gradients to None. It reads `techniques` each time it is called.
+            batch: handed to `work` every time.
+            samples: in the batch.
+            undo: note what has to be put back; without it, a step that fails is a broken one.
 
         Raises:
             RecoveryError: nothing is left to try.
@@ -117,46 +120,43 @@ class Recovery:
 
         """
         assert self._undo is not None, "attach a model first"
-        self._undo.note()
+        if undo:
+            self._undo.note()
         if self.position[0] != self._failed_step:  # a broken step goes on counting when replayed
-            self._step_trouble = Trouble()
-        trouble = self._step_trouble
+            self._step_attempts = Attempts()
+        attempts = self._step_attempts
         while True:
-            outcome = self._attempt(work, "step", trouble)
+            self.phase = "step"
+            outcome = attempt(partial(work, batch), self.classify, self.evidence)
             if isinstance(outcome, Success):
                 self._watch_thrashing(samples)
                 return outcome.value
-            whole = self._undo.undo(self.phase)
+            attempts.failures += 1
+            whole = undo and self._undo.undo(self.phase)
             release(self.device)
             self._failed_step = self.position[0]
-            self._go_down(outcome, trouble, samples, replayed=not whole)
+            self._go_down(outcome, attempts, samples, replayed=not whole)
             if not whole:
                 raise BrokenStepError(
                     f"{self._where()} the optimizer had written part of the weights; load the "
                     "last checkpoint and go on from there"
                 )
 
-    def epoch(self, work: Callable[[], T], samples: int) -> T:
-        """Do a whole epoch, whose steps recover by themselves, and catch what is between them.
+    def between_steps(self, failure: Failure, samples: int) -> None:
+        """Prepare for going back to a checkpoint: memory ran out outside of a step.
 
         Args:
-            work: may be broken off anywhere; the caller can go back to a checkpoint.
+            failure: what was caught around a whole epoch (`attempt`).
             samples: in the batch of a step.
 
         Raises:
             RecoveryError: nothing is left to try.
-            BrokenStepError: memory ran out; go back to the last checkpoint.
 
         """
-        outcome = attempt(work, self._classify, lambda: self.collect(len(self.events) + 1))
-        if isinstance(outcome, Success):
-            return outcome.value
         release(self.device)
         self.phase = "loop"
-        trouble = self._loop_trouble
-        trouble.failures += 1
-        self._go_down(outcome, trouble, samples, replayed=True)
-        raise BrokenStepError(f"{self._where()} the last checkpoint is the way back")
+        self._loop_attempts.failures += 1
+        self._go_down(failure, self._loop_attempts, samples, replayed=True)
 
     def evaluation(self, work: Callable[[int], object], batch_size: int) -> bool:
         """Do one batch of evaluation; return False if it has to be asked for again, smaller.
@@ -170,14 +170,14 @@ class Recovery:
 
         """
         size = min(batch_size, self.evaluation_batch_size or batch_size)
-        before, trouble = RandomState(self.device), self._evaluation_trouble
-        outcome = self._attempt(lambda: work(size), "evaluation", trouble)
+        before, attempts = RandomState(self.device), self._evaluation_attempts
+        outcome = self._attempt(lambda: work(size), "evaluation", attempts)
         if isinstance(outcome, Success):
-            self._evaluation_trouble = Trouble()
+            self._evaluation_attempts = Attempts()
             return True
         before.restore()
         release(self.device)
-        reason = self.limits.forbid(trouble, self.events)
+        reason = self.limits.forbid(attempts, self.events)
         move = NOTHING
         if reason is None and self.give_way():
             move = Move("eager", self.techniques, ())
@@ -186,7 +186,7 @@ class Recovery:
             move = Move("halve_evaluation_batch", self.techniques, ())
         elif reason is None:
             single = "it is a single sample already"
-            move = trouble.release_only(self.techniques, "halve_evaluation_batch", single)
+            move = attempts.release_only(self.techniques, "halve_evaluation_batch", single)
         self._record(outcome, move, reason)
         return False
 
@@ -209,7 +209,7 @@ class Recovery:
                 cleanly = True
                 raise
 
-        outcome = self._attempt(watched, "capture", Trouble())
+        outcome = self._attempt(watched, "capture", Attempts())
         if isinstance(outcome, Success):
             return outcome.value
         if not cleanly:
@@ -219,29 +219,29 @@ class Recovery:
         self._record(outcome, Move("eager", self.techniques, ()), None)
         return None
 
-    def once_more(self, work: Callable[[], T], phase: str) -> T:
+    def retry_once(self, work: Callable[[], T], phase: str) -> T:
         """Do work on which no rung acts (building, loading); a second time if memory ran out.
 
         Raises:
             RecoveryError: it ran out again.
 
         """
-        trouble = Trouble(releases=ONCE)  # a lack of memory here is rarely by chance
+        attempts = Attempts(releases=ONCE)  # a lack of memory here is rarely by chance
         while True:
-            outcome = self._attempt(work, phase, trouble)
+            outcome = self._attempt(work, phase, attempts)
             if isinstance(outcome, Success):
                 return outcome.value
             release(self.device)
-            reason = self.limits.forbid(trouble, self.events)
+            reason = self.limits.forbid(attempts, self.events)
             move = NOTHING
             if reason is None:
-                move = trouble.release_only(self.techniques, "ladder", "its rungs act on steps")
+                move = attempts.release_only(self.techniques, "ladder", "its rungs act on steps")
             self._record(outcome, move, reason)
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, as plain values."""
         return {
-            **self.footing.state(),
+            **self.ladder.state(),
             "evaluation_batch_size": self.evaluation_batch_size,
             "events": [dict(event) for event in self.events],
         }
@@ -250,30 +250,36 @@ class Recovery:
         """Go on where another process saved a checkpoint; its events come before ours."""
         if not state:
             return  # a checkpoint from before there was recovery
-        self.footing.restore(state)
+        self.ladder.restore(state)
         self.evaluation_batch_size = state["evaluation_batch_size"]
         self.events = [*state["events"], *self.events]
 
-    def _attempt(self, work: Callable[[], T], phase: str, trouble: Trouble) -> Success[T] | Failure:
+    def evidence(self) -> list[Path]:
+        """Write what is held now; call it while the failed work's tensors are alive."""
+        return self.collect(len(self.events) + 1)
+
+    def _attempt(
+        self, work: Callable[[], T], phase: str, attempts: Attempts
+    ) -> Success[T] | Failure:
         self.phase = phase
-        outcome = attempt(work, self._classify, lambda: self.collect(len(self.events) + 1))
-        trouble.failures += isinstance(outcome, Failure)
+        outcome = attempt(work, self.classify, self.evidence)
+        attempts.failures += isinstance(outcome, Failure)
         return outcome
 
-    def _go_down(self, failure: Failure, trouble: Trouble, samples: int, replayed: bool) -> None:
+    def _go_down(self, failure: Failure, attempts: Attempts, samples: int, replayed: bool) -> None:
         """Go one rung down after a step failed, and enter it; raise RecoveryError if none is."""
-        reason = self.limits.forbid(trouble, self.events)
-        move = NOTHING if reason else self._down(samples, trouble)
+        reason = self.limits.forbid(attempts, self.events)
+        move = NOTHING if reason else self._down(samples, attempts)
         cut = move.rung == "halve_micro_batch" and self._over_the_batch
         parts = self.techniques.gradient_accumulation
         self._record(failure, move, reason, replayed, -(-samples // parts) if cut else None)
 
-    def _down(self, samples: int, trouble: Trouble) -> Move:
+    def _down(self, samples: int, attempts: Attempts) -> Move:
         """Give up what only makes steps faster, if there is any, or go one rung down."""
         if self.give_way():
             return Move("eager", self.techniques, ())
-        move = self.footing.down(self.phase, samples, trouble.releases)
-        trouble.releases += move.rung == "release"
+        move = self.ladder.down(self.phase, samples, attempts.releases)
+        attempts.releases += move.rung == "release"
         return move
 
     def _record(
@@ -315,4 +321,4 @@ class Recovery:
             return
         self.phase = THRASHING
         release(self.device)
-        self._record(Failure(RETRIES), self._down(samples, Trouble()), None)
+        self._record(Failure(RETRIES), self._down(samples, Attempts()), None)

@@ -75,7 +75,8 @@ class CapturedSteps(Steps):
         on_capture: Callable[[bool], None] = lambda captured: None,
         say: Callable[[str], None] = print,
     ) -> None:
-        super().__init__(function, recovery)
+        super().__init__(self._run)
+        self.function, self.recovery = function, recovery
         self._optimizer = optimizer
         self._batch_size = batch_size
         self._machinery = machinery
@@ -92,24 +93,29 @@ class CapturedSteps(Steps):
         """Whether a step is captured now."""
         return self._graph is not None
 
-    def __call__(self, samples: Samples) -> tuple[Tensor, Tensor]:
+    def _run(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """Replay a step, capture it if it is time to, or execute it eagerly."""
         if self._given_up or len(samples) != self._batch_size:
-            return super().__call__(samples)
+            return self.function(samples)
         if self._techniques != self.recovery.techniques:
             self._begin()
             if self._given_up:
-                return super().__call__(samples)
+                return self.function(samples)
         if self._done < WARM_STEPS:
             return self._warm(samples)
         if self._graph is None and not self._capture(samples):
-            return super().__call__(samples)
+            return self.function(samples)
         self._samples.copy_(cast(ResidentSamples, samples))
         for rate, group in zip(self._rates, self._groups(), strict=True):
             rate.fill_(group["lr"])
         self._graph.replay()
         loss, weight = self._outputs
         return loss, weight
+
+    def replays(self, samples: Samples) -> bool:
+        """Tell whether the captured step will be replayed on these samples."""
+        full = len(samples) == self._batch_size
+        return full and self.captured and self._techniques == self.recovery.techniques
 
     def forget(self) -> None:
         """Give up the captured step; one is captured anew after as many steps as at first."""
@@ -135,7 +141,7 @@ class CapturedSteps(Steps):
             with block_randomness(counter), self._machinery.warming(found):
                 return self.function(samples)
 
-        result = self.recovery.step(work, len(samples))
+        result = work()
         self._done += 1
         self._blocks = counter.blocks
         if found:

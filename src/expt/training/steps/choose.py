@@ -45,23 +45,23 @@ def steps_for(
     """
     device = recovery.device
     if how is Compile.off or (how is Compile.auto and device.type != "cuda"):
-        return Steps(function, recovery)
+        return Steps(function)
     if how is Compile.compile:
         from expt.training.steps.compiled import CompiledStep
 
         function = CompiledStep(function, model, recovery, batch_size, say)
         if device.type != "cuda":
-            return Steps(function, recovery)
+            return Steps(function)
     if device.type != "cuda":
         say(f"trainer.compile={how.value}: {device.type} has no CUDA graphs, so steps stay eager")
-        return Steps(function, recovery)
+        return Steps(function)
     if streamed:
         if how is not Compile.auto:
             say(
                 f"trainer.compile={how.value}: streamed samples are copied from the host in every "
                 "step, so steps are not captured"
             )
-        return Steps(function, recovery)
+        return Steps(function)
     from expt.training.steps.captured import CapturedSteps
     from expt.training.steps.cuda_graph import CudaGraphs
 

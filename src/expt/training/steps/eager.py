@@ -1,40 +1,36 @@
-"""Steps executed operator by operator, and again with a technique that saves if memory runs out.
+"""What a step is: a function of samples; executed operator by operator unless something is faster.
 
 `expt.training.steps.captured` replays a captured step, `expt.training.steps.compiled` runs the
 model's forward and backward passes as `torch.compile` makes them. Both give the same results to
-rounding, and fall back to these steps, with a line that says why, when something cannot be done.
+rounding, and fall back to the plain function, with a line that says why, when something cannot be
+done. Recovery is not their affair: the trainer calls them through `Recovery.step`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from typing import Protocol
 
 from torch import Tensor
 
-from expt.memory.recovery.recovery import Recovery
 from expt.training.batches import Samples
 
-StepFunction = Callable[[Samples], tuple[Tensor, Tensor]]
-"""Does one whole step on some samples; returns its mean loss and its weight, on the device."""
+
+class StepFunction(Protocol):
+    """Does one whole step on some samples."""
+
+    def __call__(self, samples: Samples, /) -> tuple[Tensor, Tensor]:
+        """Return the step's mean loss and its weight, on the device, valid until the next step."""
 
 
 class Steps:
-    """Executes every step operator by operator, and again if memory runs out."""
+    """How a run's steps are executed: `run` does one, here operator by operator."""
 
-    def __init__(self, function: StepFunction, recovery: Recovery) -> None:
-        self.function = function
-        self.recovery = recovery
+    def __init__(self, function: StepFunction) -> None:
+        self.run = function
 
-    def __call__(self, samples: Samples) -> tuple[Tensor, Tensor]:
-        """Do a step; the loss and weight are valid until the next one.
-
-        Raises:
-            RecoveryError: nothing is left to try.
-            BrokenStepError: the optimizer had begun to write.
-
-        """
-        return self.recovery.step(partial(self.function, samples), len(samples))
+    def replays(self, samples: Samples) -> bool:
+        """Tell whether a step on these samples allocates nothing, so that none has to be undone."""
+        return False
 
     def forget(self) -> None:
         """Keep nothing that refers to optimizer state, which has just been replaced."""
