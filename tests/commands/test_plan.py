@@ -35,7 +35,7 @@ def written(home: Path) -> dict[str, Any]:
 @pytest.fixture
 def without_advice(monkeypatch) -> None:
     """Leave the changes out that would save most: each takes as long as the plan."""
-    monkeypatch.setattr(module, "savings", lambda *arguments: [])
+    monkeypatch.setattr(foresight.Planner, "_changes", lambda self: [])
 
 
 @pytest.mark.parametrize(("part", "lines"), [(0.9, 1), (0.999, 0)])
@@ -44,9 +44,10 @@ def test_what_saves_next_to_nothing_is_not_told(composed, monkeypatch, part, lin
     data = build(settings, "data")
     planned = foresight.plan_training(settings, data, "cuda")
     then = replace(planned, peak_bytes=int(part * planned.peak_bytes))
-    monkeypatch.setattr(foresight, "plan_training", lambda *arguments: then)
-    monkeypatch.setattr(foresight, "_changes", lambda *arguments: [("a=b", None, None)])
-    assert len(foresight.savings(settings, data, planned)) == lines
+    monkeypatch.setattr(foresight, "plan_training", lambda *arguments, **more: then)
+    change = ("a=b", foresight.Techniques(forward_chunks=7), None)
+    monkeypatch.setattr(foresight.Planner, "_changes", lambda self: [change])
+    assert len(foresight.Planner(settings, data, planned.target, planned).savings()) == lines
 
 
 def test_a_batch_is_never_larger_than_the_training_part(composed, monkeypatch) -> None:

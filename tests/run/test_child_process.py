@@ -37,7 +37,7 @@ def test_a_real_command_line(tmp_path) -> None:
 
 
 def test_arguments_output_and_exit_code(command) -> None:
-    log = command('echo "$@"; echo attempts >&2; exit 3')
+    log = command('echo "$@"; echo trouble >&2; exit 3')
     ended = run_apart(["a=1", "b=[1, 2]"], log)
     assert (ended.exit_code, ended.timed_out) == (3, False)
     assert log.read_text() == "-m expt.run.process a=1 b=[1, 2]\ntrouble\n"

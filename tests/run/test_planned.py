@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from expt.errors import ConfigError
 from expt.memory.planning.peak_plan import Plan
 from expt.result import load_result
 from expt.run import overflow as module
+from expt.run import planner
 from expt.run.build import build
 from expt.run.overflow import _inside
 from expt.run.planner import Saving, plan_training
-from expt.units import MIB, parse_bytes
+from expt.units import MIB, format_bytes, parse_bytes
 
 MODEL = """
 import torch
@@ -189,9 +191,10 @@ def test_a_card_without_a_budget_raises_by_itself(composed, recover, fallback, t
 def test_a_card_that_nothing_recovers_on_is_refused(composed, monkeypatch) -> None:
     settings = validated(composed("memory.recover=false"))
     planned = ON_A_CARD
-    monkeypatch.setattr(module, "savings", lambda *arguments: [])
-    monkeypatch.setattr(module, "_descend", lambda *arguments: (None, 58 * MIB))
-    with pytest.raises(ConfigError, match=r"the least they reach is 58\.0 MiB"):
+    monkeypatch.setattr(module.Planner, "_single_changes", lambda self: [])
+    monkeypatch.setattr(module, "_descend", lambda *arguments: None)
+    least = format_bytes(planned.demand_bytes)
+    with pytest.raises(ConfigError, match=f"the least they reach is {re.escape(least)}"):
         _inside(settings, None, planned, module.Limit(55 * MIB, None, "cuda"))
 
 
@@ -206,16 +209,16 @@ def test_adapting_is_offered_where_it_would_do(composed, monkeypatch) -> None:
     settings = validated(composed("+memory=minimal"))
     planned = Plan("cpu", 50 * MIB, None, (40, 60), "forward", {"inputs": 1}, {}, {}, "trace", 0.0)
     limit = module.Limit(30 * MIB, "30MiB", "cpu")
-    monkeypatch.setattr(module, "_descend", lambda *arguments: (None, 35 * MIB))
+    monkeypatch.setattr(module, "_descend", lambda *arguments: None)
     ways = [Saving("memory.precision=bf16", 25 * MIB, 25 * MIB)]
-    monkeypatch.setattr(module, "savings", lambda *arguments: ways)
+    monkeypatch.setattr(module.Planner, "_single_changes", lambda self: iter(ways))
     message = module.refusal(settings, None, planned, limit)
     assert (
         "What would fit: memory.precision=bf16 (25.0 MiB); or memory.on_overflow=train" in message
     )
     with pytest.raises(ConfigError, match=r"on the ladder .* What would fit: memory\.precision"):
         module.adapted(settings, None, planned, limit)
-    ways.append(Saving("memory.forward_chunks=4", 28 * MIB, 28 * MIB))
+    ways.insert(0, Saving("memory.forward_chunks=4", 28 * MIB, 28 * MIB))
     assert "on_overflow=adapt" in module.refusal(settings, None, planned, limit)
 
 
@@ -350,8 +353,25 @@ def test_what_would_fit_is_told_by_what_the_budget_counts(composed, monkeypatch)
     found = plan_training(settings, data, "cuda")
     large = replace(found, peak_bytes=12 * MIB, reserved_bytes=20 * MIB)
     ways = [Saving("too=much", 4 * MIB, 12 * MIB), Saving("enough=true", 5 * MIB, 9 * MIB)]
-    monkeypatch.setattr(module, "savings", lambda *arguments: ways)
+    monkeypatch.setattr(module.Planner, "_single_changes", lambda self: iter(ways))
     message = module.refusal(settings, data, large, module.Limit(10 * MIB, "10MiB", "cuda"))
     assert "bytes reserved by the allocator, which are 20.0 MiB" in message
     assert "What would fit: enough=true (9.0 MiB)" in message
     assert "too=much" not in message
+
+
+def test_a_refusal_is_planned_no_longer_than_until_something_fits(composed, monkeypatch) -> None:
+    settings = validated(composed("+memory=lite", "memory.budget=100MiB"))
+    data, traces = build(settings, "data"), []
+    monkeypatch.setattr(
+        planner, "plan_training", lambda *a, **k: (traces.append(a), plan_training(*a, **k))[1]
+    )
+    planned = planner.plan_training(settings, data, "cpu")
+    message = module.refusal(settings, data, planned, module.Limit(100 * MIB, "100MiB", "cpu"))
+    assert "What would fit: memory.gradient_accumulation=4" in message
+    assert len(traces) == 2
+    traces.clear()
+    message = module.refusal(settings, data, planned, module.Limit(2 * MIB, "2MiB", "cpu"))
+    assert "No technique is predicted to fit" in message
+    tried = [str(trace[3:]) for trace in traces]
+    assert len(tried) == len(set(tried)) <= 20, "nothing is planned twice"

@@ -20,10 +20,10 @@ from expt.memory.techniques.techniques import Techniques
 from expt.run import planner as foresight
 from expt.run.build import assemble, build, techniques_of
 from expt.run.planner import (
+    Planner,
     arithmetic,
     budget_bytes,
     plan_training,
-    savings,
     target_of,
     target_remark,
 )
@@ -143,7 +143,7 @@ def test_a_technique_that_does_not_apply_is_refused(given: Given) -> None:
 def test_the_best_savings_come_first_and_are_traced(given: Given) -> None:
     settings, data = given(*SMALL, "data.batch_size=256")
     planned = plan_training(settings, data, "cpu")
-    found = savings(settings, data, planned)
+    found = Planner(settings, data, planned.target, planned).savings()
     assert 0 < len(found) <= foresight.MAX_SAVINGS
     counts = [saving.peak_bytes for saving in found]
     assert counts == sorted(counts)
@@ -157,7 +157,7 @@ def test_advice_leaves_out_what_is_in_force_or_not_possible(given: Given) -> Non
         *SMALL, "data.batch_size=3", "memory.precision=bf16", "memory.forward_chunks=2"
     )
     assert techniques_of(settings.memory).forward_chunks == 2
-    changes = [s.change for s in savings(settings, data, plan_training(settings, data, "cpu"))]
+    changes = [s.change for s in Planner(settings, data, "cpu").savings()]
     assert not [c for c in changes if "accumulation" in c or "precision" in c or "chunks" in c]
 
 

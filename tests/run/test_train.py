@@ -71,7 +71,7 @@ def test_what_is_replayed_is_recorded_once(expt, home) -> None:
         "tracking.flush_seconds=0",
     )  # fmt: skip
     assert code == 0, err
-    assert "back at step 3: the steps up to 4 are taken again" in out
+    assert "back at step 3: the steps up to 4 are done again" in out
     lines = map(json.loads, (home / "run/tracking.jsonl").read_text().splitlines())
     points = [
         (name, line["step"])

@@ -22,10 +22,10 @@ from expt.memory.planning.planning import Plan
 from expt.result import PLAN_NAME
 from expt.run.build import build
 from expt.run.planner import (
+    Planner,
     Saving,
     budget_bytes,
     plan_training,
-    savings,
     spelled_out,
     target_of,
     target_remark,
@@ -122,7 +122,9 @@ def run(cfg: DictConfig, context: RunContext) -> PlanResult:
         print(remark)
     budget = budget_bytes(settings.memory.budget, target)
     planned = plan_training(settings, data, target)
-    record = as_record(settings, planned, budget, savings(settings, data, planned))
+    record = as_record(
+        settings, planned, budget, Planner(settings, data, target, planned).savings()
+    )
     print_table(plan_table(record))
     if target == "cpu" and budget is None and planned.demand_bytes > host_bytes():
         print(f"that is more than this machine has: {format_bytes(host_bytes())}")

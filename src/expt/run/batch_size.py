@@ -27,7 +27,7 @@ from expt.memory.planning.planning import Plan, Target
 from expt.result import load_launch
 from expt.run.build import build, smaller_sizes, techniques_of
 from expt.run.overflow import too_small_for_weights
-from expt.run.planner import Saving, plan_training, savings
+from expt.run.planner import Planner, Saving, plan_training
 from expt.units import format_bytes
 
 MAX_TRACES = 18
@@ -282,7 +282,7 @@ def _nothing_fits(settings: Settings, data: DataSet, smallest: Plan, limit: Limi
     alone = replace(settings, memory=replace(settings.memory, gradient_accumulation=1))
     one = copy.copy(data)
     one.batch_size = 1
-    helping = savings(alone, one, smallest)
+    helping = Planner(alone, one, smallest.target, smallest).savings()
     ways = [f"{way.change} ({format_bytes(_taken(way, reserved))})" for way in helping]
     ways.append(smaller_sizes(settings.memory))
     return f"{message}. What would help: {', '.join(ways)}"

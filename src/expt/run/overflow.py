@@ -22,7 +22,7 @@ from expt.memory.planning.planning import Plan, Target
 from expt.memory.recovery.ladder import PLANNED_LADDER, adapt, changes
 from expt.memory.techniques.techniques import Techniques
 from expt.run.build import build, smaller_sizes, techniques_of
-from expt.run.planner import Predictor, plan_training, savings, spelled_out
+from expt.run.planner import Planner, plan_training, spelled_out
 from expt.units import format_bytes
 
 log = logging.getLogger(__name__)
@@ -57,8 +57,8 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class _Ways:
-    """What would make a run fit, in words, None if nothing; else the least peak it came to."""
+class _Suggestions:
+    """What is predicted to make a run fit, None if nothing is, and the least that was reached."""
 
     words: str | None
     adaptable: bool
@@ -82,7 +82,7 @@ def refusal(settings: Settings, data: DataSet, planned: Plan, limit: Limit) -> s
     if planned.reserved_bytes is not None:
         message += f", and the limit is of {planned.demand_words}"
         message += f", which are {format_bytes(planned.demand_bytes)}"
-    ways = _ways(settings, data, planned, limit.bytes)
+    ways = _suggestions(Planner(settings, data, planned.target, planned), limit.bytes)
     message += f". {_advice(settings, ways)}; or "
     if ways.adaptable:
         message += "memory.on_overflow=adapt to have it chosen, "
@@ -94,7 +94,7 @@ def refusal(settings: Settings, data: DataSet, planned: Plan, limit: Limit) -> s
 
 def what_fits(settings: Settings, data: DataSet, planned: Plan, budget_bytes: int) -> str | None:
     """Return the changes that are predicted to fit a budget, None if no technique is."""
-    return _ways(settings, data, planned, budget_bytes).words
+    return _suggestions(Planner(settings, data, planned.target, planned), budget_bytes).words
 
 
 def adapted(
@@ -106,9 +106,10 @@ def adapted(
         ConfigError: there are none.
 
     """
-    found, least = _descend(settings, data, planned, limit.bytes)
+    planner = Planner(settings, data, planned.target, planned)
+    found = _descend(planner, limit.bytes)
     if found is None:
-        ways = _ways(settings, data, planned, limit.bytes, (None, least))
+        ways = _suggestions(planner, limit.bytes)
         raise ConfigError(
             f"{limit} is predicted to be too small: the run takes "
             f"{format_bytes(planned.demand_bytes)} ({planned.demand_words}), and nothing is left "
@@ -116,7 +117,7 @@ def adapted(
         )
     print(f"memory.on_overflow=adapt: going on with {_spelled(settings, found)}")
     settings = replace(settings, memory=replace(settings.memory, **vars(found)))
-    return settings, plan_training(settings, data, planned.target)
+    return settings, planner.plan(found)
 
 
 def remark(settings: Settings, planned: Plan, limit: Limit) -> str:
@@ -145,29 +146,19 @@ def peak_words(planned: Plan) -> str:
     return spelled_out({**vars(planned), "dominant": planned.dominant})
 
 
-def _ways(
-    settings: Settings,
-    data: DataSet,
-    planned: Plan,
-    limit_bytes: int,
-    descended: tuple[Techniques | None, int] | None = None,
-) -> _Ways:
-    """Return what would make a run fit, each predicted; down the ladder if one is not enough.
-
-    `descended` is what `_descend` returned, where that was done before.
-    """
-    single = savings(settings, data, planned)
-    fitting = [saving for saving in single if saving.demand_bytes <= limit_bytes]
-    words = " or ".join(f"{s.change} ({format_bytes(s.demand_bytes)})" for s in fitting) or None
-    least = min([planned.demand_bytes, *(saving.demand_bytes for saving in single)])
-    if any(not saving.change.startswith(PRECISION) for saving in fitting):
-        return _Ways(words, True, least)
-    found, reached = descended or _descend(settings, data, planned, limit_bytes)
-    spelled = None if found is None else _spelled(settings, found)
-    return _Ways(words or spelled, found is not None, min(least, reached))
+def _suggestions(planner: Planner, limit_bytes: int) -> _Suggestions:
+    """Return what would make a run fit: one change, or else what the ladder comes to."""
+    change = planner.first_that_fits(limit_bytes)
+    words = None if change is None else f"{change.change} ({format_bytes(change.demand_bytes)})"
+    if change is not None and not change.change.startswith(PRECISION):
+        return _Suggestions(words, True, change.demand_bytes)
+    found = _descend(planner, limit_bytes)
+    spelled = None if found is None else _spelled(planner.settings, found)
+    least = planner.least_bytes or planner.plan().demand_bytes
+    return _Suggestions(words or spelled, found is not None, least)
 
 
-def _advice(settings: Settings, ways: _Ways) -> str:
+def _advice(settings: Settings, ways: _Suggestions) -> str:
     if ways.words is not None:
         return f"What would fit: {ways.words}"
     return (
@@ -176,26 +167,22 @@ def _advice(settings: Settings, ways: _Ways) -> str:
     )
 
 
-def _descend(
-    settings: Settings, data: DataSet, planned: Plan, limit_bytes: int
-) -> tuple[Techniques | None, int]:
-    """Go down the ladder by prediction; return what fits, and the least peak on the way."""
-    techniques = techniques_of(settings.memory)
-    samples = min(data.batch_size, data.size("train"))
-    micro_batch = -(-samples // techniques.gradient_accumulation)
-    predict = Predictor(settings, data, planned.target)
+def _descend(planner: Planner, limit_bytes: int) -> Techniques | None:
+    """Go down the ladder by prediction; return what fits, None if nothing does."""
+    samples = min(planner.data.batch_size, planner.data.size("train"))
+    micro_batch = -(-samples // planner.now.gradient_accumulation)
     found, moves = adapt(
-        techniques,
+        planner.now,
         micro_batch,
         limit_bytes,
-        predict,
-        planned.target,
-        refuse=predict.refused,
+        planner,
+        planner.target,
+        refuse=planner.refused,
         ladder=PLANNED_LADDER,
     )
     for skipped in moves[-1].skipped if moves else ():
         log.info("%s: %s", skipped.rung, skipped.reason)
-    return found, predict.least or planned.demand_bytes
+    return found
 
 
 def _spelled(settings: Settings, found: Techniques) -> str:

@@ -111,41 +111,6 @@ def plan_training(
     )
 
 
-def savings(settings: Settings, data: DataSet, planned: Plan) -> list[Saving]:
-    """Return the changes that would save most, each traced like the plan itself."""
-    now = techniques_of(settings.memory)
-    found = []
-    for change, techniques, precision in _changes(settings, data, planned.target):
-        try:
-            then = plan_training(settings, data, planned.target, techniques or now, precision)
-        except Exception:  # the model may have nothing to apply it to, or not work with it
-            log.info("no prediction for %s", change, exc_info=True)
-            continue
-        if then.peak_bytes < (1 - MIN_SAVING) * planned.peak_bytes:
-            found.append(Saving(change, then.peak_bytes, then.demand_bytes))
-    return sorted(found, key=lambda saving: saving.peak_bytes)[:MAX_SAVINGS]
-
-
-def _changes(
-    settings: Settings, data: DataSet, target: Target
-) -> Iterator[tuple[str, Techniques | None, Precision | None]]:
-    now = techniques_of(settings.memory)
-    parts = 4 * now.gradient_accumulation
-    if parts <= data.batch_size and not now.optimizer_in_backward:
-        change = f"memory.gradient_accumulation={parts}"
-        yield change, replace(now, gradient_accumulation=parts), None
-    if now.activation_checkpointing is not True:
-        change = "memory.activation_checkpointing=true"
-        yield change, replace(now, activation_checkpointing=True), None
-    if arithmetic(settings.memory.precision, target) == "fp32":
-        yield "memory.precision=bf16", None, Precision.bf16
-    if now.forward_chunks == 1:
-        change = "memory.forward_chunks=4"
-        yield change, replace(now, forward_chunks=4), None
-    if now.attention_kernel == "math":
-        yield "memory.attention_kernel=fused", replace(now, attention_kernel="fused"), None
-
-
 def arithmetic(precision: Precision, target: Target) -> Literal["fp32", "bf16", "fp16"]:
     """Return the arithmetic that a precision means on a device."""
     if precision is Precision.auto:
@@ -187,60 +152,123 @@ def budget_bytes(value: object, target: Target) -> int | None:
         ) from error
 
 
-class Predictor:
-    """Predicts once per set of techniques; `refused` says why there are none.
+class Planner:
+    """Plans of one configured training with other techniques, each traced once.
 
     Args:
         settings: the run's.
         data: on the host; None reads it again when it is needed, for a run whose data is on CUDA.
-        target: the device to predict for.
-        evaluation: also predict evaluation, which recovery makes smaller by itself.
+        target: the device to plan for.
+        planned: the plan of the settings as they are, if there is one already.
+        evaluation: also plan evaluation, which recovery makes smaller by itself.
 
     """
 
     def __init__(
-        self, settings: Settings, data: DataSet | None, target: Target, evaluation: bool = True
+        self,
+        settings: Settings,
+        data: DataSet | None,
+        target: Target,
+        planned: Plan | None = None,
+        evaluation: bool = True,
     ) -> None:
-        self._settings, self._data, self._target = settings, data, target
-        self._evaluation = evaluation
-        self._known: dict[Techniques, int | None] = {}
-        self._refused: dict[Techniques, str] = {}
-
-    def __call__(self, techniques: Techniques) -> int | None:
-        """Return the predicted peak in bytes."""
-        if not self._settings.memory.plan:
-            return None
-        if techniques not in self._known:
-            try:
-                if self._data is None:
-                    self._data = build(self._settings, "data")
-                found = plan_training(
-                    self._settings,
-                    self._data,
-                    self._target,
-                    techniques,
-                    evaluation=self._evaluation,
-                )
-                # Without its activations a peak says nothing about what a technique saves.
-                bounded = found.interval_bytes[1] is not None
-                self._known[techniques] = found.demand_bytes if bounded else None
-            except ConfigError as error:
-                self._known[techniques] = None
-                self._refused[techniques] = str(error)
-            except (ExptError, RuntimeError, TypeError, ValueError, NotImplementedError):
-                log.info("no prediction for %s", techniques, exc_info=True)
-                self._known[techniques] = None
-        return self._known[techniques]
+        self.settings, self.target = settings, target
+        self.now = techniques_of(settings.memory)
+        self._data, self._evaluation = data, evaluation
+        self._plans: dict[tuple[Techniques, Precision], Plan | Exception] = {}
+        if planned is not None:
+            self._plans[self.now, settings.memory.precision] = planned
 
     @property
-    def least(self) -> int | None:
-        """The lowest peak predicted so far, in bytes."""
-        return min((peak for peak in self._known.values() if peak is not None), default=None)
+    def data(self) -> DataSet:
+        """The data set, on the host."""
+        if self._data is None:
+            self._data = build(self.settings, "data")
+        return self._data
+
+    def plan(
+        self, techniques: Techniques | None = None, precision: Precision | None = None
+    ) -> Plan:
+        """Return the plan with these in the place of what is configured.
+
+        Raises:
+            Exception: what `plan_training` raised for them, every time.
+
+        """
+        key = (techniques or self.now, precision or self.settings.memory.precision)
+        if key not in self._plans:
+            try:
+                self._plans[key] = plan_training(
+                    self.settings, self.data, self.target, *key, evaluation=self._evaluation
+                )
+            except Exception as error:  # whatever a user's model does under fake tensors
+                self._plans[key] = error.with_traceback(None)
+        found = self._plans[key]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def __call__(self, techniques: Techniques) -> int | None:
+        """Return `Plan.demand_bytes` with these techniques, None where it cannot be told."""
+        if not self.settings.memory.plan:
+            return None
+        try:
+            found = self.plan(techniques)
+        except (ExptError, RuntimeError, TypeError, ValueError, NotImplementedError):
+            log.info("no prediction for %s", techniques, exc_info=True)
+            return None
+        # Without its activations a peak says nothing about what a technique saves.
+        return found.demand_bytes if found.interval_bytes[1] is not None else None
 
     def refused(self, techniques: Techniques) -> str | None:
         """Return why the model cannot have these techniques, None if it can."""
         self(techniques)
-        return self._refused.get(techniques)
+        found = self._plans.get((techniques, self.settings.memory.precision))
+        return str(found) if isinstance(found, ConfigError) else None
+
+    @property
+    def least_bytes(self) -> int | None:
+        """The lowest demand of everything that was planned so far."""
+        plans = [found for found in self._plans.values() if isinstance(found, Plan)]
+        return min((p.demand_bytes for p in plans if p.interval_bytes[1] is not None), default=None)
+
+    def savings(self) -> list[Saving]:
+        """Return the single changes that would save most."""
+        planned = self.plan()
+        worth = (1 - MIN_SAVING) * planned.peak_bytes
+        found = [saving for saving in self._single_changes() if saving.peak_bytes < worth]
+        return sorted(found, key=lambda saving: saving.peak_bytes)[:MAX_SAVINGS]
+
+    def first_that_fits(self, limit_bytes: int) -> Saving | None:
+        """Return the cheapest single change that fits; dearer ones are not even planned."""
+        return next((s for s in self._single_changes() if s.demand_bytes <= limit_bytes), None)
+
+    def _single_changes(self) -> Iterator[Saving]:
+        for change, techniques, precision in self._changes():
+            try:
+                then = self.plan(techniques, precision)
+            except Exception:  # the model may have nothing to apply it to, or not work with it
+                log.info("no prediction for %s", change, exc_info=True)
+                continue
+            yield Saving(change, then.peak_bytes, then.demand_bytes)
+
+    def _changes(self) -> Iterator[tuple[str, Techniques | None, Precision | None]]:
+        """Yield single changes, the one that costs least time first."""
+        now, memory = self.now, self.settings.memory
+        if now.attention_kernel == "math":
+            yield "memory.attention_kernel=fused", replace(now, attention_kernel="fused"), None
+        parts = 4 * now.gradient_accumulation
+        if parts <= self.data.batch_size and not now.optimizer_in_backward:
+            change = f"memory.gradient_accumulation={parts}"
+            yield change, replace(now, gradient_accumulation=parts), None
+        if now.activation_checkpointing is not True:
+            change = "memory.activation_checkpointing=true"
+            yield change, replace(now, activation_checkpointing=True), None
+        if now.forward_chunks == 1:
+            change = "memory.forward_chunks=4"
+            yield change, replace(now, forward_chunks=4), None
+        if arithmetic(memory.precision, self.target) == "fp32":
+            yield "memory.precision=bf16", None, Precision.bf16  # other results, so the last
 
 
 def spelled_out(record: Mapping[str, Any]) -> str:

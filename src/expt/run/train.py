@@ -31,7 +31,7 @@ from expt.result import RunResult, load_launch, save_launch
 from expt.run.build import assemble
 from expt.run.fallback import folder, next_smaller, short_name
 from expt.run.guard import MemoryGuard, advice, manager_for
-from expt.run.planner import Predictor
+from expt.run.planner import Planner
 from expt.run.record import CONFIG_NAME, READINGS_NAME, Recorder, device_name
 from expt.run.summary import plot_history, print_result
 from expt.tracking.tracker import OncePerStep, open_tracker
@@ -82,9 +82,9 @@ class TrainJob:
         device = self.fabric.device
         self.manager = manager_for(self.settings.memory, device)
         predict = (
-            Predictor(self.settings, None, "cuda", evaluation=False)
+            Planner(self.settings, None, "cuda", evaluation=False)
             if device.type == "cuda"
-            else Predictor(self.settings, self.data, "cpu", evaluation=False)
+            else Planner(self.settings, self.data, "cpu", evaluation=False)
         )
         self.guard = MemoryGuard(self.settings.memory, self.budget, device, self.recorder, predict)
 
