@@ -99,7 +99,7 @@ def train(model: str, seed: int, device: str) -> dict[str, Any]:
 
 
 def tables(record: dict[str, Any]) -> str:
-    """Return the README's table."""
+    """Return the page's table."""
     columns = ("model", "parameters", "15 / 30 / 60 min", "test MAE", "val MAE", "epochs", "time")
     fixed = record["persistence"]
     rows = [("persistence", "0", horizons(fixed), f"{fixed['test/mae']:.3f}", "-", "-", "-")]

@@ -18,7 +18,7 @@ from expt.files import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs/results.md"
 COMMIT = "EXPT_COMMIT"
 """Names the commit of a copy without its history."""
 ABSOLUTE = re.compile(r"(?<![\w./])/(?:[\w.+@~-]+/)*([\w.+@~-]+)/?")
@@ -110,15 +110,15 @@ def kept(name: str, again: bool) -> bool:
 
 
 def store(name: str, result: Mapping[str, Any], tables: str, more: str = "") -> None:
-    """Write ``results/NAME.json`` and ``.md``, and put the tables, not `more`, into the README."""
+    """Write ``results/NAME.json`` and ``.md``, and put the tables, not `more`, into docs/results.md."""
     write_json(RESULTS / f"{name}.json", dict(result))
     write_text(RESULTS / f"{name}.md", f"{tables}\n{more}" if more else tables)
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if begin in text:
         before, _, rest = text.partition(begin)
         after = rest.partition(end)[2]
-        write_text(README, f"{before}{begin}\n{tables.strip()}\n{end}{after}")
+        write_text(PAGE, f"{before}{begin}\n{tables.strip()}\n{end}{after}")
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

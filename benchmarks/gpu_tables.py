@@ -15,7 +15,9 @@ Record = dict[str, Any]
 
 
 def tables(record: Record) -> str:
-    """Return the README's tables; `record` may be empty."""
+    """Return the page's tables; without a measurement, only that there is none."""
+    if "made" not in record:
+        return "Not measured: it takes a CUDA device and `python benchmarks/gpu.py --minutes 20`.\n"
     parts = [
         "Training steps at 207 sensors, batch of the preset:\n",
         markdown(
@@ -31,12 +33,13 @@ def tables(record: Record) -> str:
             [loop_row(record, preset) for preset in PRESETS],
         ),
     ]  # fmt: skip
-    absent = "Not measured: it takes a CUDA device and `python benchmarks/gpu.py --minutes 20`.\n"
-    return "\n".join([*parts, source_line(record, "gpu") if "made" in record else absent])
+    return "\n".join([*parts, source_line(record, "gpu")])
 
 
 def details(record: Record) -> str:
-    """Return the other tables: accuracy, and what was checked."""
+    """Return the other tables: accuracy, and what was checked; "" without a measurement."""
+    if "made" not in record:
+        return ""
     parts = [
         "Accuracy, test MAE in mph (whole set, masked, best by validation):\n",
         markdown(

@@ -149,7 +149,7 @@ def guide_peak(preset: str) -> int:
 
 
 def tables(record: dict[str, Any]) -> str:
-    """Return the README's tables."""
+    """Return the page's tables."""
     devices = {row["device"] for row in record["rows"].values()}
     parts = []
     for device in sorted(devices):

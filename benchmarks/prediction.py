@@ -161,7 +161,7 @@ def error(row: dict[str, Any]) -> float:
 
 
 def tables(record: dict[str, Any]) -> tuple[str, str]:
-    """Return the README's summary and the table of all rows."""
+    """Return the page's summary and the table of all rows."""
     found = record["rows"]
     gaps = sorted(abs(error(row)) for row in found.values())
     inside = sum(row["measured_bytes"] <= row["interval_bytes"][1] for row in found.values())

@@ -161,7 +161,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
 
 
 def tables(record: dict[str, Any]) -> str:
-    """Return the README's tables."""
+    """Return the page's tables."""
     results = {name: record[name]["result"] for name in SECTIONS if name in record}
     parts = []
     if launch := [*launch_rows(results)]:

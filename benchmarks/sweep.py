@@ -109,7 +109,7 @@ def nth_trained(rows: Sequence[Mapping[str, Any]], count: int) -> int:
 
 
 def tables(record: Mapping[str, Any]) -> str:
-    """Return the README's table."""
+    """Return the page's table."""
     columns = ("search", "launched", "trained", "wasted", "best val MAE", "found after", "total")
     rows = []
     for name, search in record["searches"].items():
