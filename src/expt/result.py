@@ -22,7 +22,9 @@ PLAN_NAME = "plan.json"
 Status = Literal["completed", "failed", "stopped"]
 TrackerStatus = Literal["FINISHED", "FAILED", "KILLED"]
 TrialState = Literal["COMPLETE", "PRUNED", "FAIL"]
-MEMORY_ERRORS = ("out_of_memory", "OutOfMemoryError", "MemoryError", "RecoveryError")
+MEMORY_ERRORS = (
+    "out_of_memory", "OutOfMemoryError", "MemoryError", "RecoveryError", "BrokenStepError",
+)  # fmt: skip
 """How a `stop_reason` begins when memory was what was missing."""
 
 
@@ -37,6 +39,7 @@ class Columns:
         exit_code: of a process that ends so; a signal's own code wins.
         counts: whether it is one of `search.n_trials` even if it was never started.
         retry: whether it may end otherwise the next time.
+        over: whether it needed more memory than it was given, or would have.
 
     """
 
@@ -45,6 +48,7 @@ class Columns:
     exit_code: int
     counts: bool = True
     retry: bool = False
+    over: bool = False
 
 
 class Outcome(Enum):
@@ -74,6 +78,11 @@ class Outcome(Enum):
         """Return the outcome for a reader."""
         return self.value.replace("_", " ")
 
+    @property
+    def trained(self) -> bool:
+        """Whether it was trained to its end, so that it has a figure to be compared by."""
+        return self.columns.trial_state == "COMPLETE"
+
     @classmethod
     def parse(cls, text: object) -> Outcome:
         """Return the outcome of a stored word, also of one that earlier versions used."""
@@ -85,10 +94,10 @@ class Outcome(Enum):
 
 OUTCOMES = {
     Outcome.completed: Columns("COMPLETE", "FINISHED", 0),
-    Outcome.over_budget: Columns("COMPLETE", "FINISHED", 0),
-    Outcome.out_of_memory: Columns("PRUNED", "FAILED", 1),
+    Outcome.over_budget: Columns("COMPLETE", "FINISHED", 0, over=True),
+    Outcome.out_of_memory: Columns("PRUNED", "FAILED", 1, over=True),
     Outcome.pruned: Columns("PRUNED", "KILLED", 1),
-    Outcome.predicted_over: Columns("PRUNED", "KILLED", 2, counts=False),
+    Outcome.predicted_over: Columns("PRUNED", "KILLED", 2, counts=False, over=True),
     Outcome.duplicate: Columns("PRUNED", "KILLED", 0, counts=False),
     Outcome.diverged: Columns("FAIL", "FAILED", 1),
     Outcome.failed: Columns("FAIL", "FAILED", 1, retry=True),

@@ -47,7 +47,7 @@ def test_a_grid_of_real_runs(expt, grid) -> None:
     results = [json.loads((grid / f"sweep/{n}/result.json").read_text()) for n in (0, 1)]
     assert record["runs"] == len(rows) == 2
     best = min(results, key=lambda result: result["metrics"]["val/mae"])
-    assert record["best"]["error"] == best["metrics"]["val/mae"]
+    assert record["best"]["value"] == best["metrics"]["val/mae"]
     for number, result in enumerate(results):
         history = json.loads((grid / f"sweep/{number}/history.json").read_text())
         first, last = (epoch["val"] for epoch in history)
@@ -87,7 +87,7 @@ def test_a_grid_of_real_runs(expt, grid) -> None:
         again = json.loads((grid / f"again{number}/report.json").read_text())
         assert again["runs"] == 2 - number
         if not number:
-            assert again["best"]["error"] == pytest.approx(record["best"]["error"])
+            assert again["best"]["value"] == pytest.approx(record["best"]["value"])
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,20 @@ import signal
 
 import optuna
 import pytest
+from matplotlib.image import imread
 from omegaconf import OmegaConf
+from optuna.distributions import FloatDistribution
+from optuna.trial import create_trial
 
-from expt.commands.search import Request, _conclude, _parameters, _runner
+from expt.commands.search import Request, _conclude, _draw, _parameters, _runner
 from expt.config.search_node import SearchConfig
-from expt.result import load_result
+from expt.job import Metric
+from expt.result import Outcome, load_result
+from expt.search.metric import ATTRIBUTE
 from expt.search.space import Space
 from expt.search.trial import KIND
 from expt.search.winner import SweepSummary
+from expt.units import MIB
 
 SEARCH = ("-m", "search=debug", "tracking=none")
 
@@ -112,7 +118,7 @@ def test_a_search_trains_what_fits_and_tests_the_best_once(searched):
         assert abs(result.memory["prediction_error"]) < 0.1
         tested += [trial.parent.name] if result.metrics["test/mae"] is not None else []
     assert tested == [f"trial_{summary.best['trial']:03d}"]
-    assert (folder / "plots/memory.png").exists()
+    assert (folder / "plots/trade_off.png").exists()
 
 
 def test_a_trial_is_planned_once(searched):
@@ -286,12 +292,14 @@ def test_a_winner_that_cannot_be_tested_is_an_error_with_all_files_written(expt,
 
     def crash_in_test(self):
         found = poll(self)
-        return TrialOutcome("crashed", error="a bad lens") if found and self.job.test else found
+        return (
+            TrialOutcome(Outcome.failed, error="a bad lens") if found and self.job.test else found
+        )
 
     monkeypatch.setattr(ProcessTrial, "poll", crash_in_test)
     code, out, err = expt(*SEARCH, "search.n_trials=1", "model.embed_dim=8", small=False)
     assert code == 1, err
-    assert "error: the best trial, 0, could not be tested: crashed (a bad lens)" in err
+    assert "error: the best trial, 0, could not be tested: failed (a bad lens)" in err
     assert "Traceback" not in err
     assert "again: python -m expt" in out
     summary = SweepSummary.load(home / "outputs/sweeps/debug")
@@ -318,3 +326,36 @@ def test_a_limit_that_a_launcher_does_not_keep_is_said(tmp_path, monkeypatch, ca
     _runner(request, OmegaConf.create({"hydra": hydra}), None, None)
     said = "over hydra/launcher=ray search.trial_time_limit_seconds ends nothing"
     assert (said in capsys.readouterr().out) == (seconds is not None)
+
+
+def study_of(count, metric):
+    study = optuna.create_study(study_name="mine", direction=metric.direction)
+    study.set_user_attr(ATTRIBUTE, metric.as_dict())
+    for number in range(count):
+        peak = (20 + 7 * (number * 5 % 11)) * MIB
+        study.add_trial(
+            create_trial(
+                params={"x": 0.5},
+                distributions={"x": FloatDistribution(0, 1)},
+                value=0.3 + 20 * MIB / peak / 9 + (number % 3) * 0.02,
+                user_attrs={KIND: "completed", "peak_bytes": peak, "demand_bytes": peak},
+                constraints={"peak_memory": (peak - 80 * MIB) / 1024**3},
+            )
+        )
+    return study
+
+
+@pytest.mark.parametrize("metric", [Metric("mae", unit="mph"), Metric("accuracy", goal="max")])
+@pytest.mark.parametrize("budget", [80 * MIB, None])
+def test_a_search_is_drawn_as_a_report_would(tmp_path, metric, budget):
+    _draw(study_of(12, metric), budget, tmp_path)
+    for name in ("trade_off", "progress"):
+        picture = imread(tmp_path / f"plots/{name}.png")
+        assert picture.std() > 0.05, "it is not blank"
+
+
+def test_of_one_trial_there_is_no_progress_and_of_none_nothing_to_draw(tmp_path):
+    _draw(study_of(0, Metric("mae")), None, tmp_path)
+    assert not (tmp_path / "plots").exists()
+    _draw(study_of(1, Metric("mae")), None, tmp_path)
+    assert {path.stem for path in (tmp_path / "plots").iterdir()} == {"trade_off"}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from expt.reports.records import RunRecord
-from expt.result import RunResult
+from expt.result import Outcome, RunResult
 
 GIB = 2**30
 CONFIG = """\
@@ -36,16 +36,16 @@ tracking:
 def record() -> Callable[..., RunRecord]:
     """Make a record of a completed run, with what a test changes; peaks in GiB."""
 
-    def make(name: str, error: float | None, peak: float | None = 1.0, **changed: Any) -> RunRecord:
+    def make(name: str, value: float | None, peak: float | None = 1.0, **changed: Any) -> RunRecord:
         count = None if peak is None else int(peak * GIB)
         given: dict[str, Any] = {
-            "state": "completed",
+            "outcome": Outcome.completed,
             "peak_allocated_bytes": count,
             "predicted_peak_bytes": count,
             "prediction_error": None if count is None else 0.001,
             "seconds": 60.0,
         }
-        return RunRecord(name, error=error, **(given | changed))
+        return RunRecord(name, value=value, **(given | changed))
 
     return make
 

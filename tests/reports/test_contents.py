@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import re
+
+from expt.job import Metric
 from expt.reports.contents import Wanted, contents
 from expt.reports.page import render
 from expt.reports.records import RunSet
+from expt.result import Outcome
 
 GIB = 2**30
 
 
 def wanted(budget: int | None = None, rows: int = 60) -> Wanted:
-    return Wanted("val/mae", budget, [], None, rows, "python -m expt task=report")
+    return Wanted(budget, [], None, rows, "python -m expt task=report")
 
 
 def test_the_best_run_leads_and_is_marked(record, tmp_path) -> None:
@@ -34,15 +38,17 @@ def test_the_best_run_leads_and_is_marked(record, tmp_path) -> None:
     assert cards["its test MAE"] == "4.200"
     assert cards["runs with a result"] == "3 of 3"
     assert [p.title for p in found.page.pictures] == [
-        "Error against memory",
+        "MAE against memory",
         "How good the predictions were",
     ]
     assert any("importances: it takes 10 finished runs" in line for line in found.page.missing)
-    assert "Error against memory" in render(found.page)
+    assert "MAE against memory" in render(found.page)
 
 
 def test_where_nothing_fits_the_smallest_peak_is_told(record, tmp_path) -> None:
-    runs = RunSet((record("a", 5.0, 3.0), record("b", None, 2.5, state="out_of_memory")), "here")
+    runs = RunSet(
+        (record("a", 5.0, 3.0), record("b", None, 2.5, outcome=Outcome.out_of_memory)), "here"
+    )
     found = contents(runs, wanted(GIB), tmp_path)
     assert found.best is None
     assert found.page.lead == (
@@ -52,7 +58,10 @@ def test_where_nothing_fits_the_smallest_peak_is_told(record, tmp_path) -> None:
 
 def test_runs_that_all_failed_still_make_a_page(record, tmp_path) -> None:
     runs = RunSet(
-        tuple(record(f"r{n}", None, None, state="failed", detail=f"reason {n}") for n in range(20)),
+        tuple(
+            record(f"r{n}", None, None, outcome=Outcome.failed, detail=f"reason {n}")
+            for n in range(20)
+        ),
         "here",
     )
     found = contents(runs, wanted(), tmp_path)
@@ -60,7 +69,7 @@ def test_runs_that_all_failed_still_make_a_page(record, tmp_path) -> None:
     assert found.page.problems[0] == "20 × failed"  # noqa: RUF001
     assert found.page.problems[1] == "r0: reason 0"
     assert found.page.problems[-1] == "… and 8 more, in runs.csv"
-    assert "Error against memory: no run has val/mae." in found.page.missing
+    assert "MAE against memory: no run has val/mae." in found.page.missing
 
 
 def test_a_long_table_is_cut_and_says_so(record, tmp_path) -> None:
@@ -98,10 +107,10 @@ def test_runs_on_several_data_are_not_ranked_against_each_other(record, tmp_path
     assert [row[:2] for row in found.page.table.rows][11:13] == [("r0", "la"), ("ref", "own")]
     assert list(found.page.marked) == [0, 12], "the best on each"
     words = {picture.title: picture.words for picture in found.page.pictures}
-    for title in ("Error against memory", "Run after run", "What mattered"):
+    for title in ("MAE against memory", "Run after run", "What mattered"):
         if title in words:
             assert words[title].endswith("Only runs on la, 12 of 14.")
-    assert "Error against memory" in words and "Run after run" in words
+    assert "MAE against memory" in words and "Run after run" in words
     assert found.importance.runs == 12
     page = render(found.page)
     assert "<li>own (2 runs): ref" in page
@@ -130,3 +139,27 @@ def test_of_many_data_the_first_are_told(record, tmp_path) -> None:
     lines = contents(runs, wanted(), tmp_path).page.by_data
     assert len(lines) == 9
     assert lines[-1] == "… and 2 more data, in report.json"
+
+
+def test_where_higher_is_better_the_highest_leads(record, tmp_path) -> None:
+    metric = Metric("val/accuracy", goal="max", label="accuracy", percent=True)
+    runs = RunSet(
+        (
+            record("a", 0.312, 1.0),
+            record("b", 0.875, 1.5, metrics={"test/accuracy": 0.81}),
+            record("large", 0.9, 4.0),
+        ),
+        "here",
+        metric,
+    )
+    found = contents(runs, wanted(2 * GIB), tmp_path)
+    assert found.page.lead.startswith(
+        "The best of 3 runs inside the budget of 2.00 GiB is b: validation accuracy 87.5 % at"
+    )
+    assert [row[0] for row in found.page.table.rows] == ["b", "a", "large"]
+    assert found.page.table.columns[2] == "val accuracy"
+    cards = {card.about: card.value for card in found.page.cards}
+    assert (cards["best validation accuracy"], cards["its test accuracy"]) == ("87.5 %", "81.0 %")
+    assert found.page.pictures[0].title == "Accuracy against memory"
+    assert "the best validation accuracy inside the budget first" in found.page.table_words
+    assert "MAE" not in re.sub('base64,[^"]*', "", render(found.page))

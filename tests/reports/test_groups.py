@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from expt.reports.groups import groups_by_data
+from expt.reports.groups import LIMIT, groups_by_data
 from expt.reports.records import RunSet
+from expt.result import Outcome
 
 SPEEDS = {
     "data._target_": "expt.jobs.traffic.data.TrafficData",
@@ -82,11 +83,37 @@ def test_a_record_from_before_the_setting_was_in_miles_per_hour(record) -> None:
 
 
 def test_where_no_data_are_recorded(record) -> None:
-    trial = record("trial 1", None, trial=1, state="predicted_over", settings={"model.width": "8"})
-    lost = record("lost", None, state="unfinished")
+    trial = record(
+        "trial 1", None, trial=1, outcome=Outcome.predicted_over, settings={"model.width": "8"}
+    )
+    lost = record("lost", None, outcome=Outcome.unfinished)
     known = record("trial 0", 3.0, trial=0, settings=SPEEDS)
     assert shown(known, trial, lost) == {"metr_la_29": ["trial 0", "trial 1", "lost"]}
     assert len(shown(known, record("old", 1.0))) == 2, "an error of it is ranked with no other"
     assert shown(lost) == shown(record("lost", 1.0)) == {"not recorded": ["lost"]}
     own = {"data._target_": "my_lab.Rain"}
     assert list(shown(record("a", 1.0, settings=own))) == ["Rain"], "without a file, its class"
+
+
+def test_runs_with_the_same_fingerprint_are_on_the_same_data_wherever_they_lie(record) -> None:
+    def on(name, path, mark):
+        settings = {**SPEEDS, "data.path": path}
+        return record(name, 1.0, settings=settings, fingerprint=mark)
+
+    one, moved = on("one", "/a/la.npz", "11"), on("moved", "/b/la.npz", "11")
+    earlier, changed = on("earlier", "/b/la.npz", None), on("changed", "/a/la.npz", "22")
+    assert shown(one, moved, earlier, changed) == {
+        "la": ["one", "moved", "earlier"],
+        "la fingerprint=22": ["changed"],
+    }
+    part = record("part", 1.0, settings={**one.settings, LIMIT: "2"}, fingerprint="11")
+    assert len(shown(one, part)) == 2, "a part of the data is other data"
+
+
+def test_a_fingerprint_that_a_search_changes_on_purpose_parts_nothing(record) -> None:
+    runs = [
+        record(str(n), 1.0, trial=n, fingerprint=str(n), settings={**SPEEDS, "data.horizon": n})
+        for n in (6, 12)
+    ]
+    assert len(shown(*runs, space={"data.horizon": None})) == 1
+    assert len(shown(*runs, space={"data.batch_size": None})) == 2

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from expt.reports.records import RunRecord, RunSet, flattened, labels, short_names, varied
+from expt.result import Outcome
 
 GIB = 2**30
 
@@ -10,11 +11,11 @@ def test_what_fits(record) -> None:
     assert run.fits(None) and run.fits(2 * GIB)
     assert not run.fits(2 * GIB - 1)
     assert not record("a", None).fits(None)
-    over = record("a", 4.0, 2.0, state="over_budget", budget_bytes=GIB)
+    over = record("a", 4.0, 2.0, outcome=Outcome.over_budget, budget_bytes=GIB)
     assert not over.fits(None) and not over.fits(GIB), "as its search found"
     assert over.fits(2 * GIB) and not over.fits(2 * GIB - 1), "another budget, judged anew"
-    assert not record("a", 4.0, None, state="over_budget", budget_bytes=1).fits(9 * GIB)
-    assert not record("a", 4.0, state="pruned").fits(9 * GIB)
+    assert not record("a", 4.0, None, outcome=Outcome.over_budget, budget_bytes=1).fits(9 * GIB)
+    assert not record("a", 4.0, outcome=Outcome.pruned).fits(9 * GIB)
     assert record("a", 4.0, None).fits(1), "what was not measured is not held against it"
     assert not record("a", 4.0, 1.0, peak_reserved_bytes=3 * GIB).fits(2 * GIB)
 
@@ -22,7 +23,7 @@ def test_what_fits(record) -> None:
 def test_the_budget_is_the_one_that_all_had(record) -> None:
     def of(*budgets: int | None, without_error: int | None = 5) -> int | None:
         runs = [record("a", 1.0, budget_bytes=b) for b in budgets]
-        runs.append(record("b", None, state="failed", budget_bytes=without_error))
+        runs.append(record("b", None, outcome=Outcome.failed, budget_bytes=without_error))
         return RunSet(tuple(runs), "").budget_bytes
 
     assert of(5, 5) == 5

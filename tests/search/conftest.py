@@ -11,7 +11,10 @@ import pytest
 
 from expt.config.schema import TrackingConfig
 from expt.config.search_node import SearchConfig
+from expt.job import Metric
+from expt.result import Outcome
 from expt.search.loop import Search
+from expt.search.metric import EARLIER, objectives_of
 from expt.search.records import Records
 from expt.search.reservation import Reservations
 from expt.search.runner import Job, Stop
@@ -51,7 +54,7 @@ class FakeTrial:
     def poll(self) -> TrialOutcome | None:
         self.looks += 1
         if self.stopped == "pruned":
-            return TrialOutcome("pruned", peak_bytes=1, demand_bytes=1)
+            return TrialOutcome(Outcome.pruned, peak_bytes=1, demand_bytes=1)
         return self.outcome if self.looks > 1 + len(self._epochs) or self.stopped else None
 
     def epochs(self) -> list[tuple[int, float]]:
@@ -110,7 +113,7 @@ class FakeJobs:
 
 def fine(params: Params) -> TrialOutcome:
     """A trial inside the budget whose error is x."""
-    return TrialOutcome("complete", params["x"] + 1, 1000, 1000, seconds=1.0)
+    return TrialOutcome(Outcome.completed, params["x"] + 1, 1000, 1000, seconds=1.0)
 
 
 def peak_of_width(params: Params) -> Prediction:
@@ -132,6 +135,7 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Search]]:
         space: Mapping[str, str] = SPACE,
         budget_bytes: int | None = BUDGET,
         folder: Path | None = None,
+        metric: Metric = EARLIER,
         **settings: Any,
     ) -> Search:
         config = SearchConfig(**{"study": "test", "n_trials": 6, **settings})
@@ -144,7 +148,8 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Search]]:
             storage or optuna.storages.InMemoryStorage(),
             made,
             make_pruner(config.pruner, 4),
-            config.objectives,
+            objectives_of(config.objectives, metric),
+            metric,
             {"space": parsed_space.as_json()},
         )
         jobs = FakeJobs(predict, budget_bytes)
@@ -154,7 +159,7 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Search]]:
             Reservations(study, parsed_space, config.n_trials, folder),
             FakeRunner(objective),
             jobs,
-            Records(TrackingConfig(), folder, config.study),
+            Records(TrackingConfig(), folder, config.study, metric),
             folder,
             [0],
             say=said.append,

@@ -59,7 +59,7 @@ def check(folder: Path, said: str) -> None:
     sweep = folder / "outputs/sweeps/debug"
     study = optuna.load_study(study_name="debug", storage=f"sqlite:///{folder}/outputs/optuna.db")
     started = [trial for trial in study.trials if trial.user_attrs.get(STARTED)]
-    assert [trial.user_attrs[KIND] for trial in started] == ["complete"] * 4, said
+    assert [trial.user_attrs[KIND] for trial in started] == ["completed"] * 4, said
     points = {(t.params["model.embed_dim"], t.params["data.batch_size"]) for t in started}
     assert points == {(8, 2), (8, 4), (16, 2), (16, 4)}
     assert all(trial.user_attrs["peak_bytes"] > 0 for trial in started)

@@ -22,7 +22,7 @@ def told():
         study.enqueue_trial({"width": width, "rate": rate, "kind": kind})
         trial = study.ask(dict(SPACE.distributions))
         trial.set_constraint(CONSTRAINT, excess)
-        for name, value in {KIND: "infeasible_predicted", **attributes}.items():
+        for name, value in {KIND: "predicted_over", **attributes}.items():
             trial.set_user_attr(name, value)
         study.tell(trial, state=TrialState.PRUNED)
         return study.get_trials()
@@ -67,14 +67,14 @@ def test_without_a_figure_there_is_nothing_to_go_by():
 @pytest.mark.parametrize(
     ("attributes", "expected"),
     [
-        ({KIND: "infeasible_predicted"}, True),
+        ({KIND: "predicted_over"}, True),
         ({KIND: "refused", STARTED: True}, True),
-        ({KIND: "oom", STARTED: True}, True),
-        ({KIND: "infeasible_measured", STARTED: True}, True),
+        ({KIND: "out_of_memory", STARTED: True}, True),
+        ({KIND: "over_budget", STARTED: True}, True),
         ({}, True),
         ({STARTED: True}, False),
-        ({KIND: "complete", STARTED: True}, False),
-        ({KIND: "crashed", STARTED: True}, False),
+        ({KIND: "completed", STARTED: True}, False),
+        ({KIND: "failed", STARTED: True}, False),
     ],
 )
 def test_what_shows_that_something_may_fit(attributes, expected):
@@ -95,7 +95,7 @@ def test_a_point_that_waits_and_one_that_was_ended_by_hand():
     assert not waiting(study.get_trials())
     assert all_tried(study.get_trials(), space)
     study.tell(first, state=TrialState.FAIL)
-    second.set_user_attr(KIND, "crashed")
+    second.set_user_attr(KIND, "failed")
     study.tell(second, state=TrialState.FAIL)
     assert not all_tried(study.get_trials(), space)
 
@@ -103,10 +103,10 @@ def test_a_point_that_waits_and_one_that_was_ended_by_hand():
 def test_what_ran_out_of_memory_tells_its_weight_only_if_it_was_predicted(told):
     told(50, 1.0)
     trials = told(
-        90, 0.001, attributes={KIND: "oom", STARTED: True}
+        90, 0.001, attributes={KIND: "out_of_memory", STARTED: True}
     )  # what the last allocation lacked
     assert [trial.params["width"] for trial in over_budget(trials)] == [50]
     assert lighter_point(trials, SPACE)["width"] != 90
-    trials = told(70, 1.5, attributes={KIND: "oom", STARTED: True, PREDICTED: 1})
+    trials = told(70, 1.5, attributes={KIND: "out_of_memory", STARTED: True, PREDICTED: 1})
     trials = told(60, 1.2, attributes={KIND: "duplicate"})
     assert [trial.params["width"] for trial in over_budget(trials)] == [50, 70]

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from expt.errors import SearchError
-from expt.result import RunResult
+from expt.result import Outcome, RunResult
 from expt.search.launcher import LauncherRunner
 from expt.search.runner import Job
 
@@ -105,7 +105,7 @@ def test_a_job_that_goes_wrong_costs_itself_alone(launcher, tmp_path):
     trials = [runner.start(job(tmp_path, number, kind)) for number, kind in enumerate(kinds)]
     runner.flush()
     found = [trial.poll() for trial in trials]
-    assert [outcome.kind for outcome in found] == ["complete", "refused", "crashed"]
+    assert [outcome.kind.value for outcome in found] == ["completed", "refused", "failed"]
     assert found[1].error == "no such width"
     assert found[2].error == "shapes do not match"
 
@@ -115,8 +115,8 @@ def test_what_a_lost_batch_has_written_is_not_lost(launcher, tmp_path):
     done = runner.start(job(tmp_path, 0, "all_lost"))
     lost = runner.start(job(tmp_path, 1, "good"))
     runner.flush()
-    assert done.poll().kind == "complete"
-    assert lost.poll().kind == "killed"
+    assert done.poll().kind is Outcome.completed
+    assert lost.poll().kind is Outcome.killed
 
 
 def test_what_a_lost_job_was_lost_of_is_said(launcher, tmp_path):
@@ -169,7 +169,7 @@ def test_other_workers_hear_of_us_while_a_batch_runs(launcher, tmp_path, monkeyp
     trial = runner.start(job(tmp_path, 0, "good"))
     runner.flush()
     assert len(beats) >= 2
-    assert trial.poll().kind == "complete"
+    assert trial.poll().kind is Outcome.completed
     assert not beats[0].is_alive(), "and no more afterwards"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import statistics
 import time
 from dataclasses import replace
 
@@ -13,9 +14,11 @@ from optuna.trial import TrialState
 
 from expt.config.search_node import Pruner
 from expt.errors import SearchError, StorageError
+from expt.job import Metric
+from expt.result import Outcome
 from expt.run.process import identity
 from expt.search.reservation import WORKER
-from expt.search.trial import KIND, STARTED, Prediction, TrialOutcome
+from expt.search.trial import KIND, STARTED, Prediction, TrialOutcome, kind_of
 from expt.search.winner import SweepSummary
 from expt.training.interruption import Stopped
 from expt.units import MIB
@@ -33,7 +36,7 @@ MAPPED = {
 
 
 def fine(params):
-    return TrialOutcome("complete", params["x"] + 1, 1000, 1000, seconds=1.0)
+    return TrialOutcome(Outcome.completed, params["x"] + 1, 1000, 1000, seconds=1.0)
 
 
 def by_width(params):
@@ -70,7 +73,7 @@ def test_every_sampler_runs_a_study(make, name):
     assert summary.finished == 8
     assert type(search.study.sampler).__name__ == MAPPED[name]
     assert summary.best["params"]["width"] in (8, 16)
-    infeasible = [t for t in search.study.trials if t.user_attrs[KIND] == "infeasible_predicted"]
+    infeasible = [t for t in search.study.trials if t.user_attrs[KIND] == "predicted_over"]
     assert summary.infeasible_predicted == len(infeasible)
     assert all(trial.params["width"] == 32 for trial in infeasible)
     assert all(trial.constraints["peak_memory"] == pytest.approx(60 / 1024) for trial in infeasible)
@@ -84,7 +87,7 @@ def test_what_is_predicted_over_by_less_than_the_interval_is_measured(make):
 
     search = make(fine, close, n_trials=2)
     assert search.run().finished == 2
-    assert kinds(search) == ["complete"] * 2
+    assert kinds(search) == ["completed"] * 2
     # Measured wins over predicted.
     assert search.study.trials[0].constraints["peak_memory"] < 0
 
@@ -92,10 +95,10 @@ def test_what_is_predicted_over_by_less_than_the_interval_is_measured(make):
 @pytest.mark.parametrize(
     ("kind", "state", "constraint"),
     [
-        ("oom", TrialState.PRUNED, 5 / 1024),
-        ("infeasible_measured", TrialState.COMPLETE, 50 / 1024),
-        ("crashed", TrialState.FAIL, -20 / 1024),
-        ("nan", TrialState.FAIL, -20 / 1024),
+        ("out_of_memory", TrialState.PRUNED, 5 / 1024),
+        ("over_budget", TrialState.COMPLETE, 50 / 1024),
+        ("failed", TrialState.FAIL, -20 / 1024),
+        ("diverged", TrialState.FAIL, -20 / 1024),
         ("timeout", TrialState.FAIL, -20 / 1024),
         ("killed", TrialState.FAIL, -20 / 1024),
         ("refused", TrialState.FAIL, -20 / 1024),
@@ -103,13 +106,15 @@ def test_what_is_predicted_over_by_less_than_the_interval_is_measured(make):
 )
 def test_a_trial_that_goes_wrong_costs_that_trial_alone(make, kind, state, constraint):
     bad = {
-        "oom": TrialOutcome("oom", excess_bytes=5 * MIB, error="memory ran out"),
-        "infeasible_measured": TrialOutcome("infeasible_measured", 0.5, 150 * MIB, 150 * MIB),
+        "out_of_memory": TrialOutcome(
+            Outcome.out_of_memory, excess_bytes=5 * MIB, error="memory ran out"
+        ),
+        "over_budget": TrialOutcome(Outcome.over_budget, 0.5, 150 * MIB, 150 * MIB),
     }
 
     def objective(params):
         if search.study.trials[-1].number == 1:
-            return bad.get(kind, TrialOutcome(kind, error="as it goes"))
+            return bad.get(kind, TrialOutcome(Outcome(kind), error="as it goes"))
         return fine(params)
 
     def predict(params):
@@ -124,7 +129,7 @@ def test_a_trial_that_goes_wrong_costs_that_trial_alone(make, kind, state, const
     assert trial.state is state
     assert trial.constraints["peak_memory"] == pytest.approx(constraint)
     assert summary.best["trial"] != 1
-    failed = kind in ("crashed", "nan", "timeout", "killed", "refused")
+    failed = kind in ("failed", "diverged", "timeout", "killed", "refused")
     assert (summary.failed, summary.infeasible_measured) == (int(failed), int(not failed))
 
 
@@ -132,7 +137,7 @@ def test_a_kill_that_was_predicted_to_come_is_for_lack_of_memory(make):
     def over(params):
         return Prediction(101 * MIB, 101 * MIB, (95 * MIB, 110 * MIB), {})
 
-    search = make(lambda params: TrialOutcome("killed", error="SIGKILL"), over, n_trials=1)
+    search = make(lambda params: TrialOutcome(Outcome.killed, error="SIGKILL"), over, n_trials=1)
     with pytest.raises(SearchError):
         search.run()
     (trial,) = search.study.trials
@@ -145,7 +150,7 @@ def test_a_trial_is_started_again_once_if_that_is_wanted(make):
 
     def objective(params):
         starts.append(params["search.trial"])
-        return TrialOutcome("crashed", error="x") if len(starts) == 1 else fine(params)
+        return TrialOutcome(Outcome.failed, error="x") if len(starts) == 1 else fine(params)
 
     search = make(objective, n_trials=2, retry=1)
     assert search.run().failed == 0
@@ -155,7 +160,7 @@ def test_a_trial_is_started_again_once_if_that_is_wanted(make):
 
 def test_without_retry_it_is_told_at_once(make):
     def objective(params):
-        return TrialOutcome("crashed") if params["search.trial"] == 0 else fine(params)
+        return TrialOutcome(Outcome.failed) if params["search.trial"] == 0 else fine(params)
 
     search = make(objective, n_trials=2)
     assert search.run().failed == 1
@@ -164,7 +169,7 @@ def test_without_retry_it_is_told_at_once(make):
 
 def test_what_diverges_is_not_started_again(make):
     def objective(params):
-        return TrialOutcome("nan") if params["search.trial"] == 0 else fine(params)
+        return TrialOutcome(Outcome.diverged) if params["search.trial"] == 0 else fine(params)
 
     search = make(objective, n_trials=2, retry=1)
     search.run()
@@ -193,7 +198,7 @@ def test_a_copy_of_a_trial_that_runs_waits_for_its_end(make):
     search.study.enqueue_trial(point)
     summary = search.run()
     assert summary.finished == 3
-    assert kinds(search)[:2] == ["complete", "duplicate"]
+    assert kinds(search)[:2] == ["completed", "duplicate"]
     assert search.study.trials[1].values == search.study.trials[0].values == [1.25]
 
 
@@ -258,7 +263,7 @@ def test_a_small_corner_that_fits_is_found(make):
     """One point in 20,000 but for `lr`: suggestions alone would take hundreds."""
 
     def objective(params):
-        return TrialOutcome("complete", params["lr"], 8 * MIB, 8 * MIB)
+        return TrialOutcome(Outcome.completed, params["lr"], 8 * MIB, 8 * MIB)
 
     search = make(objective, weights, space=WIDE, budget_bytes=8 * MIB, n_trials=1)
     best = search.run().best
@@ -272,16 +277,16 @@ def test_what_ran_out_of_memory_does_not_show_that_something_fits(make):
             weights(params)
         )  # fmt: skip
 
-    search = make(lambda params: TrialOutcome("oom"), closely, space=WIDE,
+    search = make(lambda params: TrialOutcome(Outcome.out_of_memory), closely, space=WIDE,
                   budget_bytes=7 * MIB, n_trials=50)  # fmt: skip
     with pytest.raises(SearchError):
         search.run()
-    assert "oom" in kinds(search)
+    assert "out_of_memory" in kinds(search)
     assert len(search.study.trials) < 60
 
 
 def test_no_point_is_left_waiting_once_all_trials_are_done(make):
-    search = make(lambda params: TrialOutcome("oom", excess_bytes=MIB), n_trials=12)
+    search = make(lambda params: TrialOutcome(Outcome.out_of_memory, excess_bytes=MIB), n_trials=12)
     with pytest.raises(SearchError):
         search.run()
     assert states(search) == [TrialState.PRUNED] * 12
@@ -291,14 +296,14 @@ def test_where_something_fitted_a_search_goes_on_longer(make):
     def predict(params):
         return None if params["search.trial"] == 0 else weights(params)
 
-    search = make(lambda params: TrialOutcome("complete", 1.0, MIB, MIB), predict, space=WIDE,
-                  budget_bytes=7 * MIB, n_trials=2)  # fmt: skip
+    small = TrialOutcome(Outcome.completed, 1.0, MIB, MIB)
+    search = make(lambda params: small, predict, space=WIDE, budget_bytes=7 * MIB, n_trials=2)
     assert search.run().finished == 1
     assert any("100 suggestions in a row were not trained" in line for line in make.said)
 
 
 def test_all_failed_says_why(make):
-    search = make(lambda params: TrialOutcome("crashed", error="no such file"), n_trials=2)
+    search = make(lambda params: TrialOutcome(Outcome.failed, error="no such file"), n_trials=2)
     with pytest.raises(SearchError, match="2 failed, the last with: no such file"):
         search.run()
 
@@ -325,7 +330,7 @@ def test_the_median_prunes_at_the_end_of_an_epoch(make):
 
     search.runner.epochs = epochs
     summary = search.run()
-    assert kinds(search)[:6] == ["complete"] * 6
+    assert kinds(search)[:6] == ["completed"] * 6
     assert kinds(search)[6:] == ["pruned"] * 2
     assert summary.pruned == 2
     assert search.study.trials[7].state is TrialState.PRUNED
@@ -409,7 +414,7 @@ def test_a_storage_that_goes_away_is_one_line(make):
 def test_two_figures_are_minimised(make):
     def objective(params):
         peak = int(params["width"] * MIB)
-        return TrialOutcome("complete", 10 / params["width"] + params["x"], peak, peak)
+        return TrialOutcome(Outcome.completed, 10 / params["width"] + params["x"], peak, peak)
 
     node = {"_target_": "hydra_plugins.hydra_optuna_sweeper._impl.create_nsgaii_sampler",
             "seed": None, "population_size": 4}  # fmt: skip
@@ -453,7 +458,7 @@ def test_ten_thousand_trials_do_not_slow_a_suggestion_beyond_optunas_own_time(ma
             params={"x": index / 10_000, "width": 8},
             distributions=dict(search.space.distributions),
             value=1.0,
-            user_attrs={KIND: "complete"},
+            user_attrs={KIND: "completed"},
         )
         for index in range(10_000)
     ]
@@ -489,7 +494,7 @@ def test_a_trial_that_is_gone_on_with_tells_no_epoch_twice(make):
 
     def objective(params):
         starts.append(params["search.trial"])
-        return TrialOutcome("crashed", error="x") if len(starts) == 1 else fine(params)
+        return TrialOutcome(Outcome.failed, error="x") if len(starts) == 1 else fine(params)
 
     search = make(objective, n_trials=1, retry=1)
     search.runner.epochs = lambda params: [(1, 2.0), (2, 1.5)]
@@ -508,7 +513,7 @@ def test_a_worker_that_wakes_leaves_what_was_taken_over_and_goes_on(make, monkey
     start = search.runner.start
 
     def finish():
-        storage.set_trial_user_attr(0, KIND, "complete")
+        storage.set_trial_user_attr(0, KIND, "completed")
         storage.set_trial_state_values(0, TrialState.COMPLETE, [3.0])
 
     def taken(job):
@@ -538,7 +543,7 @@ def test_a_worker_that_wakes_leaves_what_was_taken_over_and_goes_on(make, monkey
         == 1
     )
     assert search.runner.trials[0].killed == (at != "end")
-    assert [t.user_attrs[KIND] for t in search.study.trials[1:]] == ["complete"] * 3
+    assert [t.user_attrs[KIND] for t in search.study.trials[1:]] == ["completed"] * 3
 
 
 def test_a_trial_that_is_taken_over_while_it_is_predicted_is_not_started(make):
@@ -548,7 +553,7 @@ def test_a_trial_that_is_taken_over_while_it_is_predicted_is_not_started(make):
         if params["search.trial"] == 0:
             search.study._storage.set_trial_user_attr(0, WORKER, elsewhere)
         elif params["search.trial"] == 2:
-            search.study._storage.set_trial_user_attr(0, KIND, "complete")
+            search.study._storage.set_trial_user_attr(0, KIND, "completed")
             search.study._storage.set_trial_state_values(0, TrialState.COMPLETE, [3.0])
 
     search = make(fine, predict, n_trials=3)
@@ -560,16 +565,16 @@ def test_every_trial_is_in_exactly_one_class(make):
     """The counts of sweep.json, with each way to end once."""
     over = Prediction(110 * MIB, 110 * MIB, (99 * MIB, 120 * MIB), {})
     ways = {
-        0: TrialOutcome("complete", 1.0, MIB, MIB),
-        1: TrialOutcome("infeasible_measured", 1.0, 150 * MIB, 150 * MIB),
-        2: TrialOutcome("oom", excess_bytes=MIB),
-        3: TrialOutcome("killed", error="killed by SIGKILL, perhaps for lack of host memory"),
-        4: TrialOutcome("killed", error="killed by SIGSEGV"),
-        5: TrialOutcome("pruned"),
-        6: TrialOutcome("crashed"),
-        7: TrialOutcome("timeout"),
-        8: TrialOutcome("nan"),
-        9: TrialOutcome("refused"),
+        0: TrialOutcome(Outcome.completed, 1.0, MIB, MIB),
+        1: TrialOutcome(Outcome.over_budget, 1.0, 150 * MIB, 150 * MIB),
+        2: TrialOutcome(Outcome.out_of_memory, excess_bytes=MIB),
+        3: TrialOutcome(Outcome.killed, error="killed by SIGKILL, perhaps for lack of host memory"),
+        4: TrialOutcome(Outcome.killed, error="killed by SIGSEGV"),
+        5: TrialOutcome(Outcome.pruned),
+        6: TrialOutcome(Outcome.failed),
+        7: TrialOutcome(Outcome.timeout),
+        8: TrialOutcome(Outcome.diverged),
+        9: TrialOutcome(Outcome.refused),
     }
 
     def predict(params):
@@ -587,11 +592,11 @@ def test_every_trial_is_in_exactly_one_class(make):
         11: replace(over, interval_bytes=(105 * MIB, None)), 12: Prediction(refusal="no"),
     }.get(int(params["search.trial"]))  # fmt: skip
     summary = search.run()
-    assert kinds(search)[3] == "oom"
+    assert kinds(search)[3] == "out_of_memory"
     assert search.study.trials[3].state is TrialState.PRUNED
     assert summary.finished == 11
     assert (summary.failed, summary.pruned, summary.infeasible_measured) == (5, 1, 3)
-    complete = kinds(search).count("complete")
+    complete = kinds(search).count("completed")
     assert summary.finished == 5 + 1 + 3 + complete
     beside = (summary.infeasible_predicted, summary.duplicates, summary.refused)
     assert beside == (1, 1, 1)
@@ -600,7 +605,9 @@ def test_every_trial_is_in_exactly_one_class(make):
 
 def test_what_a_stop_kills_is_left_to_the_next_start(make):
     """Over a launcher the same signal reaches the trials, which end at once."""
-    search = make(lambda params: TrialOutcome("killed", error="stopped by a signal"), n_trials=3)
+    search = make(
+        lambda params: TrialOutcome(Outcome.killed, error="stopped by a signal"), n_trials=3
+    )
     start = search.runner.start
 
     def interrupt(job):
@@ -625,15 +632,47 @@ def test_a_point_that_was_ended_by_another_hand_is_not_counted_as_tried(make):
         ended = search.study.ask(dict(search.space.distributions))
         search.study.tell(ended, state=TrialState.FAIL)
     assert search.run().finished == 2
-    assert kinds(search).count("complete") == 2
+    assert kinds(search).count("completed") == 2
 
 
 def test_a_peak_that_is_to_be_minimised_and_was_not_measured_is_a_failure(make):
     def objective(params):
         peak = None if params["search.trial"] == 0 else MIB
-        return TrialOutcome("complete", 1.0, peak, peak)
+        return TrialOutcome(Outcome.completed, 1.0, peak, peak)
 
     search = make(objective, n_trials=2, objectives=["val/mae", "peak_memory"])
     summary = search.run()
     assert (summary.finished, summary.failed) == (2, 1)
-    assert kinds(search) == ["crashed", "complete"]
+    assert kinds(search) == ["failed", "completed"]
+
+
+ACCURACY = Metric("accuracy", goal="max", label="accuracy")
+
+
+def test_a_search_by_what_is_to_be_high_ends_with_the_highest(make):
+    search = make(n_trials=6, metric=ACCURACY)
+    summary = search.run()
+    values = [trial.values[0] for trial in search.study.trials]
+    assert summary.best["val/accuracy"] == max(values) > min(values)
+    assert sum("* best" in line for line in make.said) == sum(
+        value == max(values[: n + 1]) for n, value in enumerate(values)
+    )
+
+
+def test_a_pruner_ends_what_is_low_where_higher_is_better(make):
+    search = make(n_trials=8, metric=ACCURACY, pruner=Pruner.median, space={"x": "interval(0,1)"})
+    search.runner.epochs = lambda params: [(n, params["x"]) for n in (1, 2, 3)]
+    search.run()
+    pruned = [t.params["x"] for t in search.study.trials if kind_of(t) is Outcome.pruned]
+    kept = [t.params["x"] for t in search.study.trials if kind_of(t) is Outcome.completed]
+    assert pruned and max(pruned) < statistics.median(kept)
+
+
+def test_a_pareto_search_goes_up_in_one_and_down_in_the_other(make):
+    def objective(params):
+        return TrialOutcome(Outcome.completed, params["x"], int(1000 * params["x"]) + 1, 5)
+
+    search = make(objective, n_trials=5, metric=ACCURACY, objectives=["val", "peak_memory"])
+    summary = search.run()
+    assert len(summary.pareto) == 5, "each is better in one of the two"
+    assert [t.number for t in search.study.best_trials] == [0, 1, 2, 3, 4]

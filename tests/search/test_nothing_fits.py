@@ -39,9 +39,9 @@ def study_with(*trials):
 
 def test_the_smallest_peak_its_point_and_what_would_fit():
     study = study_with(
-        (40, "infeasible_predicted", {"predicted_peak_bytes": 40 * MIB}),
-        (20, "infeasible_predicted", {"predicted_peak_bytes": 20 * MIB}),
-        (30, "oom", {"predicted_peak_bytes": 30 * MIB}),
+        (40, "predicted_over", {"predicted_peak_bytes": 40 * MIB}),
+        (20, "predicted_over", {"predicted_peak_bytes": 20 * MIB}),
+        (30, "out_of_memory", {"predicted_peak_bytes": 30 * MIB}),
     )
     nearest = Nearest()
     trial = study.ask({"width": IntDistribution(1, 99)})
@@ -57,13 +57,13 @@ def test_the_smallest_peak_its_point_and_what_would_fit():
 
 
 def test_without_advice_it_is_the_budget_that_would_have_to_change():
-    study = study_with((20, "infeasible_predicted", {"predicted_peak_bytes": 20 * MIB}))
+    study = study_with((20, "predicted_over", {"predicted_peak_bytes": 20 * MIB}))
     message = str(nothing_found(study, Nearest(), Adviser(), SPACE))
     assert message.endswith("What would fit: memory.budget=21MiB")
 
 
 def test_without_any_figure_it_does_not_invent_one():
-    study = study_with((20, "oom", {}))
+    study = study_with((20, "out_of_memory", {}))
     message = str(nothing_found(study, Nearest(), Adviser(), SPACE))
     assert message == (
         "nothing fits 10.0 MiB (memory.budget); raise the budget, or widen search.space"
@@ -71,23 +71,25 @@ def test_without_any_figure_it_does_not_invent_one():
 
 
 def test_what_failed_for_other_reasons_is_told_as_that():
-    study = study_with((20, "crashed", {"error": "no file"}), (30, "nan", {"error": "diverged"}))
+    study = study_with(
+        (20, "failed", {"error": "no file"}), (30, "diverged", {"error": "diverged"})
+    )
     message = str(nothing_found(study, Nearest(), Adviser(), SPACE))
     assert "2 failed, the last with: no file; diverged" in message
 
 
 def test_a_prediction_that_was_wrong_is_not_advised():
     """It ran out of memory although 9 MiB were predicted of 10."""
-    study = study_with((20, "oom", {"predicted_peak_bytes": 9 * MIB}))
+    study = study_with((20, "out_of_memory", {"predicted_peak_bytes": 9 * MIB}))
     message = str(nothing_found(study, Nearest(9 * MIB, ["width=20"], 0), Adviser(), SPACE))
     assert "9" not in message
     assert "raise the budget" in message
 
 
 def test_what_was_missing_is_added_to_the_budget():
-    study = study_with((20, "oom", {"predicted_peak_bytes": 9 * MIB}))
+    study = study_with((20, "out_of_memory", {"predicted_peak_bytes": 9 * MIB}))
     trial = study.ask({"width": IntDistribution(1, 99)})
-    trial.set_user_attr(KIND, "oom")
+    trial.set_user_attr(KIND, "out_of_memory")
     trial.set_constraint("peak_memory", 4 / 1024)
     study.tell(trial, state=TrialState.PRUNED)
     message = str(nothing_found(study, Nearest(), Adviser(), SPACE))
@@ -99,6 +101,8 @@ def test_without_a_budget_none_is_advised():
     class Unlimited(Adviser):
         budget_bytes = None
 
-    message = str(nothing_found(study_with((20, "oom", {})), Nearest(), Unlimited(), SPACE))
+    message = str(
+        nothing_found(study_with((20, "out_of_memory", {})), Nearest(), Unlimited(), SPACE)
+    )
     assert "memory ran out in 1 of them" in message
     assert "memory.budget" not in message

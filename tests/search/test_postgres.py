@@ -24,6 +24,7 @@ import pytest
 
 from expt.config.schema import TrackingConfig
 from expt.config.search_node import SearchConfig
+from expt.result import Outcome
 from expt.search.loop import Search
 from expt.search.records import Records
 from expt.search.reservation import Reservations
@@ -48,7 +49,9 @@ class Timed:
         with (job.folder / "trained.log").open("a", encoding="utf-8") as log:
             log.write(f"{os.getpid()}\n")
         params = dict(line.split("=", 1) for line in job.lines)
-        self.outcome = TrialOutcome("complete", float(params["x"]), 1000, 1000, seconds=SECONDS)
+        self.outcome = TrialOutcome(
+            Outcome.completed, float(params["x"]), 1000, 1000, seconds=SECONDS
+        )
         self.until = time.monotonic() + SECONDS
 
     def poll(self) -> TrialOutcome | None:
@@ -190,8 +193,8 @@ def test_two_workers_do_every_trial_once(server: str, tmp_path: Path) -> None:
     assert len(trained) == N_TRIALS
     assert len({tuple(sorted(trial.params.items())) for trial in started}) == N_TRIALS
     kinds = Counter(trial.user_attrs[KIND] for trial in trials)
-    assert kinds["complete"] == N_TRIALS
-    assert set(kinds) <= {"complete", "infeasible_predicted", "duplicate"}
+    assert kinds["completed"] == N_TRIALS
+    assert set(kinds) <= {"completed", "predicted_over", "duplicate"}
     shares = Counter(trial.user_attrs[WORKER]["pid"] for trial in started)
     assert len(shares) == 2, "both worked"
     assert {str(pid) for pid in shares} == {by[0] for by in trained.values()}

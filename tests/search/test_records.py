@@ -67,9 +67,9 @@ def summary(**figures):
 def test_parent_and_children_say_what_the_study_says(make, runs, tmp_path):
     records, study = make(), optuna.create_study()
     records.open({"search": {"n_trials": 3}})
-    done = told(study, 3.5, **{KIND: "complete", "predicted_peak_bytes": 7})
-    failed = told(study, None, TrialState.FAIL, **{KIND: "crashed", "error": "no file"})
-    never = told(study, None, TrialState.PRUNED, **{KIND: "infeasible_predicted"})
+    done = told(study, 3.5, **{KIND: "completed", "predicted_peak_bytes": 7})
+    failed = told(study, None, TrialState.FAIL, **{KIND: "failed", "error": "no file"})
+    never = told(study, None, TrialState.PRUNED, **{KIND: "predicted_over"})
     for trial in (done, failed):
         records.start(trial.number, tmp_path / f"sweep/trial_{trial.number:03d}")
     for trial in (done, failed, never):
@@ -108,7 +108,7 @@ def test_a_trial_that_the_study_knows_and_the_tracker_does_not_is_recorded_later
     records.open({})
     folder = tmp_path / "sweep/trial_000"
     records.start(0, folder)
-    told(study, 1.0, **{KIND: "complete"})
+    told(study, 1.0, **{KIND: "completed"})
     assert not recorded(folder, study.trials[0])
     again = make()
     again.open({})
@@ -126,7 +126,7 @@ def test_a_trial_that_the_study_knows_and_the_tracker_does_not_is_recorded_later
 def test_a_run_that_began_again_after_its_end_was_told_is_not_closed(make, tmp_path):
     study = optuna.create_study()
     records, folder = make(), tmp_path / "sweep/trial_000"
-    trial = told(study, 1.0, **{KIND: "complete"})
+    trial = told(study, 1.0, **{KIND: "completed"})
     records.told(trial, folder)
     assert recorded(folder, trial)
     tracker = DeferredTracker("sqlite:///x.db", "e", folder, None)
@@ -140,7 +140,7 @@ def test_without_tracking_there_is_sweep_json_alone(tmp_path):
     study = optuna.create_study()
     records.open({})
     records.start(0, tmp_path / "sweep/trial_000")
-    records.told(told(study, 1.0, **{KIND: "complete"}), tmp_path / "sweep/trial_000")
+    records.told(told(study, 1.0, **{KIND: "completed"}), tmp_path / "sweep/trial_000")
     records.summary(summary(finished=1))
     records.close("FINISHED", summary(finished=1))
     assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["sweep.json"]
@@ -149,7 +149,7 @@ def test_without_tracking_there_is_sweep_json_alone(tmp_path):
 
 def test_tags_leave_out_what_is_not_known_and_who_did_it():
     study = optuna.create_study()
-    trial = told(study, 1.0, **{KIND: "complete", "worker": {"pid": 1}, "interval_bytes": [1, 2]})
+    trial = told(study, 1.0, **{KIND: "completed", "worker": {"pid": 1}, "interval_bytes": [1, 2]})
     tags = tags_of(trial)
     assert tags["trial.interval_bytes"] == "[1, 2]"
     assert "trial.worker" not in tags

@@ -23,7 +23,7 @@ def reservations(tmp_path):
     return Reservations(study, SPACE, 3, tmp_path)
 
 
-def finish(reserved, kind="complete"):
+def finish(reserved, kind="completed"):
     reserved.trial.set_user_attr(KIND, kind)
     reserved.trial.study.tell(reserved.trial, 1.0)
 
@@ -38,7 +38,7 @@ def test_no_more_trials_than_were_asked_for(reservations):
 
 
 def test_what_was_never_started_does_not_count(reservations):
-    for kind in ("infeasible_predicted", "duplicate", "refused"):
+    for kind in ("predicted_over", "duplicate", "refused"):
         finish(reservations.next(), kind)
     assert isinstance(reservations.next(), Reserved)
     trial = reservations.study.trials[2]

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from expt.result import RunResult
+from expt.result import Outcome, RunResult
 from expt.search.runner import Job, ProcessRunner, ProcessTrial, combined, setting
 from expt.search.trial import TrialOutcome
 
@@ -28,7 +28,7 @@ def run(lines):
         time.sleep(60)
     if given.get("what") == "epochs":
         (folder / "checkpoints").mkdir(exist_ok=True)
-        progress = {"step": 4, "epoch": 2, "val/mae": 7.5}
+        progress = {"step": 4, "epoch": 2, "val/accuracy": 7.5}
         (folder / "checkpoints/progress.json").write_text(json.dumps(progress))
         time.sleep(60)
     result = RunResult("completed", "epochs", seconds=1.0)
@@ -64,7 +64,7 @@ def job(home, *lines, seeds=(0,), **settings):
 
 def test_a_trial_is_a_command_line_in_its_folder(run, home):
     found = ended(ProcessTrial(job(home, "model.x=1", plan={"peak_bytes": 5}), run, ["--flag=a"]))
-    assert (found.kind, found.value, found.peak_bytes) == ("complete", 3.0, 100)
+    assert (found.kind, found.value, found.peak_bytes) == (Outcome.completed, 3.0, 100)
     folder = home / "trial 3"
     lines = json.loads((folder / "lines.json").read_text())
     assert lines == [
@@ -92,14 +92,14 @@ def test_several_seeds_are_trained_in_turn_and_their_mean_counts(run, home):
 
 def test_a_seed_that_goes_wrong_ends_the_trial(run, home):
     found = ended(ProcessTrial(job(home, "what=nan_at_1", seeds=(0, 1, 2)), run))
-    assert found.kind == "nan"
+    assert found.kind is Outcome.diverged
     assert not (home / "trial 3/seed_2").exists()
 
 
 def test_a_trial_that_hangs_past_its_limit_is_killed(run, home):
     trial = ProcessTrial(job(home, "what=hang", time_limit_seconds=0.5), run)
     found = ended(trial)
-    assert found.kind == "timeout"
+    assert found.kind is Outcome.timeout
     assert trial._process.seconds < 15
 
 
@@ -112,7 +112,7 @@ def test_an_epoch_is_told_once_and_a_pruned_trial_ends(run, home):
     assert epochs == [(2, 7.5)]
     assert trial.epochs() == []
     trial.stop("pruned")
-    assert ended(trial).kind == "pruned"
+    assert ended(trial).kind is Outcome.pruned
 
 
 def test_trials_at_the_same_time_go_to_different_devices(run, home):
@@ -143,7 +143,7 @@ def test_a_complete_result_is_not_put_aside_by_the_next_attempt(run, home):
 
 
 def test_one_seed_is_itself():
-    outcome = TrialOutcome("complete", 1.0, 5, 5, seconds=2.0, run_id="a")
+    outcome = TrialOutcome(Outcome.completed, 1.0, 5, 5, seconds=2.0, run_id="a")
     assert combined([outcome], [0]) == outcome
 
 
@@ -159,5 +159,5 @@ def test_a_trial_that_is_stopped_as_a_seed_ends_does_not_begin_the_next(run, hom
     trial = ProcessTrial(job(home, seeds=(0, 1)), run)
     trial._process._process.join()
     trial.stop("signal")
-    assert ended(trial).kind == "killed"
+    assert ended(trial).kind is Outcome.killed
     assert not (home / "trial 3/seed_1").exists()

@@ -4,8 +4,10 @@ import optuna
 import pytest
 from optuna.distributions import FloatDistribution
 from optuna.samplers import CmaEsSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
 
+from expt.result import Outcome
 from expt.search.samplers import UNKNOWN_EXCESS, SeenStudy, seen
 from expt.search.trial import KIND, TrialOutcome
 
@@ -24,6 +26,7 @@ def trial(kind, x=0.5, value=None, excess=None, state=None, epochs=None):
     )
 
 
+MINIMIZE = [StudyDirection.MINIMIZE]
 TRIALS = [
     trial("complete", value=2.0, excess=-0.5),
     trial("complete", value=4.0, excess=-0.1),
@@ -41,7 +44,7 @@ TRIALS = [
 
 @pytest.mark.parametrize(("sampler", "over"), [(GPSampler, 3.0), (NSGAIISampler, 3.0)])
 def test_a_sampler_of_complete_trials_sees_what_ended_badly(sampler, over):
-    shown = seen(TRIALS, sampler())
+    shown = seen(TRIALS, sampler(), MINIMIZE)
     assert [one.values and one.values[0] for one in shown] == [
         2.0, 4.0, 9.0, over, over, 9.0, 9.0, 6.0, 1.0, None, None,
     ]  # fmt: skip
@@ -53,7 +56,7 @@ def test_a_sampler_of_complete_trials_sees_what_ended_badly(sampler, over):
 
 
 def test_a_sampler_that_ranks_by_the_error_alone_sees_what_does_not_fit_as_worst():
-    shown = seen(TRIALS, CmaEsSampler())
+    shown = seen(TRIALS, CmaEsSampler(), MINIMIZE)
     assert [one.values[0] for one in shown[:9]] == [
         2.0, 4.0, 9.0, 9.25, 9.0 + UNKNOWN_EXCESS, 9.0, 9.0, 6.0, 9.5,
     ]  # fmt: skip
@@ -115,16 +118,16 @@ def test_the_study_itself_keeps_what_was_measured():
 
 
 def test_tpe_sees_what_failed_and_the_rest_as_it_is():
-    shown = seen(TRIALS, TPESampler())
+    shown = seen(TRIALS, TPESampler(), MINIMIZE)
     assert [one.state for one in shown[5:7]] == [TrialState.PRUNED] * 2
     assert all(
         a is b for n, (a, b) in enumerate(zip(shown, TRIALS, strict=True)) if n not in (5, 6)
     )
-    assert seen(TRIALS, RandomSampler()) == TRIALS
+    assert seen(TRIALS, RandomSampler(), MINIMIZE) == TRIALS
 
 
 def test_before_anything_was_trained_there_is_nothing_to_be_shown():
-    assert seen(TRIALS[3:8], GPSampler()) == TRIALS[3:8]
+    assert seen(TRIALS[3:8], GPSampler(), MINIMIZE) == TRIALS[3:8]
 
 
 def wasted(sampler, study_of, trials, crash=False):
@@ -172,4 +175,19 @@ def test_a_search_asks_with_open_eyes(make):
 
 
 def failing(x):
-    return TrialOutcome("crashed") if x > 0.4 else TrialOutcome("complete", 2 - x, 1000, 1000)
+    if x > 0.4:
+        return TrialOutcome(Outcome.failed)
+    return (
+        TrialOutcome(Outcome.failed)
+        if x > 0.4
+        else TrialOutcome(Outcome.completed, 2 - x, 1000, 1000)
+    )
+
+
+@pytest.mark.parametrize("sampler", [GPSampler, NSGAIISampler, CmaEsSampler])
+def test_where_higher_is_better_the_lowest_is_the_worst(sampler):
+    maximize = [StudyDirection.MAXIMIZE]
+    shown = [one.values[0] for one in seen(TRIALS[:7], sampler(), maximize)]
+    assert shown[5:7] == [2.0, 2.0], "what failed is as bad as the worst"
+    over = [1.75, 2.0 - UNKNOWN_EXCESS] if sampler is CmaEsSampler else [4.0, 4.0]
+    assert shown[3:5] == pytest.approx(over)

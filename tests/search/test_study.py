@@ -6,18 +6,24 @@ import optuna
 import pytest
 
 from expt.errors import ConfigError, UserError
+from expt.job import Metric
+from expt.result import Outcome
+from expt.search.metric import EARLIER, metric_of
 from expt.search.study import absolute_storage, default_storage, open_storage, open_study
+from expt.search.trial import KIND, kind_of
+from expt.search.winner import summarize
 
 SPACE = {"space": {"x": 1}}
 
 
-def opened(storage, objectives=("val/mae",), **identity):
+def opened(storage, objectives=("val/mae",), metric=EARLIER, **identity):
     return open_study(
         "mine",
         storage,
         optuna.samplers.RandomSampler(0),
         optuna.pruners.NopPruner(),
         list(objectives),
+        metric,
         {**SPACE, **identity},
     )
 
@@ -158,3 +164,35 @@ def test_a_path_that_can_be_no_database_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: path.name != "sound.db")
     with pytest.raises(UserError, match=r"sound.db: it may not be written"):
         open_storage(f"sqlite:///{tmp_path}/sound.db")
+
+
+def test_a_metric_that_is_to_be_high_is_maximized_and_kept():
+    storage = optuna.storages.InMemoryStorage()
+    accuracy = Metric("accuracy", goal="max", label="accuracy")
+    study = opened(storage, ("val/accuracy", "peak_memory"), accuracy)
+    assert [one.name for one in study.directions] == ["MAXIMIZE", "MINIMIZE"]
+    assert metric_of(study) == accuracy
+    with pytest.raises(ConfigError, match=r"directions MAXIMIZE, MINIMIZE, and .* ask for MIN"):
+        opened(storage, ("val/accuracy", "peak_memory"), Metric("accuracy"))
+
+
+def test_a_study_of_an_earlier_version_is_gone_on_with():
+    """It kept no metric, fewer settings, other modules, and other words for how trials ended."""
+    storage = optuna.storages.InMemoryStorage()
+    begun = optuna.create_study(study_name="mine", storage=storage)
+    setting = {"model._target_": "expt.models.stid.STID", "trainer.epochs": 4}
+    known = {"objectives": ["val/mae"], "setting": setting, **SPACE}
+    for name, value in known.items():
+        begun.set_user_attr(f"expt.{name}", value)
+    trial = begun.ask()
+    trial.set_user_attr(KIND, "complete")
+    begun.tell(trial, 3.5)
+    now = {"model._target_": "expt.jobs.traffic.stid.STID", "trainer.epochs": 4,
+           "trainer.monitor": None}  # fmt: skip
+    study = opened(storage, setting=now)
+    assert metric_of(study) == EARLIER
+    assert kind_of(study.trials[0]) is Outcome.completed
+    found = summarize(study, 1, None, "here")
+    assert (found.finished, found.best["val/mae"]) == (1, 3.5)
+    with pytest.raises(ConfigError, match=r"another setting: trainer.monitor differs"):
+        opened(storage, setting={**now, "trainer.monitor": "rmse"})

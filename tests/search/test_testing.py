@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from expt.errors import SearchError
-from expt.result import RunResult
+from expt.result import Outcome, RunResult
+from expt.search.metric import EARLIER
 from expt.search.trial import TrialOutcome
 from expt.search.winner import TESTED, best_trial, run_test
 
@@ -13,7 +14,7 @@ def searched(make):
     """A search of two trials, and a function that tests its best one."""
     search = make(n_trials=2)
     search.run()
-    winner = best_trial(search.study.trials, limited=True)
+    winner = best_trial(search.study.trials, limited=True, metric=EARLIER)
     folder = search.trial_folder(winner.number)
 
     def test():
@@ -25,10 +26,13 @@ def searched(make):
 @pytest.mark.parametrize(
     ("outcome", "why"),
     [
-        (TrialOutcome("crashed", error="no such file"), "crashed (no such file)"),
-        (TrialOutcome("oom", error="memory ran out"), "oom (memory ran out)"),
-        (TrialOutcome("timeout"), "timeout; its output"),
-        (TrialOutcome("complete", 1.0), "its run left no test error"),
+        (TrialOutcome(Outcome.failed, error="no such file"), "failed (no such file)"),
+        (
+            TrialOutcome(Outcome.out_of_memory, error="memory ran out"),
+            "out of memory (memory ran out)",
+        ),
+        (TrialOutcome(Outcome.timeout), "timeout; its output"),
+        (TrialOutcome(Outcome.completed, 1.0), "its run left no test figures"),
     ],
 )
 def test_a_test_that_goes_wrong_says_which_trial_why_and_how_to_go_on(searched, outcome, why):
@@ -46,7 +50,7 @@ def test_a_test_that_goes_wrong_says_which_trial_why_and_how_to_go_on(searched, 
 
 def test_what_went_wrong_is_tested_again_and_then_never_more(searched):
     search, winner, folder, test = searched
-    search.runner.objective = lambda params: TrialOutcome("crashed")
+    search.runner.objective = lambda params: TrialOutcome(Outcome.failed)
     with pytest.raises(SearchError):
         test()
 
@@ -54,7 +58,7 @@ def test_what_went_wrong_is_tested_again_and_then_never_more(searched):
         result = RunResult("completed", "epochs")
         result.metrics["test/mae"] = 3.5
         result.save(folder)
-        return TrialOutcome("complete", 1.0)
+        return TrialOutcome(Outcome.completed, 1.0)
 
     search.runner.objective = objective
     test()

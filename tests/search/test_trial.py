@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from expt.result import Outcome
 from expt.search.trial import Prediction, TrialOutcome
 from expt.units import GIB
 
@@ -18,14 +19,14 @@ def test_a_prediction_exceeds_by_more_than_its_interval(low, budget, expected):
 
 
 def test_what_was_measured_counts_before_what_was_predicted():
-    done = TrialOutcome("complete", 1.0, 7 * GIB, 8 * GIB)
+    done = TrialOutcome(Outcome.completed, 1.0, 7 * GIB, 8 * GIB)
     assert done.constraint(OVER, 10 * GIB) == -2.0
-    assert TrialOutcome("crashed").constraint(OVER, 10 * GIB) == 2.0
-    assert TrialOutcome("infeasible_predicted").constraint(OVER, 10 * GIB) == 2.0
+    assert TrialOutcome(Outcome.failed).constraint(OVER, 10 * GIB) == 2.0
+    assert TrialOutcome(Outcome.predicted_over).constraint(OVER, 10 * GIB) == 2.0
 
 
 def test_running_out_of_memory_is_never_inside_the_budget():
-    oom = TrialOutcome("oom", excess_bytes=GIB)
+    oom = TrialOutcome(Outcome.out_of_memory, excess_bytes=GIB)
     assert oom.constraint(None, 10 * GIB) == 1.0
     assert oom.constraint(OVER, 10 * GIB) == 2.0
     fits = Prediction(5 * GIB, 5 * GIB, (5 * GIB, 5 * GIB))
@@ -33,6 +34,6 @@ def test_running_out_of_memory_is_never_inside_the_budget():
 
 
 def test_no_constraint_is_invented():
-    assert TrialOutcome("oom").constraint(None, 10 * GIB) is None
-    assert TrialOutcome("crashed").constraint(None, 10 * GIB) is None
-    assert TrialOutcome("complete", 1.0, GIB, GIB).constraint(None, None) is None
+    assert TrialOutcome(Outcome.out_of_memory).constraint(None, 10 * GIB) is None
+    assert TrialOutcome(Outcome.failed).constraint(None, 10 * GIB) is None
+    assert TrialOutcome(Outcome.completed, 1.0, GIB, GIB).constraint(None, None) is None

@@ -5,7 +5,9 @@ import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
+from expt.job import Metric
 from expt.result import RunResult
+from expt.search.metric import ATTRIBUTE, EARLIER
 from expt.search.trial import KIND, STARTED
 from expt.search.winner import best_trial, describe, figures_of_test, pareto, summarize, told_line
 
@@ -47,13 +49,13 @@ def study():
 
 
 def test_the_best_is_inside_the_budget_and_known_to_be(study):
-    assert best_trial(study.trials, limited=True).number == 1
-    assert best_trial(study.trials, limited=False).number == 12
-    assert best_trial([], limited=True) is None
+    assert best_trial(study.trials, limited=True, metric=EARLIER).number == 1
+    assert best_trial(study.trials, limited=False, metric=EARLIER).number == 12
+    assert best_trial([], limited=True, metric=EARLIER) is None
 
 
 def test_the_front_has_no_trial_that_another_beats(study):
-    assert [t.number for t in pareto(study.trials, limited=True)] == [4, 2]
+    assert [t.number for t in pareto(study.trials, limited=True, metric=EARLIER)] == [4, 2]
 
 
 def test_the_counts_are_those_of_the_issue(study):
@@ -78,13 +80,13 @@ def test_test_figures_are_those_of_the_run(tmp_path):
     result.metrics["test/mae"] = 3.5
     result.save(tmp_path)
     assert figures_of_test(tmp_path) == {"test/mae": 3.5}
-    assert describe(trial(1.0), {"-1": {"test/mae": 3.5}})["test/mae"] == 3.5
+    assert describe(trial(1.0), {"-1": {"test/mae": 3.5}}, EARLIER)["test/mae"] == 3.5
 
 
 @pytest.mark.parametrize(
     ("one", "line"),
     [
-        (trial(3.25, 5 * MIB, seconds=2.0), "val/mae 3.2500, peak 5.0 MiB, 2.0 s  * best"),
+        (trial(3.25, 5 * MIB, seconds=2.0), "val MAE 3.250, peak 5.0 MiB, 2.0 s  * best"),
         (trial(3.0, 5 * MIB, kind="infeasible_measured"), "above the budget"),
         (
             trial(
@@ -94,8 +96,28 @@ def test_test_figures_are_those_of_the_run(tmp_path):
             "not started, predicted peak 7.0 MiB of 5.0 MiB",
         ),
         (trial(3.0, kind="duplicate", duplicate_of=4), "the same as trial 4"),
-        (trial(state=TrialState.FAIL, kind="crashed", error="no file"), "crashed (no file)"),
+        (trial(state=TrialState.FAIL, kind="crashed", error="no file"), "failed (no file)"),
     ],
 )  # fmt: skip
 def test_a_trial_is_told_in_a_line(one, line):
-    assert line in told_line(one, is_best=True)
+    assert line in told_line(one, is_best=True, metric=EARLIER)
+
+
+def test_where_higher_is_better_the_highest_wins():
+    accuracy = Metric("accuracy", goal="max", label="accuracy")
+    study = optuna.create_study(direction="maximize")
+    study.set_user_attr(ATTRIBUTE, accuracy.as_dict())
+    study.add_trials(
+        [
+            trial(0.5, 20 * MIB, -0.3),
+            trial(0.875, 50 * MIB, -0.1),
+            trial(0.25, 30 * MIB, -0.2),
+            trial(0.9, 90 * MIB, 0.1, "over_budget"),
+        ]
+    )
+    found = summarize(study, 4, 80 * MIB, "here")
+    assert (found.best["trial"], found.best["val/accuracy"]) == (1, 0.875)
+    assert [one["trial"] for one in found.pareto] == [0, 1]
+    assert (found.compared_by, found.best_value) == (accuracy, 0.875)
+    line = told_line(study.trials[1], False, accuracy)
+    assert line.startswith("trial 1: val accuracy 0.875, peak 50.0 MiB")

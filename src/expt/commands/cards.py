@@ -29,7 +29,7 @@ from expt.memory.techniques.checkpointing import Checkpointing
 from expt.run.batch_size import Limit, largest, predicted
 from expt.run.build import build, techniques_of
 from expt.run.planner import arithmetic, plan_training
-from expt.tables import print_table
+from expt.tables import markdown_table, print_table
 from expt.tracking.tracker import open_tracker
 from expt.units import GIB, format_bytes
 
@@ -50,14 +50,8 @@ def cards_table(record: Mapping[str, Any]) -> Table:
 
 def as_markdown(record: Mapping[str, Any]) -> str:
     """Return the same table as Markdown."""
-    lines = [
-        assumptions(record),
-        "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|---" * len(COLUMNS) + "|",
-    ]
-    lines += ["| " + " | ".join(_cells(row)) + " |" for row in record["cards"]]
-    return "\n".join(lines) + "\n"
+    rows = [COLUMNS, *(_cells(row) for row in record["cards"])]
+    return f"{assumptions(record)}\n\n{markdown_table(rows)}"
 
 
 def assumptions(record: Mapping[str, Any]) -> str:

@@ -30,7 +30,7 @@ from expt.run.planner import (
     target_of,
     target_remark,
 )
-from expt.tables import print_table
+from expt.tables import markdown_table, print_table
 from expt.tracking.tracker import open_tracker
 from expt.units import format_bytes
 
@@ -80,9 +80,7 @@ def comparison_table(records: Mapping[str, Mapping[str, Any]]) -> Table:
 
 def comparison_markdown(records: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the same table as Markdown."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(_cells(name, record)) + " |" for name, record in records.items()]
-    return "\n".join(lines) + "\n"
+    return markdown_table([COLUMNS, *(_cells(name, record) for name, record in records.items())])
 
 
 def _cells(name: str, record: Mapping[str, Any]) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from expt.files import write_json, write_text
 from expt.reports.contents import Contents, Wanted, contents
 from expt.reports.figures.claims import Claim
 from expt.reports.page import render
-from expt.reports.records import RunRecord, RunSet
+from expt.reports.records import RunRecord, RunSet, ranked_by
 from expt.reports.run_table import as_csv, as_markdown, print_runs
 from expt.reports.sources.folders import runs_in_folders
 from expt.reports.sources.mlflow import is_run_id, runs_by_filter, runs_by_id
@@ -53,8 +53,8 @@ def run(cfg: DictConfig, context: RunContext) -> ReportResult:
     tracking = cast(TrackingConfig, OmegaConf.to_object(cfg.tracking))
     if problems := report.problems() + tracking.problems():
         raise ConfigError(problems)
-    runs = find_runs(report, tracking)
-    check_metric(runs, report.metric)
+    runs = ranked_by(find_runs(report, tracking), report.metric)
+    check_metric(runs)
     budget = runs.budget_bytes if report.budget is None else parse_bytes(report.budget)
     claims = [
         Claim(preset, claim.peak, claim.error, claim.settings)
@@ -64,7 +64,7 @@ def run(cfg: DictConfig, context: RunContext) -> ReportResult:
     folder = [f"--config-dir={own}"] if own else []
     lines = [*folder, *shown_lines(context.launch.get("overrides", ()))]
     wanted = Wanted(
-        report.metric, budget, claims, report.title, report.rows,
+        budget, claims, report.title, report.rows,
         command=shlex.join(["python", "-m", "expt", *lines]),
     )  # fmt: skip
     found = contents(runs, wanted, context.run_dir / "plots")
@@ -89,7 +89,7 @@ def find_runs(report: ReportConfig, tracking: TrackingConfig) -> RunSet:
 
     """
     if report.experiment is not None:
-        return runs_by_filter(tracking.uri, report.experiment, report.filter, report.metric)
+        return runs_by_filter(tracking.uri, report.experiment, report.filter)
     given = DEFAULT_RUNS if report.runs is None else report.runs
     names = [str(one) for one in (given if isinstance(given, list) else [given])]
     if not names:
@@ -100,11 +100,11 @@ def find_runs(report: ReportConfig, tracking: TrackingConfig) -> RunSet:
             f"report.runs names MLflow runs ({', '.join(ids)}) and folders; give one kind"
         )
     if ids:
-        return runs_by_id(tracking.uri, ids, report.metric)
-    return runs_in_folders(names, report.metric)
+        return runs_by_id(tracking.uri, ids)
+    return runs_in_folders(names)
 
 
-def check_metric(runs: RunSet, metric: str) -> None:
+def check_metric(runs: RunSet) -> None:
     """Refuse a metric that no run has though some have others.
 
     Raises:
@@ -113,7 +113,8 @@ def check_metric(runs: RunSet, metric: str) -> None:
     """
     known = {name for record in runs.records for name in record.metrics if "/" in name}
     own = {name for name in known if not name.startswith("memory/")}
-    if own and all(record.error is None for record in runs.records) and metric not in own:
+    metric = runs.metric.name
+    if own and all(record.value is None for record in runs.records) and metric not in own:
         raise ConfigError(f"report.metric={metric}: no run has it; {nearest(metric, own)}")
 
 
@@ -123,11 +124,12 @@ def as_record(runs: RunSet, wanted: Wanted, found: Contents) -> dict[str, Any]:
         "source": runs.source,
         "study": runs.study,
         "runs": len(runs.records),
-        "metric": wanted.metric,
+        "metric": runs.metric.name,
+        "goal": runs.metric.goal,
         "budget_bytes": wanted.budget_bytes,
         "best": _described(found.best),
         "pareto": [
-            {"name": one.name, "error": one.error, "demand_bytes": one.demand_bytes}
+            {"name": one.name, "value": one.value, "demand_bytes": one.demand_bytes}
             for one in found.pareto
         ],
         "importance": dict(found.importance.shares),
@@ -148,7 +150,7 @@ def _described(run: RunRecord | None) -> dict[str, Any] | None:
         return None
     return {
         "name": run.name,
-        "error": run.error,
+        "value": run.value,
         "demand_bytes": run.demand_bytes,
         "run_dir": run.run_dir,
         "run_id": run.run_id,
@@ -160,7 +162,7 @@ def _write(
 ) -> list[Path]:
     write_text(run_dir / PAGE_NAME, render(found.page))
     write_text(run_dir / TABLE_NAME, as_markdown(found.table))
-    write_text(run_dir / CSV_NAME, as_csv(runs.records, wanted.metric))
+    write_text(run_dir / CSV_NAME, as_csv(runs.records, runs.metric))
     write_json(run_dir / FILE_NAME, record)
     own = [run_dir / name for name in (PAGE_NAME, TABLE_NAME, CSV_NAME, FILE_NAME)]
     return [*own, *found.figures]

@@ -18,18 +18,31 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from optuna.samplers import GridSampler
+from optuna.study import Study
 
 from expt.config.command_line import run_command
 from expt.config.compose import key
 from expt.config.schema import TrackingConfig
 from expt.config.search_node import Pruner, SearchConfig
 from expt.errors import ConfigError, ExptError
-from expt.reports.figures.search_plots import draw
+from expt.job import Metric
+from expt.reports.figures.progress import plot_progress
+from expt.reports.figures.trade_off import plot_trade_off
+from expt.reports.records import RunSet, ranked_by
+from expt.reports.sources.studies import StudyError, joined
 from expt.run.process import Worker, WorkerError, prepare_server, visible_devices
-from expt.search.candidates import TrialJobs, base_facts, check_presets, checker, preset_values
+from expt.search.candidates import (
+    TrialJobs,
+    base_facts,
+    check_presets,
+    checker,
+    learn_metric,
+    preset_values,
+)
 from expt.search.exhaustion import smallest_seen
 from expt.search.launcher import PRUNED_LATE, UNLIMITED, LauncherRunner
 from expt.search.loop import Search
+from expt.search.metric import metric_of, objectives_of
 from expt.search.records import Records
 from expt.search.request import Request, fixed_settings, given_points, request_of
 from expt.search.reservation import Reservations
@@ -91,11 +104,14 @@ def search(
         bool(request.cfg.memory.plan),
         node.plan_time_limit_seconds,
     )
-    reservations = _open(request, space, storage, made, jobs)
+    metric = learn_metric(request, space, jobs.worker)
+    node.objectives = objectives_of(node.objectives, metric)
+    reservations = _open(request, space, storage, made, jobs, metric)
     if isinstance(made, GridSampler) and space.size is not None:
         node.n_trials = reservations.n_trials = min(node.n_trials, space.size)
     study = reservations.study
-    records = Records(tracking, request.folder, node.study)
+    metric = metric_of(study)
+    records = Records(tracking, request.folder, node.study, metric)
     runner = _runner(request, config, hydra_context, task_function)
     seeds = range(request.cfg.trainer.seed, request.cfg.trainer.seed + node.repeats)
     shown = without_password(absolute_storage(text))
@@ -113,7 +129,7 @@ def search(
         with answering(node.study):
             records.reconcile(study, loop.trial_folder)
             loop.run()
-            winner = best_trial(study.get_trials(deepcopy=False), loop.limited)
+            winner = best_trial(study.get_trials(deepcopy=False), loop.limited, metric)
             if winner is not None and node.test_winner:
                 lines = jobs.lines(winner.number, space.lines(winner.params))
                 folder = loop.trial_folder(winner.number)
@@ -132,13 +148,24 @@ def search(
         summary = SweepSummary.load(request.folder) or SweepSummary(node.study, node.n_trials)
         try:
             with answering(node.study), reservations.locked():
-                draw(study, jobs.budget_bytes, request.folder)
+                _draw(study, jobs.budget_bytes, request.folder)
             with answering(node.study):
                 summary = loop.summary()
         finally:  # also without the storage: the parent's run is not left open
             _conclude(summary, request, space, seen)
             records.close(status, summary)
     return summary
+
+
+def _draw(study: Study, budget_bytes: int | None, folder: Path) -> None:
+    """Draw the search over time, and its metric against peak memory, as a report has them."""
+    try:
+        runs = joined(RunSet((), study.study_name), study, budget_bytes, folder)
+    except StudyError:
+        return  # there is no trial to be drawn
+    runs = ranked_by(runs, f"val/{metric_of(study).name}")
+    for plot in (plot_trade_off, plot_progress):
+        plot(runs.records, runs.metric, budget_bytes, folder / "plots")
 
 
 def _facts(request: Request) -> dict[str, Any]:
@@ -162,7 +189,7 @@ def _facts(request: Request) -> dict[str, Any]:
 
 
 def _open(
-    request: Request, space: Space, storage: Any, sampler: Any, jobs: TrialJobs
+    request: Request, space: Space, storage: Any, sampler: Any, jobs: TrialJobs, metric: Metric
 ) -> Reservations:
     """Open the study, and put first what is to be tried first."""
     node = request.config
@@ -178,6 +205,7 @@ def _open(
             sampler,
             pruner,
             node.objectives,
+            metric,
             {"space": space.as_json(), "memory.budget": None if budget is None else str(budget),
              "repeats": node.repeats, "setting": fixed_settings(request.cfg, space)},
         )  # fmt: skip
@@ -297,10 +325,12 @@ def _conclude(
     if best is None and seen is not None:
         print(f"nothing fits so far: {seen}")
     if best is not None:
-        test = f", test MAE {best['test/mae']:.4f}" if "test/mae" in best else ""
+        metric = summary.compared_by
+        tested = best.get(f"test/{metric.name}")
+        test = "" if tested is None else f", test {metric.label} {metric.text(tested)}"
         print(
-            f"best: trial {best['trial']}, val MAE {best['val/mae']:.4f}{test}, peak "
-            f"{format_bytes(best['peak_allocated_bytes'])}"
+            f"best: trial {best['trial']}, val {metric.label} {metric.text(summary.best_value)}"
+            f"{test}, peak {format_bytes(best['peak_allocated_bytes'])}"
         )
         kept = [line for line in shown_lines(request.given) if not key(line).startswith("search.")]
         own = [f"--config-dir={request.own}"] if request.own else []

@@ -73,7 +73,7 @@ class ExpandConfig:
     steps: list[str] = field(default_factory=list)  # one setting each, tried in this order
     probe_epochs: int | None = 2  # of each probe; None: trainer.epochs
     probe_steps: int | None = 300  # optimizer steps in an epoch; None: trainer.steps_per_epoch
-    tolerance: float = 0.01  # by what part of the best validation error a step may be worse
+    tolerance: float = 0.01  # by what part of the best validation a step may be worse
     probe_time_limit_seconds: float | None = None  # after which a probe is ended, and not kept
 
     def problems(self) -> list[str]:
@@ -86,7 +86,7 @@ class ExpandConfig:
         if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
             found.append(
                 f"expand.tolerance must not be negative, got {self.tolerance}; 0.01 keeps a step "
-                "whose validation error is at most 1 % above the best one's"
+                "whose validation is at most 1 % worse than the best"
             )
         limit = self.probe_time_limit_seconds
         if limit is not None and not (math.isfinite(limit) and limit > 0):
@@ -112,7 +112,7 @@ class ReportConfig:
     runs: Any = None  # folders or globs, or MLflow run ids; None: outputs
     experiment: str | None = None  # an MLflow experiment of tracking.uri, instead of folders
     filter: str | None = None  # which of an experiment's runs, in MLflow's words
-    metric: str = "val/mae"  # the lower the better
+    metric: str | None = None  # like val/mae; None: the one that the runs monitored
     budget: Any = None  # to draw; None: the budget that all runs had
     title: str | None = None
     rows: int = 60  # of the table in the page; runs.csv holds all

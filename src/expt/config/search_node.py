@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-MAE, PEAK = "val/mae", "peak_memory"
-"""What can be minimised: the validation's error, and the peak memory."""
+VALIDATION, PEAK = "val", "peak_memory"
+"""What trials are compared by: validation, in the metric that is monitored, and the peak memory."""
+OBJECTIVE = re.compile(rf"{VALIDATION}(/[\w.\-]+)?")
 STUDY_NAME = re.compile(r"[\w.\-]+")
 
 
@@ -39,7 +40,7 @@ class SearchConfig:
     seed: int = 0  # of the sampler
     pruner: Pruner = Pruner.none
     repeats: int = 1  # seeds per trial, from trainer.seed up; the mean is what counts
-    objectives: list[str] = field(default_factory=lambda: [MAE])
+    objectives: list[str] = field(default_factory=lambda: [VALIDATION])  # or [val, peak_memory]
     presets: list[str] = field(default_factory=list)  # memory presets that are tried first
     enqueue: list[dict[str, Any]] = field(default_factory=list)  # points that are tried first
     retry: int = 0  # how often a trial that crashed, was killed or hung is started again
@@ -70,8 +71,12 @@ class SearchConfig:
 
     def _objective_problems(self) -> list[str]:
         objectives = list(self.objectives)
-        if objectives not in ([MAE], [MAE, PEAK]):
-            return [f"search.objectives must be [{MAE}] or [{MAE},{PEAK}], got {objectives}"]
+        known = objectives and OBJECTIVE.fullmatch(objectives[0])
+        if not known or objectives[1:] not in ([], [PEAK]):
+            return [
+                f"search.objectives must be [{VALIDATION}] or [{VALIDATION},{PEAK}], where "
+                f"{VALIDATION}/NAME also names the monitored metric, got {objectives}"
+            ]
         if len(objectives) > 1 and self.pruner is not Pruner.none:
             return [
                 f"search.pruner={self.pruner.value} compares one figure, and "

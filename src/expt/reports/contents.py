@@ -10,21 +10,23 @@ from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from expt.reports.figures.claims import Claim, claimed, plot_claims
+from expt.job import Metric
+from expt.reports.figures.claims import ABOUT_CLAIMS, Claim, claimed, plot_claims
 from expt.reports.figures.importance import Importance, importance, plot_importance
 from expt.reports.figures.prediction import accuracy, plot_prediction
 from expt.reports.figures.progress import plot_progress
 from expt.reports.figures.trade_off import best_run, front, plot_trade_off
 from expt.reports.groups import Group, groups_by_data
 from expt.reports.page import Card, Page, Picture
-from expt.reports.records import STATES, RunRecord, RunSet, labels, metric_words, varied
+from expt.reports.records import RunRecord, RunSet, labels, metric_text, metric_words, varied
 from expt.reports.run_table import Cells, ordered, run_table
+from expt.result import Outcome
 from expt.units import format_bytes, format_seconds
 
 MOST_PROBLEMS = 12
 MOST_GROUPS = 8
 SEVERAL_DATA = (
-    "The runs are on {} different data, and an error on one says nothing about another. "
+    "The runs are on {} different data, and a figure on one says nothing about another. "
     "The best on each:"
 )
 MOST_SETTINGS = 6
@@ -33,9 +35,8 @@ MOST_SETTINGS = 6
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of a report: the metric, the budget to draw, claims, title, rows."""
+    """What is asked of a report: the budget to draw, claims, title, rows."""
 
-    metric: str
     budget_bytes: int | None
     claims: Sequence[Claim]
     title: str | None
@@ -63,10 +64,10 @@ class Contents:
 
 def contents(runs: RunSet, wanted: Wanted, folder: Path) -> Contents:
     """Draw the figures into `folder` and put all parts together."""
-    records, metric, budget = runs.records, wanted.metric, wanted.budget_bytes
+    records, metric, budget = runs.records, runs.metric, wanted.budget_bytes
     groups = groups_by_data(runs)
     largest, several = groups[0], len(groups) > 1
-    best_of = {group.name: best_run(group.records, budget) for group in groups}
+    best_of = {group.name: best_run(group.records, metric, budget) for group in groups}
     best = best_of[largest.name]
     shares = importance(replace(runs, records=largest.records))
     on_data = f" Only runs on {largest.name}, {len(largest.records)} of {len(records)}."
@@ -78,9 +79,9 @@ def contents(runs: RunSet, wanted: Wanted, folder: Path) -> Contents:
         figures.extend(files)
         pictures.extend(Picture(title, path, words) for path in files if path.suffix == ".png")
 
-    best_of_all = front([r for r in largest.records if r.state in ("completed", "over_budget")])
+    best_of_all = front([r for r in largest.records if r.outcome.trained], metric)
     add(
-        "Error against memory",
+        _against_memory(metric),
         plot_trade_off(largest.records, metric, budget, folder),
         _front_words(best_of_all, metric, budget) + of_largest,
     )
@@ -88,8 +89,8 @@ def contents(runs: RunSet, wanted: Wanted, folder: Path) -> Contents:
     add(
         "Claimed, predicted, measured",
         plot_claims(about, folder),
-        "Peak memory by preset: what the guide claims for all 207 sensors, what was predicted for "
-        "these runs, and what was measured. The claims are of other data and other hardware.",
+        "Peak memory by preset: what was claimed, what was predicted for these runs, and what was "
+        f"measured. {ABOUT_CLAIMS}",
     )
     told = accuracy(records)
     add(
@@ -110,7 +111,7 @@ def contents(runs: RunSet, wanted: Wanted, folder: Path) -> Contents:
         f"Importance of each setting for being among the best tenth of {shares.runs} finished "
         "runs (PED-ANOVA)" + (f"; the study {runs.study}." if runs.study else ".") + of_largest,
     )
-    rows = [record for group in groups for record in ordered(group.records, budget)]
+    rows = [record for group in groups for record in ordered(group.records, metric, budget)]
     data = {id(r): group.name for group in groups for r in group.records} if several else {}
     winners = [id(record) for record in best_of.values() if record is not None]
     # The settings that mattered first, then the others that differ.
@@ -129,7 +130,7 @@ def contents(runs: RunSet, wanted: Wanted, folder: Path) -> Contents:
         table_words=_table_words(len(shown), len(rows), metric, several),
         marked=[n for n, record in enumerate(shown) if id(record) in winners],
         dimmed=[n for n, record in enumerate(shown) if not record.fits(budget)],
-        missing=_missing(runs, shares, wanted.metric, bool(told), of_largest),
+        missing=_missing(runs, shares, bool(told), of_largest),
         problems=_problems(records),
         footer=_footer(records),
         command=wanted.command,
@@ -139,7 +140,7 @@ def contents(runs: RunSet, wanted: Wanted, folder: Path) -> Contents:
 
 
 def _by_data(
-    groups: Sequence[Group], best_of: Mapping[str, RunRecord | None], metric: str
+    groups: Sequence[Group], best_of: Mapping[str, RunRecord | None], metric: Metric
 ) -> list[str]:
     """Return the best run of each group in a line, nothing where there is one group."""
     if len(groups) == 1:
@@ -148,21 +149,21 @@ def _by_data(
     for group in groups[:MOST_GROUPS]:
         best, count = best_of[group.name], len(group.records)
         words = f"{group.name} ({count} run{'s' if count != 1 else ''}): "
-        if best is None or best.error is None:
+        if best is None or best.value is None:
             found.append(f"{words}none finished inside the budget")
             continue
         peak = "" if best.demand_bytes is None else f", peak {format_bytes(best.demand_bytes)}"
-        found.append(f"{words}{best.name}, {metric_words(metric)} {best.error:.3f}{peak}")
+        found.append(f"{words}{best.name}, {_said(metric, best.value)}{peak}")
     if len(groups) > MOST_GROUPS:
         found.append(f"… and {len(groups) - MOST_GROUPS} more data, in report.json")
     return found
 
 
 def _lead(
-    records: Sequence[RunRecord], best: RunRecord | None, metric: str, budget: int | None
+    records: Sequence[RunRecord], best: RunRecord | None, metric: Metric, budget: int | None
 ) -> str:
     inside = "" if budget is None else f" inside the budget of {format_bytes(budget)}"
-    if best is None or best.error is None:
+    if best is None or best.value is None:
         peaks = [r.demand_bytes or r.predicted_peak_bytes for r in records]
         known = [peak for peak in peaks if peak is not None]
         seen = f"; the smallest peak seen is {format_bytes(min(known))}" if known else ""
@@ -172,7 +173,7 @@ def _lead(
     text = f"The best of {len(records)} runs{inside} is {name}: "
     if len(records) == 1:
         text = f"One run{inside}, {name}: "
-    text += f"{metric_words(metric)} {best.error:.3f}"
+    text += _said(metric, best.value)
     if best.demand_bytes is not None:
         text += f" at a peak of {format_bytes(best.demand_bytes)}"
         text += "" if budget is None else f", {best.demand_bytes / budget:.0%} of the budget"
@@ -182,24 +183,26 @@ def _lead(
 def _cards(
     records: Sequence[RunRecord],
     best: RunRecord | None,
-    metric: str,
+    metric: Metric,
     budget: int | None,
     data: str,
 ) -> list[Card]:
     found = []
     on = f" on {data}" if data else ""
-    if best is not None and best.error is not None:
-        found.append(Card(f"{best.error:.3f}", f"best {metric_words(metric)}{on}", good=True))
+    if best is not None and best.value is not None:
+        about = f"best {metric_words(metric)}{on}"
+        found.append(Card(metric_text(metric, best.value), about, good=True))
         if best.demand_bytes is not None:
             found.append(Card(format_bytes(best.demand_bytes), "its peak memory"))
-        test = best.metrics.get("test/mae")
-        if test is not None and metric != "test/mae":
-            found.append(Card(f"{test:.3f}", "its test MAE"))
+        test = f"test/{metric.name.rpartition('/')[2]}"
+        if test in best.metrics and metric.name != test:
+            tested = metric_text(metric, best.metrics[test])
+            found.append(Card(tested, f"its test {metric.label}"))
     if budget is not None:
         found.append(Card(format_bytes(budget), "budget"))
-    done = sum(record.error is not None for record in records)
+    done = sum(record.value is not None for record in records)
     found.append(Card(f"{done} of {len(records)}", "runs with a result"))
-    spared = sum(record.state == "predicted_over" for record in records)
+    spared = sum(record.outcome is Outcome.predicted_over for record in records)
     if spared:
         found.append(Card(str(spared), "not run: predicted over budget"))
     told = accuracy(records)
@@ -210,7 +213,15 @@ def _cards(
     return found
 
 
-def _front_words(best_of_all: Sequence[RunRecord], metric: str, budget: int | None) -> str:
+def _against_memory(metric: Metric) -> str:
+    return f"{metric.label[:1].upper()}{metric.label[1:]} against memory"
+
+
+def _said(metric: Metric, value: float) -> str:
+    return f"{metric_words(metric)} {metric_text(metric, value)}"
+
+
+def _front_words(best_of_all: Sequence[RunRecord], metric: Metric, budget: int | None) -> str:
     text = f"Each point is a run: its {metric_words(metric)} and its measured peak memory."
     if len(best_of_all) > 1:
         text += f" The {len(best_of_all)} runs on the line are beaten by no other in both."
@@ -229,35 +240,33 @@ def _subtitle(runs: RunSet) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def _table_words(shown: int, count: int, metric: str, several: bool) -> str:
+def _table_words(shown: int, count: int, metric: Metric, several: bool) -> str:
     which = "All runs" if shown == count else f"The first {shown} of {count} runs"
     return (
-        f"{which}, {'by data, ' if several else ''}the smallest {metric_words(metric)} inside the "
+        f"{which}, {'by data, ' if several else ''}the best {metric_words(metric)} inside the "
         "budget first. Peaks are bytes "
         "allocated to tensors; runs.csv has every run and every setting that differs."
     )
 
 
-def _missing(
-    runs: RunSet, shares: Importance, metric: str, predicted: bool, of_largest: str
-) -> list[str]:
+def _missing(runs: RunSet, shares: Importance, predicted: bool, of_largest: str) -> list[str]:
     found = list(runs.notes)
     if shares.reason:
         found.append(f"Parameter importances: {shares.reason}.{of_largest}")
     if not predicted:
         found.append("Error of the predictions: no run was both predicted and measured.")
-    if all(record.error is None for record in runs.records):
-        found.append(f"Error against memory: no run has {metric}.")
+    if all(record.value is None for record in runs.records):
+        found.append(f"{_against_memory(runs.metric)}: no run has {runs.metric.name}.")
     return found
 
 
 def _problems(records: Sequence[RunRecord]) -> list[str]:
-    counts = Counter(r.state for r in records if r.state not in ("completed", "over_budget"))
-    found = [f"{count} × {STATES[state]}" for state, count in counts.most_common()]  # noqa: RUF001
+    counts = Counter(r.outcome for r in records if not r.outcome.trained)
+    found = [f"{count} × {outcome.words}" for outcome, count in counts.most_common()]  # noqa: RUF001
     said = [
         f"{record.name}: {record.detail}"
         for record in records
-        if record.detail and record.state in ("failed", "stopped", "unfinished")
+        if record.detail and record.outcome.columns.trial_state == "FAIL"
     ]
     found += said[:MOST_PROBLEMS]
     if len(said) > MOST_PROBLEMS:

@@ -18,8 +18,12 @@ NOT_MEASURED_ON = (
 LIMIT = "trainer.eval_batches"
 """Beside the node: a part of the data is other data."""
 NOT_RECORDED = "not recorded"
+FINGERPRINT = "fingerprint"
 NONE = "None"
 """As a configuration that was flattened has it."""
+
+Settings = tuple[tuple[str, str], ...]
+"""Names and values, sorted."""
 
 
 @dataclass(frozen=True)
@@ -31,27 +35,27 @@ class Group:
 
 
 def groups_by_data(runs: RunSet) -> list[Group]:
-    """Return the runs by their data, the group with the most errors first; there is at least one.
+    """Return the runs by their data, the group with the most figures first; there is at least one.
 
-    The data are their class, file, horizon, splits, and what else a class of your own takes, but
-    for `NOT_MEASURED_ON` and what a search varies: that is compared on purpose. A run of which
-    no data are recorded goes with the trials of the same search, or, without an error, with the
-    most.
+    Data are the same whose fingerprint is (`expt.job.DataSet.fingerprint`), or, of runs that were
+    recorded without one, whose class, file, horizon, splits and other settings are, but for
+    `NOT_MEASURED_ON`. What a search varies is compared on purpose. A run of which no data are
+    recorded goes with the trials of the same search, or, without a figure, with the most.
     """
-    keys = [_identity(record, runs.space) for record in runs.records]
+    keys = _keys(runs)
     trials = [k for k, r in zip(keys, runs.records, strict=True) if k and r.trial is not None]
-    by_key: dict[tuple[tuple[str, str], ...], list[int]] = {}
+    by_key: dict[Settings, list[int]] = {}
     rest = []
     for place, (key, record) in enumerate(zip(keys, runs.records, strict=True)):
         if not key and record.trial is not None and trials:
             key = trials[0]
-        if key or record.error is not None:
+        if key or record.value is not None:
             by_key.setdefault(key, []).append(place)
         else:
             rest.append(place)
 
     def size(places: list[int]) -> tuple[int, int]:
-        return sum(runs.records[n].error is not None for n in places), len(places)
+        return sum(runs.records[n].value is not None for n in places), len(places)
 
     sorted_keys = sorted(by_key, key=lambda key: size(by_key[key]), reverse=True)
     if not sorted_keys:
@@ -64,7 +68,35 @@ def groups_by_data(runs: RunSet) -> list[Group]:
     ]
 
 
-def _identity(record: RunRecord, varied: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
+def _keys(runs: RunSet) -> list[Settings]:
+    """Return what tells the data of each run apart: the settings of the first run on the same."""
+    keys = [_identity(record, runs.space) for record in runs.records]
+    varied = {name.lstrip("+~") for name in runs.space}
+    if any(name == "data" or _is_measured_on(name) for name in varied):
+        return keys  # the fingerprints differ by what is compared on purpose
+    by_mark: dict[tuple[str, str], Settings] = {}
+    by_settings: dict[Settings, Settings] = {}
+    for place, record in enumerate(runs.records):
+        if record.fingerprint is None:
+            continue
+        key, mark = keys[place], (record.fingerprint, record.settings.get(LIMIT, NONE))
+        if mark not in by_mark:
+            changed = not key or key in by_mark.values()  # the same file with other values in it
+            by_mark[mark] = (*key, (FINGERPRINT, record.fingerprint)) if changed else key
+        keys[place] = by_mark[mark]
+        by_settings.setdefault(key, by_mark[mark])
+    return [
+        by_settings.get(key, key) if record.fingerprint is None else key
+        for key, record in zip(keys, runs.records, strict=True)
+    ]
+
+
+def _is_measured_on(name: str) -> bool:
+    inside = name.startswith(NODE)
+    return inside and name.removeprefix(NODE).partition(".")[0] not in NOT_MEASURED_ON
+
+
+def _identity(record: RunRecord, varied: Mapping[str, object]) -> Settings:
     """Return the settings that say what was measured on, nothing where no class of data is."""
     settings = record.settings
     names = {name.lstrip("+~") for name in varied}
@@ -73,9 +105,7 @@ def _identity(record: RunRecord, varied: Mapping[str, object]) -> tuple[tuple[st
     found = {
         name: value
         for name, value in settings.items()
-        if name.startswith(NODE)
-        and name.removeprefix(NODE).partition(".")[0] not in NOT_MEASURED_ON
-        and name not in names
+        if _is_measured_on(name) and name not in names
     }
     found.setdefault(UNIT, "mph")  # what a record from before the setting was in
     path = found.get(PATH, NONE)

@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-State = Literal[
-    "completed",
-    "over_budget",  # trained to its end, above the budget
-    "out_of_memory",
-    "predicted_over",  # predicted over the budget, and therefore never started
-    "pruned",
-    "failed",
-    "stopped",
-    "unfinished",  # running, or killed
-]
-KIND_STATES: Mapping[str, State] = {
-    "complete": "completed",
-    "infeasible_measured": "over_budget",
-    "oom": "out_of_memory",
-    "infeasible_predicted": "predicted_over",
-    "pruned": "pruned",
-    "crashed": "failed",
-    "killed": "failed",
-    "timeout": "failed",
-    "nan": "failed",
-    "refused": "failed",
-}
-"""From what a search calls the end of a trial; see `expt.search.trial`."""
+from expt.job import Metric
+from expt.result import Outcome
+
 NOT_SETTINGS = (
     "tracking", "hydra", "task", "replay", "diagnose", "fit", "cards", "expand", "report",
     "search", "trainer.resume", "trainer.progress", "trainer.test", "memory.plan_file",
@@ -40,15 +21,20 @@ NOT_SETTINGS = (
 class RunRecord:
     """One run; None is what is not known.
 
-    `error` is the metric that is reported, the lower the better; `settings` are the flattened
-    configuration as text, and `cwd` is where relative paths in it start; `started` is in seconds
-    since the epoch; `detail` says what went wrong.
+    `value` is the figure that runs are ranked by (`ranked_by`), of what was trained to its end;
+    `described` are the metrics by their bare names, and `monitor` is the one that decided which
+    weights were best. `settings` are the flattened configuration as text, and `cwd` is where
+    relative paths in it start; `started` is in seconds since the epoch; `detail` says what went
+    wrong.
     """
 
     name: str
-    state: State
-    error: float | None = None
+    outcome: Outcome
+    value: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    described: Mapping[str, Metric] = field(default_factory=dict)
+    monitor: str = "mae"  # as all runs did before they said so
+    fingerprint: str | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
     preset: str | None = None
     device: str | None = None
@@ -85,12 +71,13 @@ class RunRecord:
         What a search found to be over its own budget stays so, and is judged by what was measured
         if another one is asked about.
         """
-        if self.state not in ("completed", "over_budget") or self.error is None:
+        if not self.outcome.trained or self.value is None:
             return False
-        if self.state == "over_budget" and budget_bytes in (None, self.budget_bytes):
+        over = self.outcome is Outcome.over_budget
+        if over and budget_bytes in (None, self.budget_bytes):
             return False
         if budget_bytes is None or self.demand_bytes is None:
-            return self.state == "completed"
+            return not over
         return self.demand_bytes <= budget_bytes
 
 
@@ -98,13 +85,15 @@ class RunRecord:
 class RunSet:
     """The runs of a report in the order they were started, and where they are from.
 
-    `notes` is what a reader has to know about what is not there; `space` maps the parameters of a
-    study to Optuna's distributions, if the runs are its trials; `parameters` are their values by
-    trial number, as the study has them.
+    `metric` is what they are ranked by, its name the key of the records, like ``val/mae``. `notes`
+    is what a reader has to know about what is not there; `space` maps the parameters of a study to
+    Optuna's distributions, if the runs are its trials; `parameters` are their values by trial
+    number, as the study has them.
     """
 
     records: tuple[RunRecord, ...]
     source: str
+    metric: Metric = field(default_factory=lambda: Metric("val/mae", label="MAE"))
     notes: tuple[str, ...] = ()
     study: str | None = None
     space: Mapping[str, Any] = field(default_factory=dict)
@@ -112,11 +101,11 @@ class RunSet:
 
     @property
     def budget_bytes(self) -> int | None:
-        """The one budget that every run with an error had, None without such a one.
+        """The one budget that every run with a figure had, None without such a one.
 
-        Where no run has an error, it is the budget of them all.
+        Where no run has a figure, it is the budget of them all.
         """
-        judged = [r for r in self.records if r.error is not None] or self.records
+        judged = [r for r in self.records if r.value is not None] or self.records
         budgets = {r.budget_bytes for r in judged}
         return budgets.pop() if len(budgets) == 1 else None
 
@@ -170,30 +159,50 @@ def _begins(name: str, beginnings: Iterable[str]) -> bool:
 
 
 SPLITS = {"val": "validation", "test": "test"}
-STATES = {
-    "completed": "completed",
-    "over_budget": "over budget",
-    "out_of_memory": "out of memory",
-    "predicted_over": "predicted over",
-    "pruned": "pruned",
-    "failed": "failed",
-    "stopped": "stopped",
-    "unfinished": "unfinished",
-}
 
 
-def metric_header(metric: str) -> str:
+def ranked_by(runs: RunSet, name: str | None) -> RunSet:
+    """Return the runs with their figures of a metric, like ``val/mae``; None: what they monitored.
+
+    What the runs describe differently, they describe as most of them do.
+    """
+    records = runs.records
+    name = name or _monitored(records)
+    bare = name.rpartition("/")[2]
+    described = Counter(r.described[bare] for r in records if bare in r.described).most_common(1)
+    metric = described[0][0] if described else Metric(bare, label=_label(bare))
+    return replace(
+        runs,
+        metric=replace(metric, name=name),
+        records=tuple(
+            replace(record, value=record.metrics.get(name) if record.outcome.trained else None)
+            for record in records
+        ),
+    )
+
+
+def metric_header(metric: Metric) -> str:
     """Return ``val MAE`` for ``val/mae``, for the head of a column."""
-    split, _, name = metric.rpartition("/")
-    return f"{split} {name.upper() if len(name) <= 4 else name.replace('_', ' ')}".strip()
+    return f"{metric.name.rpartition('/')[0]} {metric.label}".strip()
 
 
-def metric_words(metric: str) -> str:
+def metric_words(metric: Metric) -> str:
     """Return ``validation MAE`` for ``val/mae``."""
-    split, _, name = metric.rpartition("/")
-    return metric_header(f"{SPLITS.get(split, split)}/{name}")
+    split = metric.name.rpartition("/")[0]
+    return f"{SPLITS.get(split, split)} {metric.label}".strip()
 
 
-def escaped(cell: str) -> str:
-    """Return a text as a cell of a Markdown table."""
-    return cell.replace("|", "\\|")
+def metric_text(metric: Metric, value: float | None) -> str:
+    """Return a figure for a table, without a unit but for per cent, empty for None."""
+    return "" if value is None else metric.text(value, unit=metric.percent)
+
+
+def _monitored(records: Sequence[RunRecord]) -> str:
+    """Return the key of the metric that most runs monitored, of those with a figure of it."""
+    names = [f"val/{record.monitor}" for record in records]
+    known = [n for n, record in zip(names, records, strict=True) if n in record.metrics]
+    return Counter(known or names).most_common(1)[0][0]
+
+
+def _label(name: str) -> str:
+    return name.upper() if len(name) <= 4 else name.replace("_", " ")

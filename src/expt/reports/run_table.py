@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from types import MappingProxyType
 from typing import Literal
@@ -14,8 +14,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from expt.job import Metric
 from expt.reports.figures.claims import ABOUT_CLAIMS, Claim, claim_of
-from expt.reports.records import STATES, RunRecord, escaped, metric_header, short_names, varied
+from expt.reports.records import (
+    RunRecord,
+    metric_header,
+    metric_text,
+    short_names,
+    varied,
+)
+from expt.tables import markdown_table
 from expt.units import format_bytes, format_seconds
 
 NOTHING = "–"  # noqa: RUF001 (a dash is meant)
@@ -44,20 +52,22 @@ class Cells:
     settings: int = 0
 
 
-def ordered(records: Sequence[RunRecord], budget_bytes: int | None) -> list[RunRecord]:
+def ordered(
+    records: Sequence[RunRecord], metric: Metric, budget_bytes: int | None
+) -> list[RunRecord]:
     """Return the runs from the best that fits, then those that do not fit, then the rest."""
 
     def rank(record: RunRecord) -> tuple[int, float, str]:
-        error = float("inf") if record.error is None else record.error
-        group = 0 if record.fits(budget_bytes) else 1 if record.error is not None else 2
-        return group, error, "" if group < 2 else record.state
+        cost = float("inf") if record.value is None else metric.cost(record.value)
+        group = 0 if record.fits(budget_bytes) else 1 if record.value is not None else 2
+        return group, cost, "" if group < 2 else record.outcome.value
 
     return sorted(records, key=rank)
 
 
 def run_table(
     records: Sequence[RunRecord],
-    metric: str,
+    metric: Metric,
     claims: Sequence[Claim],
     settings: Sequence[str] = (),
     data: Mapping[int, str] = MappingProxyType({}),
@@ -66,7 +76,7 @@ def run_table(
 
     Args:
         records: the rows.
-        metric: that `error` is.
+        metric: that `value` is of.
         claims: of presets, for the columns of what was claimed.
         settings: dotted names of those that get a column.
         data: by the record's `id`, the name of what it was measured on, where that differs.
@@ -76,15 +86,16 @@ def run_table(
     names = [name for name in settings if name not in has_column]
     short = short_names(name.removesuffix(CLASS) for name in names)
     said = [claim_of(record, claims) for record in records]
-    test = "" if metric == "test/mae" else "test/mae"
+    test = replace(metric, name=f"test/{metric.name.rpartition('/')[2]}")
+    tested = [] if metric == test else [record.metrics.get(test.name) for record in records]
     columns: list[tuple[str, bool, list[str]]] = [
         ("run", False, [record.name for record in records]),
         (DATA, False, [data.get(id(record), "") for record in records]),
         ("preset", False, [record.preset or "" for record in records]),
-        ("state", False, [STATES[record.state] for record in records]),
-        (metric_header(metric), True, [_decimal(record.error) for record in records]),
+        ("state", False, [record.outcome.words for record in records]),
+        (metric_header(metric), True, [metric_text(metric, record.value) for record in records]),
         (CLAIMED, True, [claim.error if claim else "" for claim in said]),
-        (metric_header(test), True, [_decimal(r.metrics.get(test)) for r in records]),
+        (metric_header(test), True, [metric_text(metric, value) for value in tested]),
         (PEAK_CLAIMED, True, [claim.peak if claim else "" for claim in said]),
         ("predicted", True, [_bytes(r.predicted_peak_bytes) for r in records]),
         ("measured", True, [_bytes(r.peak_allocated_bytes) for r in records]),
@@ -159,19 +170,18 @@ def print_runs(cells: Cells) -> None:
 
 def as_markdown(cells: Cells) -> str:
     """Return the table as Markdown."""
-    rule = "|" + "".join("---:|" if numeric else "---|" for numeric in cells.numeric)
-    lines = ["| " + " | ".join(cells.columns) + " |", rule]
-    lines += ["| " + " | ".join(escaped(cell) for cell in row) + " |" for row in cells.rows]
-    return "\n".join(lines) + "\n"
+    right = [number for number, numeric in enumerate(cells.numeric) if numeric]
+    return markdown_table([cells.columns, *cells.rows], right)
 
 
-def as_csv(records: Sequence[RunRecord], metric: str) -> str:
+def as_csv(records: Sequence[RunRecord], metric: Metric) -> str:
     """Return every run with its figures in full, and all settings that differ."""
     settings = varied(records)
-    figures = sorted({name for record in records for name in record.metrics} - {metric})
+    figures = sorted({name for record in records for name in record.metrics} - {metric.name})
     fixed = [
-        "name", "trial", "state", "preset", metric, "predicted_peak_bytes", "peak_allocated_bytes",
-        "peak_reserved_bytes", "prediction_error", "budget_bytes", "seconds", "parameters",
+        "name", "trial", "state", "preset", metric.name, "predicted_peak_bytes",
+        "peak_allocated_bytes", "peak_reserved_bytes", "prediction_error", "budget_bytes",
+        "seconds", "parameters",
         "device", "precision", "meter", "started", "run_id", "run_dir", "detail",
     ]  # fmt: skip
     out = io.StringIO()
@@ -182,7 +192,7 @@ def as_csv(records: Sequence[RunRecord], metric: str) -> str:
         started = at.isoformat(timespec="seconds") if r.started else None
         writer.writerow(
             [
-                r.name, r.trial, r.state, r.preset, r.error, r.predicted_peak_bytes,
+                r.name, r.trial, r.outcome.value, r.preset, r.value, r.predicted_peak_bytes,
                 r.peak_allocated_bytes, r.peak_reserved_bytes, r.prediction_error, r.budget_bytes,
                 r.seconds, r.weights, r.device, r.precision, r.meter, started, r.run_id, r.run_dir,
                 r.detail,
@@ -202,10 +212,6 @@ def _setting(name: str, settings: Mapping[str, str]) -> str:
         return f"{float(text):.4g}" if len(text) > MOST_DIGITS else text
     except ValueError:
         return text
-
-
-def _decimal(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
 
 
 def _bytes(count: int | None) -> str:

@@ -45,7 +45,9 @@ class Recorder:
         """Open the run in the tracker; a second call does nothing."""
         if not self.started:
             self.started = True
-            preset = {"preset": str(self.result.preset), "device": str(self.result.device)}
+            result = self.result
+            preset = {"preset": str(result.preset), "device": str(result.device)}
+            preset |= {"monitor": result.monitor, "metrics": json.dumps(result.metrics_meta)}
             origin = {"run_dir": str(self.run_dir), **_versions()}
             self.tracker.start(name, parameters, {**preset, **origin, **tags})
             self._tell()

@@ -75,6 +75,7 @@ class TrainJob:
                 precision=str(self.fabric.strategy.precision.precision),
             ),
         )
+        self.recorder.result.data_fingerprint = self.data.fingerprint()
         metrics = self.data.metrics
         monitor = monitored(metrics, self.settings.trainer.monitor)
         self.recorder.result.describe(metrics, monitor.name)
@@ -160,7 +161,7 @@ class TrainJob:
             _parameters(resolved),
             {
                 "model": self._model_name(),
-                "data.fingerprint": self.data.fingerprint(),
+                "data.fingerprint": str(self.recorder.result.data_fingerprint),
                 **self.context.fallback_of,
             },
         )

@@ -21,18 +21,21 @@ from omegaconf.errors import OmegaConfBaseException
 from expt.config.compose import compose_lines, conf_dir, groups, key
 from expt.config.explain import first_lines
 from expt.config.schema import OPEN_GROUPS
+from expt.config.search_node import VALIDATION
 from expt.config.settings import Settings
 from expt.config.validate import argument_problems, validated
 from expt.errors import ConfigError, UserError, nearest
-from expt.job import DataSet
+from expt.job import DataSet, Metric, monitored
 from expt.memory.measuring.budget import Budget
 from expt.memory.planning.planning import Plan, Target
 from expt.run.build import build
 from expt.run.overflow import what_fits
 from expt.run.planner import plan_training
 from expt.run.process import Worker, WorkerError
+from expt.search.metric import EARLIER, metric_of_trials
+from expt.search.request import Request
 from expt.search.runner import setting
-from expt.search.space import plain
+from expt.search.space import Space, choices, line, plain
 from expt.search.trial import Prediction
 
 log = logging.getLogger(__name__)
@@ -109,6 +112,46 @@ class TrialJobs:
         return cast("str | None", found)
 
 
+def learn_metric(request: Request, space: Space, worker: Worker) -> Metric:
+    """Return the metric that the trials of a search will monitor.
+
+    The data set of the base configuration says so, where the data are varied that of their first
+    values. Where no data set can be made here, a trial that was trained before is looked at; else
+    it is assumed, and a trial that turns out to monitor another metric is refused.
+
+    Raises:
+        ConfigError: `trainer.monitor` names none of the data set's metrics.
+
+    """
+    first = {name: (choices(one) or [one.low])[0] for name, one in space.distributions.items()}  # type: ignore[attr-defined]
+    data = [line(name, value) for name, value in first.items() if _is_data(name)]
+    reason = ""
+    try:
+        for lines in (request.given, [*request.given, *data])[: 2 if data else 1]:
+            seconds = request.config.plan_time_limit_seconds
+            found = worker.call(base_metric, list(lines), request.own, seconds=seconds)
+            if found.get("problems"):
+                raise ConfigError(found["problems"])
+            if "metric" in found:
+                return Metric.from_dict(found["metric"])
+            reason = reason or found["reason"]
+    except WorkerError as error:
+        reason = str(error)
+    known = metric_of_trials(request.folder)
+    if known is None:
+        named = request.config.objectives[0].rpartition("/")[2]
+        known = EARLIER if named == VALIDATION else Metric(named)
+        print(
+            f"note: the data set cannot be asked for its metric here ({reason}); val/{known.name} "
+            "is taken to be monitored, and lower to be better"
+        )
+    return known
+
+
+def _is_data(name: str) -> bool:
+    return key(name).partition(".")[0] == "data"
+
+
 def checker(cfg: DictConfig, own: str | None = None) -> Callable[[str], str | None]:
     """Return a function that judges the name and the type of one ``key=value``.
 
@@ -171,6 +214,21 @@ def base_facts(given: list[str], own: str | None) -> dict[str, Any]:
     except (UserError, HydraException, OmegaConfBaseException) as error:
         return {"problems": [first_lines(error)]}
     return {"problems": [], "budget_bytes": budget}
+
+
+def base_metric(given: list[str], own: str | None) -> dict[str, Any]:
+    """Return the metric that these settings monitor, as ``metric``, or why there is none.
+
+    ``problems`` are mistakes in the settings; ``reason`` is why the data set cannot be asked here.
+    """
+    try:
+        settings = validated(compose_lines(given, own), {key(line) for line in given})
+        data: DataSet = build(settings, "data")
+        return {"metric": monitored(data.metrics, settings.trainer.monitor).as_dict()}
+    except ConfigError as error:
+        return {"problems": error.problems}
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        return {"reason": first_lines(error)}
 
 
 def preset_values(

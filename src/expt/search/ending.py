@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from expt.result import FILE_NAME, RunResult, load_result
+from expt.job import Metric
+from expt.result import FILE_NAME, Outcome, RunResult, load_result
 from expt.run.process import LOG_NAME
+from expt.search.metric import mismatch
 from expt.search.trial import TrialOutcome
 from expt.tracking.journal import State
 
-MEMORY_ERRORS = ("OutOfMemoryError", "MemoryError", "RecoveryError")
 LOG_TAIL_BYTES = 4096
 
 
@@ -27,13 +28,16 @@ class Ending:
     seconds: float = 0.0
 
 
-def outcome_of(folder: Path, ending: Ending, budget_bytes: int | None) -> TrialOutcome:
+def outcome_of(
+    folder: Path, ending: Ending, budget_bytes: int | None, metric: Metric | None = None
+) -> TrialOutcome:
     """Classify the run in a trial's folder.
 
     Args:
         folder: with ``result.json``, if it came to that, and ``output.log``.
         ending: of its process.
         budget_bytes: the limit, None without one.
+        metric: that trials are compared by; a run that monitored another one is refused.
 
     """
     result = load_result(folder)
@@ -42,30 +46,35 @@ def outcome_of(folder: Path, ending: Ending, budget_bytes: int | None) -> TrialO
     if result is None:
         return _without_result(folder, ending, run_id)
     known = _measured(result, ending, run_id)
-    value = _validation(result.metrics)
-    if result.status == "completed":
+    value = result.value()
+    ended = result.outcome
+    if ended is Outcome.completed:
+        other = None if metric is None else mismatch(result.metric(), metric)
+        if other is not None:
+            return TrialOutcome(Outcome.refused, error=other, **known)
         if value is None or not math.isfinite(value):
-            return TrialOutcome("nan", error="the validation error is not a number", **known)
+            error = f"the validation {result.metric().label} is not a number"
+            return TrialOutcome(Outcome.diverged, error=error, **known)
         demand = known["demand_bytes"]
         over = budget_bytes is not None and demand is not None and demand > budget_bytes
         extra = {"oom_events": len(result.oom_events)} if result.oom_events else {}
-        kind: Literal["infeasible_measured", "complete"]
-        kind = "infeasible_measured" if over else "complete"
+        kind = Outcome.over_budget if over else Outcome.completed
         return TrialOutcome(kind, value=value, extra=extra, **known)
     if ending.stopped == "timeout":
-        return TrialOutcome("timeout", error=_too_long(ending), **known)
+        return TrialOutcome(Outcome.timeout, error=_too_long(ending), **known)
     if ending.stopped == "pruned":
-        return TrialOutcome("pruned", **known)
-    if _out_of_memory(result.stop_reason):
+        return TrialOutcome(Outcome.pruned, **known)
+    if ended is Outcome.out_of_memory:
         found = _excess_bytes(result.oom_events)
         # What was measured is what did fit, and says nothing about what did not.
         known |= {"peak_bytes": None, "demand_bytes": None}
-        return TrialOutcome("oom", excess_bytes=found, error="memory ran out", **known)
-    if result.stop_reason == "non_finite_loss":
-        return TrialOutcome("nan", error="the loss is not finite", **known)
-    if result.status == "stopped":
-        return TrialOutcome("killed", error=f"stopped by a signal ({ending.exit_code})", **known)
-    return TrialOutcome("crashed", error=_short(result.stop_reason), **known)
+        return TrialOutcome(ended, excess_bytes=found, error="memory ran out", **known)
+    if ended is Outcome.diverged:
+        return TrialOutcome(ended, error="the loss is not finite", **known)
+    if ended is Outcome.stopped:
+        error = f"stopped by a signal ({ending.exit_code})"
+        return TrialOutcome(Outcome.killed, error=error, **known)
+    return TrialOutcome(ended, error=_short(result.stop_reason), **known)
 
 
 def set_aside(folder: Path) -> int:
@@ -82,18 +91,20 @@ def _without_result(folder: Path, ending: Ending, run_id: str | None) -> TrialOu
     seconds, code = ending.seconds, ending.exit_code
     said = _last_words(folder)
     if ending.stopped == "timeout":
-        return TrialOutcome("timeout", seconds=seconds, error=_too_long(ending), run_id=run_id)
+        return TrialOutcome(
+            Outcome.timeout, seconds=seconds, error=_too_long(ending), run_id=run_id
+        )
     if ending.stopped == "pruned":
-        return TrialOutcome("pruned", seconds=seconds, run_id=run_id)
+        return TrialOutcome(Outcome.pruned, seconds=seconds, run_id=run_id)
     if code == 2:
-        return TrialOutcome("refused", seconds=seconds, error=said, run_id=run_id)
+        return TrialOutcome(Outcome.refused, seconds=seconds, error=said, run_id=run_id)
     if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
         hint = ", perhaps for lack of host memory" if -code == signal.SIGKILL else ""
         error = f"killed by {name}{hint}"
-        return TrialOutcome("killed", seconds=seconds, error=error, run_id=run_id)
+        return TrialOutcome(Outcome.killed, seconds=seconds, error=error, run_id=run_id)
     error = said or f"it ended with exit code {code} and left no result"
-    return TrialOutcome("crashed", seconds=seconds, error=error, run_id=run_id)
+    return TrialOutcome(Outcome.failed, seconds=seconds, error=error, run_id=run_id)
 
 
 def _measured(result: RunResult, ending: Ending, run_id: str | None) -> dict[str, Any]:
@@ -105,19 +116,6 @@ def _measured(result: RunResult, ending: Ending, run_id: str | None) -> dict[str
         "seconds": max(result.seconds, ending.seconds),
         "run_id": result.tracking.get("run_id") or run_id,
     }
-
-
-def _validation(metrics: Mapping[str, float | None]) -> float | None:
-    """Return the figure that training minimised: ``val/mae``, or the data's own."""
-    own = [
-        value for name, value in metrics.items() if name.startswith("val/") and value is not None
-    ]
-    value = metrics.get("val/mae")
-    return value if value is not None else own[0] if own else None
-
-
-def _out_of_memory(reason: str) -> bool:
-    return reason == "out_of_memory" or reason.partition(":")[0] in MEMORY_ERRORS
 
 
 def _excess_bytes(events: Sequence[Mapping[str, Any]]) -> int | None:

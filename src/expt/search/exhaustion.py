@@ -20,17 +20,9 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from expt.errors import SearchError
+from expt.result import Outcome
 from expt.search.space import Space, choices
-from expt.search.trial import (
-    CONSTRAINT,
-    FAILED,
-    KIND,
-    OVER,
-    PREDICTED,
-    STARTED,
-    UNTRAINED,
-    Prediction,
-)
+from expt.search.trial import CONSTRAINT, KIND, PREDICTED, STARTED, Prediction, kind_of
 from expt.units import GIB, MIB, format_bytes
 
 LEAST_SUGGESTIONS = 10
@@ -57,9 +49,9 @@ def all_tried(trials: Sequence[FrozenTrial], space: Space) -> bool:
 def nothing_fitted(trials: Sequence[FrozenTrial]) -> bool:
     """Tell whether there is no trial that fits, or may turn out to."""
     return not any(
-        trial.user_attrs[KIND] not in UNTRAINED | OVER
-        if KIND in trial.user_attrs
-        else trial.user_attrs.get(STARTED)
+        trial.user_attrs.get(STARTED)
+        if (kind := kind_of(trial)) is None
+        else kind.columns.counts and not kind.columns.over
         for trial in trials
     )
 
@@ -74,10 +66,8 @@ def over_budget(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         trial
         for trial in trials
         if trial.constraints.get(CONSTRAINT, 0.0) > 0
-        and (
-            trial.user_attrs.get(KIND) in ("infeasible_predicted", "infeasible_measured")
-            or (trial.user_attrs.get(KIND) == "oom" and PREDICTED in trial.user_attrs)
-        )
+        and _over(trial)
+        and (kind_of(trial) is not Outcome.out_of_memory or PREDICTED in trial.user_attrs)
     ]
 
 
@@ -153,18 +143,18 @@ class Nearest:
 def nothing_found(study: Study, nearest: Nearest, adviser: Adviser, space: Space) -> SearchError:
     """Return the error that says why nothing was found, and what would change that."""
     trials = study.get_trials(deepcopy=False)
-    failed = [trial for trial in trials if trial.user_attrs.get(KIND) in FAILED]
-    over = _over(trials)
+    failed = [t for t in trials if (kind := kind_of(t)) and kind.columns.trial_state == "FAIL"]
+    over = [trial for trial in trials if _over(trial)]
     if not over and failed:
         reasons = "; ".join(dict.fromkeys(str(t.user_attrs.get("error")) for t in failed[-3:]))
         return SearchError(
-            f"no trial of {study.study_name} came to a validation error: {len(failed)} failed, the "
-            f"last with: {reasons}"
+            f"no trial of {study.study_name} came to a validation figure: {len(failed)} failed, "
+            f"the last with: {reasons}"
         )
     budget = adviser.budget_bytes
     if budget is None:
         return SearchError(
-            f"no trial of {study.study_name} came to a validation error: memory ran out in "
+            f"no trial of {study.study_name} came to a validation figure: memory ran out in "
             f"{len(over)} of them; widen search.space towards what needs less"
         )
     smallest = _smallest(over, nearest, budget)
@@ -186,7 +176,7 @@ def smallest_seen(
     trials = study.get_trials(deepcopy=False)
     if budget_bytes is None or not nothing_fitted(trials):
         return None
-    found = _smallest(_over(trials), nearest, budget_bytes)
+    found = _smallest([trial for trial in trials if _over(trial)], nearest, budget_bytes)
     return None if found is None else _words(found[0], found[1], space)
 
 
@@ -195,8 +185,9 @@ def _words(peak: int, params: Mapping[str, object], space: Space) -> str:
     return f"the smallest peak seen is {format_bytes(peak)}{point}"
 
 
-def _over(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    return [t for t in trials if t.user_attrs.get(KIND) in OVER | {"infeasible_predicted"}]
+def _over(trial: FrozenTrial) -> bool:
+    kind = kind_of(trial)
+    return kind is not None and kind.columns.over
 
 
 def _smallest(

@@ -20,7 +20,7 @@ from typing import Any
 from hydra.plugins.launcher import Launcher
 
 from expt.errors import SearchError
-from expt.result import FILE_NAME
+from expt.result import FILE_NAME, Outcome
 from expt.search.ending import Ending, outcome_of
 from expt.search.reservation import BEAT_SECONDS
 from expt.search.runner import Job, Stop, combined, setting
@@ -54,7 +54,7 @@ class LaunchedTrial:
     @property
     def next_seed(self) -> int | None:
         """Return the index of the seed to run next, None if there is nothing left to run."""
-        good = all(outcome.kind == "complete" for outcome in self.outcomes)
+        good = all(outcome.kind is Outcome.completed for outcome in self.outcomes)
         return len(self.outcomes) if good and len(self.outcomes) < len(self.job.seeds) else None
 
     def poll(self) -> TrialOutcome | None:
@@ -181,10 +181,11 @@ class LauncherRunner:
                 said = getattr(value, "error", None)
             except Exception as error:  # raised again by Hydra, from the job
                 code, said = 1, error
-        found = outcome_of(_next_folder(trial), Ending(code), trial.job.budget_bytes)
-        if returned is None and found.kind == "killed":
+        job = trial.job
+        found = outcome_of(_next_folder(trial), Ending(code), job.budget_bytes, job.metric)
+        if returned is None and found.kind is Outcome.killed:
             return replace(found, error=f"lost by hydra's launcher: {lost}")
-        if said is not None and found.kind in ("refused", "crashed"):
+        if said is not None and found.kind in (Outcome.refused, Outcome.failed):
             return replace(found, error=" ".join(str(said).split())[:300])
         return found
 

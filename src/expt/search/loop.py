@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import GridSampler
 from optuna.trial import FrozenTrial, Trial
 
 from expt.config.search_node import SearchConfig
+from expt.result import Outcome
 from expt.run.process import kill_leftover
 from expt.search.exhaustion import (
     LEAST_SUGGESTIONS,
@@ -32,18 +33,13 @@ from expt.search.exhaustion import (
     over_budget,
     waiting,
 )
+from expt.search.metric import metric_of
 from expt.search.records import Records
 from expt.search.reservation import BEAT_SECONDS, Reservations, Reserved, counts
 from expt.search.runner import Job, Runner, Running
 from expt.search.space import Space
 from expt.search.study import answering
-from expt.search.trial import (
-    AGAIN,
-    STARTED,
-    Prediction,
-    TrialOutcome,
-    tell_study,
-)
+from expt.search.trial import STARTED, Prediction, TrialOutcome, stored, tell_study
 from expt.search.winner import SweepSummary, best_trial, summarize, told_line
 from expt.training.interruption import Interruption, Stopped
 
@@ -124,6 +120,7 @@ class Search:
 
     def __post_init__(self) -> None:
         self.study = self.reservations.study
+        self.metric = metric_of(self.study)
         self.limited = self.jobs.budget_bytes is not None
 
     def run(self) -> SweepSummary:
@@ -191,7 +188,7 @@ class Search:
     def _begin(self) -> str:
         """Take one step towards another trial; say ``begun``, or why there is none."""
         self._tell_copies()
-        reserved = self.reservations.next(adopt_only=self._hopeless())
+        reserved = self.reservations.next(adopt_only=self._exhausted())
         if not isinstance(reserved, Reserved):
             return reserved
         trial = reserved.trial
@@ -207,11 +204,11 @@ class Search:
         prediction = self.jobs.predict(lines)
         self.nearest.note(trial, lines, prediction)
         if prediction is not None and not started:
-            kind: Any = None
+            kind = None
             if prediction.refusal is not None:
-                kind = "refused"
+                kind = Outcome.refused
             elif prediction.exceeds(self.jobs.budget_bytes):
-                kind = "infeasible_predicted"
+                kind = Outcome.predicted_over
             if kind is not None:
                 self._count_untrained()
                 self._tell(trial, TrialOutcome(kind, error=prediction.refusal), prediction)
@@ -236,12 +233,13 @@ class Search:
             prediction.plan if prediction is not None else None,
             self.jobs.budget_bytes,
             self.config.trial_time_limit_seconds,
+            metric=self.metric,
         )
         folder.mkdir(parents=True, exist_ok=True)
         self.records.start(trial.number, folder, own_process=len(self.seeds) == 1)
         running = self.runner.start(job)
         # One that is gone on with tells its last epoch again.
-        reported = set(self.study._storage.get_trial(trial._trial_id).intermediate_values)
+        reported = set(stored(self.study, trial.number).intermediate_values)
         self.under_way.append(UnderWay(trial, running, job, prediction, attempts, reported))
 
     def _poll(self, stopping: bool = False) -> bool:
@@ -262,12 +260,13 @@ class Search:
                     self._lose(one)
                 continue
             self.under_way.remove(one)  # what has told its end is not asked again
-            if stopping and outcome.kind == "killed":
+            if stopping and outcome.kind is Outcome.killed:
                 continue  # by what stops this worker, and the next one goes on with it
             ended = True
             retries = self.config.retry
-            if outcome.kind in AGAIN and one.attempts <= retries:
-                self.say(f"trial {one.trial.number}: {outcome.kind} ({outcome.error}), once more")
+            if outcome.kind.columns.retry and one.attempts <= retries:
+                said = f"{outcome.kind.words} ({outcome.error}), once more"
+                self.say(f"trial {one.trial.number}: {said}")
                 self._start(one.trial, list(one.job.lines), one.prediction)
                 continue
             self._tell(one.trial, outcome, one.prediction, folder=one.job.folder)
@@ -326,10 +325,11 @@ class Search:
                 copy_of,
             )
         self.reservations.release(trial.number)
-        told = self.study._storage.get_trial(trial._trial_id)
+        told = stored(self.study, trial.number)
         self.records.told(told, folder)
-        best = best_trial(self.study.get_trials(deepcopy=False), self.limited)
-        self.say(told_line(told, best is not None and best.number == told.number))
+        best = best_trial(self.study.get_trials(deepcopy=False), self.limited, self.metric)
+        is_best = best is not None and best.number == told.number
+        self.say(told_line(told, is_best, self.metric))
         self.summary()
 
     def _tell_copies(self) -> None:
@@ -340,19 +340,19 @@ class Search:
             if trial.number in self._lost:
                 self._forget(trial)
                 continue
-            now = self.study._storage.get_trial(original._trial_id)
+            now = stored(self.study, original.number)
             if not now.state.is_finished():
                 self._copies.append((trial, original))
                 continue
             self._duplicates += 1
             self._count_untrained()
-            self._tell(trial, TrialOutcome("duplicate"), None, copy_of=now)
+            self._tell(trial, TrialOutcome(Outcome.duplicate), None, copy_of=now)
 
     def _count_untrained(self) -> None:
         self._untrained += 1
         self.reservations.untrained_in_a_row = self._untrained
 
-    def _hopeless(self) -> bool:
+    def _exhausted(self) -> bool:
         """Tell whether nothing new, or nothing that fits, is to be expected any more."""
         reason = None
         trials = self.study.get_trials(deepcopy=False)

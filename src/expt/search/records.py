@@ -4,8 +4,8 @@ A trial's own process records its training; this adds the trial's number, state 
 and closes the run whatever became of the process. Everything is written to journals first and
 sent by one thread in the background, so that no trial waits for a tracking server.
 
-The study says how a trial ended, and the tracker says the same: COMPLETE is FINISHED, FAIL is
-FAILED, PRUNED (also: ran out of memory, or never started because it would have) is KILLED.
+The study says how a trial ended, and the tracker says the same, each in its own words: see
+`expt.result.OUTCOMES`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from expt.config.schema import TrackingConfig
-from expt.config.search_node import MAE
-from expt.search.trial import CONSTRAINT, KIND
+from expt.job import Metric
+from expt.search.metric import EARLIER
+from expt.search.trial import CONSTRAINT, kind_of
 from expt.search.winner import FILE_NAME, SweepSummary
 from expt.tracking.journal import JOURNAL, Reader, read_header
 from expt.tracking.tracker import NullTracker, Tracker
@@ -28,11 +29,6 @@ from expt.tracking.tracker import NullTracker, Tracker
 if TYPE_CHECKING:
     from expt.tracking.mlflow import DeferredTracker
 
-STATUSES: dict[TrialState, Literal["FINISHED", "FAILED", "KILLED"]] = {
-    TrialState.COMPLETE: "FINISHED",
-    TrialState.FAIL: "FAILED",
-    TrialState.PRUNED: "KILLED",
-}
 PREFIX = "trial."
 
 
@@ -43,11 +39,15 @@ class Records:
         tracking: where runs are recorded.
         folder: of the search, where the parent's journal and ``sweep.json`` are.
         study_name: of the search.
+        metric: that trials are compared by.
 
     """
 
-    def __init__(self, tracking: TrackingConfig, folder: Path, study_name: str) -> None:
+    def __init__(
+        self, tracking: TrackingConfig, folder: Path, study_name: str, metric: Metric = EARLIER
+    ) -> None:
         self.tracking, self.folder, self.study_name = tracking, folder, study_name
+        self.metric = metric
         self.parent: Tracker = NullTracker()
         self._deliveries = None
         if tracking.uri is not None:
@@ -90,11 +90,14 @@ class Records:
             f"constraint/{CONSTRAINT}_gib": trial.constraints.get(CONSTRAINT),
         }
         if trial.user_attrs.get("values_by_seed") and trial.values:
-            figures |= {MAE: trial.values[0], f"{MAE}_spread": trial.user_attrs.get("spread")}
+            name = f"val/{self.metric.name}"
+            figures |= {name: trial.values[0], f"{name}_spread": trial.user_attrs.get("spread")}
         known = {name: float(value) for name, value in figures.items() if value is not None}
         if known:
             tracker.metrics(known, 0)
-        tracker.finish(STATUSES[trial.state])
+        kind = kind_of(trial)
+        assert kind is not None
+        tracker.finish(kind.columns.tracker_status)
         self._send(folder)
 
     def reconcile(self, study: Study, folder_of: Any) -> None:
@@ -102,7 +105,7 @@ class Records:
         if self.tracking.uri is None:
             return
         for trial in study.get_trials(deepcopy=False):
-            if not trial.state.is_finished() or KIND not in trial.user_attrs:
+            if not trial.state.is_finished() or kind_of(trial) is None:
                 continue
             folder = folder_of(trial.number)
             if not recorded(folder, trial):
@@ -119,7 +122,8 @@ class Records:
                          "infeasible_predicted", "duplicates")
         }  # fmt: skip
         if summary.best is not None:
-            figures[f"best/{MAE}"] = float(summary.best[MAE])
+            name = f"val/{summary.compared_by.name}"
+            figures[f"best/{name}"] = float(summary.best[name])
             peak = summary.best["peak_allocated_bytes"]
             if peak is not None:
                 figures["best/peak_allocated_bytes"] = float(peak)

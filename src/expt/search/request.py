@@ -55,7 +55,7 @@ def request_of(
 
     """
     if config.search is None:
-        raise ConfigError("hydra/sweeper=expt needs something to look for: -m search=NAME")
+        raise ConfigError("no search is chosen for hydra/sweeper=expt; give -m search=NAME")
     parsed = OverridesParser.create().parse_overrides(list(arguments))
     varied = {o.get_key_element(): o for o in parsed if o.is_sweep_override()}
     given = [str(o.input_line) for o in parsed if not o.is_sweep_override()]

@@ -19,10 +19,11 @@ from optuna.samplers import RandomSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from expt.result import Outcome
 from expt.run.process import identity, is_alive
 from expt.search.samplers import SeenStudy
 from expt.search.space import Space
-from expt.search.trial import KIND, STARTED, UNTRAINED, WORKER
+from expt.search.trial import STARTED, WORKER, kind_of, stored
 from expt.tracking.journal import Lock
 
 LOCK_NAME = "sweep.lock"
@@ -95,10 +96,10 @@ class Reservations:
 
     def owns(self, trial: Trial) -> bool:
         """Tell, under the lock, whether a trial is still this worker's to tell."""
-        stored = self.study._storage.get_trial(trial._trial_id)
-        worker = stored.user_attrs.get(WORKER, {})
+        known = stored(self.study, trial.number)
+        worker = known.user_attrs.get(WORKER, {})
         same = all(worker.get(name) == value for name, value in self.me.items())
-        return same and not stored.state.is_finished()
+        return same and not known.state.is_finished()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -135,10 +136,10 @@ class Reservations:
         for other in self.study.get_trials(deepcopy=False):
             if other.number >= trial.number:
                 break
-            kind = other.user_attrs.get(KIND)
+            kind = kind_of(other)
             if kind is None and other.state.is_finished():
                 continue  # ended by someone else's hand, so that nothing is known of it
-            if other.params == params and kind != "duplicate":
+            if other.params == params and kind is not Outcome.duplicate:
                 return other
         return None
 
@@ -163,5 +164,5 @@ def counts(trial: FrozenTrial) -> bool:
         return True
     if not trial.state.is_finished():
         return False
-    kind = trial.user_attrs.get(KIND)
-    return kind is not None and (kind not in UNTRAINED or bool(trial.user_attrs.get(STARTED)))
+    kind = kind_of(trial)
+    return kind is not None and (kind.columns.counts or bool(trial.user_attrs.get(STARTED)))

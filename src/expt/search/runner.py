@@ -14,7 +14,8 @@ from typing import Any, Literal, Protocol
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from expt.files import write_json
-from expt.result import PLAN_NAME
+from expt.job import Metric
+from expt.result import PLAN_NAME, Outcome
 from expt.run.process import RunLine, TrialProcess, kill_leftover
 from expt.search.ending import Ending, outcome_of, set_aside
 from expt.search.trial import TrialOutcome
@@ -37,6 +38,7 @@ class Job:
         budget_bytes: the limit.
         time_limit_seconds: for each run; longer is a hang.
         test: test the best weights too.
+        metric: that trials are compared by.
 
     """
 
@@ -48,6 +50,7 @@ class Job:
     budget_bytes: int | None = None
     time_limit_seconds: float | None = None
     test: bool = False
+    metric: Metric | None = None
 
     def run_folder(self, index: int) -> Path:
         """Return the folder of the run with one of the seeds."""
@@ -80,7 +83,7 @@ class Running(Protocol):
         """Return how it ended, None while it has not."""
 
     def epochs(self) -> list[tuple[int, float]]:
-        """Return (epoch, validation error) of the epochs that ended since the last call."""
+        """Return (epoch, monitored figure) of the epochs that ended since the last call."""
 
     def stop(self, why: Stop) -> None:
         """Ask it to save and end."""
@@ -134,11 +137,11 @@ class ProcessTrial:
             return None
         folder = self.job.run_folder(len(self._outcomes))
         ending = Ending(code, self._stopped, self._process.seconds)
-        outcome = outcome_of(folder, ending, self.job.budget_bytes)
+        outcome = outcome_of(folder, ending, self.job.budget_bytes, self.job.metric)
         self._outcomes.append(outcome)
         if self._ending and len(self._outcomes) < len(self.job.seeds):
-            return replace(outcome, kind="killed", error="stopped between two seeds")
-        if outcome.kind != "complete" or len(self._outcomes) == len(self.job.seeds):
+            return replace(outcome, kind=Outcome.killed, error="stopped between two seeds")
+        if outcome.kind is not Outcome.completed or len(self._outcomes) == len(self.job.seeds):
             return combined(self._outcomes, self.job.seeds)
         self._process = self._start()
         return None
@@ -148,8 +151,9 @@ class ProcessTrial:
         folder = self.job.run_folder(len(self._outcomes)) / CHECKPOINTS
         try:
             stored = json.loads((folder / PROGRESS_NAME).read_text(encoding="utf-8"))
-            epoch, value = int(stored["epoch"]), stored["val/mae"]
-        except (OSError, ValueError, KeyError, TypeError):
+            epoch = int(stored["epoch"])
+            value = next(stored[name] for name in stored if name.startswith("val/"))
+        except (OSError, ValueError, KeyError, TypeError, StopIteration):
             return []
         if value is None or epoch <= self._told or not math.isfinite(value):
             return []
@@ -216,7 +220,7 @@ def combined(outcomes: Sequence[TrialOutcome], seeds: Sequence[int]) -> TrialOut
     """Return one outcome for the runs of all seeds: the last if it is bad, else their mean."""
     last = outcomes[-1]
     seconds = sum(outcome.seconds for outcome in outcomes)
-    if len(seeds) == 1 or last.kind != "complete":
+    if len(seeds) == 1 or last.kind is not Outcome.completed:
         return replace(last, seconds=seconds)
     values = [outcome.value for outcome in outcomes if outcome.value is not None]
     peaks = [outcome.peak_bytes for outcome in outcomes if outcome.peak_bytes is not None]

@@ -21,13 +21,14 @@ from optuna.samplers import (
     NSGAIISampler,
     TPESampler,
 )
-from optuna.study import Study
+from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from expt.config.search_node import Pruner
 from expt.errors import ConfigError, UserError
+from expt.result import Outcome
 from expt.search.space import Space, choices
-from expt.search.trial import CONSTRAINT, FAILED, KIND
+from expt.search.trial import CONSTRAINT, kind_of
 from expt.units import GIB, MIB
 
 ALLOWED = ("hydra_plugins.hydra_optuna_sweeper.*", "optuna.samplers.*")
@@ -47,7 +48,7 @@ def make_sampler(
         node: its class and arguments; `seed` holds where it has none of its own.
         space: a grid needs it, and all of its distributions discrete.
         seed: of the random numbers.
-        objectives: how many figures are minimised.
+        objectives: how many figures are compared.
 
     Raises:
         UserError: it cannot be had, or not with this space or these objectives.
@@ -74,7 +75,7 @@ def make_sampler(
         raise UserError(f"hydra/sweeper/sampler: {name}: {str(cause).splitlines()[0]}") from error
     if objectives > 1 and isinstance(made, SINGLE_OBJECTIVE):
         raise ConfigError(
-            f"{name} minimises one figure, and search.objectives has {objectives}; try "
+            f"{name} compares one figure, and search.objectives has {objectives}; try "
             "hydra/sweeper/sampler=nsgaii or tpe"
         )
     assert isinstance(made, samplers.BaseSampler)
@@ -150,12 +151,21 @@ class SeenStudy(Study):
         use_cache: bool = False,
     ) -> list[FrozenTrial]:
         trials = super()._get_trials(deepcopy, None, use_cache)
-        found = seen(trials, self.sampler)
+        found = seen(trials, self.sampler, self.directions)
         return found if states is None else [trial for trial in found if trial.state in states]
 
 
-def seen(trials: Sequence[FrozenTrial], sampler: BaseSampler) -> list[FrozenTrial]:
-    """Return the trials as a sampler may use them; what it can use as it is, is not copied."""
+def seen(
+    trials: Sequence[FrozenTrial], sampler: BaseSampler, directions: Sequence[StudyDirection]
+) -> list[FrozenTrial]:
+    """Return the trials as a sampler may use them; what it can use as it is, is not copied.
+
+    Args:
+        trials: of the study.
+        sampler: that is to be asked.
+        directions: of the study, one per figure.
+
+    """
     if isinstance(sampler, TPESampler):
         numbered = {trial.number: trial for trial in trials}
         return [_as_pruned(trial, _repeated(trial, numbered)) for trial in trials]
@@ -169,9 +179,10 @@ def seen(trials: Sequence[FrozenTrial], sampler: BaseSampler) -> list[FrozenTria
     if not known:
         return list(trials)
     columns = list(zip(*known, strict=True))
-    median, worst = [statistics.median(one) for one in columns], [max(one) for one in columns]
+    signs = [-1.0 if one is StudyDirection.MAXIMIZE else 1.0 for one in directions]
+    median = [statistics.median(one) for one in columns]
+    worst = [sign * max(sign * v for v in one) for sign, one in zip(signs, columns, strict=True)]
     limited = any(CONSTRAINT in trial.constraints for trial in trials)
-    ranks = isinstance(sampler, CmaEsSampler)
     numbered = {trial.number: trial for trial in trials}
     return [
         _as_complete(
@@ -180,7 +191,7 @@ def seen(trials: Sequence[FrozenTrial], sampler: BaseSampler) -> list[FrozenTria
             median,
             worst,
             limited,
-            ranks,
+            signs if isinstance(sampler, CmaEsSampler) else None,
         )
         for trial in trials
     ]
@@ -200,7 +211,7 @@ def _as_pruned(trial: FrozenTrial, first: FrozenTrial) -> FrozenTrial:
     repeats = first is not trial and trial.state is not TrialState.COMPLETE
     if not repeats and trial.state is not TrialState.FAIL:
         return trial
-    if trial.user_attrs.get(KIND) is None:
+    if kind_of(trial) is None:
         return trial
     shown = copy.copy(trial)
     pruned = first.state is TrialState.PRUNED
@@ -215,32 +226,33 @@ def _as_complete(
     median: list[float],
     worst: list[float],
     limited: bool,
-    ranks: bool,
+    signs: list[float] | None,
 ) -> FrozenTrial:
     """Let a sampler that reads COMPLETE trials see one of another kind.
 
-    `first` is the trial that it repeats, or itself.
+    `first` is the trial that it repeats, or itself; `signs` are those of what is worse, for a
+    sampler that ranks by the figures alone.
     """
     complete = trial.state is TrialState.COMPLETE
-    if not complete and (not trial.state.is_finished() or trial.user_attrs.get(KIND) is None):
+    if not complete and (not trial.state.is_finished() or kind_of(trial) is None):
         return trial
-    kind = first.user_attrs.get(KIND)
+    kind = kind_of(first)
     if not complete and kind is None:
         return trial  # it repeats what nobody here has seen the end of
     excess = trial.constraints.get(CONSTRAINT)
-    if excess is None and kind == "oom":
+    if excess is None and kind is Outcome.out_of_memory:
         excess = UNKNOWN_EXCESS
     over = excess is not None and excess > 0
     if complete:
         values = trial.values
     elif over:
         values = median
-    elif first.intermediate_values and kind not in FAILED:
+    elif first.intermediate_values and not (kind and kind.columns.trial_state == "FAIL"):
         values = [first.intermediate_values[max(first.intermediate_values)]]
     else:
         values = worst
-    if over and ranks and excess is not None:
-        values = [bad + excess for bad in worst]
+    if over and signs is not None and excess is not None:
+        values = [bad + sign * excess for sign, bad in zip(signs, worst, strict=True)]
     if limited and excess is None:
         excess = 0.0  # GP wants to know it of all trials
     told = excess is None or CONSTRAINT in trial.constraints

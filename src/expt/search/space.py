@@ -31,7 +31,10 @@ from expt.errors import ConfigError
 
 Check = Callable[[str], str | None]
 """Says what is wrong with the name or the type of one ``key=value``, None if nothing is."""
-KEPT = ("memory.budget", "memory.plan_file", "memory.on_overflow", "trainer.test", "trainer.resume")
+KEPT = (
+    "memory.budget", "memory.plan_file", "memory.on_overflow", "trainer.test", "trainer.resume",
+    "trainer.monitor",
+)  # fmt: skip
 """Settings that the search itself decides."""
 KEPT_GROUPS = ("search", "tracking", "task", "hydra")
 FORMS = "choice(a,b), range(1,5), interval(0.0,0.3) or tag(log,interval(1e-4,1e-2))"

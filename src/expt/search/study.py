@@ -20,11 +20,14 @@ from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalStorage
-from optuna.study import Study
+from optuna.study import Study, StudyDirection
 
+from expt.config.search_node import PEAK
 from expt.errors import ConfigError, StorageError, UserError
 from expt.files import write_text
+from expt.job import Metric
 from expt.run.process import identity
+from expt.search.metric import ATTRIBUTE as METRIC
 from expt.tracking.journal import Lock
 from expt.uri import absolute_uri, sqlite_path, without_password
 
@@ -100,7 +103,7 @@ def open_storage(text: str) -> BaseStorage:
         raise UserError(f"search.storage={text} cannot be written: {error.strerror}") from error
     try:
         storage = _open_database(text)
-        _hasten(storage)
+        _enable_wal(storage)
         return storage
     finally:
         lock.release()
@@ -121,6 +124,7 @@ def open_study(
     sampler: BaseSampler,
     pruner: BasePruner,
     objectives: Sequence[str],
+    metric: Metric,
     identity: Mapping[str, Any],
 ) -> Study:
     """Make the study, or open the one of this name and check that it is the same search.
@@ -130,7 +134,8 @@ def open_study(
         storage: where it is kept.
         sampler: suggests.
         pruner: ends trials early.
-        objectives: what is minimised, in order.
+        objectives: what is compared, in order: the metric, and maybe the peak memory.
+        metric: the first of them.
         identity: plain values that have to be what they were (``space``, ``budget_bytes``).
 
     Raises:
@@ -139,21 +144,25 @@ def open_study(
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     wanted = {"objectives": list(objectives), **identity}
+    goals = [
+        StudyDirection.MINIMIZE if one == PEAK else StudyDirection[metric.direction.upper()]
+        for one in objectives
+    ]
     try:
         study = optuna.create_study(
             study_name=name,
             storage=storage,
             sampler=sampler,
             pruner=pruner,
-            directions=["minimize"] * len(objectives),
+            directions=goals,
             load_if_exists=True,
         )
         attributes = study.user_attrs
-        directions = [direction.name for direction in study.directions]
-        if directions != ["MINIMIZE"] * len(objectives):
+        if study.directions != goals:
+            begun, asked = (", ".join(one.name for one in d) for d in (study.directions, goals))
             raise ConfigError(
-                f"search.study={name} was begun with the directions {', '.join(directions)}, and "
-                f"search.objectives={list(objectives)} are minimised; {_another(name)}"
+                f"search.study={name} was begun with the directions {begun}, and "
+                f"search.objectives={list(objectives)} ask for {asked}; {_another(name)}"
             )
         problems = []
         for key, value in wanted.items():
@@ -165,10 +174,12 @@ def open_study(
                         f"kind (it does not say its {key}); {_another(name)}"
                     )
                 study.set_user_attr(f"{PREFIX}{key}", value)
-            elif known != value:
-                problems.append(_difference(name, key, known, value))
+            elif (difference := _difference(name, key, known, value)) is not None:
+                problems.append(difference)
         if problems:
             raise ConfigError(problems)
+        if METRIC not in attributes:
+            study.set_user_attr(METRIC, metric.as_dict())
         return study
     except UserError:
         raise
@@ -258,7 +269,7 @@ def _made(url: str, engine_kwargs: dict[str, Any]) -> RDBStorage:
     raise AssertionError
 
 
-def _hasten(storage: RDBStorage) -> None:
+def _enable_wal(storage: RDBStorage) -> None:
     """Let SQLite append to a log instead of waiting for the disk thirty times a trial.
 
     A process that is killed loses nothing by it; a power cut may take the last moments, and
@@ -289,16 +300,32 @@ def _another(name: str) -> str:
     return f"choose another name, like search.study={name}_2"
 
 
-def _difference(name: str, key: str, known: Any, value: Any) -> str:
-    """Say how a study differs from what it is asked to go on with."""
+def _difference(name: str, key: str, known: Any, value: Any) -> str | None:
+    """Say how a study differs from what it is asked to go on with, None if it does not.
+
+    A setting that an earlier version did not have was null; a class of ours is known by its name
+    alone, since the modules were elsewhere then.
+    """
     if isinstance(known, dict) and isinstance(value, dict):
         changed = sorted(
-            part for part in known.keys() | value.keys() if known.get(part) != value.get(part)
+            part
+            for part in known.keys() | value.keys()
+            if _bare(known.get(part)) != _bare(value.get(part))
         )
+        if not changed:
+            return None
         what = f"another {key}: {', '.join(changed[:6])} {'differ' if changed[1:] else 'differs'}"
+    elif known == value:
+        return None
     else:
         what = f"{key}={known}, not {value}"
     return f"search.study={name} was begun with {what}; {_another(name)}"
+
+
+def _bare(value: Any) -> Any:
+    """Return a class of ours without its module, anything else as it is."""
+    ours = isinstance(value, str) and value.startswith("expt.")
+    return value.rpartition(".")[2] if ours else value
 
 
 TOKEN_NAME, ATTRIBUTE = "study.token", "expt.folder"

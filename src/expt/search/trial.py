@@ -3,7 +3,7 @@
 Every trial of the study has these user attributes (`KIND` first), so that a reader needs nothing
 but the study; the same are tags of its run in the tracker, with the prefix ``trial.``:
 
-``kind``                  one of `Kind`
+``kind``                  an `expt.result.Outcome`
 ``peak_bytes``            measured peak of tensors, None where none was measured
 ``demand_bytes``          what the budget was compared with: reserved bytes where there are any
 ``predicted_peak_bytes``  of the plan, and ``interval_bytes``, [low, high]
@@ -24,50 +24,29 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from optuna.samplers import GridSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from expt.config.search_node import PEAK
+from expt.result import Outcome
 from expt.units import GIB
 
-Kind = Literal[
-    "complete",
-    "infeasible_measured",  # trained to the end, above the budget
-    "oom",  # memory ran out
-    "pruned",
-    "crashed",
-    "killed",
-    "timeout",
-    "nan",
-    "refused",  # the settings contradict each other
-    "infeasible_predicted",  # never started
-    "duplicate",
-]
-State = Literal["COMPLETE", "PRUNED", "FAIL"]
 KIND, WORKER, STARTED, CONSTRAINT = "kind", "worker", "started", "peak_memory"
 PREDICTED = "predicted_peak_bytes"
-STATES: dict[Kind, State] = {
-    "complete": "COMPLETE",
-    "infeasible_measured": "COMPLETE",
-    "oom": "PRUNED",  # samplers ignore what failed, and this is to be learned from
-    "pruned": "PRUNED",
-    "infeasible_predicted": "PRUNED",
-    "crashed": "FAIL",
-    "killed": "FAIL",
-    "timeout": "FAIL",
-    "nan": "FAIL",
-    "refused": "FAIL",
-}
-"""The state that the study is told; a duplicate takes that of the trial it repeats."""
-UNTRAINED: frozenset[str] = frozenset({"infeasible_predicted", "duplicate", "refused"})
-"""Kinds that do not count as one of `search.n_trials`, unless they were started."""
-FAILED: frozenset[str] = frozenset({"crashed", "killed", "timeout", "nan", "refused"})
-OVER: frozenset[str] = frozenset({"oom", "infeasible_measured"})
-AGAIN: frozenset[str] = frozenset({"crashed", "killed", "timeout"})
-"""Kinds that may end otherwise the next time."""
+
+
+def kind_of(trial: FrozenTrial | Trial) -> Outcome | None:
+    """Return how a trial ended, None if it has not, or was ended by another hand."""
+    kind = trial.user_attrs.get(KIND)
+    return None if kind is None else Outcome.parse(kind)
+
+
+def stored(study: Study, number: int) -> FrozenTrial:
+    """Return a trial as the study's storage has it now."""
+    return study.get_trials(deepcopy=False)[number]
 
 
 @dataclass(frozen=True)
@@ -97,11 +76,11 @@ class Prediction:
 class TrialOutcome:
     """How one trial ended.
 
-    `value` is the validation's error; `demand_bytes` what was measured of what the budget limits;
-    `excess_bytes` what an out-of-memory error says was missing, at least.
+    `value` is the validation's figure of the monitored metric; `demand_bytes` what was measured of
+    what the budget limits; `excess_bytes` what an out-of-memory error says was missing, at least.
     """
 
-    kind: Kind
+    kind: Outcome
     value: float | None = None
     peak_bytes: int | None = None
     demand_bytes: int | None = None
@@ -121,7 +100,7 @@ class TrialOutcome:
             return None
         predicted = None if prediction is None else prediction.demand_bytes
         excess = None if predicted is None else predicted - budget_bytes
-        if self.kind == "oom":
+        if self.kind is Outcome.out_of_memory:
             known = [count for count in (self.excess_bytes, excess) if count is not None]
             return max(known) / GIB if known and max(known) > 0 else None
         if self.demand_bytes is not None:
@@ -147,16 +126,17 @@ def tell_study(
         outcome: how it ended.
         prediction: what was predicted of it, None if nothing was.
         budget_bytes: the limit, None without one.
-        objectives: what is minimised.
+        objectives: what the study compares.
         folder: of the trial.
         copy_of: the trial that it repeats, whose end it takes.
 
     """
     excess = outcome.constraint(prediction, budget_bytes)
-    killed = outcome.kind == "killed" and "SIGKILL" in (outcome.error or "")
+    killed = outcome.kind is Outcome.killed and "SIGKILL" in (outcome.error or "")
     if killed and excess is not None and excess > 0:
-        outcome = replace(outcome, kind="oom", error=f"{outcome.error}; predicted not to fit")
-    state = TrialState[STATES.get(outcome.kind, "FAIL")]
+        error = f"{outcome.error}; predicted not to fit"
+        outcome = replace(outcome, kind=Outcome.out_of_memory, error=error)
+    state = TrialState[outcome.kind.columns.trial_state]
     values: list[float] | None = None
     if copy_of is not None:
         state, values = copy_of.state, copy_of.values
@@ -166,7 +146,7 @@ def tell_study(
         if values is None:
             state = TrialState.FAIL
             error = "its peak is to be minimised, and was not measured"
-            outcome = replace(outcome, kind="crashed", error=error)
+            outcome = replace(outcome, kind=Outcome.failed, error=error)
     if state is not TrialState.COMPLETE:
         values = None
     _set_attributes(trial, outcome, prediction, budget_bytes, folder, copy_of)
@@ -211,7 +191,8 @@ def _set_attributes(
         if value is not None and trial.user_attrs.get(name) != value:
             trial.set_user_attr(name, value)
     # Last: a trial with a kind has all the rest.
-    trial.set_user_attr(KIND, "duplicate" if copy_of is not None else outcome.kind)
+    kind = Outcome.duplicate if copy_of is not None else outcome.kind
+    trial.set_user_attr(KIND, kind.value)
 
 
 def _finish(study: Study, trial: Trial, state: TrialState, values: list[float] | None) -> None:

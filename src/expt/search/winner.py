@@ -14,15 +14,16 @@ from typing import Any
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from expt.config.search_node import MAE
 from expt.errors import SearchError
 from expt.files import write_json
-from expt.result import PLAN_NAME, load_result
+from expt.job import Metric
+from expt.result import PLAN_NAME, Outcome, load_result
 from expt.run.process import LOG_NAME
+from expt.search.metric import EARLIER, metric_of
 from expt.search.reservation import Reservations, counts
 from expt.search.runner import Job, Runner
 from expt.search.space import typed
-from expt.search.trial import CONSTRAINT, FAILED, KIND, OVER, TrialOutcome
+from expt.search.trial import CONSTRAINT, KIND, TrialOutcome, kind_of
 from expt.tracking.journal import State
 from expt.training.interruption import Interruption, Stopped
 from expt.units import format_bytes
@@ -39,9 +40,10 @@ class SweepSummary:
     Beside them are those that were never trained: `infeasible_predicted`, `duplicates`,
     `refused`. `seconds` is the time spent in trained trials.
 
-    `best` is None or {`trial`, `params`, ``val/mae``, `peak_allocated_bytes`, `run_id`}, and with
+    `metric` describes what trials are compared by, None in the records of earlier versions.
+    `best` is None or {`trial`, `params`, ``val/NAME``, `peak_allocated_bytes`, `run_id`}, and with
     them `run_dir`, `spread` (over `search.repeats`, else None) and ``test/...`` once tested.
-    `pareto` is a list of the same, without a better one in both error and peak, by peak.
+    `pareto` is a list of the same, without a better one in both metric and peak, by peak.
     """
 
     study: str
@@ -59,6 +61,17 @@ class SweepSummary:
     storage: str | None = None
     best: dict[str, Any] | None = None
     pareto: list[dict[str, Any]] = field(default_factory=list)
+    metric: dict[str, Any] | None = None
+
+    @property
+    def compared_by(self) -> Metric:
+        """The metric that trials are compared by."""
+        return EARLIER if self.metric is None else Metric.from_dict(self.metric)
+
+    @property
+    def best_value(self) -> float | None:
+        """The best trial's figure of that metric, None without a best trial."""
+        return None if self.best is None else self.best[f"val/{self.compared_by.name}"]
 
     def save(self, folder: Path) -> None:
         """Write ``sweep.json`` atomically."""
@@ -79,7 +92,7 @@ TESTED = "expt.tested"
 
 def feasible(trial: FrozenTrial, limited: bool) -> bool:
     """Tell whether a trial was trained to its end, and its peak is known to be in the budget."""
-    if trial.state is not TrialState.COMPLETE or trial.user_attrs.get(KIND) == "duplicate":
+    if trial.state is not TrialState.COMPLETE or kind_of(trial) is Outcome.duplicate:
         return False
     if not math.isfinite(trial.values[0]):
         return False
@@ -87,19 +100,19 @@ def feasible(trial: FrozenTrial, limited: bool) -> bool:
     return not limited or (excess is not None and excess <= 0)
 
 
-def best_trial(trials: Sequence[FrozenTrial], limited: bool) -> FrozenTrial | None:
-    """Return the feasible trial with the smallest error, the first of equals; None if none is."""
+def best_trial(trials: Sequence[FrozenTrial], limited: bool, metric: Metric) -> FrozenTrial | None:
+    """Return the feasible trial with the best figure, the first of equals; None if none is."""
     found = [trial for trial in trials if feasible(trial, limited)]
-    return min(found, key=lambda trial: (trial.values[0], trial.number), default=None)
+    return min(found, key=lambda t: (metric.cost(t.values[0]), t.number), default=None)
 
 
-def pareto(trials: Sequence[FrozenTrial], limited: bool) -> list[FrozenTrial]:
-    """Return the feasible trials that no other beats in error and peak, by rising peak."""
+def pareto(trials: Sequence[FrozenTrial], limited: bool, metric: Metric) -> list[FrozenTrial]:
+    """Return the feasible trials that no other beats in figure and peak, by rising peak."""
     known = [t for t in trials if feasible(t, limited) and peak_of(t) is not None]
-    known.sort(key=lambda trial: (peak_of(trial), trial.values[0], trial.number))
+    known.sort(key=lambda trial: (peak_of(trial), metric.cost(trial.values[0]), trial.number))
     front: list[FrozenTrial] = []
     for trial in known:
-        if not front or trial.values[0] < front[-1].values[0]:
+        if not front or metric.better(trial.values[0], front[-1].values[0]):
             front.append(trial)
     return front
 
@@ -109,14 +122,14 @@ def peak_of(trial: FrozenTrial) -> int | None:
     return trial.user_attrs.get("peak_bytes")
 
 
-def describe(trial: FrozenTrial, tested: Mapping[str, Any]) -> dict[str, Any]:
+def describe(trial: FrozenTrial, tested: Mapping[str, Any], metric: Metric) -> dict[str, Any]:
     """Return a trial as it stands in ``sweep.json``."""
     attributes = trial.user_attrs
     run_dir = attributes.get("run_dir")
     return {
         "trial": trial.number,
         "params": {name: typed(value) for name, value in trial.params.items()},
-        MAE: trial.values[0],
+        f"val/{metric.name}": trial.values[0],
         "peak_allocated_bytes": peak_of(trial),
         "run_id": attributes.get("run_id") or run_id_in(run_dir),
         "run_dir": run_dir,
@@ -148,45 +161,46 @@ def summarize(study: Study, n_trials: int, budget_bytes: int | None, storage: st
     limited = budget_bytes is not None
     finished = [t for t in trials if t.state.is_finished() and counts(t)]
     beside = [t for t in trials if t.state.is_finished() and not counts(t)]
-    kinds = [t.user_attrs.get(KIND) for t in finished]
-    untrained = [t.user_attrs.get(KIND) for t in beside]
-    tested = study.user_attrs.get(TESTED, {})
-    best = best_trial(trials, limited)
+    kinds = [kind for t in finished if (kind := kind_of(t)) is not None]
+    untrained = [kind_of(t) for t in beside]
+    tested, metric = study.user_attrs.get(TESTED, {}), metric_of(study)
+    best = best_trial(trials, limited, metric)
     return SweepSummary(
         study=study.study_name,
         n_trials=n_trials,
         finished=len(finished),
-        failed=sum(kind in FAILED for kind in kinds),
-        pruned=kinds.count("pruned"),
-        infeasible_measured=sum(kind in OVER for kind in kinds),
-        infeasible_predicted=untrained.count("infeasible_predicted"),
-        duplicates=untrained.count("duplicate"),
-        refused=untrained.count("refused"),
+        failed=sum(kind.columns.trial_state == "FAIL" for kind in kinds),
+        pruned=kinds.count(Outcome.pruned),
+        infeasible_measured=sum(kind.columns.over for kind in kinds),
+        infeasible_predicted=untrained.count(Outcome.predicted_over),
+        duplicates=untrained.count(Outcome.duplicate),
+        refused=untrained.count(Outcome.refused),
         running=sum(t.state is TrialState.RUNNING for t in trials),
         seconds=sum(t.user_attrs.get("seconds") or 0.0 for t in finished),
         budget_bytes=budget_bytes,
         storage=storage,
-        best=None if best is None else describe(best, tested),
-        pareto=[describe(trial, tested) for trial in pareto(trials, limited)],
+        best=None if best is None else describe(best, tested, metric),
+        pareto=[describe(trial, tested, metric) for trial in pareto(trials, limited, metric)],
+        metric=metric.as_dict(),
     )
 
 
-def told_line(trial: FrozenTrial, is_best: bool) -> str:
+def told_line(trial: FrozenTrial, is_best: bool, metric: Metric) -> str:
     """Return one line about a trial that has just ended."""
     attributes = trial.user_attrs
-    kind = attributes.get(KIND, "?")
+    kind = Outcome.parse(attributes.get(KIND))
     line = f"trial {trial.number}: "
-    if kind == "infeasible_predicted":
+    if kind is Outcome.predicted_over:
         peak, budget = attributes.get("predicted_peak_bytes"), attributes.get("budget_bytes")
         return f"{line}not started, predicted peak {format_bytes(peak)} of {format_bytes(budget)}"
-    if kind == "duplicate":
+    if kind is Outcome.duplicate:
         return f"{line}not started, the same as trial {attributes.get('duplicate_of')}"
     if trial.state is TrialState.COMPLETE:
-        line += f"{MAE} {trial.values[0]:.4f}"
+        line += f"val {metric.label} {metric.text(trial.values[0])}"
         line += f", peak {format_bytes(peak_of(trial))}, {attributes.get('seconds', 0.0):.1f} s"
-        return line + ("  above the budget" if kind in OVER else "  * best" if is_best else "")
+        return line + ("  above the budget" if kind.columns.over else "  * best" if is_best else "")
     error = attributes.get("error")
-    return f"{line}{kind.replace('_', ' ')}{f' ({error})' if error else ''}"
+    return f"{line}{kind.words}{f' ({error})' if error else ''}"
 
 
 POLL_SECONDS = 0.05
@@ -218,27 +232,28 @@ def run_test(
             plan = json.loads((folder / PLAN_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             plan = None
-        job = Job(winner.number, lines, folder, seeds, plan, test=True)
+        metric = metric_of(study)
+        job = Job(winner.number, lines, folder, seeds, plan, test=True, metric=metric)
         outcome = _run(runner, job)
         runs = [figures_of_test(job.run_folder(index)) for index in range(len(seeds))]
-        if outcome.kind not in ("complete", "infeasible_measured") or not all(runs):
+        if not outcome.kind.trained or not all(runs):
             raise _untested(winner, outcome, job)
         figures = {name: statistics.fmean(run[name] for run in runs) for name in runs[0]}
         if len(runs) > 1:
-            spread = statistics.stdev(run["test/mae"] for run in runs if "test/mae" in run)
-            figures["test/mae_spread"] = spread
+            tested = f"test/{metric.name}"
+            figures[f"{tested}_spread"] = statistics.stdev(run[tested] for run in runs)
         study.set_user_attr(TESTED, {**study.user_attrs.get(TESTED, {}), number: figures})
 
 
 def _untested(winner: FrozenTrial, outcome: TrialOutcome, job: Job) -> SearchError:
-    if outcome.kind in ("complete", "infeasible_measured"):
-        why = "its run left no test error"
+    if outcome.kind.trained:
+        why = "its run left no test figures"
     else:
-        why = outcome.kind.replace("_", " ") + (f" ({outcome.error})" if outcome.error else "")
+        why = outcome.kind.words + (f" ({outcome.error})" if outcome.error else "")
     logs = " and ".join(str(job.run_folder(n) / LOG_NAME) for n in range(len(job.seeds)))
     return SearchError(
         f"the best trial, {winner.number}, could not be tested: {why}; its output is in {logs}. "
-        "Its validation error stands, and sweep.json has it. The same command again runs the test "
+        "Its validation figure stands, and sweep.json has it. The same command again runs the test "
         "alone, search.test_winner=false does without"
     )
 

@@ -4,7 +4,10 @@ import pytest
 
 from expt.commands.expand.figures import as_markdown, expansion_table, plot_expansion
 from expt.commands.expand.policy import Probe, Step
+from expt.job import Metric
+from expt.result import Outcome
 
+MAE = Metric("val/mae", label="MAE")
 MIB = 2**20
 
 
@@ -14,17 +17,18 @@ def steps() -> list[Step]:
         return Step(number, change, (), probe, kept, reason)
 
     done = {"predicted_peak_bytes": 30 * MIB, "peak_allocated_bytes": 31 * MIB, "seconds": 9.0}
+    spared = Probe(Outcome.predicted_over, None, 90 * MIB)
     return [
-        step(0, None, Probe("completed", 5.0, **done), True, "the starting point"),
-        step(1, "model.num_stages=3", Probe("completed", 4.5, **done), True, "fits"),
-        step(2, "data.batch_size=24", Probe("completed", 4.9, **done), False, "worse"),
-        step(3, "data.batch_size=32", Probe("over_budget", None, 90 * MIB), False, "not run"),
-        step(4, "model.cross_stage_attention=true", Probe("failed"), False, "it was killed"),
+        step(0, None, Probe(Outcome.completed, 5.0, **done), True, "the starting point"),
+        step(1, "model.num_stages=3", Probe(Outcome.completed, 4.5, **done), True, "fits"),
+        step(2, "data.batch_size=24", Probe(Outcome.completed, 4.9, **done), False, "worse"),
+        step(3, "data.batch_size=32", spared, False, "not run"),
+        step(4, "model.cross_stage_attention=true", Probe(Outcome.failed), False, "it was killed"),
     ]
 
 
 def test_a_row_per_step(steps) -> None:
-    lines = as_markdown(steps, "val/mae").splitlines()
+    lines = as_markdown(steps, MAE).splitlines()
     assert lines[0] == (
         "| step | change | kept | predicted | measured | validation MAE | time | why |"
     )
@@ -32,16 +36,16 @@ def test_a_row_per_step(steps) -> None:
         "| 0 | start | yes | 30.0 MiB | 31.0 MiB | 5.000 | 9.0 s | the starting point |"
     )
     assert lines[5] == "| 3 | data.batch_size=32 | no | 90.0 MiB | - | - | - | not run |"
-    assert expansion_table(steps, "val/mae").row_count == 5
+    assert expansion_table(steps, MAE).row_count == 5
 
 
 def test_a_reason_may_hold_what_separates_cells() -> None:
-    step = Step(1, "a=b|c", (), Probe("failed"), False, "x | y")
-    row = as_markdown([step], "val/mae").splitlines()[2]
+    step = Step(1, "a=b|c", (), Probe(Outcome.failed), False, "x | y")
+    row = as_markdown([step], MAE).splitlines()[2]
     assert "a=b\\|c" in row and "x \\| y" in row
 
 
 def test_it_is_drawn_however_steps_ended(steps, tmp_path) -> None:
-    assert len(plot_expansion(steps, "val/mae", 80 * MIB, tmp_path)) == 2
-    assert len(plot_expansion(steps[:1], "val/mae", None, tmp_path)) == 2
-    assert len(plot_expansion(steps[4:], "val/mae", None, tmp_path)) == 2, "nothing measured"
+    assert len(plot_expansion(steps, MAE, 80 * MIB, tmp_path)) == 2
+    assert len(plot_expansion(steps[:1], MAE, None, tmp_path)) == 2
+    assert len(plot_expansion(steps[4:], MAE, None, tmp_path)) == 2, "nothing measured"

@@ -7,6 +7,7 @@ import pytest
 
 from expt.commands.expand import probe as module
 from expt.config.command_nodes import ExpandConfig
+from expt.job import Metric
 from expt.run.process import Ended
 
 
@@ -37,7 +38,7 @@ def test_a_probe_that_was_killed_is_ended_in_the_tracker(
     settings: Any = SimpleNamespace(tracking=None)
     context: Any = SimpleNamespace(run_dir=tmp_path, launch={})
     prober = module.Prober(
-        [], settings, context, ExpandConfig(), None, "mae", stopped=lambda: stopped
+        [], settings, context, ExpandConfig(), None, Metric("mae"), stopped=lambda: stopped
     )
     if raised is None:
         prober(0, ())

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from expt.commands.expand.probe import forced
-from expt.commands.expand.steps import among, step_problems
+from expt.commands.expand.steps import among, step_problems, without_settings
 from expt.config.command_nodes import ExpandConfig
 
 BASE = ["+memory=minimal"]
@@ -31,6 +31,7 @@ FORCED = forced(ExpandConfig())
         ("search.n_trials=3", "is not part of what is trained"),
         ("tracking.uri=x", "is not part of what is trained"),
         ("task=plan", "is not part of what is trained"),
+        ("trainer.monitor=rmse", "is not part of what is trained"),
         ("optimizer=nothing", "nothing"),
         ("trainer={max_steps: 5}", "a dictionary is several settings at once"),
         ("model={num_stages: 3}", "give each as a step, like model.NAME=VALUE"),
@@ -54,6 +55,18 @@ def test_steps_that_can_be(composed) -> None:
     assert len(cfg.expand.steps) == 6
     shipped = step_problems(["+memory=lite"], cfg.expand.steps, FORCED)
     assert shipped == [], "the list that is shipped"
+
+
+def test_of_another_model_the_shipped_steps_that_it_does_not_have_are_found(composed) -> None:
+    steps = composed("task=expand").expand.steps
+    assert without_settings(["+memory=lite"], steps) == {}
+    missing = without_settings(["model=stid"], [*steps, "+model.anything=1"])
+    assert list(missing) == [
+        "model.num_stages=3",
+        "model.patch_sizes=[1,2,4]",
+        "model.cross_stage_attention=true",
+    ]
+    assert "there is no 'num_stages'" in missing["model.num_stages=3"]
 
 
 def test_a_step_may_need_what_comes_before_it(composed) -> None:

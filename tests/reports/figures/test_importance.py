@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
+from expt.job import Metric
 from expt.reports.figures.importance import importance, plot_importance
 from expt.reports.records import RunSet
 
@@ -72,7 +73,7 @@ def test_why_there_is_none(record, tmp_path, count, fixed, reason) -> None:
 
 def test_equal_errors_say_nothing_about_settings(record) -> None:
     runs = runs_of(record, 20)
-    equal = tuple(replace(run, error=3.0) for run in runs.records)
+    equal = tuple(replace(run, value=3.0) for run in runs.records)
     found = importance(RunSet(equal, "here"))
     assert found.shares == {}
     assert found.reason == "the best runs are no different from the others"
@@ -80,3 +81,17 @@ def test_equal_errors_say_nothing_about_settings(record) -> None:
 
 def test_it_is_drawn(record, tmp_path) -> None:
     assert len(plot_importance(importance(runs_of(record, 40)), tmp_path)) == 2
+
+
+def test_the_best_tenth_are_the_highest_where_higher_is_better(record) -> None:
+    """`optimizer.lr` decides who is lowest, `model.dropout` alone who is highest."""
+    chance = random.Random(1)
+    records = []
+    for number in range(80):
+        lr, dropout = chance.uniform(0, 1), chance.uniform(0, 1)
+        value = 1 + dropout if dropout > 0.8 else -lr * (lr > 0.5)
+        texts = {"optimizer.lr": str(lr), "model.dropout": str(dropout)}
+        records.append(record(str(number), value, settings=texts))
+    for goal, first in (("max", "model.dropout"), ("min", "optimizer.lr")):
+        metric = Metric("val/gain", goal=goal)
+        assert next(iter(importance(RunSet(tuple(records), "", metric)).shares)) == first

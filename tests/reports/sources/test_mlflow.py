@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 
 from expt.errors import ConfigError
+from expt.job import Metric
+from expt.reports.records import RunSet, ranked_by
 from expt.reports.sources import mlflow as tracked
 from expt.reports.sources.mlflow import as_record, is_run_id, runs_by_filter, runs_by_id
 from expt.tracking.query import NotThereError, StoredRun
@@ -22,36 +25,41 @@ def stored(name: str = "a", status: str = "FINISHED", started: float = 1.0, **ch
 
 
 def test_a_run_becomes_a_record() -> None:
-    run = as_record(stored(), "val/mae")
-    assert (run.name, run.state, run.error, run.preset) == ("a", "completed", 4.0, "lite")
+    run = read(stored())
+    assert (run.name, run.outcome.value, run.value, run.preset) == ("a", "completed", 4.0, "lite")
     assert run.peak_allocated_bytes == 10**9
     assert run.budget_bytes is None
     assert (run.model, run.settings["data.batch_size"]) == ("STID", "8")
+
+
+def read(run, metric=None):
+    return ranked_by(RunSet((as_record(run),), "here"), metric).records[0]
 
 
 @pytest.mark.parametrize(
     ("status", "tags", "state"),
     [
         ("FAILED", {"stop_reason": "out_of_memory"}, "out_of_memory"),
-        ("FAILED", {"stop_reason": "non_finite_loss"}, "failed"),
+        ("FAILED", {"stop_reason": "non_finite_loss"}, "diverged"),
         ("KILLED", {}, "stopped"),
         ("RUNNING", {}, "unfinished"),
         ("FINISHED", {"trial.kind": "infeasible_measured", "trial.number": "7"}, "over_budget"),
         ("FAILED", {"trial.kind": "infeasible_predicted"}, "predicted_over"),
-        ("FAILED", {"trial.kind": "nan"}, "failed"),
+        ("FAILED", {"trial.kind": "nan"}, "diverged"),
+        ("FINISHED", {"trial.kind": "over_budget"}, "over_budget"),
     ],
 )
 def test_how_a_run_ended(status, tags, state) -> None:
-    run = as_record(stored(status=status, tags=tags), "val/mae")
-    assert run.state == state
-    assert (run.error is None) == (state not in ("completed", "over_budget"))
+    run = read(stored(status=status, tags=tags))
+    assert run.outcome.value == state
+    assert (run.value is None) == (state not in ("completed", "over_budget"))
     if "trial.number" in tags:
         assert (run.name, run.trial) == ("trial 7", 7)
 
 
 def test_no_number_is_no_number() -> None:
-    run = as_record(stored(metrics={"val/mae": math.nan}, tags={"preset": "None"}), "val/mae")
-    assert (run.error, run.preset) == (None, None)
+    run = read(stored(metrics={"val/mae": math.nan}, tags={"preset": "None"}))
+    assert (run.value, run.preset) == (None, None)
 
 
 def test_only_trainings_are_taken_in_the_order_of_their_starts(monkeypatch) -> None:
@@ -64,11 +72,11 @@ def test_only_trainings_are_taken_in_the_order_of_their_starts(monkeypatch) -> N
         stored("early", started=2),
     ]
     monkeypatch.setattr(tracked, "runs_under", lambda uri, run_id: found)
-    runs = runs_by_id("sqlite:///x.db", [ID, ID], "val/mae")
+    runs = runs_by_id("sqlite:///x.db", [ID, ID])
     assert [r.name for r in runs.records] == ["early", "trial 3", "late"], "once each"
     monkeypatch.setattr(tracked, "runs_under", lambda uri, run_id: found[1:2])
     with pytest.raises(ConfigError, match="there is no training run"):
-        runs_by_id("sqlite:///x.db", [ID], "val/mae")
+        runs_by_id("sqlite:///x.db", [ID])
 
 
 def test_mistakes_name_the_key(monkeypatch) -> None:
@@ -77,11 +85,26 @@ def test_mistakes_name_the_key(monkeypatch) -> None:
 
     monkeypatch.setattr(tracked, "runs_of_experiment", nowhere)
     with pytest.raises(ConfigError, match=r"report\.experiment=x: there is no experiment"):
-        runs_by_filter("sqlite:///x.db", "x", None, "val/mae")
+        runs_by_filter("sqlite:///x.db", "x", None)
     with pytest.raises(ConfigError, match=r"tracking\.uri names no store"):
-        runs_by_filter(None, "x", None, "val/mae")
+        runs_by_filter(None, "x", None)
 
 
 def test_what_can_be_a_run_id() -> None:
     assert is_run_id(ID)
     assert not is_run_id("outputs") and not is_run_id(ID[:-1]) and not is_run_id(ID.upper())
+
+
+def test_a_run_that_describes_its_metrics_is_ranked_by_the_one_it_monitored() -> None:
+    described = [Metric("accuracy", goal="max"), Metric("loss")]
+    tags = {
+        "monitor": "accuracy",
+        "metrics": json.dumps([metric.as_dict() for metric in described]),
+        "data.fingerprint": "12ab",
+    }
+    run = as_record(stored(metrics={"val/accuracy": 0.75, "test/loss": 1.0}, tags=tags))
+    ranked = ranked_by(RunSet((run,), "here"), None)
+    assert (ranked.metric.name, ranked.metric.goal) == ("val/accuracy", "max")
+    assert (ranked.records[0].value, run.fingerprint) == (0.75, "12ab")
+    del tags["metrics"]  # of an earlier version, whose fingerprint did not know the horizon
+    assert as_record(stored(tags=tags)).fingerprint is None

@@ -7,12 +7,17 @@ import pytest
 from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
+from expt.reports.records import ranked_by
 from expt.reports.sources.folders import runs_in_folders
 from expt.reports.sources.studies import StudyError, load
 from expt.search.winner import SweepSummary
 
 GIB = 2**30
 SPACE = {"model.dropout": FloatDistribution(0, 0.3), "data.batch_size": IntDistribution(4, 32)}
+
+
+def ranked(patterns, metric=None):
+    return ranked_by(runs_in_folders(patterns), metric)
 
 
 @pytest.fixture
@@ -44,16 +49,16 @@ def swept(tmp_path, put_run):
 
 
 def test_trials_are_joined_with_their_runs(swept) -> None:
-    runs = runs_in_folders([str(swept)], "val/mae")
+    runs = ranked([str(swept)])
     assert runs.study == "tiny"
     assert set(runs.space) == set(SPACE)
-    assert [(r.name, r.state) for r in runs.records] == [
+    assert [(r.name, r.outcome.value) for r in runs.records] == [
         ("trial 0", "completed"),
         ("trial 1", "predicted_over"),
-        ("trial 3", "failed"),
+        ("trial 3", "diverged"),
     ], "a duplicate is no run"
     trained, spared, failed = runs.records
-    assert (trained.error, trained.seconds, trained.peak_allocated_bytes) == (3.9, 7.0, GIB // 2)
+    assert (trained.value, trained.seconds, trained.peak_allocated_bytes) == (3.9, 7.0, GIB // 2)
     assert trained.metrics["test/mae"] == pytest.approx(4.1), "from the run's folder"
     assert trained.settings["trainer.seed"] == "0"
     assert spared.predicted_peak_bytes == 3 * GIB
@@ -64,8 +69,8 @@ def test_trials_are_joined_with_their_runs(swept) -> None:
 
 
 def test_another_metric_than_the_search_minimised_is_the_runs_own(swept) -> None:
-    trained = runs_in_folders([str(swept)], "test/mae").records[0]
-    assert trained.error == pytest.approx(4.1), "3.9 is what the study was told: val/mae"
+    trained = ranked([str(swept)], "test/mae").records[0]
+    assert trained.value == pytest.approx(4.1), "3.9 is what the study was told: val/mae"
 
 
 def test_another_budget_is_compared_with_what_trials_demanded(swept, tmp_path) -> None:
@@ -74,9 +79,9 @@ def test_another_budget_is_compared_with_what_trials_demanded(swept, tmp_path) -
     study.add_trial(
         optuna.create_trial(value=3.0, user_attrs={"kind": "infeasible_measured", **attributes})
     )
-    trained, *_, over = runs_in_folders([str(swept)], "val/mae").records
+    trained, *_, over = ranked([str(swept)]).records
     assert over.run_dir is None
-    assert (over.state, over.demand_bytes, over.peak_allocated_bytes) == (
+    assert (over.outcome.value, over.demand_bytes, over.peak_allocated_bytes) == (
         "over_budget", 2 * GIB, GIB // 2,
     )  # fmt: skip
     assert [trained.fits(GIB), over.fits(GIB)] == [True, False]
@@ -86,7 +91,7 @@ def test_another_budget_is_compared_with_what_trials_demanded(swept, tmp_path) -
 
 def test_runs_from_elsewhere_stay(swept, tmp_path, put_run) -> None:
     put_run(tmp_path / "alone", 2.0, started=1.0)
-    runs = runs_in_folders([str(swept), str(tmp_path / "alone")], "val/mae")
+    runs = ranked([str(swept), str(tmp_path / "alone")])
     assert [r.name for r in runs.records] == ["alone", "trial 0", "trial 1", "trial 3"]
     assert runs.study is None
 

@@ -1,7 +1,7 @@
 """`task=expand`: from a preset, one parameter at a time along `expand.steps` (guide A).
 
 Every step is predicted, then trained for a short while on top of what was kept before; it is kept
-if it fits `memory.budget` and does not hurt the validation error. ``expand.json``,
+if it fits `memory.budget` and does not hurt the monitored metric. ``expand.json``,
 ``expand.md`` and the figure are written after every step, so that an expansion that was stopped
 or killed goes on with ``trainer.resume=RUN_DIR`` and runs no finished step again.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,16 +21,16 @@ from omegaconf import DictConfig, OmegaConf
 from expt.commands.expand.figures import as_markdown, expansion_table, plot_expansion
 from expt.commands.expand.policy import Probe, Step, expand, kept_changes, last_values, stored_probe
 from expt.commands.expand.probe import Prober, device_here, forced
-from expt.commands.expand.steps import among, step_problems
+from expt.commands.expand.steps import among, step_problems, without_settings
 from expt.config.command_nodes import ExpandConfig
 from expt.config.compose import key
 from expt.config.settings import RunContext, Settings
 from expt.config.validate import validated
 from expt.errors import ConfigError
 from expt.files import write_json, write_text
-from expt.job import DataSet, monitored
+from expt.job import DataSet, Metric, monitored
 from expt.memory.measuring.budget import Budget
-from expt.result import load_launch, save_launch
+from expt.result import Outcome, load_launch, save_launch
 from expt.run.build import build
 from expt.tables import print_table
 from expt.tracking.tracker import Tracker, open_tracker
@@ -66,6 +66,10 @@ def run(cfg: DictConfig, context: RunContext) -> ExpandResult:
     settings = validated(cfg, context.overridden)
     expansion = cast(ExpandConfig, OmegaConf.to_object(cfg.expand))
     base = [line for line in context.launch.get("overrides", ()) if not among(key(line), OWN)]
+    if "expand.steps" not in context.overridden:  # a list for whichever model is configured
+        for step, missing in without_settings(base, expansion.steps).items():
+            expansion.steps.remove(step)
+            print(f"skipped: {step}: {missing}")
     problems = expansion.problems() or step_problems(base, expansion.steps, forced(expansion))
     if problems:
         raise ConfigError(problems)
@@ -76,9 +80,9 @@ def run(cfg: DictConfig, context: RunContext) -> ExpandResult:
         budget = Budget.parse(settings.memory.budget, device).bytes
     data: DataSet = build(settings, "data")
     with Interruption() as interruption:
-        monitor = monitored(data.metrics, settings.trainer.monitor)
+        metric = monitored(data.metrics, settings.trainer.monitor)
         prober = Prober(
-            base, settings, context, expansion, budget, monitor.name,
+            base, settings, context, expansion, budget, metric,
             stopped=lambda: interruption.received is not None,
         )  # fmt: skip
         record = Record(prober, expansion, context, settings)
@@ -87,6 +91,7 @@ def run(cfg: DictConfig, context: RunContext) -> ExpandResult:
             steps = expand(
                 expansion.steps,
                 prober,
+                metric,
                 expansion.tolerance,
                 budget,
                 record.known(earlier),
@@ -134,7 +139,7 @@ class Record:
         found = {}
         for stored in earlier.get("steps", []):
             probe = stored_probe(stored)
-            if probe.outcome != "stopped":
+            if probe.outcome is not Outcome.stopped:
                 found[tuple(stored["changes"])] = probe
         return found
 
@@ -145,7 +150,7 @@ class Record:
         write_text(run_dir / TABLE_NAME, as_markdown(steps, self._metric))
         for step in steps[self._told :]:
             figures = {
-                f"expand/{self._metric}": step.probe.error,
+                f"expand/{self._metric.name}": step.probe.value,
                 "expand/peak_bytes": step.probe.demand_bytes,
                 "expand/predicted_peak_bytes": step.probe.predicted_peak_bytes,
                 "expand/kept": float(step.kept),
@@ -186,7 +191,7 @@ class Record:
             "finished": finished,
             "command": command,
             "kept": kept,
-            "metric": self._metric,
+            "metric": self._metric.name,
             "tolerance": self._expansion.tolerance,
             "budget_bytes": self._prober.budget_bytes,
             "probe": shown_lines(self._prober.lines([])),
@@ -194,8 +199,9 @@ class Record:
         }
 
     @property
-    def _metric(self) -> str:
-        return f"val/{self._prober.monitor}"
+    def _metric(self) -> Metric:
+        metric = self._prober.metric
+        return replace(metric, name=f"val/{metric.name}")
 
     def _say(self, steps: Sequence[Step], record: Mapping[str, Any], signal: int | None) -> None:
         if signal is not None:

@@ -1,4 +1,4 @@
-"""What an expansion ends with: a table of its steps, and a figure of memory and error per step."""
+"""What an expansion ends with: a table of its steps, a figure of memory and metric per step."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from expt.commands.expand.policy import Step
+from expt.job import Metric
 from expt.reports.figures.style import (
     BLUE,
     GREEN,
@@ -20,51 +21,48 @@ from expt.reports.figures.style import (
     draw,
     label_direct,
     legend_above,
+    metric_axis,
 )
-from expt.reports.records import escaped, metric_words
+from expt.reports.records import metric_text, metric_words
+from expt.result import Outcome
+from expt.tables import markdown_table
 from expt.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLUMNS = ("step", "change", "kept", "predicted", "measured", "{metric}", "time", "why")
 START = "start"
-OUTCOMES = {"over_budget": "not run: predicted over"}
-"""Words in the figure for an end that its name does not say."""
 
 
-def expansion_table(steps: Sequence[Step], metric: str) -> Table:
+def expansion_table(steps: Sequence[Step], metric: Metric) -> Table:
     """Return one row per step."""
     table = Table(box=box.SIMPLE_HEAD)
     for name in _columns(metric):
         right = name not in ("change", "kept", "why")
         table.add_column(name, justify="right" if right else "left")
     for step in steps:
-        table.add_row(*_cells(step), style=None if step.kept else "dim")
+        table.add_row(*_cells(step, metric), style=None if step.kept else "dim")
     return table
 
 
-def as_markdown(steps: Sequence[Step], metric: str) -> str:
+def as_markdown(steps: Sequence[Step], metric: Metric) -> str:
     """Return the same table as Markdown."""
-    columns = _columns(metric)
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(map(escaped, _cells(step))) + " |" for step in steps]
-    return "\n".join(lines) + "\n"
+    return markdown_table([_columns(metric), *(_cells(step, metric) for step in steps)])
 
 
 def plot_expansion(
-    steps: Sequence[Step], metric: str, budget_bytes: int | None, folder: Path
+    steps: Sequence[Step], metric: Metric, budget_bytes: int | None, folder: Path
 ) -> list[Path]:
-    """Draw peak memory and validation error over the steps; return the files."""
+    """Draw peak memory and the validation's figure over the steps; return the files."""
 
     def onto(figure: Figure) -> None:
-        memory, errors = figure.subplots(2, 1, sharex=True)
+        memory, values = figure.subplots(2, 1, sharex=True)
         _memory(memory, steps, budget_bytes)
-        _errors(errors, steps, metric)
-        errors.set_xticks(range(len(steps)))
-        errors.set_xticklabels([_tick(step) for step in steps], fontsize=7.5)
-        errors.set_xlim(-0.6, len(steps) - 0.4)
+        _values(values, steps, metric)
+        values.set_xticks(range(len(steps)))
+        values.set_xticklabels([_tick(step) for step in steps], fontsize=7.5)
+        values.set_xlim(-0.6, len(steps) - 0.4)
 
     return draw(folder, "expansion", 5.0, onto)
 
@@ -98,37 +96,40 @@ def _memory(axes: Axes, steps: Sequence[Step], budget_bytes: int | None) -> None
     legend_above(axes)
 
 
-def _errors(axes: Axes, steps: Sequence[Step], metric: str) -> None:
-    points = [(n, step.probe.error, step.kept) for n, step in enumerate(steps)]
-    kept = [(n, error) for n, error, keep in points if keep and error is not None]
-    others = [(n, error) for n, error, keep in points if not keep and error is not None]
+def _values(axes: Axes, steps: Sequence[Step], metric: Metric) -> None:
+    points = [(n, step.probe.value, step.kept) for n, step in enumerate(steps)]
+    kept = [(n, value) for n, value, keep in points if keep and value is not None]
+    others = [(n, value) for n, value, keep in points if not keep and value is not None]
     if kept:
         axes.plot(*zip(*kept, strict=True), "o-", color=GREEN, linewidth=1.4, label="kept")
     if others:
         axes.plot(
             *zip(*others, strict=True), "o", color=GREY, markerfacecolor="white", label="not kept"
         )
-    for number, error in [*kept, *others]:
-        label_direct(axes, f"{error:.3f}", (number, error), offset=(0, 7), ha="center")
+    for number, value in [*kept, *others]:
+        text = metric_text(metric, value)
+        label_direct(axes, text, (number, value), offset=(0, 7), ha="center")
     for number, step in enumerate(steps):
-        if step.probe.error is None:
+        if step.probe.value is None:
             outcome = step.probe.outcome
             axes.annotate(
-                OUTCOMES.get(outcome, outcome.replace("_", " ")), (number, 0.5),
+                "not run: " * (outcome is Outcome.predicted_over) + outcome.words, (number, 0.5),
                 rotation=90, color=RED,
                 xycoords=("data", "axes fraction"), ha="center", va="center", fontsize=8,
             )  # fmt: skip
-    axes.set_ylabel(metric_words(metric))
+    metric_axis(axes, metric)
     axes.margins(y=0.25)
     axes.grid(axis="y")
     legend_above(axes)
 
 
-def _columns(metric: str) -> list[str]:
-    return [name.format(metric=metric_words(metric)) for name in COLUMNS]
+def _columns(metric: Metric) -> tuple[str, ...]:
+    return (
+        "step", "change", "kept", "predicted", "measured", metric_words(metric), "time", "why",
+    )  # fmt: skip
 
 
-def _cells(step: Step) -> tuple[str, ...]:
+def _cells(step: Step, metric: Metric) -> tuple[str, ...]:
     probe = step.probe
     return (
         str(step.number),
@@ -136,7 +137,7 @@ def _cells(step: Step) -> tuple[str, ...]:
         "yes" if step.kept else "no",
         "-" if probe.predicted_peak_bytes is None else format_bytes(probe.predicted_peak_bytes),
         "-" if probe.demand_bytes is None else format_bytes(probe.demand_bytes),
-        "-" if probe.error is None else f"{probe.error:.3f}",
+        metric_text(metric, probe.value) or "-",
         "-" if probe.seconds is None else format_seconds(probe.seconds),
         step.reason,
     )

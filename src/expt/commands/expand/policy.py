@@ -10,30 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
+from expt.job import Metric
+from expt.result import Outcome
 from expt.units import format_bytes
-
-Outcome = Literal[
-    "completed",
-    "over_budget",  # predicted; it was not run
-    "out_of_memory",
-    "refused",  # a mistake in the settings, seen by the probe
-    "failed",
-    "timeout",
-    "stopped",  # by the user, and not finished
-]
 
 
 @dataclass(frozen=True)
 class Probe:
     """What one configuration did; None is what is not known.
 
-    `error` is the validation metric, the lower the better; `detail` is why it did not complete.
+    `value` is the validation's figure of the monitored metric; `detail` is why it did not complete.
     """
 
     outcome: Outcome
-    error: float | None = None
+    value: float | None = None
     predicted_peak_bytes: int | None = None
     peak_allocated_bytes: int | None = None
     peak_reserved_bytes: int | None = None
@@ -70,12 +62,14 @@ class Step:
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for ``expand.json``."""
         rest = {"number": self.number, "change": self.change, "changes": list(self.changes)}
-        return {**rest, "kept": self.kept, "reason": self.reason, **asdict(self.probe)}
+        probe = {**asdict(self.probe), "outcome": self.probe.outcome.value}
+        return {**rest, "kept": self.kept, "reason": self.reason, **probe}
 
 
 def expand(
     changes: Sequence[str],
     probe: Callable[[int, tuple[str, ...]], Probe],
+    metric: Metric,
     tolerance: float,
     budget_bytes: int | None = None,
     known: Mapping[tuple[str, ...], Probe] | None = None,
@@ -88,7 +82,8 @@ def expand(
     Args:
         changes: settings as on a command line.
         probe: from a step's number and the settings on top of the starting point to what they do.
-        tolerance: by what part of the smallest error so far a step's error may exceed it.
+        metric: that steps are judged by.
+        tolerance: by what part of the best figure so far a step's figure may be worse.
         budget_bytes: what a measured peak may take.
         known: probes of an earlier part of the same expansion, which are not run again.
         on_step: told all steps after each one.
@@ -101,37 +96,37 @@ def expand(
     for number, change in enumerate([None, *changes]):
         tried = kept if change is None else (*kept, change)
         found = known.get(tried) or probe(number, tried)
-        keep, reason = verdict(found, best, tolerance, budget_bytes)
+        keep, reason = verdict(found, best, metric, tolerance, budget_bytes)
         steps.append(Step(number, change, tried, found, keep, reason))
         on_step(steps)
-        if found.outcome == "stopped" or (change is None and not keep):
+        if found.outcome is Outcome.stopped or (change is None and not keep):
             break
         if keep:
             kept = tried
-            assert found.error is not None
-            best = found.error if best is None else min(best, found.error)
+            assert found.value is not None
+            best = found.value if metric.better(found.value, best) else best
     return steps
 
 
 def verdict(
-    probe: Probe, best: float | None, tolerance: float, budget_bytes: int | None
+    probe: Probe, best: float | None, metric: Metric, tolerance: float, budget_bytes: int | None
 ) -> tuple[bool, str]:
     """Tell whether a step is kept, and why."""
-    if probe.outcome != "completed":
-        return False, probe.detail or probe.outcome.replace("_", " ")
+    if probe.outcome is not Outcome.completed:
+        return False, probe.detail or probe.outcome.words
     demand = probe.demand_bytes
     if budget_bytes is not None and demand is not None and demand > budget_bytes:
         over = f"{format_bytes(demand)} is above the budget of {format_bytes(budget_bytes)}"
         return False, f"measured: {over}"
-    if probe.error is None:
-        return False, "no validation error was measured"
+    if probe.value is None:
+        return False, f"no validation {metric.label} was measured"
     if best is None:
         return True, "the starting point"
-    difference = probe.error - best
-    # Of the size of the best error: one that may be negative, a log-likelihood, has no other scale.
+    difference = metric.cost(probe.value) - metric.cost(best)
+    # Of the size of the best: a figure that may be negative, a log-likelihood, has no other scale.
     change = difference / (abs(best) or 1.0)
     if difference > tolerance * abs(best):
-        return False, f"the validation error is {100 * change:.1f} % worse than the best"
+        return False, f"the validation {metric.label} is {100 * change:.1f} % worse than the best"
     if change > 0:
         return True, f"fits; {100 * change:.1f} % worse than the best, which is tolerated"
     return True, f"fits; {-100 * change:.1f} % better" if change < 0 else "fits; as good"
@@ -156,10 +151,12 @@ def last_values(lines: Sequence[str]) -> list[str]:
 
 
 def stored_probe(record: Mapping[str, Any]) -> Probe:
-    """Return the probe of a step of ``expand.json``.
+    """Return the probe of a step of ``expand.json``, also of one that an earlier version wrote.
 
     Raises:
         KeyError, TypeError: it is not such a step.
 
     """
-    return Probe(**{name: record[name] for name in Probe.__dataclass_fields__})
+    known = {**record, "value": record["value"] if "value" in record else record["error"]}
+    known["outcome"] = Outcome.parse(record["outcome"])
+    return Probe(**{name: known[name] for name in Probe.__dataclass_fields__})

@@ -19,16 +19,16 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from expt.commands.expand.policy import Outcome, Probe
+from expt.commands.expand.policy import Probe
 from expt.config.command_nodes import ExpandConfig
 from expt.config.compose import CONFIG_NAME, key
 from expt.config.schema import Device, TrainerConfig
 from expt.config.settings import RunContext, Settings
 from expt.config.validate import validated
 from expt.errors import ExptError
+from expt.job import Metric
 from expt.memory.planning.planning import Plan, Target
-from expt.reports.sources.folders import state_of
-from expt.result import RunResult, load_launch, load_result
+from expt.result import Outcome, RunResult, load_launch, load_result
 from expt.run.build import build
 from expt.run.planner import plan_training
 from expt.run.process import Ended, run_apart
@@ -75,6 +75,7 @@ class Prober:
         context: of the expansion.
         expansion: how long a probe is.
         budget_bytes: what a predicted peak may take.
+        metric: that probes are judged by.
         stopped: says whether the user asked to stop.
 
     """
@@ -84,7 +85,7 @@ class Prober:
     context: RunContext
     expansion: ExpandConfig
     budget_bytes: int | None
-    monitor: str
+    metric: Metric
     stopped: Callable[[], bool] = lambda: False
 
     def lines(self, changes: Sequence[str]) -> list[str]:
@@ -96,11 +97,11 @@ class Prober:
         try:
             planned = self._plan(changes)
         except (ExptError, HydraException, OmegaConfBaseException) as error:
-            return Probe("refused", detail=" ".join(str(error).split()))
+            return Probe(Outcome.refused, detail=" ".join(str(error).split()))
         peak = planned.peak_bytes if planned else None
         if planned and self.budget_bytes is not None and planned.demand_bytes > self.budget_bytes:
             return Probe(
-                "over_budget",
+                Outcome.predicted_over,
                 predicted_peak_bytes=peak,
                 detail=f"not run: predicted {format_bytes(planned.demand_bytes)}, the budget is "
                 f"{format_bytes(self.budget_bytes)}",
@@ -176,10 +177,9 @@ class Prober:
         outcome, detail = self._outcome(result, ended, folder)
         if result is None:
             return Probe(outcome, predicted_peak_bytes=predicted, detail=detail)
-        error = result.metrics.get(f"val/{self.monitor}")
         return Probe(
             outcome,
-            error if outcome == "completed" else None,
+            self._value(result) if outcome is Outcome.completed else None,
             predicted_peak_bytes=predicted,
             peak_allocated_bytes=result.memory["peak_allocated_bytes"],
             peak_reserved_bytes=result.memory["peak_reserved_bytes"],
@@ -192,25 +192,29 @@ class Prober:
 
     def _outcome(self, result: RunResult | None, ended: Ended, folder: Path) -> tuple[Outcome, str]:
         if ended.timed_out:
-            return "timeout", ended.because()
+            return Outcome.timeout, ended.because()
         if self.stopped() and (result is None or result.status != "completed"):
-            return "stopped", "stopped before it was finished"
+            return Outcome.stopped, "stopped before it was finished"
         if result is None or (result.status == "stopped" and ended.exit_code < 0):
             said = _last_line(folder.with_name(f"{folder.name}.{OUTPUT_NAME}"))
             if ended.exit_code == 2:
-                return "refused", said
-            return "failed", f"{ended.because()}: {said}" if said else ended.because()
-        if result.status == "completed":
-            error = result.metrics.get(f"val/{self.monitor}")
-            if error is None or not math.isfinite(error):
-                return "failed", "the validation error is not a finite number"
-            return "completed", ""
-        state, said = state_of(result)
-        if state == "out_of_memory":
-            return "out_of_memory", said
-        if result.stop_reason == "non_finite_loss":
-            return "failed", "the loss is not finite: the probe diverged"
-        return "failed", result.stop_reason
+                return Outcome.refused, said
+            return Outcome.failed, f"{ended.because()}: {said}" if said else ended.because()
+        if result.outcome is Outcome.completed:
+            value = self._value(result)
+            if value is None or not math.isfinite(value):
+                return (
+                    Outcome.diverged, f"the validation {self.metric.label} is not a finite number",
+                )  # fmt: skip
+            return Outcome.completed, ""
+        if result.outcome is Outcome.out_of_memory:
+            return Outcome.out_of_memory, "ran out of memory"
+        if result.outcome is Outcome.diverged:
+            return Outcome.diverged, "the loss is not finite: the probe diverged"
+        return Outcome.failed, result.stop_reason
+
+    def _value(self, result: RunResult) -> float | None:
+        return result.metrics.get(f"val/{self.metric.name}")
 
 
 def _quoted(path: Path) -> str:

@@ -14,13 +14,28 @@ from expt.config.compose import CONFIG_NAME, key
 from expt.config.validate import validated
 from expt.errors import ConfigError, nearest
 
-NO_STEPS = ("task", "expand", "report", "search", "tracking", "hydra", "trainer.resume")
-"""Keys, and beginnings of keys, that are not part of what is trained."""
+NO_STEPS = (
+    "task", "expand", "report", "search", "tracking", "hydra", "trainer.resume", "trainer.monitor",
+)  # fmt: skip
+"""Keys, and beginnings of keys, that are not part of what is trained, or say how it is judged."""
 CHOICES = ("model", "optimizer")
 """Groups whose choice is one thing, and may be a step."""
 ONLY_CHOSEN = ("experiment", "debug", "local")
 """Groups without a node of their own."""
 BUDGET, PRESET = "memory.budget", "memory"
+
+
+def without_settings(base: Sequence[str], steps: Sequence[str]) -> dict[str, str]:
+    """Return the steps whose setting the starting point does not have, and what is missing.
+
+    Args:
+        base: the settings of the starting point.
+        steps: the changes.
+
+    """
+    plain = compose(CONFIG_NAME, overrides=list(base))
+    missing = {step: _unknown(plain, key(step)) for step in steps if not step.startswith("+")}
+    return {step: words for step, words in missing.items() if words is not None}
 
 
 def step_problems(base: Sequence[str], steps: Sequence[str], forced: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ Letters: `S` steps in the series, `N` sensors, `W` windows, `B` batch, `T` input
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Mapping
 from importlib.resources import files
@@ -71,7 +72,7 @@ class TrafficData:
         test_fraction: float,
         unit: str,
     ) -> None:
-        self.unit = unit
+        self.unit, self.fractions = unit, (train_fraction, test_fraction)
         self.input_steps, self.horizon = input_steps, horizon
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.series = self.read(path, adjacency_path, where_to_get)
@@ -232,8 +233,9 @@ class TrafficData:
         return describe(self.series, sizes, possible)
 
     def fingerprint(self) -> str:
-        """Return a short hash of the series."""
-        return self.series.fingerprint()
+        """Return a short hash of the series, and of what is forecast and compared of it."""
+        told = f"{self.series.fingerprint()} {self.horizon} {self.fractions} {self.unit}"
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
 
     def _scaling(self) -> tuple[float, float]:
         """Mean and standard deviation of the observed readings of the training part."""

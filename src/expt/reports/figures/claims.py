@@ -24,7 +24,7 @@ from expt.units import GIB, format_bytes, parse_bytes
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ABOUT_CLAIMS = "Claims are the guide's own, for all 207 sensors, of other data and other hardware."
+ABOUT_CLAIMS = "Claims are those of their source, of other data and other hardware."
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which settings mattered for the error: Optuna's PED-ANOVA over a study's trials, or over runs.
+"""Which settings mattered for the metric: Optuna's PED-ANOVA over a study's trials, or over runs.
 
 Source: Watanabe, Bansal and Hutter, PED-ANOVA, IJCAI 2023 (arXiv:2304.10255).
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from expt.job import Metric
 from expt.reports.figures.style import BLUE, INK, draw
 from expt.reports.records import RunRecord, RunSet, short_names, varied
 
@@ -33,7 +34,7 @@ class Importance:
 
 def importance(runs: RunSet) -> Importance:
     """Return what each setting had to do with getting among the best runs."""
-    done = [record for record in runs.records if record.error is not None]
+    done = [record for record in runs.records if record.value is not None]
     if runs.space:
         done = [record for record in done if record.trial is not None]
     if len(done) < LEAST_RUNS:
@@ -43,8 +44,8 @@ def importance(runs: RunSet) -> Importance:
     if len(space) < 2:
         what = "no setting differs" if not space else f"only {next(iter(space))} differs"
         return Importance({}, len(done), f"{what} between the runs; it takes two")
-    errors = [record.error for record in done if record.error is not None]
-    shares = _shares(values, errors, space)
+    figures = [record.value for record in done if record.value is not None]
+    shares = _shares(values, figures, space, runs.metric)
     if not shares:
         return Importance({}, len(done), "the best runs are no different from the others")
     return Importance(shares, len(done))
@@ -111,23 +112,27 @@ def _from_settings(
 
 
 def _shares(
-    rows: Sequence[Mapping[str, Any]], errors: Sequence[float], space: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]],
+    figures: Sequence[float],
+    space: Mapping[str, Any],
+    metric: Metric,
 ) -> dict[str, float]:
     import optuna
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+    from optuna.study import StudyDirection
 
     shown = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        study = optuna.create_study(direction="minimize")
+        study = optuna.create_study(direction=StudyDirection[metric.direction.upper()])
         study.add_trials(
             [
                 optuna.create_trial(
-                    value=error,
+                    value=figure,
                     params={name: row[name] for name in space if name in row},
                     distributions={name: space[name] for name in space if name in row},
                 )
-                for row, error in zip(rows, errors, strict=True)
+                for row, figure in zip(rows, figures, strict=True)
             ]
         )
         with warnings.catch_warnings():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from expt.files import replace_atomically
+from expt.job import Metric
+from expt.reports.records import metric_words
 from expt.units import GIB, MIB
 
 if TYPE_CHECKING:
@@ -63,6 +67,7 @@ def draw(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # it tells which glyphs it keeps
     with look():
         figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
         FigureCanvasAgg(figure)
@@ -96,6 +101,33 @@ def plain_log(axes: Axes, which: Literal["x", "y"]) -> None:
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def metric_axis(axes: Axes, metric: Metric) -> None:
+    """Name the upright axis after a metric: ``validation MAE (mph)``; per cent as per cent."""
+    axes.set_ylabel(replace(metric, label=metric_words(metric)).axis())
+    if metric.percent:
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
+
+
+def without_outliers(axes: Axes, values: Sequence[float], metric: Metric, reach: float) -> int:
+    """Keep a few bad values from squeezing all others into one line; return how many are outside.
+
+    Args:
+        axes: whose upright axis is cut.
+        values: that are drawn.
+        metric: says which way is bad.
+        reach: how many times as far from the best as the median a value may be.
+
+    """
+    costs = sorted(map(metric.cost, values))
+    best, middle = costs[0], costs[len(costs) // 2]
+    worst = best + reach * (middle - best)
+    if not best < worst < costs[-1]:
+        return 0
+    edges = best - 0.07 * (worst - best), worst
+    axes.set_ylim(*sorted(metric.cost(edge) for edge in edges))
+    return sum(cost > worst for cost in costs)
 
 
 def whole_numbers(axis: Axis) -> None:

@@ -1,11 +1,12 @@
-"""Error against peak memory: the front of runs that no other beats in both, and its figure."""
+"""A metric against peak memory: the front of runs that no other beats in both, and its figure."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from expt.job import Metric
 from expt.reports.figures.style import (
     BLUE,
     GREEN,
@@ -17,9 +18,12 @@ from expt.reports.figures.style import (
     draw,
     label_direct,
     legend_above,
+    metric_axis,
     plain_log,
+    without_outliers,
 )
-from expt.reports.records import RunRecord, labels, metric_words
+from expt.reports.records import RunRecord, labels, metric_text
+from expt.result import Outcome
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,40 +36,42 @@ WIDE = 12.0
 MOSTLY_RIGHT = 0.6
 """Part of the axis from which on a word is written to the left of its point."""
 ENDED_BADLY = {
-    "out_of_memory": (RED, "x", "out of memory"),
-    "predicted_over": (ORANGE, "+", "predicted over, not run"),
-    "pruned": (GREY, "|", "pruned"),
+    Outcome.out_of_memory: (RED, "x", "out of memory"),
+    Outcome.predicted_over: (ORANGE, "+", "predicted over, not run"),
+    Outcome.pruned: (GREY, "|", "pruned"),
 }
-"""States without an error whose peak is known; they are drawn along the upper edge."""
+"""Ends without a figure whose peak is known; they are drawn along the edge where the worst are."""
 
 
-def front(records: Sequence[RunRecord]) -> list[RunRecord]:
-    """Return the runs that no other run beats in both error and peak, from the smallest peak.
+def front(records: Iterable[RunRecord], metric: Metric) -> list[RunRecord]:
+    """Return the runs that no other run beats in both metric and peak, from the smallest peak.
 
     Of runs that are equal in both, one is returned.
     """
     found: list[RunRecord] = []
-    known = [r for r in records if r.error is not None and r.demand_bytes is not None]
-    for record in sorted(known, key=lambda r: (r.demand_bytes or 0, r.error or 0.0)):
-        if not found or _error(record) < _error(found[-1]):
+    known = [r for r in records if r.value is not None and r.demand_bytes is not None]
+    for record in sorted(known, key=lambda r: (r.demand_bytes or 0, metric.cost(_value(r)))):
+        if not found or metric.better(_value(record), found[-1].value):
             found.append(record)
     return found
 
 
-def best_run(records: Sequence[RunRecord], budget_bytes: int | None) -> RunRecord | None:
-    """Return the run with the smallest error inside the budget, None if there is none."""
+def best_run(
+    records: Sequence[RunRecord], metric: Metric, budget_bytes: int | None
+) -> RunRecord | None:
+    """Return the best run inside the budget, None if there is none."""
     fitting = [record for record in records if record.fits(budget_bytes)]
-    return min(fitting, key=_error, default=None)
+    return min(fitting, key=lambda record: metric.cost(_value(record)), default=None)
 
 
 def plot_trade_off(
-    records: Sequence[RunRecord], metric: str, budget_bytes: int | None, folder: Path
+    records: Sequence[RunRecord], metric: Metric, budget_bytes: int | None, folder: Path
 ) -> list[Path]:
     """Draw every run, the front and the budget; return the files, none without a measured run."""
-    known = [r for r in records if r.error is not None and r.demand_bytes is not None]
+    known = [r for r in records if r.value is not None and r.demand_bytes is not None]
     if not known:
         return []
-    others = [r for r in records if r.state in ENDED_BADLY and _peak(r) is not None]
+    others = [r for r in records if r.outcome in ENDED_BADLY and _peak(r) is not None]
     measured = [r.demand_bytes for r in known if r.demand_bytes is not None]
     # What is far beyond all that can be had is drawn at the edge.
     edge = int(1.6 * max(*measured, budget_bytes or 0))
@@ -86,15 +92,15 @@ def plot_trade_off(
             label="run" if budget_bytes is None else "inside budget",
         )
         _points(axes, over, factor, edgecolor=BLUE, facecolor="white", label="over budget")
-        best_of_all = front(known)
+        best_of_all = front(known, metric)
         _stairs(axes, best_of_all, factor)
         axes.margins(x=0.1, y=0.14)
-        _bounds(axes, known)
-        axes.update_datalim([(peak / factor, _error(known[0])) for peak in peaks])
-        _upper_edge(axes, others, edge, factor)
+        _bounds(axes, known, metric)
+        axes.update_datalim([(peak / factor, _value(known[0])) for peak in peaks])
+        _worst_edge(axes, others, edge, factor, 0.965 if metric.goal == "min" else 0.035)
         if budget_bytes is not None:
             _budget(axes, budget_bytes, unit, factor)
-        best = best_run(known, budget_bytes)
+        best = best_run(known, metric, budget_bytes)
         for record, name in zip(known, labels(known), strict=True):
             if record is best:
                 best_name = name
@@ -104,11 +110,11 @@ def plot_trade_off(
             axes.scatter(
                 *_at(best, factor), marker="*", s=170, color=GREEN, edgecolor="white", zorder=5
             )
-            text = f"best: {best_name}, {_error(best):.3f}"
+            text = f"best: {best_name}, {metric_text(metric, best.value)}"
             _beside(axes, best, factor, text, -13, color=GREEN, fontweight="bold")
         reserved = any(r.peak_reserved_bytes is not None for r in known)
         axes.set_xlabel(f"peak memory, {'reserved' if reserved else 'allocated'} ({unit})")
-        axes.set_ylabel(metric_words(metric))
+        metric_axis(axes, metric)
         axes.grid(True)
         legend_above(axes)
 
@@ -128,26 +134,28 @@ def _stairs(axes: Axes, best: Sequence[RunRecord], factor: int) -> None:
         axes.step(x, y, where="post", color=INK, linewidth=1.1, zorder=2, label="Pareto front")
 
 
-def _bounds(axes: Axes, known: Sequence[RunRecord]) -> None:
+def _bounds(axes: Axes, known: Sequence[RunRecord], metric: Metric) -> None:
     """Keep a run that diverged from squeezing all others into one line."""
-    errors = sorted(_error(record) for record in known)
-    low, middle = errors[0], errors[len(errors) // 2]
-    top = middle + 4 * (middle - low)
-    if len(errors) >= 8 and low < top < errors[-1]:
-        axes.set_ylim(low - 0.08 * (top - low), top)
+    outside = 0
+    if len(known) >= 8:
+        outside = without_outliers(axes, [_value(record) for record in known], metric, reach=5)
+    if outside:
+        upper = metric.goal == "min"
         axes.annotate(
-            f"{sum(error > top for error in errors)} more above", (1, 1), ha="right", va="bottom",
-            xycoords="axes fraction", fontsize=7.5, color=GREY,
+            f"{outside} more {'above' if upper else 'below'}", (1, int(upper)), ha="right",
+            va="bottom", xycoords="axes fraction", fontsize=7.5, color=GREY,
         )  # fmt: skip
 
 
-def _upper_edge(axes: Axes, records: Sequence[RunRecord], edge_bytes: int, factor: int) -> None:
-    for state, (colour, marker, label) in ENDED_BADLY.items():
-        peaks = [min(_peak(record) or 0, edge_bytes) for record in records if record.state == state]
+def _worst_edge(
+    axes: Axes, records: Sequence[RunRecord], edge_bytes: int, factor: int, height: float
+) -> None:
+    for outcome, (colour, marker, label) in ENDED_BADLY.items():
+        peaks = [min(_peak(r) or 0, edge_bytes) for r in records if r.outcome is outcome]
         if peaks:
             axes.scatter(
                 [peak / factor for peak in peaks],
-                [0.965] * len(peaks),
+                [height] * len(peaks),
                 transform=axes.get_xaxis_transform(),
                 marker=marker, color=colour, s=34, linewidth=1.3, label=label, zorder=4,
             )  # fmt: skip
@@ -175,15 +183,16 @@ def _beside(axes: Axes, record: RunRecord, factor: int, text: str, up: float, **
 
 
 def _at(record: RunRecord, factor: int) -> tuple[float, float]:
-    return (record.demand_bytes or 0) / factor, _error(record)
+    return (record.demand_bytes or 0) / factor, _value(record)
 
 
 def _peak(record: RunRecord) -> int | None:
     """Return the measured peak, and the predicted one for a run that has none or ran out."""
-    if record.state == "completed" or record.state == "over_budget":
+    if record.outcome.trained:
         return record.demand_bytes
     return record.predicted_peak_bytes or record.demand_bytes
 
 
-def _error(record: RunRecord) -> float:
-    return float("inf") if record.error is None else record.error
+def _value(record: RunRecord) -> float:
+    assert record.value is not None
+    return record.value

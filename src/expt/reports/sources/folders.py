@@ -12,18 +12,17 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from expt.errors import ConfigError
-from expt.reports.records import RunRecord, RunSet, State, flattened
+from expt.job import Metric
+from expt.reports.records import RunRecord, RunSet, flattened
 from expt.reports.sources.studies import StudyError, with_study
-from expt.result import FILE_NAME, LAUNCH_NAME, RunResult, load_launch, load_result
+from expt.result import FILE_NAME, LAUNCH_NAME, Outcome, RunResult, load_launch, load_result
 from expt.search.winner import FILE_NAME as SWEEP_NAME
 
 CONFIG_NAME = "config.yaml"
-OUT_OF_MEMORY = ("out_of_memory", "RecoveryError", "OutOfMemoryError", "BrokenStepError")
-"""Beginnings of a run's `stop_reason` that mean that memory was not enough."""
 KEY = "report.runs"
 
 
-def runs_in_folders(patterns: Sequence[str], metric: str) -> RunSet:
+def runs_in_folders(patterns: Sequence[str]) -> RunSet:
     """Return every run in folders that are given by name or as globs.
 
     Raises:
@@ -38,7 +37,7 @@ def runs_in_folders(patterns: Sequence[str], metric: str) -> RunSet:
             f"and {FILE_NAME}. Give a run's, a multirun's or a search's folder"
         )
     names = _names(list(found))
-    records = [read_run(folder, names[folder], metric) for folder in found]
+    records = [read_run(folder, names[folder]) for folder in found]
     records.sort(key=lambda record: (record.started, record.name))
     runs = RunSet(tuple(records), ", ".join(patterns))
     summaries = {path for folder in folders for path in folder.rglob(SWEEP_NAME)}
@@ -46,7 +45,7 @@ def runs_in_folders(patterns: Sequence[str], metric: str) -> RunSet:
     studies = {path.parent for path in summaries if any(path.parent.glob("trial_*"))}
     if len(studies) == 1:
         try:
-            return with_study(runs, studies.pop(), metric)
+            return with_study(runs, studies.pop())
         except StudyError as error:
             return replace(runs, notes=(*runs.notes, str(error)))
     if len(studies) > 1:
@@ -86,7 +85,7 @@ def run_folders(folder: Path) -> Iterator[Path]:
             yield run
 
 
-def read_run(folder: Path, name: str, metric: str) -> RunRecord:
+def read_run(folder: Path, name: str) -> RunRecord:
     """Return what a run's folder says."""
     settings = _settings(folder)
     launch = load_launch(folder)
@@ -95,17 +94,18 @@ def read_run(folder: Path, name: str, metric: str) -> RunRecord:
     result = load_result(folder)
     if result is None:
         return RunRecord(
-            name, "unfinished", settings=settings, started=started, run_dir=str(folder),
+            name, Outcome.unfinished, settings=settings, started=started, run_dir=str(folder),
             cwd=cwd, preset=settings.get("memory.preset"), detail="no result was written",
         )  # fmt: skip
-    state, detail = state_of(result)
     metrics = {key: value for key, value in result.metrics.items() if value is not None}
     memory = result.memory
     return RunRecord(
         name,
-        state,
-        error=metrics.get(metric) if state == "completed" else None,
+        result.outcome,
         metrics=metrics,
+        described=described(result),
+        monitor=result.monitor,
+        fingerprint=result.data_fingerprint,
         settings=settings,
         preset=result.preset,
         device=result.device,
@@ -122,19 +122,22 @@ def read_run(folder: Path, name: str, metric: str) -> RunRecord:
         run_dir=str(folder),
         cwd=cwd,
         run_id=result.tracking.get("run_id"),
-        detail=detail,
+        detail=detail_of(result),
     )
 
 
-def state_of(result: RunResult) -> tuple[State, str]:
-    """Return how a run ended, and what went wrong if something did."""
-    if result.status == "completed":
-        return "completed", ""
-    if result.stop_reason.startswith(OUT_OF_MEMORY):
-        return "out_of_memory", "ran out of memory"
-    if result.status == "stopped":
-        return "stopped", result.stop_reason
-    return "failed", result.stop_reason
+def described(result: RunResult) -> dict[str, Metric]:
+    """Return the metrics of a run by their bare names, also of one whose record describes none."""
+    stored = [Metric.from_dict(one) for one in result.metrics_meta]
+    known = [result.metric(name) for name in result.metrics if "/" in name]
+    return {metric.name: metric for metric in (*stored, *known)}
+
+
+def detail_of(result: RunResult) -> str:
+    """Return what went wrong, empty if nothing did."""
+    if result.outcome is Outcome.completed:
+        return ""
+    return "ran out of memory" if result.outcome is Outcome.out_of_memory else result.stop_reason
 
 
 def _settings(folder: Path) -> dict[str, str]:

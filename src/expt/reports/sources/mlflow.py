@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Sequence
 
 from expt.errors import ConfigError
-from expt.reports.records import KIND_STATES, RunRecord, RunSet, State
-from expt.reports.sources.folders import OUT_OF_MEMORY
+from expt.reports.records import RunRecord, RunSet
+from expt.reports.sources.folders import described, detail_of
+from expt.result import Outcome, RunResult, Status
 from expt.tracking.query import NotThereError, StoredRun, runs_of_experiment, runs_under
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")
-STATUSES: dict[str, State] = {"FINISHED": "completed", "FAILED": "failed", "KILLED": "stopped"}
+STATUSES: dict[str, Status] = {
+    "FINISHED": "completed", "FAILED": "failed", "KILLED": "stopped",
+}  # fmt: skip
+"""From MLflow's word for the end of a run to the one in its ``result.json``."""
 
 
 def is_run_id(text: str) -> bool:
@@ -20,7 +25,7 @@ def is_run_id(text: str) -> bool:
     return RUN_ID.fullmatch(text) is not None
 
 
-def runs_by_id(uri: str | None, run_ids: Sequence[str], metric: str) -> RunSet:
+def runs_by_id(uri: str | None, run_ids: Sequence[str]) -> RunSet:
     """Return the training runs under runs of a tracking store.
 
     Raises:
@@ -31,10 +36,10 @@ def runs_by_id(uri: str | None, run_ids: Sequence[str], metric: str) -> RunSet:
         found = [run for run_id in run_ids for run in runs_under(_given(uri), run_id)]
     except NotThereError as error:
         raise ConfigError(f"report.runs: {error}; tracking.uri says where to look") from error
-    return _as_set(found, f"MLflow run {', '.join(run_ids)}", metric)
+    return _as_set(found, f"MLflow run {', '.join(run_ids)}")
 
 
-def runs_by_filter(uri: str | None, experiment: str, words: str | None, metric: str) -> RunSet:
+def runs_by_filter(uri: str | None, experiment: str, words: str | None) -> RunSet:
     """Return the training runs of an experiment.
 
     Raises:
@@ -47,9 +52,7 @@ def runs_by_filter(uri: str | None, experiment: str, words: str | None, metric: 
         raise ConfigError(
             f"report.experiment={experiment}: {error}; tracking.uri says where to look"
         ) from error
-    return _as_set(
-        found, f"MLflow experiment {experiment}" + (f", {words}" if words else ""), metric
-    )
+    return _as_set(found, f"MLflow experiment {experiment}" + (f", {words}" if words else ""))
 
 
 def _given(uri: str | None) -> str:
@@ -61,7 +64,7 @@ def _given(uri: str | None) -> str:
     return uri
 
 
-def _as_set(found: Sequence[StoredRun], source: str, metric: str) -> RunSet:
+def _as_set(found: Sequence[StoredRun], source: str) -> RunSet:
     """Keep what is a training, in the order of their starts."""
     trainings = {run.run_id: run for run in found if _is_training(run)}
     if not trainings:
@@ -69,25 +72,22 @@ def _as_set(found: Sequence[StoredRun], source: str, metric: str) -> RunSet:
             f"{source}: there is no training run ({len(found)} of other kinds); give another "
             "experiment, filter or run"
         )
-    records = [as_record(run, metric) for run in trainings.values()]
+    records = [as_record(run) for run in trainings.values()]
     return RunSet(tuple(sorted(records, key=lambda record: record.started)), source)
 
 
 def _is_training(run: StoredRun) -> bool:
     """Tell a training, or a trial that would have been one, from everything else."""
-    if run.tags.get("trial.kind") == "duplicate":
+    if Outcome.parse(run.tags.get("trial.kind")) is Outcome.duplicate:
         return False
     return "model._target_" in run.parameters or run.tags.get("kind") == "trial"
 
 
-def as_record(run: StoredRun, metric: str) -> RunRecord:
+def as_record(run: StoredRun) -> RunRecord:
     """Return what the store knows of a run."""
-    state: State = STATUSES.get(run.status, "unfinished")
-    detail = "" if state == "completed" else run.tags.get("stop_reason", "")
-    if state == "failed" and detail.startswith(OUT_OF_MEMORY):
-        state, detail = "out_of_memory", "ran out of memory"
+    result = as_result(run)
     kind = run.tags.get("trial.kind")
-    state = KIND_STATES.get(str(kind), state)
+    outcome = result.outcome if run.status in STATUSES else Outcome.unfinished
     metrics = {name: value for name, value in run.metrics.items() if math.isfinite(value)}
     number = run.tags.get("trial.number", "")
     preset = run.tags.get("preset")
@@ -98,9 +98,11 @@ def as_record(run: StoredRun, metric: str) -> RunRecord:
 
     return RunRecord(
         f"trial {number}" if number else run.name,
-        state,
-        error=metrics.get(metric) if state in ("completed", "over_budget") else None,
+        outcome if kind is None else Outcome.parse(kind),
         metrics=metrics,
+        described=described(result),
+        monitor=result.monitor,
+        fingerprint=result.data_fingerprint,
         settings=run.parameters,
         preset=None if preset == "None" else preset,
         device=run.tags.get("device"),
@@ -114,5 +116,22 @@ def as_record(run: StoredRun, metric: str) -> RunRecord:
         run_dir=run.tags.get("run_dir"),
         run_id=run.run_id,
         trial=int(number) if number.isdigit() else None,
-        detail=detail,
+        detail=detail_of(result) if run.status in STATUSES else "",
     )
+
+
+def as_result(run: StoredRun) -> RunResult:
+    """Return a stored run as its ``result.json`` has it, as far as the store says.
+
+    Runs of earlier versions do not describe their metrics, and name their data by the series alone.
+    """
+    result = RunResult(STATUSES.get(run.status, "failed"), run.tags.get("stop_reason", ""))
+    result.unit = run.parameters.get("data.unit", result.unit)
+    result.metrics = dict(run.metrics)
+    try:
+        result.metrics_meta = json.loads(run.tags["metrics"])
+        result.monitor = run.tags["monitor"]
+        result.data_fingerprint = run.tags["data.fingerprint"]
+    except (KeyError, ValueError):
+        pass
+    return result

@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expt.config.search_node import MAE
-from expt.reports.records import KIND_STATES, RunRecord, RunSet
-from expt.search.trial import KIND
+from expt.job import Metric
+from expt.reports.records import RunRecord, RunSet
+from expt.result import Outcome
+from expt.search.metric import metric_of
+from expt.search.trial import kind_of
 from expt.search.winner import FILE_NAME, SweepSummary
 from expt.uri import HIDDEN
 
@@ -27,7 +29,7 @@ class StudyError(Exception):
     """A study cannot be read; the message says which and why, for a note in the report."""
 
 
-def with_study(runs: RunSet, folder: Path, metric: str) -> RunSet:
+def with_study(runs: RunSet, folder: Path) -> RunSet:
     """Return the trials of the study in `folder`, with what is known of the runs they trained.
 
     Trials that were never started are there too; one that repeats another is left out. Runs from
@@ -40,7 +42,17 @@ def with_study(runs: RunSet, folder: Path, metric: str) -> RunSet:
     summary = SweepSummary.load(folder)
     if summary is None:
         raise StudyError(f"{folder / FILE_NAME} cannot be read")
-    study = load(summary)
+    return joined(runs, load(summary), summary.budget_bytes, folder)
+
+
+def joined(runs: RunSet, study: Study, budget_bytes: int | None, folder: Path) -> RunSet:
+    """Return the trials of a study that is open, as `with_study` does.
+
+    Raises:
+        StudyError: it has no trials.
+
+    """
+    metric = metric_of(study)
     by_folder = {
         str(Path(record.run_dir).resolve()): record for record in runs.records if record.run_dir
     }
@@ -48,16 +60,15 @@ def with_study(runs: RunSet, folder: Path, metric: str) -> RunSet:
     space: dict[str, Any] = {}
     parameters: dict[int, dict[str, Any]] = {}
     for trial in study.get_trials(deepcopy=False):
-        kind = trial.user_attrs.get(KIND)
-        if kind == "duplicate":
+        if kind_of(trial) is Outcome.duplicate:
             continue
         run_dir = trial.user_attrs.get("run_dir")
         run = by_folder.get(str(Path(run_dir).resolve())) if run_dir else None
-        records.append(_record(trial, run, summary.budget_bytes, metric))
+        records.append(_record(trial, run, budget_bytes, metric))
         space |= trial.distributions
         parameters[trial.number] = trial.params
     if not records:
-        raise StudyError(f"the study {summary.study} has no trials yet")
+        raise StudyError(f"the study {study.study_name} has no trials yet")
     home = folder.resolve()
     others = [
         record
@@ -67,7 +78,7 @@ def with_study(runs: RunSet, folder: Path, metric: str) -> RunSet:
     return replace(
         runs,
         records=tuple(sorted([*records, *others], key=lambda record: record.started)),
-        study=None if others else summary.study,
+        study=None if others else study.study_name,
         space=space,
         parameters=parameters,
     )
@@ -112,26 +123,28 @@ def _storage(where: str) -> Any:
 
 
 def _record(
-    trial: FrozenTrial, run: RunRecord | None, budget_bytes: int | None, metric: str
+    trial: FrozenTrial, run: RunRecord | None, budget_bytes: int | None, metric: Metric
 ) -> RunRecord:
     """Join a trial and its run; the study decides how it ended, the run knows its figures."""
     attributes: Mapping[str, Any] = trial.user_attrs
-    kind = attributes.get(KIND)
+    outcome = kind_of(trial) or Outcome.unfinished
     started = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
     settings = {name: str(value) for name, value in trial.params.items()}
-    base = run or RunRecord(f"trial {trial.number}", "unfinished", settings=settings)
-    state = KIND_STATES.get(str(kind), "unfinished")
-    error = base.metrics.get(metric)
-    if metric == MAE and trial.values:  # what the study was told: with repeats, the mean of seeds
-        error = trial.values[0]
+    base = run or RunRecord(
+        f"trial {trial.number}", outcome, settings=settings, monitor=metric.name
+    )
+    metrics = dict(base.metrics)
+    if trial.values:  # what the study was told: with repeats, the mean of seeds
+        metrics[f"val/{metric.name}"] = trial.values[0]
     peak = attributes.get("peak_bytes")
     demand = attributes.get("demand_bytes")
     reserved = base.peak_reserved_bytes if demand in (None, peak) else demand
     return replace(
         base,
         name=f"trial {trial.number}",
-        state=state,
-        error=error if state in ("completed", "over_budget") else None,
+        outcome=outcome,
+        metrics=metrics,
+        described={metric.name: metric, **base.described},
         settings={**base.settings, **settings},
         predicted_peak_bytes=attributes.get("predicted_peak_bytes", base.predicted_peak_bytes),
         peak_allocated_bytes=base.peak_allocated_bytes if peak is None else peak,
@@ -141,5 +154,5 @@ def _record(
         started=started,
         run_id=attributes.get("run_id", base.run_id),
         trial=trial.number,
-        detail=attributes.get("error") or ("" if kind == "complete" else str(kind or "")),
+        detail=attributes.get("error") or ("" if outcome is Outcome.completed else outcome.words),
     )
