@@ -26,7 +26,7 @@ from common import RESULTS, ROOT, load, markdown, provenance, source_line, stamp
 from sweep_searches import SPACE, run_ours, run_stock
 
 from expt.files import replace_atomically
-from expt.search.trial import OVER
+from expt.result import Outcome
 from expt.units import parse_bytes
 
 NAME = "sweep"
@@ -85,8 +85,8 @@ def compare(folder: Path, arguments: argparse.Namespace, seed: int) -> dict[str,
 def figures(rows: Sequence[Mapping[str, Any]], count: int) -> dict[str, Any]:
     """Return what the first `count` trials come to."""
     rows = rows[:count]
-    trained = [row for row in rows if row["kind"] == "complete"]
-    wasted = [row for row in rows if row["kind"] in OVER]
+    trained = [row for row in rows if _kind(row) is Outcome.completed]
+    wasted = [row for row in rows if _kind(row).columns.over]
     return {
         "launched": len(rows),
         "trained": len(trained),
@@ -98,11 +98,15 @@ def figures(rows: Sequence[Mapping[str, Any]], count: int) -> dict[str, Any]:
     }
 
 
+def _kind(row: Mapping[str, Any]) -> Outcome:
+    return Outcome.parse(row["kind"])  # also of rows that were recorded in the words of before
+
+
 def nth_trained(rows: Sequence[Mapping[str, Any]], count: int) -> int:
     """Return how many trials were launched by the time that `count` were trained, or all."""
     trained = 0
     for index, row in enumerate(rows, 1):
-        trained += row["kind"] == "complete"
+        trained += _kind(row) is Outcome.completed
         if trained == count:
             return index
     return len(rows)
@@ -151,7 +155,7 @@ def as_good_after(search: Mapping[str, Any]) -> str:
 def reached(rows: Sequence[Mapping[str, Any]], error: float | None) -> float | None:
     """Return the seconds after which a search had an error this small, None if it never had."""
     for row in rows:
-        if error is not None and row["kind"] == "complete" and row["val_mae"] <= error:
+        if error is not None and _kind(row) is Outcome.completed and row["val_mae"] <= error:
             return float(row["at_seconds"])
     return None
 
@@ -182,10 +186,10 @@ def draw(axes: Any, color: str, side: str, rows: Sequence[Mapping[str, Any]]) ->
     """Draw one search."""
     times, best, crosses = [], [], []
     for row in rows:
-        if row["kind"] == "complete":
+        if _kind(row) is Outcome.completed:
             best.append(min([row["val_mae"], *best[-1:]]))
             times.append(row["at_seconds"] / 60)
-        elif row["kind"] in OVER and best:
+        elif _kind(row).columns.over and best:
             crosses.append((row["at_seconds"] / 60, best[-1]))
     if best:
         times.append(rows[-1]["at_seconds"] / 60)

@@ -28,15 +28,15 @@ import optuna
 from common import kept, markdown, provenance, source_line, store
 from faulty_model import CRASH, DIE, HANG, NAN, OUT_OF_MEMORY
 
+from expt.result import Outcome
 from expt.run.process import identity, is_alive
-from expt.search.trial import KIND, STARTED
+from expt.search.trial import KIND, STARTED, kind_of
 from expt.search.winner import SweepSummary
 
 NAME = "sweep_faults"
 STUDY = "faults"
 BUDGET = "48MiB"
 FAULTS = (0, OUT_OF_MEMORY, NAN, DIE, HANG, CRASH)
-STATUSES = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}
 MODEL = "_target_: faulty_model.Faulty\nwidth: 8\nfault: 0\n"
 SEARCH = """# @package _global_
 defaults:
@@ -163,13 +163,15 @@ class FaultRun:
                 differences.append(f"trial {trial.number} has no run")
                 continue
             tags = run.data.tags
-            wanted = (STATUSES[trial.state.name], trial.state.name, trial.user_attrs.get(KIND))
+            kind = kind_of(trial) or Outcome.unfinished
+            wanted = (kind.columns.tracker_status, trial.state.name, kind.value)
             found = (run.info.status, tags.get("trial.state"), tags.get("trial.kind"))
             if wanted != found:
                 differences.append(f"trial {trial.number}: {wanted} in the study, {found}")
             value = run.data.metrics.get("best_val/mae")
-            trained = trial.user_attrs.get(KIND) == "complete"
-            if trained and (value is None or abs(value - (trial.value or 0)) > 1e-6):
+            if kind is Outcome.completed and (
+                value is None or abs(value - (trial.value or 0)) > 1e-6
+            ):
                 differences.append(f"trial {trial.number}: {trial.value} in the study, {value}")
         return {
             "runs_of_trials": len(children),

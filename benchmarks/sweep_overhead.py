@@ -78,7 +78,7 @@ def per_suggestion(folder: Path) -> dict[str, Any]:
                 params={"x": index / TOLD, "lr": 1e-3, "width": 8 << index % 4},
                 distributions=dict(space.distributions),
                 value=1.0 + index % 7,
-                user_attrs={KIND: "complete"},
+                user_attrs={KIND: "completed"},
                 constraints={"peak_memory": -0.1},
             )
             for index in range(TOLD)

@@ -1,6 +1,6 @@
 """The two searches that `sweep.py` compares: each run in a folder, gone on with, and read back.
 
-Both give rows, one for each trial that was launched, in order: its kind (see `expt.search.trial`),
+Both give rows, one for each trial that was launched, in order: its kind (an `expt.result.Outcome`),
 its error, its peak, and the seconds of search that had passed when it ended.
 """
 
@@ -23,8 +23,8 @@ from common import ROOT
 from optuna.trial import FrozenTrial
 
 from expt.files import write_json
-from expt.result import load_result
-from expt.search.trial import KIND, STARTED
+from expt.result import Outcome, load_result
+from expt.search.trial import KIND, STARTED, kind_of
 
 SPACE = {
     "model.embed_dim": "choice(16,32,48,64)",
@@ -55,7 +55,7 @@ def run_ours(folder: Path, lines: Sequence[str], trials: int, seed: int) -> dict
     started = [trial for trial in told if trial.user_attrs.get(STARTED)]
     spans = _spans(folder, "ours")
     return {
-        "not_started": sum(trial.user_attrs[KIND] == "infeasible_predicted" for trial in told),
+        "not_started": sum(kind_of(trial) is Outcome.predicted_over for trial in told),
         "rows": [
             _row(trial, trial.user_attrs[KIND], trial.user_attrs.get("peak_bytes"), spans)
             for trial in started
@@ -188,7 +188,6 @@ def _stock_kind(folder: Path, trial: FrozenTrial) -> tuple[str, int | None]:
     first = [path for path in parts if int(path.name[6:]) <= trial.number][-1]
     result = load_result(first / str(trial.number - int(first.name[6:])))
     if result is None:
-        return "crashed", None
-    if result.status == "completed":
-        return "complete", result.memory["peak_allocated_bytes"]
-    return ("oom" if result.stop_reason == "out_of_memory" else "crashed"), None
+        return Outcome.failed.value, None
+    peak = result.memory["peak_allocated_bytes"] if result.status == "completed" else None
+    return result.outcome.value, peak

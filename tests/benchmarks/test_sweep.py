@@ -115,7 +115,7 @@ def test_a_stock_trial_is_known_by_its_result(tmp_path: Path) -> None:
         result.save(tmp_path / folder)
     (tmp_path / "stock_spans.json").write_text(json.dumps([]))
     kinds = [_stock_kind(tmp_path, SimpleNamespace(number=number)) for number in (0, 1, 4)]
-    assert kinds == [("crashed", None), ("oom", None), ("complete", 7)]
+    assert kinds == [("failed", None), ("out_of_memory", None), ("completed", 7)]
     database = tmp_path / "stock.db"
     assert _states(database) == []
     study = optuna.create_study(study_name="stock", storage=f"sqlite:///{database}")

@@ -1,4 +1,4 @@
-"""A data set of one's own whose metric is to be high: search, expansion and report go up with it."""
+"""A data set of one's own whose metric is to be high: search, expansion, report go up with it."""
 
 from __future__ import annotations
 
@@ -139,8 +139,10 @@ def test_started_again_it_says_the_best_in_the_metrics_words(here, expt, capfd) 
     code, out, err = expt("-m", "--config-dir=conf", "search=toy", *LINES, small=False)
     assert code == 0, err
     assert "best: trial" in out and "val accuracy 1.000, test accuracy 1.000, peak" in out
-    code, _, err = expt("-m", "--config-dir=conf", "search=toy", *LINES, "trainer.monitor=loss",
-                        "search.study=other", "search.objectives=[val/accuracy]", small=False)  # fmt: skip
+    code, _, err = expt(
+        "-m", "--config-dir=conf", "search=toy", *LINES, "trainer.monitor=loss",
+        "search.study=other", "search.objectives=[val/accuracy]", small=False,
+    )  # fmt: skip
     assert code == 2
     assert "search.objectives=['val/accuracy']: trials are compared by" in err
     assert "val/loss" in err

@@ -15,6 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from optuna.samplers import RandomSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -125,7 +131,7 @@ class Reservations:
 
     def _take(self, trial: Trial, adopted: bool) -> Reserved:
         for name, one in self.space.distributions.items():
-            trial._suggest(name, one)  # what a killed worker had not come to
+            suggest(trial, name, one)  # what a killed worker had not come to
         trial.set_user_attr(WORKER, {**self.me, "beat": round(time.time())})
         self._mine.add(trial.number)
         return Reserved(trial, adopted, self._earlier(trial))
@@ -156,6 +162,17 @@ class Reservations:
             since = now
         self._seen[trial.number] = (worker["beat"], since)
         return now - since < SILENT_SECONDS
+
+
+def suggest(trial: Trial, name: str, one: BaseDistribution) -> None:
+    """Give a trial its value of a setting, if it has none yet."""
+    if isinstance(one, CategoricalDistribution):
+        trial.suggest_categorical(name, one.choices)
+    elif isinstance(one, IntDistribution):
+        trial.suggest_int(name, one.low, one.high, step=one.step, log=one.log)
+    else:
+        assert isinstance(one, FloatDistribution)
+        trial.suggest_float(name, one.low, one.high, step=one.step, log=one.log)
 
 
 def counts(trial: FrozenTrial) -> bool:

@@ -56,13 +56,13 @@ def step_problems(base: Sequence[str], steps: Sequence[str], forced: Sequence[st
     plain = compose(CONFIG_NAME, overrides=list(base))
     given = {key(line) for line in forced}
     for number, step in enumerate(steps):
-        problem = _never(step, given) or _problem(plain, base, steps[:number], step)
+        problem = _forbidden(step, given) or _problem(plain, base, steps[:number], step)
         if problem is not None:
             found.append(f"expand.steps: {step}: {problem}")
     return found
 
 
-def _never(step: str, forced: Set[str]) -> str | None:
+def _forbidden(step: str, forced: Set[str]) -> str | None:
     """Say why a step of this key would change nothing, or not what is trained."""
     name = key(step)
     if among(name, NO_STEPS):
@@ -84,9 +84,9 @@ def _problem(
 ) -> str | None:
     if "=" not in step:
         return "a step is one setting, like model.num_stages=3"
-    many = _many(plain, step)
-    if many is not None:
-        return many
+    several = _several(plain, step)
+    if several is not None:
+        return several
     try:
         cfg = compose(CONFIG_NAME, overrides=[*base, step])
     except (HydraException, OmegaConfBaseException) as error:
@@ -102,7 +102,7 @@ def _problem(
     return None
 
 
-def _many(plain: DictConfig, step: str) -> str | None:
+def _several(plain: DictConfig, step: str) -> str | None:
     """Say why a step is more than one setting: a choice of a group, or a dictionary."""
     name, value = key(step).partition("@")[0], step.partition("=")[2].strip()
     group = name in plain or name in ONLY_CHOSEN
