@@ -117,3 +117,8 @@ def test_a_fingerprint_that_a_search_changes_on_purpose_parts_nothing(record) ->
     ]
     assert len(shown(*runs, space={"data.horizon": None})) == 1
     assert len(shown(*runs, space={"data.batch_size": None})) == 2
+
+
+def test_a_class_that_has_moved_since_is_the_same_one(record) -> None:
+    earlier = {**SPEEDS, "data._target_": "expt.data.traffic.TrafficData"}
+    assert len(shown(record("a", 1.0, settings=SPEEDS), record("b", 1.0, settings=earlier))) == 1

@@ -188,7 +188,7 @@ def test_a_study_of_an_earlier_version_is_gone_on_with():
     trial.set_user_attr(KIND, "complete")
     begun.tell(trial, 3.5)
     now = {"model._target_": "expt.jobs.traffic.stid.STID", "trainer.epochs": 4,
-           "trainer.monitor": None}  # fmt: skip
+           "trainer.monitor": None, "memory.batch_norm": "batch"}  # fmt: skip
     study = opened(storage, setting=now)
     assert metric_of(study) == EARLIER
     assert kind_of(study.trials[0]) is Outcome.completed
@@ -196,3 +196,7 @@ def test_a_study_of_an_earlier_version_is_gone_on_with():
     assert (found.finished, found.best["val/mae"]) == (1, 3.5)
     with pytest.raises(ConfigError, match=r"another setting: trainer.monitor differs"):
         opened(storage, setting={**now, "trainer.monitor": "rmse"})
+    with pytest.raises(ConfigError, match=r"another setting: memory.batch_norm differs"):
+        opened(storage, setting={**now, "memory.batch_norm": "frozen"})
+    with pytest.raises(ConfigError, match=r"another setting: model.width differs"):
+        opened(storage, setting={**now, "model.width": 8})

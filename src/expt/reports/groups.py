@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
+from expt.config.moved import current
 from expt.reports.records import RunRecord, RunSet
 
 NODE, TARGET, PATH, UNIT = "data.", "data._target_", "data.path", "data.unit"
@@ -107,6 +108,7 @@ def _identity(record: RunRecord, varied: Mapping[str, object]) -> Settings:
         for name, value in settings.items()
         if _is_measured_on(name) and name not in names
     }
+    found[TARGET] = current(settings[TARGET])
     found.setdefault(UNIT, "mph")  # what a record from before the setting was in
     path = found.get(PATH, NONE)
     if path != NONE and "://" not in path and record.cwd is not None:

@@ -13,15 +13,18 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import optuna
+from omegaconf import OmegaConf
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.study import Study, StudyDirection
 
+from expt.config.moved import current
+from expt.config.schema import MemoryConfig, TrainerConfig
 from expt.config.search_node import PEAK
 from expt.errors import ConfigError, StorageError, UserError
 from expt.files import write_text
@@ -36,6 +39,8 @@ log = logging.getLogger(__name__)
 PREFIX = "expt."
 """Of the study's attributes that say which search it is."""
 JOURNALS = (".journal", ".log")
+SCHEMAS = {"trainer": TrainerConfig, "memory": MemoryConfig}
+"""Groups whose settings have defaults that a study may not name."""
 DATABASE_NAME = "optuna.db"
 LOCK_WAIT_SECONDS = 60
 """For a SQLite file that another process writes to."""
@@ -303,14 +308,11 @@ def _another(name: str) -> str:
 def _difference(name: str, key: str, known: Any, value: Any) -> str | None:
     """Say how a study differs from what it is asked to go on with, None if it does not.
 
-    A setting that an earlier version did not have was null; a class of ours is known by its name
-    alone, since the modules were elsewhere then.
+    What an earlier version did not have yet was as the default is now.
     """
     if isinstance(known, dict) and isinstance(value, dict):
         changed = sorted(
-            part
-            for part in known.keys() | value.keys()
-            if _bare(known.get(part)) != _bare(value.get(part))
+            part for part in known.keys() | value.keys() if _now(known, part) != _now(value, part)
         )
         if not changed:
             return None
@@ -322,10 +324,16 @@ def _difference(name: str, key: str, known: Any, value: Any) -> str | None:
     return f"search.study={name} was begun with {what}; {_another(name)}"
 
 
-def _bare(value: Any) -> Any:
-    """Return a class of ours without its module, anything else as it is."""
-    ours = isinstance(value, str) and value.startswith("expt.")
-    return value.rpartition(".")[2] if ours else value
+def _now(settings: Mapping[str, Any], name: str) -> Any:
+    """Return a setting as this version has it: a class by its present name, else its default."""
+    if name in settings:
+        value = settings[name]
+        return current(value) if isinstance(value, str) else value
+    group, _, rest = name.partition(".")
+    if group not in SCHEMAS:
+        return None
+    defaults = OmegaConf.to_container(OmegaConf.structured(SCHEMAS[group]), enum_to_str=True)
+    return OmegaConf.select(OmegaConf.create(cast(dict[str, Any], defaults)), rest)
 
 
 TOKEN_NAME, ATTRIBUTE = "study.token", "expt.folder"
