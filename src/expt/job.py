@@ -181,7 +181,10 @@ class DataSet(Protocol):
         """Return a new accumulator of the figures that `metrics` declares."""
 
     def fingerprint(self) -> str:
-        """Return a short hash of the values, so that two runs can be told to share data."""
+        """Return a short hash of what figures depend on: the values, their splits, their unit.
+
+        Two runs with the same one can be compared.
+        """
 
 
 class ResidentDataSet(DataSet, Protocol):

@@ -44,4 +44,7 @@ def test_runs_are_ranked_by_what_most_of_them_monitored(record) -> None:
     found = ranked_by(more, None)
     assert (found.metric.name, found.metric.goal) == ("val/accuracy", "max")
     assert [one.value for one in found.records] == [None, 0.5, None, 0.75]
-    assert ranked_by(more, "val/mae").metric.unit == "mph"
+    (note,) = found.notes
+    assert note.startswith("Some runs monitored val/mae; all are ranked by val/accuracy.")
+    chosen = ranked_by(more, "val/mae")
+    assert (chosen.metric.unit, chosen.notes) == ("mph", ())

@@ -159,18 +159,24 @@ def _begins(name: str, beginnings: Iterable[str]) -> bool:
 
 
 SPLITS = {"val": "validation", "test": "test"}
+MONITORED_ELSE = (
+    "Some runs monitored {}; all are ranked by {}. report.metric=NAME ranks by another."
+)
 
 
-def ranked_by(runs: RunSet, name: str | None) -> RunSet:
+def ranked_by(runs: RunSet, given: str | None) -> RunSet:
     """Return the runs with their figures of a metric, like ``val/mae``; None: what they monitored.
 
     What the runs describe differently, they describe as most of them do.
     """
     records = runs.records
-    name = name or _monitored(records)
+    name = given or _monitored(records)
     bare = name.rpartition("/")[2]
     described = Counter(r.described[bare] for r in records if bare in r.described).most_common(1)
     metric = described[0][0] if described else Metric(bare, label=_label(bare))
+    others = sorted({f"val/{r.monitor}" for r in records if r.metrics} - {name})
+    if given is None and others:
+        runs = replace(runs, notes=(*runs.notes, MONITORED_ELSE.format(", ".join(others), name)))
     return replace(
         runs,
         metric=replace(metric, name=name),

@@ -35,7 +35,7 @@ from expt.run.process import Worker, WorkerError
 from expt.search.metric import EARLIER, metric_of_trials
 from expt.search.request import Request
 from expt.search.runner import setting
-from expt.search.space import Space, choices, line, plain
+from expt.search.space import Space, plain
 from expt.search.trial import Prediction
 
 log = logging.getLogger(__name__)
@@ -123,12 +123,13 @@ def learn_metric(request: Request, space: Space, worker: Worker) -> Metric:
         ConfigError: `trainer.monitor` names none of the data set's metrics.
 
     """
-    first = {name: (choices(one) or [one.low])[0] for name, one in space.distributions.items()}  # type: ignore[attr-defined]
-    data = [line(name, value) for name, value in first.items() if _is_data(name)]
+    first = space.lines(space.first_point())
+    varied = [line for line in first if key(line).partition(".")[0] == "data"]
+    tries = [request.given, [*request.given, *varied]] if varied else [request.given]
+    seconds = request.config.plan_time_limit_seconds
     reason = ""
     try:
-        for lines in (request.given, [*request.given, *data])[: 2 if data else 1]:
-            seconds = request.config.plan_time_limit_seconds
+        for lines in tries:
             found = worker.call(base_metric, list(lines), request.own, seconds=seconds)
             if found.get("problems"):
                 raise ConfigError(found["problems"])
@@ -146,10 +147,6 @@ def learn_metric(request: Request, space: Space, worker: Worker) -> Metric:
             "is taken to be monitored, and lower to be better"
         )
     return known
-
-
-def _is_data(name: str) -> bool:
-    return key(name).partition(".")[0] == "data"
 
 
 def checker(cfg: DictConfig, own: str | None = None) -> Callable[[str], str | None]:
@@ -219,16 +216,18 @@ def base_facts(given: list[str], own: str | None) -> dict[str, Any]:
 def base_metric(given: list[str], own: str | None) -> dict[str, Any]:
     """Return the metric that these settings monitor, as ``metric``, or why there is none.
 
-    ``problems`` are mistakes in the settings; ``reason`` is why the data set cannot be asked here.
+    ``problems`` is what is wrong with `trainer.monitor`; ``reason`` is why there is no data set to
+    ask, with these settings or on this machine.
     """
     try:
         settings = validated(compose_lines(given, own), {key(line) for line in given})
         data: DataSet = build(settings, "data")
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        return {"reason": first_lines(error)}
+    try:
         return {"metric": monitored(data.metrics, settings.trainer.monitor).as_dict()}
     except ConfigError as error:
         return {"problems": error.problems}
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        return {"reason": first_lines(error)}
 
 
 def preset_values(

@@ -102,6 +102,10 @@ class Space:
         """Return a point as settings of a command line."""
         return [line(name, params[name]) for name in self.distributions]
 
+    def first_point(self) -> dict[str, Any]:
+        """Return a point of the first choices, and of some value in each interval."""
+        return {name: _samples(one)[0] for name, one in self.distributions.items()}
+
     def point(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the part of `values` that lies in the space, as the study writes it."""
         found = {}
