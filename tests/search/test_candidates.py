@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from expt.run.process import WorkerError
-from expt.search.candidates import TrialJobs, advise, base_facts, checker, predict, preset_values
+from expt.search.candidates import (
+    TrialJobs,
+    advise,
+    base_facts,
+    base_metric,
+    checker,
+    predict,
+    preset_values,
+)
 
 SMALL = ["search=debug", "model.num_stages=1", "data.batch_size=4"]
 MIB = 1024**2
@@ -124,3 +132,20 @@ def test_a_trial_does_not_learn_the_address_of_the_study(tmp_path):
     lines = TrialJobs(given, None, tmp_path, None).lines(3, ["model.dropout=0.1"])
     assert not any(line.startswith(("search.storage", "memory.plan_file")) for line in lines)
     assert "search=debug" in lines
+
+
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        ([], ("metric", "mae")),
+        (["trainer.monitor=rmse"], ("metric", "rmse")),
+        (["trainer.monitor=auc"], ("problems", "trainer.monitor=auc: the data set has no such")),
+        (["data.path=nowhere.npz"], ("reason", "there is no such file")),
+        (["data=nothing"], ("reason", "nothing")),
+    ],
+)
+def test_the_metric_of_these_settings_or_what_stands_in_the_way(home, lines, found):
+    answer = base_metric(["tracking=none", *lines], None)
+    kind, words = found
+    assert list(answer) == [kind]
+    assert words in str(answer[kind])
