@@ -23,7 +23,9 @@ def test_the_defaults_are_sound():
         ({"retry": 2}, "search.retry must be 0 or 1"),
         ({"trial_time_limit_seconds": 0.0}, "search.trial_time_limit_seconds must be a positive"),
         ({"plan_time_limit_seconds": float("inf")}, "search.plan_time_limit_seconds must be"),
-        ({"objectives": ["test/mae"]}, "search.objectives must be [val/mae] or"),
+        ({"objectives": ["test/mae"]}, "search.objectives must be [val] or [val,peak_memory]"),
+        ({"objectives": []}, "search.objectives must be [val] or"),
+        ({"objectives": ["peak_memory"]}, "search.objectives must be [val] or"),
         (
             {"objectives": ["val/mae", "peak_memory"], "pruner": Pruner.median},
             "search.pruner=median compares one figure",

@@ -26,6 +26,7 @@ from expt.config.schema import TrackingConfig
 from expt.config.search_node import SearchConfig
 from expt.result import Outcome
 from expt.search.loop import Search
+from expt.search.metric import EARLIER, objectives_of
 from expt.search.records import Records
 from expt.search.reservation import Reservations
 from expt.search.runner import Job
@@ -107,8 +108,8 @@ def work(url: str, folder: Path, seed: int) -> None:
     storage = open_storage(url)
     with reservations.locked():
         reservations.study = open_study(
-            config.study, storage, sampler, make_pruner(config.pruner, 1), config.objectives,
-            {"space": space.as_json()},
+            config.study, storage, sampler, make_pruner(config.pruner, 1),
+            objectives_of(config.objectives, EARLIER), EARLIER, {"space": space.as_json()},
         )  # fmt: skip
     (folder / f"open.{seed}").touch()
     while len(list(folder.glob("open.*"))) < 2:  # neither begins before the other can
