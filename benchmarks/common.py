@@ -110,7 +110,7 @@ def kept(name: str, again: bool) -> bool:
 
 
 def store(name: str, result: Mapping[str, Any], tables: str, more: str = "") -> None:
-    """Write ``results/NAME.json`` and ``.md``, and put the tables, not `more`, into docs/results.md."""
+    """Write ``results/NAME.json`` and ``.md``, and put the tables, not `more`, into the page."""
     write_json(RESULTS / f"{name}.json", dict(result))
     write_text(RESULTS / f"{name}.md", f"{tables}\n{more}" if more else tables)
     text = PAGE.read_text(encoding="utf-8")
