@@ -62,7 +62,7 @@ def foreign(
     device: str,
 ) -> PlannedStep:
     """Return a training step of a model from elsewhere, planned before the device is touched."""
-    from expt.memory.planning.planning import plan
+    from expt.memory.planning.predict import plan
 
     predicted = plan(
         made.model,

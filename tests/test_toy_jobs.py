@@ -44,7 +44,7 @@ def test_the_best_epoch_is_the_one_of_the_highest_accuracy(expt, toys, clips, ho
     assert ("data_seconds" in history[-1]) == (name == "clips")
     predicted = result.memory["predicted_peak_bytes"]
     peak = result.memory["peak_allocated_bytes"]
-    assert predicted == pytest.approx(peak, rel=0.05, abs=2048)  # indices are not counted
+    assert predicted == pytest.approx(peak, rel=0.05, abs=16 * 1024)  # a few small tensors
 
 
 def test_another_metric_can_be_monitored_and_a_wrong_one_is_refused(expt, toys, home) -> None:

@@ -23,7 +23,7 @@ def recommend(composed, monkeypatch):
         calls: list[tuple] = []
 
         def made_up(settings, data, target, techniques, precision):
-            from expt.memory.planning.planning import Plan
+            from expt.memory.planning.predict import Plan
 
             size = 32 // techniques.gradient_accumulation
             share = (0.5 if precision.value in ("auto", "bf16") else 1.0) * (

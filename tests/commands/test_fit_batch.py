@@ -9,7 +9,7 @@ import pytest
 
 from expt.commands import fit_batch
 from expt.config.validate import validated
-from expt.memory.planning.peak_plan import CATEGORIES, Plan
+from expt.memory.planning.plan import CATEGORIES, Plan
 from expt.run.batch_size import fit
 from expt.run.build import build
 from expt.units import MIB

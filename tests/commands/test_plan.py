@@ -12,7 +12,7 @@ import torch
 
 from expt.commands import plan as module
 from expt.config.validate import validated
-from expt.memory.planning.peak_plan import CATEGORIES
+from expt.memory.planning.plan import CATEGORIES
 from expt.run import planner as foresight
 from expt.run.build import build
 from expt.tracking.tracker import NullTracker

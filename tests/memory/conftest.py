@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
+from expt.memory.measuring.ledger import dense_parts
+
 Loss = Callable[[Callable[..., object], object], Tensor]
 
 
@@ -17,13 +19,18 @@ def profiled_peak(step: Callable[[], object], live: Iterable[Tensor]) -> int:
     """Return the highest sum of allocations during `step`, plus what was alive before."""
     from torch.profiler import ProfilerActivity, profile
 
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in live}
+    before = _bytes(live)  # nothing here may hold what the step lets go of
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = profiler.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     highest = max(itertools.accumulate((change for _, change in changes), initial=0))
-    return sum(storages.values()) + highest
+    return before + highest
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    parts = [part for tensor in tensors for part in dense_parts(tensor.detach())]
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in parts}.values())
 
 
 @pytest.fixture
@@ -61,5 +68,34 @@ def measured() -> Callable[..., int]:
         state = tree_iter(list(optimizer.state.values()))
         tensors = [value for value in state if isinstance(value, Tensor)]
         return profiled_peak(step, [*model.parameters(), *model.buffers(), *tensors])
+
+    return measure
+
+
+@pytest.fixture
+def measured_step() -> Callable[..., int]:
+    """A function that takes steps of any form, and returns the highest of their peaks."""
+
+    def measure(
+        model_fn: Callable[[], nn.Module],
+        batch_fn: Callable[[], object],
+        optimizer_fn: Callable[[list[nn.Parameter]], object],
+        step_fn: Callable[..., object],
+        steps: int,
+    ) -> int:
+        model = model_fn()
+        optimizer = optimizer_fn(list(model.parameters()))
+        optimizers = list(optimizer.values()) if isinstance(optimizer, dict) else [optimizer]
+
+        def live() -> list[Tensor]:
+            slots = [one.state for one in optimizers]
+            gradients = [weight.grad for weight in model.parameters()]
+            tree = (list(model.parameters()), gradients, [list(s.values()) for s in slots])
+            return [leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor)]
+
+        return max(
+            profiled_peak(lambda: step_fn(model, optimizer, batch_fn()), iter(live()))
+            for _ in range(steps)
+        )
 
     return measure

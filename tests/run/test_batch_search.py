@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from expt.memory.planning.planning import Plan
+from expt.memory.planning.predict import Plan
 from expt.run.batch_size import MAX_TRACES, Limit, largest
 
 

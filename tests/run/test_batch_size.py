@@ -8,7 +8,7 @@ import pytest
 
 from expt.config.validate import validated
 from expt.errors import ConfigError
-from expt.memory.planning.peak_plan import CATEGORIES, Plan
+from expt.memory.planning.plan import CATEGORIES, Plan
 from expt.run import batch_size as fitting
 from expt.run import planner as foresight
 from expt.run.build import build

@@ -15,7 +15,7 @@ from expt.config.schema import Device, Precision, TrainerConfig
 from expt.config.settings import Settings
 from expt.config.validate import validated
 from expt.errors import ConfigError
-from expt.memory.planning.planning import Plan
+from expt.memory.planning.predict import Plan
 from expt.memory.techniques.techniques import Techniques
 from expt.run import planner as foresight
 from expt.run.build import assemble, build, techniques_of

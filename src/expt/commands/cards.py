@@ -24,7 +24,7 @@ from expt.config.validate import validated
 from expt.errors import ConfigError
 from expt.files import write_json, write_text
 from expt.job import DataSet
-from expt.memory.planning.planning import Plan
+from expt.memory.planning.predict import Plan
 from expt.memory.techniques.checkpointing import Checkpointing
 from expt.run.batch_size import Limit, largest, predicted
 from expt.run.build import build, techniques_of

@@ -27,7 +27,7 @@ from expt.files import write_json
 from expt.job import DataSet
 from expt.memory.measuring.budget import Budget
 from expt.memory.measuring.meter import meter_for
-from expt.memory.planning.planning import Target
+from expt.memory.planning.predict import Target
 from expt.memory.recovery.attempt import Success, attempt, release, shortage
 from expt.memory.recovery.recovery import Recovery
 from expt.run.batch_size import Fit, Limit, fit, with_batch_size

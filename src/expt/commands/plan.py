@@ -18,7 +18,7 @@ from expt.config.settings import RunContext, Settings
 from expt.config.validate import validated
 from expt.files import write_json
 from expt.memory.measuring.device_memory import host_bytes
-from expt.memory.planning.planning import Plan
+from expt.memory.planning.predict import Plan
 from expt.result import PLAN_NAME
 from expt.run.build import build
 from expt.run.planner import (

@@ -26,8 +26,8 @@ PUBLIC = {
     "OomReport": "expt.memory.diagnosis.oom",
     "classify_oom": "expt.memory.diagnosis.oom",
     "diagnose_error": "expt.memory.diagnosis.diagnosis",
-    "Plan": "expt.memory.planning.planning",
-    "plan": "expt.memory.planning.planning",
+    "Plan": "expt.memory.planning.predict",
+    "plan": "expt.memory.planning.predict",
     "recover": "expt.memory.recovery.decorator",
 }
 """Module by public name."""

@@ -23,7 +23,7 @@ from expt.config.settings import RunContext, Settings
 from expt.errors import ConfigError, ExptError
 from expt.job import DataSet
 from expt.memory.measuring.budget import Budget
-from expt.memory.planning.planning import Plan, Target
+from expt.memory.planning.predict import Plan, Target
 from expt.result import load_launch
 from expt.run.build import build, smaller_sizes, techniques_of
 from expt.run.overflow import too_small_for_weights

@@ -18,7 +18,7 @@ from expt.errors import ConfigError, UserError, first_line
 from expt.job import DataSet
 from expt.memory.measuring.budget import Budget
 from expt.memory.measuring.device_memory import total_bytes
-from expt.memory.planning.planning import Plan, Target
+from expt.memory.planning.predict import Plan, Target
 from expt.memory.recovery.ladder import PLANNED_LADDER, adapt, changes
 from expt.memory.techniques.techniques import Techniques
 from expt.run.build import build, smaller_sizes, techniques_of

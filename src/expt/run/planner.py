@@ -20,7 +20,7 @@ from expt.config.settings import Settings
 from expt.errors import ConfigError, ExptError
 from expt.job import Batch, DataSet, is_resident
 from expt.memory.measuring.budget import Budget
-from expt.memory.planning.planning import Plan, Target, plan
+from expt.memory.planning.predict import Plan, Target, plan
 from expt.memory.techniques.techniques import Techniques, apply
 from expt.run.build import build, build_model, build_optimizer, techniques_of
 from expt.training.batches import Examples, kept_on_device
@@ -108,6 +108,7 @@ def plan_training(
         prepare=prepare,
         resident=kept_on_device(data),
         averaged=settings.trainer.ema_decay is not None,
+        outputs_held=False,
     )
 
 

@@ -17,7 +17,7 @@ from expt import __version__
 from expt.errors import StorageError
 from expt.files import write_json
 from expt.memory.measuring.meter import MemoryMeter
-from expt.memory.planning.planning import Plan
+from expt.memory.planning.predict import Plan
 from expt.memory.recovery.event import OomEvent
 from expt.memory.watching.manager import MemoryManager
 from expt.result import PLAN_NAME, RunResult

@@ -24,7 +24,7 @@ from expt.errors import RecoveryError, UserError
 from expt.files import write_text
 from expt.job import Cached, DataSet, Plotted, monitored
 from expt.memory.measuring.budget import Budget
-from expt.memory.planning.planning import Plan
+from expt.memory.planning.predict import Plan
 from expt.memory.techniques.batch_norm import batch_statistics
 from expt.memory.techniques.wrapping import bare
 from expt.result import RunResult, load_launch, save_launch

@@ -27,7 +27,7 @@ from expt.config.validate import argument_problems, validated
 from expt.errors import ConfigError, UserError, nearest
 from expt.job import DataSet, Metric, monitored
 from expt.memory.measuring.budget import Budget
-from expt.memory.planning.planning import Plan, Target
+from expt.memory.planning.predict import Plan, Target
 from expt.run.build import build
 from expt.run.overflow import what_fits
 from expt.run.planner import plan_training

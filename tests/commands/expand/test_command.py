@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from expt.commands.expand import probe as module
-from expt.memory.planning.planning import Plan
+from expt.memory.planning.predict import Plan
 from expt.result import RunResult, load_launch
 from expt.run.process import Ended
 

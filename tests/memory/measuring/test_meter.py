@@ -5,8 +5,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from expt.memory.measuring.budget_ledger import BudgetLedger
 from expt.memory.measuring.meter import (
+    LEDGER_EVALUATIONS,
     LEDGER_STEPS,
+    BudgetMeter,
     CudaMeter,
     LedgerMeter,
     MemoryMeter,
@@ -34,10 +37,11 @@ def test_the_ledger_watches_the_first_steps_only() -> None:
     assert meter.peak_allocated_bytes() == LEDGER_STEPS * KIB
 
 
-def test_the_ledger_watches_one_evaluation_batch() -> None:
+def test_the_ledger_watches_the_first_evaluation_batches_only() -> None:
     meter = LedgerMeter()
-    with meter.evaluation():
-        allocate(5)
+    for _ in range(LEDGER_EVALUATIONS):
+        with meter.evaluation():
+            allocate(5)
     with meter.evaluation():
         allocate(100)
     with meter.step():
@@ -109,6 +113,40 @@ def test_a_resumed_run_keeps_the_higher_peak() -> None:
 def test_the_name_says_how_much_is_watched() -> None:
     assert f"first {LEDGER_STEPS} steps" in LedgerMeter().name
     assert "ledger" in LedgerMeter().name
+
+
+def unfolding(meter: LedgerMeter, steps: int = LEDGER_STEPS) -> int:
+    """Convolve in three dimensions, which unfolds the input inside the kernel."""
+    layer, x = torch.nn.Conv3d(4, 4, 3, padding=1), torch.randn(1, 4, 8, 32, 32)
+    for _ in range(steps):
+        with meter.step():
+            layer(x).sum().backward()
+            layer.zero_grad()
+    return x.nbytes
+
+
+def test_what_kernels_hold_inside_is_measured() -> None:
+    meter, blind = LedgerMeter(), LedgerMeter()
+    count = unfolding(meter)
+    unfolding(blind, LEDGER_STEPS - 1)
+    assert blind.peak_allocated_bytes() < 5 * count
+    assert meter.peak_allocated_bytes() > 20 * count
+
+
+def test_a_ledger_that_enforces_a_budget_says_what_it_cannot_see() -> None:
+    with BudgetLedger(2**40) as ledger:
+        meter = BudgetMeter(ledger)
+        assert "cannot see" not in meter.name
+        count = unfolding(meter)
+        assert "cannot see" in meter.name
+        assert meter.peak_allocated_bytes() < 5 * count, "the budget's own count stays"
+
+
+def test_a_profiler_that_is_on_is_left_alone() -> None:
+    meter = LedgerMeter()
+    with torch.autograd.profiler.profile():
+        unfolding(meter)
+    assert meter.peak_allocated_bytes() > 0
 
 
 def test_the_process_is_measured_in_bytes() -> None:

@@ -1,16 +1,13 @@
-"""What takes the place of a trace: a real step if the model is small, else what is known."""
+"""What takes the place of a trace: real steps if the model is small, else what is known."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from expt.memory import Plan, plan
 from expt.memory.measuring.ledger import StorageLedger
@@ -21,27 +18,30 @@ LAYER = (WIDTH * WIDTH + WIDTH) * 4
 
 
 class Branching(nn.Module):
-    """Looks at its values: there is nothing to see in fake ones."""
+    """Looks at values that follow from weights: there are none in fake ones."""
 
     def __init__(self) -> None:
         super().__init__()
         self.one, self.two = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.two(self.one(x)) if x.sum() > -1e9 else self.one(x)
+        y = self.one(x)
+        return self.two(y) if y.sum() > -1e9 else y
 
 
 class Selecting(Branching):
     def forward(self, x: Tensor) -> Tensor:
-        return self.one(x)[x[:, 0] > -1e9]
+        y = self.one(x)
+        return y[y[:, 0] > -1e9]
 
 
 class Foreign(Branching):
     def forward(self, x: Tensor) -> Tensor:
-        return self.one(x) * float(x.detach().numpy().max())
+        y = self.one(x)
+        return self.two(y) * float(y.detach().numpy().max())
 
 
-class Wrapping(Branching):
+class Wrapping(Foreign):
     def forward(self, x: Tensor) -> Tensor:
         try:
             return super().forward(x)
@@ -107,7 +107,7 @@ def test_a_real_step_leaves_nothing_and_is_not_counted() -> None:
 )
 def test_a_large_one_is_added_up_and_has_no_upper_bound(monkeypatch, name, value) -> None:
     monkeypatch.setattr(estimate, name, value)
-    planned = predict(Branching, resident=[data := torch.ones(77)])
+    planned = predict(Foreign, resident=[data := torch.ones(77)])
     assert planned.method == "estimate"
     assert planned.by_category == {
         "parameters": 2 * LAYER,
@@ -127,7 +127,7 @@ def test_a_large_one_is_added_up_and_has_no_upper_bound(monkeypatch, name, value
 
 
 def test_weights_alone_are_counted_without_being_made() -> None:
-    class Big(Branching):
+    class Big(Foreign):
         def __init__(self) -> None:
             super().__init__()
             self.table = nn.Parameter(torch.empty(2**32))  # 16 GiB
@@ -147,34 +147,26 @@ def test_the_users_own_error_is_not_swallowed(real) -> None:
         predict(Wrong if real else Early)
 
 
-@pytest.mark.parametrize(
-    ("error", "known"),
-    [
-        (DataDependentOutputException(torch.ops.aten.equal.default), True),
-        (RuntimeError(".numpy() is not supported for tensor subclasses."), True),
-        (NotImplementedError("aten::x: attempted to run this operator with Meta tensors"), True),
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x16 and 3x3)"), False),
-        (NotImplementedError('Module [Net] is missing the required "forward" function'), False),
-        (ValueError("width must be even"), False),
-        (MemoryError(), False),
-    ],
-)
-def test_what_is_about_fake_tensors_is_told_from_the_rest(error, known) -> None:
-    assert (estimate.untraceable(error) is not None) == known
-    wrapped = ValueError("my layer failed")
-    wrapped.__cause__ = error
-    assert (estimate.untraceable(wrapped) is not None) == known
+def test_the_reason_names_the_error_and_the_users_line() -> None:
+    (note, *_) = predict(Wrapping).notes
+    assert "RuntimeError: " in note
+    assert f"{__file__}:" in note, "not a line of torch's"
 
 
-def test_it_is_loaded_by_the_oldest_torch_that_is_allowed(monkeypatch) -> None:
-    from torch._subclasses import fake_tensor
+def test_a_large_model_that_asks_for_values_is_traced_with_stated_answers(monkeypatch) -> None:
+    monkeypatch.setattr(estimate, "MAX_REAL_BYTES", 0)
+    planned, straight = predict(Branching), predict(Plain)
+    assert planned.method == "trace"
+    (note,) = [note for note in planned.notes if "not known" in note]
+    assert f"a boolean at {__file__}:" in note
+    assert "False" in note
+    assert planned.peak_bytes < straight.peak_bytes, "the other way through the model"
+    low, high = planned.interval_bytes
+    assert low < straight.peak_bytes < high, "and the interval has both"
 
-    monkeypatch.delattr(fake_tensor, "FakeTensorDeviceMismatchError", raising=False)  # torch 2.11
-    place = sys.modules["expt.memory.planning.estimate"].__file__
-    spec = importlib.util.spec_from_file_location("estimate_of_2_11", place)
-    assert spec is not None and spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    assert all(issubclass(kind, Exception) for kind in loaded.UNTRACEABLE)
-    words = "Unhandled FakeTensor Device Propagation for aten.mm, found two different devices"
-    assert loaded.untraceable(RuntimeError(words))
+
+def test_an_error_of_the_users_is_in_the_note_where_the_model_is_too_large(monkeypatch) -> None:
+    monkeypatch.setattr(estimate, "MAX_REAL_BYTES", 0)
+    planned = predict(Wrong)
+    assert planned.interval_bytes[1] is None
+    assert __file__ in planned.notes[0]

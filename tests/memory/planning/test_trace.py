@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from expt.memory.planning.fake import build_fake, fake_mode
+from expt.memory.planning.fake import build_fake
+from expt.memory.planning.hybrid import HybridFakeMode
 from expt.memory.planning.trace import FAR, Storage, StorageTrace, find_peak
 
 KIB = 1024
@@ -19,7 +20,7 @@ def live(trace: StorageTrace) -> int:
 
 
 def test_births_and_deaths_of_fake_and_real_storages_are_events() -> None:
-    for mode in (fake_mode(), torch.no_grad()):
+    for mode in (HybridFakeMode(), torch.no_grad()):
         trace = StorageTrace()
         with mode, trace:
             one = torch.empty(256)
@@ -36,7 +37,7 @@ def test_births_and_deaths_of_fake_and_real_storages_are_events() -> None:
 
 
 def test_phases_and_modules_are_noted() -> None:
-    mode = fake_mode()
+    mode = HybridFakeMode()
     model = build_fake(lambda: nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Tanh())), mode)
     trace = StorageTrace()
     with mode, trace, trace.naming(model):
@@ -54,7 +55,7 @@ def test_phases_and_modules_are_noted() -> None:
 
 
 def test_a_module_that_raises_is_left_again() -> None:
-    mode = fake_mode()
+    mode = HybridFakeMode()
     model = build_fake(lambda: nn.Linear(4, 4), mode)
     trace = StorageTrace()
     with mode, trace, trace.naming(model):
@@ -66,7 +67,7 @@ def test_a_module_that_raises_is_left_again() -> None:
 
 
 def test_a_category_is_given_and_a_module_kept() -> None:
-    with fake_mode():
+    with HybridFakeMode():
         weight, other = torch.empty(10), torch.empty(20)
         trace = StorageTrace()
         with trace:
@@ -79,7 +80,7 @@ def test_a_category_is_given_and_a_module_kept() -> None:
 def test_a_real_tensor_and_its_fake_views_are_one_storage() -> None:
     data = torch.ones(1000)
     trace = StorageTrace()
-    with fake_mode(), trace:
+    with HybridFakeMode(), trace:
         trace.enter([data], "inputs")
         parts = data[:10], *data[10:].chunk(3)
         assert live(trace) == 4000
@@ -97,7 +98,7 @@ def test_a_real_tensor_and_its_fake_views_are_one_storage() -> None:
 
 def test_a_view_outlives_its_real_base() -> None:
     trace, held = StorageTrace(), [torch.ones(100)]
-    with fake_mode(), trace:
+    with HybridFakeMode(), trace:
         view = held[0][:10]
         held.clear()
         gc.collect()
@@ -110,7 +111,7 @@ def test_a_view_outlives_its_real_base() -> None:
 
 def test_a_constant_that_is_made_on_the_way_is_counted_once() -> None:
     trace = StorageTrace()
-    with fake_mode(), trace:
+    with HybridFakeMode(), trace:
         constant = torch.tensor([1.0, 2.0])
         gc.collect()
         assert live(trace) == 8
@@ -130,7 +131,7 @@ def test_a_storage_may_be_resized() -> None:
 
 def test_a_bias_is_added_in_place_as_without_a_trace() -> None:
     # While it is watched, torch adds it out of place; see `in_place_sums`.
-    mode = fake_mode()
+    mode = HybridFakeMode()
     weight, bias = torch.empty(5, 4), torch.empty(5)
     trace = StorageTrace()
     with mode, trace, torch.no_grad():
@@ -144,16 +145,36 @@ def test_a_bias_is_added_in_place_as_without_a_trace() -> None:
 
 def test_a_count_of_steps_is_answered_inside_the_optimizer_only() -> None:
     trace = StorageTrace()
-    with fake_mode(), trace:
-        count = torch.empty(())
+    with HybridFakeMode() as mode, trace:
+        count = torch.zeros(())
         trace.step_begins()
         assert count.item() == FAR
+        with trace.outside_step():
+            assert count.item() == 0, "a closure has its own numbers"
         trace.step_ends()
-        with (
-            trace.phase("optimizer_step"),
-            pytest.raises(RuntimeError, match="_local_scalar_dense"),
-        ):
-            count.item()
+        with trace.phase("optimizer_step"):
+            assert count.item() == 0
+        assert not mode.questions
+
+
+def test_the_phases_of_anybodys_loop_are_told_apart() -> None:
+    mode = HybridFakeMode()
+    with mode.faking():
+        weight = torch.empty(1000, 1000, requires_grad=True)
+    trace = StorageTrace()
+    with mode, trace, trace.finding_phases():
+        loss = (torch.empty(1000, 1000) @ weight).square().sum()
+        loss.backward()
+        trace.step_begins()
+        with torch.no_grad():
+            change = weight.grad * 2
+        trace.step_ends()
+        after = weight.detach() + 1
+    made = [storage.phase for storage in trace.storages if storage.bytes >= 4_000_000]
+    assert list(dict.fromkeys(made[1:])) == ["forward", "backward", "optimizer_step"]
+    assert made[-1] == "forward" and change.shape == after.shape
+    kept = [s.category for s in trace.storages if s.phase == "forward" and s.bytes >= 4_000_000]
+    assert "activations" in kept
 
 
 def made(trace: StorageTrace, *changes: tuple[int, int]) -> StorageTrace:
@@ -184,7 +205,7 @@ def test_the_peak_is_looked_for_from_a_start_and_with_rounding() -> None:
 
 
 def test_the_backward_pass_and_its_gradients_are_seen() -> None:
-    mode = fake_mode()
+    mode = HybridFakeMode()
     trace = StorageTrace()
     with mode:
         weight: Tensor = torch.empty(100, 100, requires_grad=True)

@@ -27,7 +27,7 @@ from expt.config.settings import RunContext, Settings
 from expt.config.validate import validated
 from expt.errors import ExptError
 from expt.job import Metric
-from expt.memory.planning.planning import Plan, Target
+from expt.memory.planning.predict import Plan, Target
 from expt.result import Outcome, RunResult, load_launch, load_result
 from expt.run.build import build
 from expt.run.planner import plan_training

@@ -6,14 +6,21 @@ import resource
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
+from expt.memory.measuring.allocations import Allocations, can_be_watched
 from expt.memory.measuring.ledger import StorageLedger
+from expt.units import format_bytes
 
-if TYPE_CHECKING:
-    import torch
+SPOKEN_OF = 0.01
+"""Share of the peak from which on what a ledger cannot see is spoken of."""
+LEDGER_STEPS = 3
+"""Optimizer steps that are watched: state is made in the first, the second shows the peak of
+tensors, and in the third torch's allocator tells what kernels hold inside on top of them."""
+LEDGER_EVALUATIONS = 2
+"""Evaluation batches that are watched, the second by the allocator."""
 
 
 class MemoryMeter(Protocol):
@@ -47,34 +54,38 @@ class MemoryMeter(Protocol):
         """Take over the peaks of the part of the run before it was resumed."""
 
 
-LEDGER_STEPS = 3
-"""Optimizer steps the ledger watches: state is made in the first, the second shows the peak."""
-
-
 class LedgerMeter:
-    """A ledger over the first optimizer steps and one evaluation batch."""
+    """A ledger over the first optimizer steps and evaluation batches.
 
-    name = f"ledger of tensor storages over the first {LEDGER_STEPS} steps and 1 evaluation batch"
+    What a kernel takes inside is invisible to a ledger. The last step and the last batch run
+    without it, and the allocator's own events say how much was taken on top of what it had counted.
+    """
+
+    name = (
+        f"ledger of tensor storages over the first {LEDGER_STEPS} steps and {LEDGER_EVALUATIONS} "
+        "evaluation batches, with what kernels hold inside"
+    )
 
     def __init__(self) -> None:
         self._ledger = StorageLedger()
         self._steps_left = LEDGER_STEPS
-        self._evaluations_left = 1
+        self._evaluations_left = LEDGER_EVALUATIONS
         self._before = 0
+        self._with_kernels = 0
 
     def step(self) -> AbstractContextManager[object]:
         """Watch one optimizer step, if it is one of the first."""
         if self._steps_left == 0:
             return nullcontext()
         self._steps_left -= 1
-        return self._watch()
+        return self._watch(last=self._steps_left == 0)
 
     def evaluation(self) -> AbstractContextManager[object]:
-        """Watch one evaluation batch, if it is the first."""
+        """Watch one evaluation batch, if it is one of the first."""
         if self._evaluations_left == 0:
             return nullcontext()
         self._evaluations_left -= 1
-        return self._watch()
+        return self._watch(last=self._evaluations_left == 0)
 
     def captured(self, captured: bool) -> None:
         """Do nothing: only CUDA's work is captured."""
@@ -90,7 +101,7 @@ class LedgerMeter:
 
     def peak_allocated_bytes(self) -> int | None:
         """Return the peak of what was watched, or None if nothing was yet."""
-        return max(self._ledger.peak_bytes, self._before) or None
+        return max(self._ledger.peak_bytes, self._with_kernels, self._before) or None
 
     def peak_reserved_bytes(self) -> int | None:
         """Return None: the CPU has no caching allocator."""
@@ -101,27 +112,51 @@ class LedgerMeter:
         self._before = max(self._before, peak_allocated_bytes or 0)
 
     @contextmanager
-    def _watch(self) -> Iterator[None]:
-        with self._ledger:
+    def _watch(self, last: bool) -> Iterator[None]:
+        if not last or not can_be_watched():
+            with self._ledger:
+                yield
+            return
+        held = self._ledger.allocated_bytes
+        with Allocations() as allocations:
             yield
+        self._with_kernels = max(self._with_kernels, held + allocations.highest_bytes)
 
 
 class BudgetMeter(LedgerMeter):
-    """Reads the ledger that enforces a budget, and so is on all the time."""
+    """Reads the ledger that enforces a budget, and so is on all the time.
 
-    name = "ledger of tensor storages over the whole run, which enforces the budget"
+    What kernels hold inside is not in the budget; `name` says how much more that was at most.
+    """
 
     def __init__(self, ledger: StorageLedger) -> None:
         super().__init__()
         self._ledger = ledger
+        self._unseen = 0
 
-    def step(self) -> AbstractContextManager[object]:
-        """Watch one optimizer step; the ledger is on."""
-        return nullcontext()
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """What is read, and what it cannot see."""
+        words = "ledger of tensor storages over the whole run, which enforces the budget"
+        if self._unseen <= SPOKEN_OF * self._ledger.peak_bytes:
+            return words
+        return f"{words}; it cannot see {format_bytes(self._unseen)} that kernels hold inside"
 
-    def evaluation(self) -> AbstractContextManager[object]:
-        """Watch one evaluation batch; the ledger is on."""
-        return nullcontext()
+    @contextmanager
+    def _watch(self, last: bool) -> Iterator[None]:
+        if not last or not can_be_watched():
+            yield
+            return
+        ledger = self._ledger
+        held, peak = ledger.allocated_bytes, ledger.peak_bytes
+        ledger.reset_peak()
+        try:
+            with Allocations() as allocations:
+                yield
+            unseen = held + allocations.highest_bytes - ledger.peak_bytes
+            self._unseen = max(unseen, self._unseen)
+        finally:
+            ledger.peak_bytes = max(peak, ledger.peak_bytes)
 
 
 def meter_for(

@@ -28,11 +28,13 @@ from torch.utils._pytree import tree_iter
 
 from expt.memory.measuring.in_place_sums import InPlaceSums
 from expt.memory.measuring.ledger import dense_parts
-from expt.memory.planning.scratch import lstm_workspace
+from expt.memory.planning.cpu_scratch import lstm_workspace, whole_result
+from expt.memory.planning.kernel_memory import Call, Kernels, bound, call_of, settle
 
 DEVICE_OF = torch.ops.prim.device.default
 """Asked for by most Python code that touches a tensor; answered without dispatching further."""
 
+SPARSE_OF_PARTS = torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors.default
 ITEM_OF = torch.ops.aten._local_scalar_dense.default
 
 FAR = 1000.0
@@ -63,19 +65,26 @@ class StorageTrace(TorchDispatchMode):
     def __init__(
         self,
         scratch_of: Callable[[Any, tuple[Any, ...], Any], tuple[str, int] | None] | None = None,
+        runs_kernels: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.storages: list[Storage] = []
         self.events: list[tuple[int, int, int]] = []
         self.phases: list[str] = ["build"]
         self.scratch: list[tuple[int, int, str]] = []  # (event, bytes, name)
+        self.runs_kernels = runs_kernels
+        self.kernels = Kernels()
         self._scratch_of = scratch_of
         self._in_place_sums = InPlaceSums()
         self._numbers: dict[int, int] = {}  # storage's address -> number
         self._holders: dict[int, int] = {}  # addresses by number, where there is more than one
         self._modules: list[str] = []
         self._names: dict[int, str] = {}
-        self._stepping = False
+        self._stepping = 0
+        self._counting = True
+        self._automatic = False
+        self._paused = False
+        self.calls: list[tuple[int, Call]] = []  # operators that may hold something, by event
 
     def __torch_dispatch__(
         self,
@@ -88,37 +97,122 @@ class StorageTrace(TorchDispatchMode):
         if func is DEVICE_OF and hasattr(args[0], "fake_device"):
             return args[0].fake_device
         kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():  # shapes are computed by code that modes would see
+            return self._record(func, args, kwargs)
+
+    def _record(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self._paused:
+            return func(*args, **kwargs)
         name = func.name() if hasattr(func, "name") else str(func)
+        if self._automatic:
+            self._find_phase()
         self._enter_all((args, kwargs), name, made=False)
-        if func is ITEM_OF and self._stepping:
+        if func is ITEM_OF and self._asks_for_count(args[0]):
             return FAR  # a count of steps, or what follows from one
         in_place = self._in_place_sums.has(func, args)
         result = lstm_workspace(func, args, func(*args, **kwargs))
+        if self.runs_kernels:
+            result = whole_result(func, args, result)
+        if func is SPARSE_OF_PARTS:  # its parts are the operands, which had to be made again
+            for part in tree_iter(args[3:5]):
+                self._hand_over(part)
         if in_place and result.nbytes == args[0].nbytes:
             self._hand_over(args[0])
         if args and getattr(func, "is_view", False):
             self._share(args[0], result)
         self._enter_all(result, name, made=True)
-        if self._scratch_of is not None and (found := self._scratch_of(func, args, result)):
-            self.scratch.append((len(self.events) - 1, found[1], found[0]))
+        if self._scratch_of is not None:
+            self._note_scratch(func, args, kwargs, result)
         return result
+
+    def _note_scratch(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        assert self._scratch_of is not None
+        event = len(self.events) - 1
+        if found := self._scratch_of(func, args, result):
+            self.scratch.append((event, found[1], found[0]))
+        if self.runs_kernels and (call := call_of(func, args, kwargs, result)) is not None:
+            self.calls.append((event, call))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Say which part of the step runs inside."""
+        outer = "between" if self.phases[-1] == "build" else self.phases[-1]
         self.phases.append(name)
         try:
             yield
         finally:
+            self.phases.append(outer)
+
+    def _asks_for_count(self, tensor: Tensor) -> bool:
+        return bool(self._stepping) and self._counting and tensor.dtype is not torch.bool
+
+    @contextmanager
+    def finding_phases(self) -> Iterator[None]:
+        """Tell the parts of a step apart by what runs inside, whoever wrote it."""
+        self._automatic = True
+        try:
+            yield
+        finally:
+            self._automatic = False
+            self.mark("forward", "activations")
             self.phases.append("between")
 
-    def step_begins(self) -> None:
-        """Say that an optimizer steps from now on, in whatever phase."""
-        self._stepping = True
+    def _find_phase(self) -> None:
+        phase = "forward"
+        if self._stepping:
+            phase = "optimizer_step"
+        elif torch._C._current_autograd_node() is not None:
+            phase = "backward"
+        if phase != self.phases[-1]:
+            if self.phases[-1] == "forward":
+                self.mark("forward", "activations")
+            self.phases.append(phase)
+
+    def mark(self, phase: str, category: str) -> None:
+        """Give what a phase made and left alive a category."""
+        for number in self.alive():
+            storage = self.storages[number]
+            if storage.made and storage.phase == phase and not storage.category:
+                storage.category = category
+
+    def step_begins(self, counting: bool = True) -> None:
+        """Say that an optimizer steps from now on, in whatever phase.
+
+        `counting`: what it reads are counts of steps, not losses.
+        """
+        self._stepping += 1
+        self._counting = counting
 
     def step_ends(self) -> None:
         """Say that the optimizer has stepped."""
-        self._stepping = False
+        self._stepping -= 1
+
+    @contextmanager
+    def outside_step(self) -> Iterator[None]:
+        """Say that an optimizer that steps calls the loss again."""
+        stepping, self._stepping = self._stepping, 0
+        try:
+            yield
+        finally:
+            self._stepping = stepping
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Record nothing inside."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def live_bytes(self) -> int:
+        """Return what is alive now."""
+        return sum(self.storages[number].bytes for number in self.alive())
+
+    def numbers(self, tensors: Iterable[Tensor]) -> list[int]:
+        """Return the numbers of tensors' storages, of those that have one."""
+        keys = [tensor.untyped_storage()._cdata for tensor in _dense(tensors)]
+        return [self._numbers[key] for key in keys if key in self._numbers]
 
     @contextmanager
     def naming(self, model: nn.Module) -> Iterator[None]:
@@ -146,9 +240,7 @@ class StorageTrace(TorchDispatchMode):
 
         `module` is the name of the one they belong to, where that is known.
         """
-        with no_dispatch():
-            parts = [part for tensor in tensors for part in dense_parts(tensor)]
-        for tensor in parts:
+        for tensor in _dense(tensors):
             self._enter(tensor, category, made=False)
             number = self._numbers.get(tensor.untyped_storage()._cdata)
             if number is not None:
@@ -158,6 +250,23 @@ class StorageTrace(TorchDispatchMode):
     def alive(self) -> list[int]:
         """Return the numbers of the storages that are alive now."""
         return list(dict.fromkeys(self._numbers.values()))
+
+    def settled_scratch(self, sums: Sequence[int], start: int) -> dict[int, tuple[int, str]]:
+        """Return (bytes, name) of what kernels hold inside, by event; the largest of each event.
+
+        `sums` is what is alive after every event; the kernels from `start` on that may decide the
+        highest point are run.
+        """
+        formulas: dict[int, tuple[int, str]] = {}
+        for event, count, name in self.scratch:
+            formulas[event] = max(formulas.get(event, (0, "")), (count, name))
+        calls: dict[int, Call] = {}
+        for event, call in self.calls:
+            if event >= start and (event not in calls or bound(call) > bound(calls[event])):
+                calls[event] = call
+        live = {event: sums[event] for event in {*calls, *formulas} if event >= 0}
+        floor = max(sums[start:], default=0)
+        return settle(live, calls, formulas, self.kernels, floor)
 
     def _enter_all(self, tree: Any, operator: str, made: bool) -> None:
         for value in tree_iter(tree):
@@ -218,6 +327,11 @@ class StorageTrace(TorchDispatchMode):
         self.events.append((number, -self.storages[number].bytes, len(self.phases) - 1))
 
 
+def _dense(tensors: Iterable[Tensor]) -> list[Tensor]:
+    with no_dispatch():
+        return [part for tensor in tensors for part in dense_parts(tensor)]
+
+
 @dataclass(frozen=True)
 class Peak:
     """The highest point of a trace: bytes, its phase, and what was alive there."""
@@ -228,24 +342,20 @@ class Peak:
     scratch: dict[str, int]  # bytes inside the kernel that ran, by name
 
 
-def find_peak(trace: StorageTrace, size: Callable[[int], int], start: int = 0) -> Peak:
+def find_peak(
+    trace: StorageTrace, size: Callable[[int], int], start: int = 0, end: int | None = None
+) -> Peak:
     """Return the highest point from event `start` on, with `size` applied to every storage.
 
     `size` is the allocator's rounding: what it takes for a request of so many bytes.
     """
-    live: dict[int, int] = defaultdict(int)
-    scratch: dict[int, tuple[int, str]] = {}
-    for event, count, name in trace.scratch:
-        scratch[event] = max(scratch.get(event, (0, "")), (count, name))
-    total = best = 0
-    at = -1
-    for index, (number, change, _) in enumerate(trace.events):
-        before = live[number]
-        live[number] = before + change
-        total += size(before + change) - size(before)
-        inside = scratch[index][0] if index in scratch else 0
-        if index >= start and total + inside > best:
-            best, at = total + inside, index
+    sums = running_sums(trace.events, size)
+    scratch = trace.settled_scratch(sums, start)
+    best, at = 0, -1
+    for index in range(start, len(sums) if end is None else end):
+        total = sums[index] + (scratch[index][0] if index in scratch else 0)
+        if total > best:
+            best, at = total, index
     alive: dict[int, int] = defaultdict(int)
     for number, change, _ in trace.events[: at + 1]:
         alive[number] += change
@@ -253,5 +363,17 @@ def find_peak(trace: StorageTrace, size: Callable[[int], int], start: int = 0) -
         bytes=best,
         phase=trace.phases[trace.events[at][2]] if at >= 0 else "none",
         alive={number: size(count) for number, count in alive.items() if count > 0},
-        scratch={scratch[at][1]: scratch[at][0]} if at in scratch else {},
+        scratch={scratch[at][1]: scratch[at][0]} if scratch.get(at, (0, ""))[0] else {},
     )
+
+
+def running_sums(events: Iterable[tuple[int, int, int]], size: Callable[[int], int]) -> list[int]:
+    """Return what is alive after every event."""
+    live: dict[int, int] = defaultdict(int)
+    sums, total = [], 0
+    for number, change, _ in events:
+        before = live[number]
+        live[number] = before + change
+        total += size(before + change) - size(before)
+        sums.append(total)
+    return sums

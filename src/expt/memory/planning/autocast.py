@@ -17,9 +17,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
+
+from expt.memory.planning.cuda_names import cuda_names
+from expt.memory.planning.unwatched import Unwatched
 
 FP32_NAMES = (
     "__pow__", "__rdiv__", "__rpow__", "acos", "asin", "binary_cross_entropy_with_logits", "cdist",
@@ -92,13 +94,14 @@ def _to_fp32(value: Any) -> Any:
 
 
 @contextmanager
-def target_rules(target: str, precision: str) -> Any:
+def target_rules(target: str) -> Any:
     """Trace inside as on `target` ("cuda" or "cpu")."""
     with ExitStack() as stack:
         if target == "cuda":
             stack.enter_context(FusedAttention())
-            if precision != "fp32":
-                stack.enter_context(CudaCasting())
+            stack.enter_context(CudaCasting())  # the code may have an autocast region of its own
+            stack.enter_context(cuda_names())
+        stack.enter_context(Unwatched(target))
         yield
 
 
@@ -106,15 +109,3 @@ def autocast(precision: str) -> AbstractContextManager[Any]:
     """Return the autocast region of a forward pass in fp32, bf16 or fp16."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     return torch.autocast("cpu", dtype=dtype, enabled=precision != "fp32")
-
-
-def backward(loss: Tensor) -> None:
-    """Run the backward pass with the rules in force, which recomputed blocks need.
-
-    `loss.backward()` would be handed to the modes, and a mode is off while it handles a call;
-    hence the engine is called as `torch.autograd.backward` calls it.
-    """
-    _engine_run_backward(
-        (loss,), (torch.ones_like(loss),), False, False, (),
-        allow_unreachable=True, accumulate_grad=True,
-    )  # fmt: skip

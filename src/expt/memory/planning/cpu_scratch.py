@@ -20,12 +20,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_iter
 
 aten = torch.ops.aten
 ATTENTION_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 CASTS = (aten._to_copy.default, aten.copy_.default)
+PRODUCTS = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1, aten.baddbmm.default: 1}
+"""Matrix products, and the position of their first operand."""
 SAMPLED_STEPS = 16
 Found = tuple[str, int] | None
 
@@ -38,8 +41,10 @@ def cpu_scratch(func: Any, args: tuple[Any, ...], result: Any) -> Found:
         return "convolution layout", _convolution_backward(args[0], args[1], args[2], args[10])
     if func is aten.mkldnn_rnn_layer_backward.default:
         return "LSTM layout", _lstm_backward(args[0], args[1], args[2])
-    if func is aten.mm.default:
-        return _product(args[0], args[1])
+    if func is aten.mm.default and args[0].layout is torch.strided is args[1].layout:
+        return _product(args[0], args[1]) or operand_copies(func, args, result)
+    if func in PRODUCTS:
+        return operand_copies(func, args, result)
     if func is ATTENTION_BACKWARD:
         gradient = args[0].transpose(1, 2)
         return None if gradient.is_contiguous() else ("attention layout", _bytes(gradient))
@@ -47,6 +52,26 @@ def cpu_scratch(func: Any, args: tuple[Any, ...], result: Any) -> Found:
         count = _promotion(func, args, result)
         return ("type promotion", count) if count else None
     return None
+
+
+def operand_copies(func: Any, args: tuple[Any, ...], result: Any) -> Found:
+    """Operands of a matrix product that lie neither by rows nor by columns are copied.
+
+    cuBLAS gets such copies too (`prepare_matrix_for_cublas`), so that this holds for CUDA.
+    """
+    if func not in PRODUCTS:
+        return None
+    operands = [value for value in args[PRODUCTS[func] :][:2] if isinstance(value, Tensor)]
+    if any(operand.layout is not torch.strided for operand in operands):
+        return None
+    count = sum(_bytes(operand) for operand in operands if not _by_rows_or_columns(operand))
+    return ("copied operands", count) if count else None
+
+
+def _by_rows_or_columns(matrix: Tensor) -> bool:
+    rows, columns = matrix.shape[-2:]
+    down, across = matrix.stride()[-2:]
+    return (across == 1 and down >= max(1, columns)) or (down == 1 and across >= max(1, rows))
 
 
 def _convolution(inputs: Tensor, weight: Tensor, output: Tensor) -> int:
@@ -76,6 +101,16 @@ def _lstm_backward(inputs: Tensor, weight_input: Tensor, weight_hidden: Tensor) 
     steps, batch = inputs.shape[:2]
     gates = steps * batch * weight_input.shape[0] * torch.float32.itemsize
     return 2 * (_bytes(weight_input) + _bytes(weight_hidden)) + gates
+
+
+def whole_result(func: Any, args: tuple[Any, ...], result: Any) -> Any:
+    """Give `binary_cross_entropy` the storage of its result on the CPU.
+
+    The kernel reduces the losses of all elements in place, so that the mean keeps their storage.
+    """
+    if func is not aten.binary_cross_entropy.default or result.dim() or not is_fake(result):
+        return result
+    return torch.empty_like(args[0]).view(-1)[0] if args[0].numel() else result
 
 
 def lstm_workspace(func: Any, args: tuple[Any, ...], result: Any) -> Any:

@@ -107,7 +107,7 @@ def test_the_prediction_is_what_the_profiler_sees(measured, name: str) -> None:
     assert planned.peak_bytes == pytest.approx(peak, rel=0.01)
     low, high = planned.interval_bytes
     assert low <= peak <= high
-    assert planned.method == "trace"
+    assert planned.method == "trace", planned.notes
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
@@ -205,7 +205,7 @@ class Graph(nn.Module):
 
 def test_a_sparse_buffer_is_counted_by_its_parts() -> None:
     planned = predict(Graph, floats(16, 16))
-    assert planned.method == "trace"
+    assert planned.method == "trace", planned.notes
     assert planned.by_category["parameters"] == (16 * 16 + 16) * 4 + 16 * 2 * 8 + 16 * 4
 
 
@@ -272,7 +272,7 @@ def test_every_optimizer_of_torch_is_traced_also_in_the_backward_pass(optimizer,
         target=target,
     )
     for planned in (plain, early):
-        assert planned.method == "trace"
+        assert planned.method == "trace", planned.notes
         assert not any("without values" in note for note in planned.notes)
     state = [one.by_category["optimizer_state"] for one in (plain, early)]
     assert state[0] == state[1] > 0

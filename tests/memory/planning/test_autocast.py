@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from expt.memory.planning.casting import FusedAttention, autocast, backward, target_rules
+from expt.memory.planning.autocast import FusedAttention, autocast, target_rules
+from expt.memory.planning.unwatched import backward
 from expt.memory.techniques.checkpointing import checkpoint_activations
 
 
@@ -41,9 +42,9 @@ from expt.memory.techniques.checkpointing import checkpoint_activations
 def test_what_cuda_runs_in_fp32_gives_fp32_from_halves(function, dtype) -> None:
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     x = torch.randn(4, 8, dtype=dtype)
-    with target_rules("cuda", precision), autocast(precision):
+    with target_rules("cuda"), autocast(precision):
         assert function(x).dtype is torch.float32
-    with target_rules("cuda", precision):
+    with target_rules("cuda"):
         assert (x.exp()).dtype is dtype, "outside an autocast region nothing is cast"
 
 
@@ -51,14 +52,14 @@ def test_what_cuda_runs_in_fp32_gives_fp32_from_halves(function, dtype) -> None:
     "function", [lambda x: x @ x.t(), lambda x: F.linear(x, x), lambda x: torch.relu(x), F.gelu]
 )
 def test_what_cuda_leaves_in_halves_stays_so(function) -> None:
-    with target_rules("cuda", "bf16"), autocast("bf16"):
+    with target_rules("cuda"), autocast("bf16"):
         assert function(torch.randn(8, 8, dtype=torch.bfloat16)).dtype is torch.bfloat16
 
 
 def test_on_the_cpu_its_own_rules_hold() -> None:
-    with target_rules("cpu", "bf16"), autocast("bf16"):
+    with target_rules("cpu"), autocast("bf16"):
         assert F.layer_norm(torch.randn(4, 8).bfloat16(), (8,)).dtype is torch.bfloat16
-    with target_rules("cuda", "fp32"), autocast("fp32"):
+    with target_rules("cuda"), autocast("fp32"):
         assert F.linear(torch.randn(4, 8), torch.randn(8, 8)).dtype is torch.float32
 
 
@@ -90,7 +91,7 @@ def test_attention_with_dropout_keeps_no_mask_on_cuda(positional) -> None:
     assert kept(attend, q) > 2 * scores  # the CPU's: weights and mask
     with FusedAttention():
         assert kept(attend, q) < scores
-    with target_rules("cuda", "fp32"):
+    with target_rules("cuda"):
         assert kept(attend, q) < scores
 
 
@@ -99,10 +100,10 @@ def test_torchs_own_attention_layer_keeps_no_mask_on_cuda_either() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.5, batch_first=True)
     scores = 2 * 64 * 64 * 4
     assert kept(layer, x) > 2 * scores
-    with target_rules("cuda", "bf16"):
+    with target_rules("cuda"):
         assert kept(layer, x) < scores
     asked = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
-    with target_rules("cuda", "fp32"):
+    with target_rules("cuda"):
         assert kept(lambda x: asked(x, x, x)[0], x) > 2 * scores, "weights that are returned"
 
 
@@ -132,7 +133,7 @@ def test_a_checkpointed_block_is_computed_again_under_the_same_rules() -> None:
         model = Block()
         checkpoint_activations(model, checkpointed)
         x = torch.randn(4, 8)
-        with target_rules("cuda", "bf16"):
+        with target_rules("cuda"):
             with autocast("bf16"):
                 loss = model(x).sum()
             backward(loss)
@@ -140,12 +141,19 @@ def test_a_checkpointed_block_is_computed_again_under_the_same_rules() -> None:
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-def test_the_plain_backward_would_not_do() -> None:
-    # Why `backward` exists; if torch changes this, it can go.
+def test_so_it_is_in_a_loop_of_the_users() -> None:
     model = Block()
     checkpoint_activations(model, True)
-    with target_rules("cuda", "bf16"):
+    with target_rules("cuda"):
         with autocast("bf16"):
             loss = model(torch.randn(4, 8)).sum()
-        with pytest.raises(torch.utils.checkpoint.CheckpointError):
-            loss.backward()
+        loss.backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+
+
+def test_a_region_that_names_cuda_follows_its_rules() -> None:
+    x = torch.randn(4, 8)
+    with target_rules("cuda"), torch.autocast("cuda", dtype=torch.bfloat16):
+        product = x @ x.t()
+        assert product.dtype is torch.bfloat16
+        assert F.softmax(product, -1).dtype is torch.float32

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from expt.memory.planning.fake import fake_mode
-from expt.memory.planning.scratch import cpu_scratch, lstm_workspace
+from expt.memory.planning.cpu_scratch import cpu_scratch, lstm_workspace
+from expt.memory.planning.hybrid import HybridFakeMode
 
 aten = torch.ops.aten
 
@@ -124,7 +124,7 @@ class Workspaces(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if func is aten.mkldnn_rnn_layer.default:
-            with fake_mode():
+            with HybridFakeMode():
                 fake = func(*[torch.empty(a.shape) if isinstance(a, Tensor) else a for a in args])
                 asked = lstm_workspace(func, args, fake)[3]
             assert lstm_workspace(func, args, result) is result, "a real one has its own"
