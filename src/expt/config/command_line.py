@@ -200,6 +200,8 @@ def _entry(job: Callable[[DictConfig], Any]) -> Callable[[], None]:
 
     # Hydra then raises instead of printing and exiting 1, so that one handler decides.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    # The meter reads the CPU allocator's events, which torch comments on with a warning of its own.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # The console script should find a user's own modules like `python -m expt` does.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

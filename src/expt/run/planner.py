@@ -8,6 +8,7 @@ thumb.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
@@ -82,15 +83,17 @@ def plan_training(
         batch = examples.batch("val", min(data.eval_batch_size, data.size("val")))
         data.accumulator().update(forward(**batch.inputs), batch)
 
-    traced: list[nn.Module] = []
+    traced: list[weakref.ref[nn.Module]] = []  # what is traced is to be gone when it is done
 
     def optimizer_fn(parameters: list[nn.Parameter]) -> Any:
+        model = traced[-1]()
+        assert model is not None
         memory = replace(settings.memory, optimizer_in_backward=techniques.optimizer_in_backward)
-        return build_optimizer(replace(settings, memory=memory), traced[-1])
+        return build_optimizer(replace(settings, memory=memory), model)
 
     def prepare(model: nn.Module) -> None:
         apply(model, techniques)
-        traced.append(model)
+        traced.append(weakref.ref(model))
 
     def model_fn() -> nn.Module:
         return build_model(settings, data, inputs)
