@@ -13,7 +13,7 @@ import torch
 from expt.commands import plan as module
 from expt.config.validate import validated
 from expt.memory.planning.plan import CATEGORIES
-from expt.run import planner as foresight
+from expt.run import planner
 from expt.run.build import build
 from expt.tracking.tracker import NullTracker
 from expt.units import format_bytes
@@ -35,19 +35,19 @@ def written(home: Path) -> dict[str, Any]:
 @pytest.fixture
 def without_advice(monkeypatch) -> None:
     """Leave the changes out that would save most: each takes as long as the plan."""
-    monkeypatch.setattr(foresight.Planner, "_changes", lambda self: [])
+    monkeypatch.setattr(planner.Planner, "_changes", lambda self: [])
 
 
 @pytest.mark.parametrize(("part", "lines"), [(0.9, 1), (0.999, 0)])
 def test_what_saves_next_to_nothing_is_not_told(composed, monkeypatch, part, lines) -> None:
     settings = validated(composed("+memory=minimal", "model=stid"))
     data = build(settings, "data")
-    planned = foresight.plan_training(settings, data, "cuda")
+    planned = planner.plan_training(settings, data, "cuda")
     then = replace(planned, peak_bytes=int(part * planned.peak_bytes))
-    monkeypatch.setattr(foresight, "plan_training", lambda *arguments, **more: then)
-    change = ("a=b", foresight.Techniques(forward_chunks=7), None)
-    monkeypatch.setattr(foresight.Planner, "_changes", lambda self: [change])
-    assert len(foresight.Planner(settings, data, planned.target, planned).savings()) == lines
+    monkeypatch.setattr(planner, "plan_training", lambda *arguments, **more: then)
+    change = ("a=b", planner.Techniques(forward_chunks=7), None)
+    monkeypatch.setattr(planner.Planner, "_changes", lambda self: [change])
+    assert len(planner.Planner(settings, data, planned.target, planned).savings()) == lines
 
 
 def test_a_batch_is_never_larger_than_the_training_part(composed, monkeypatch) -> None:
@@ -55,7 +55,7 @@ def test_a_batch_is_never_larger_than_the_training_part(composed, monkeypatch) -
     data = build(settings, "data")
     monkeypatch.setattr(type(data), "size", lambda self, split: 48)
     peaks = [
-        foresight.plan_training(settings, data, "cpu", batch_size=count).peak_bytes
+        planner.plan_training(settings, data, "cpu", batch_size=count).peak_bytes
         for count in (24, 48, 5000)
     ]
     assert peaks[0] < peaks[1] == peaks[2]

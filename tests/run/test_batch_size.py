@@ -9,8 +9,8 @@ import pytest
 from expt.config.validate import validated
 from expt.errors import ConfigError
 from expt.memory.planning.plan import CATEGORIES, Plan
-from expt.run import batch_size as fitting
-from expt.run import planner as foresight
+from expt.run import batch_size as module
+from expt.run import planner
 from expt.run.build import build
 from expt.units import MIB
 
@@ -40,11 +40,11 @@ def refusal(composed, monkeypatch):
                 return replace(plan, peak_bytes=4 * MIB, reserved_bytes=9 * MIB)
             return plan
 
-        for module in (fitting, foresight):
-            monkeypatch.setattr(module, "plan_training", predict)
+        for part in (module, planner):
+            monkeypatch.setattr(part, "plan_training", predict)
         settings = validated(composed("+memory=minimal", "data.eval_batch_size=16"))
         with pytest.raises(ConfigError) as refused:
-            fitting.fit(settings, build(settings, "data"), "cuda", 10 * MIB, batch_size=8)
+            module.fit(settings, build(settings, "data"), "cuda", 10 * MIB, batch_size=8)
         return str(refused.value)
 
     return refusal

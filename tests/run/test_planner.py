@@ -17,7 +17,7 @@ from expt.config.validate import validated
 from expt.errors import ConfigError
 from expt.memory.planning.predict import Plan
 from expt.memory.techniques.techniques import Techniques
-from expt.run import planner as foresight
+from expt.run import planner
 from expt.run.build import assemble, build, techniques_of
 from expt.run.planner import (
     Planner,
@@ -144,7 +144,7 @@ def test_the_best_savings_come_first_and_are_traced(given: Given) -> None:
     settings, data = given(*SMALL, "data.batch_size=256")
     planned = plan_training(settings, data, "cpu")
     found = Planner(settings, data, planned.target, planned).savings()
-    assert 0 < len(found) <= foresight.MAX_SAVINGS
+    assert 0 < len(found) <= planner.MAX_SAVINGS
     counts = [saving.peak_bytes for saving in found]
     assert counts == sorted(counts)
     assert counts[-1] < planned.peak_bytes

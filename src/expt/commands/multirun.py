@@ -79,10 +79,10 @@ class Grid(Callback):
             print(f"files: {directory}")
         plans = child_plans(directory) if directory.is_dir() and not children else {}
         if plans:
-            from expt.commands import plan as plan_tables
+            from expt.commands import plan
 
-            print_table(plan_tables.comparison_table(plans))
-            write_text(directory / TABLE_NAME, plan_tables.comparison_markdown(plans))
+            print_table(plan.comparison_table(plans))
+            write_text(directory / TABLE_NAME, plan.comparison_markdown(plans))
         if self._tracker is None:
             return
         if plans:

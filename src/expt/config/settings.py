@@ -30,8 +30,8 @@ class RunContext:
     run_dir: Path
     parent_dir: Path | None = None
     overridden: frozenset[str] = frozenset()
-    launch: Mapping[str, Any] = field(default_factory=dict)  # see `results.save_launch`
-    fallback_of: Mapping[str, str] = field(default_factory=dict)  # tags; see `tasks.fallback`
+    launch: Mapping[str, Any] = field(default_factory=dict)  # see `result.save_launch`
+    fallback_of: Mapping[str, str] = field(default_factory=dict)  # tags; see `run.fallback`
 
 
 @dataclass(frozen=True)

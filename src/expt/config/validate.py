@@ -2,7 +2,7 @@
 
 `validated` looks at everything that can be judged without reading data or building a model. An
 open group's keys are compared with the signature of its `_target_`: names, types, and what the
-class itself has to say (`protocols.Checked`).
+class itself has to say (`expt.job.Checked`).
 """
 
 from __future__ import annotations

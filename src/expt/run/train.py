@@ -1,6 +1,6 @@
 """`TrainJob`: one training from its objects to its record.
 
-``build -> fit -> test -> record``: objects come from `construction`, the loop is `training`, and
+``build -> fit -> test -> record``: objects come from `run.build`, the loop is `training`, and
 whatever happens is written to ``result.json`` and the tracker before `run` returns or raises.
 """
 
