@@ -257,9 +257,9 @@ def _budget_problems(memory: MemoryConfig, name: str) -> list[str]:
     import torch
 
     from expt.memory.measuring.budget import Budget
+    from expt.memory.measuring.device_memory import planned_type
 
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = planned_type(name)
     if name == "cuda" and not torch.cuda.is_available():
         return []
     try:

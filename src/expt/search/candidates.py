@@ -27,6 +27,7 @@ from expt.config.validate import argument_problems, validated
 from expt.errors import ConfigError, UserError, nearest
 from expt.job import DataSet, Metric, monitored
 from expt.memory.measuring.budget import Budget
+from expt.memory.measuring.device_memory import planned_type
 from expt.memory.planning.predict import Plan, Target
 from expt.run.build import build
 from expt.run.overflow import what_fits
@@ -205,7 +206,8 @@ def base_facts(given: list[str], own: str | None) -> dict[str, Any]:
         cfg = compose_lines(given, own)
         settings = validated(cfg, {key(line) for line in given})
         value = settings.memory.budget
-        budget = None if value is None else resolve_budget(value, settings.trainer.device.value)
+        device = torch.device(planned_type(settings.trainer.device.value))
+        budget = None if value is None else Budget.parse(value, device).bytes
     except ConfigError as error:
         return {"problems": error.problems}
     except (UserError, HydraException, OmegaConfBaseException) as error:
@@ -264,19 +266,10 @@ def advise(lines: list[str], own: str | None, budget_bytes: int) -> str | None:
     return what_fits(settings, data, plan_training(settings, data, target), budget_bytes)
 
 
-def resolve_budget(value: Any, device: str) -> int:
-    """Return a budget in bytes; this may make a CUDA context."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Budget.parse(value, torch.device(device)).bytes
-
-
 def _composed(lines: list[str], own: str | None) -> tuple[Settings, DataSet, Target]:
     cfg = compose_lines(lines, own)
     settings = validated(cfg, {key(line) for line in lines})
-    device = settings.trainer.device.value
-    on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    return settings, build(settings, "data"), "cuda" if on_cuda else "cpu"
+    return settings, build(settings, "data"), planned_type(settings.trainer.device.value)
 
 
 def _prediction(plan: Plan) -> Prediction:

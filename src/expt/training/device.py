@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.precision import MixedPrecision
 
 from expt.config.schema import Device, Precision
+from expt.memory.measuring.device_memory import device_type
 from expt.training.host_heap import keep_freed_memory
 
 MIXED: dict[Precision, Literal["16-mixed", "bf16-mixed"]] = {
@@ -22,7 +22,7 @@ def make_fabric(device: Device, precision: Precision) -> Fabric:
 
     For the CPU, the process is set to keep the memory that a step frees for the next one.
     """
-    kind = device.value if device is not Device.auto else _best_device()
+    kind = device_type(device.value)
     if kind == "cpu":
         keep_freed_memory()
     if precision is Precision.auto:
@@ -31,9 +31,3 @@ def make_fabric(device: Device, precision: Precision) -> Fabric:
         return Fabric(accelerator=kind, devices=1, precision="32-true")
     # As a plugin: given by name, Fabric would turn fp16 into bf16 on a CPU.
     return Fabric(accelerator=kind, devices=1, plugins=[MixedPrecision(MIXED[precision], kind)])
-
-
-def _best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"

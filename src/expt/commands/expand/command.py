@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from expt.commands.expand.figures import as_markdown, expansion_table, plot_expansion
 from expt.commands.expand.policy import Probe, Step, expand, kept_changes, last_values, stored_probe
-from expt.commands.expand.probe import Prober, device_here, forced
+from expt.commands.expand.probe import Prober, forced
 from expt.commands.expand.steps import among, step_problems, without_settings
 from expt.config.command_nodes import ExpandConfig
 from expt.config.compose import key
@@ -30,6 +30,7 @@ from expt.errors import ConfigError
 from expt.files import write_json, write_text
 from expt.job import DataSet, Metric, monitored
 from expt.memory.measuring.budget import Budget
+from expt.memory.measuring.device_memory import planned_type
 from expt.result import Outcome, load_launch, save_launch
 from expt.run.build import build
 from expt.tables import print_table
@@ -76,7 +77,7 @@ def run(cfg: DictConfig, context: RunContext) -> ExpandResult:
     earlier = _earlier(context.run_dir, resuming=settings.trainer.resume is not False)
     budget = None
     if settings.memory.budget is not None:
-        device = torch.device(device_here(settings.trainer))
+        device = torch.device(planned_type(settings.trainer.device.value))
         budget = Budget.parse(settings.memory.budget, device).bytes
     data: DataSet = build(settings, "data")
     with Interruption() as interruption:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from hydra import compose
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
@@ -22,12 +21,12 @@ from omegaconf.errors import OmegaConfBaseException
 from expt.commands.expand.policy import Probe
 from expt.config.command_nodes import ExpandConfig
 from expt.config.compose import CONFIG_NAME, key
-from expt.config.schema import Device, TrainerConfig
 from expt.config.settings import RunContext, Settings
 from expt.config.validate import validated
 from expt.errors import ExptError
 from expt.job import Metric
-from expt.memory.planning.predict import Plan, Target
+from expt.memory.measuring.device_memory import planned_type
+from expt.memory.planning.predict import Plan
 from expt.result import Outcome, RunResult, load_launch, load_result
 from expt.run.build import build
 from expt.run.planner import plan_training
@@ -56,13 +55,6 @@ def forced(expansion: ExpandConfig) -> list[str]:
         "trainer.steps_per_epoch": expansion.probe_steps,
     }
     return [*FORCED, *(f"{name}={value}" for name, value in lengths.items() if value is not None)]
-
-
-def device_here(trainer: TrainerConfig) -> Target:
-    """Return the device that a probe will be trained on, for its plan and its budget."""
-    if trainer.device is Device.auto:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return "cuda" if trainer.device is Device.cuda else "cpu"
 
 
 @dataclass
@@ -132,7 +124,7 @@ class Prober:
             return None
         try:
             planned = plan_training(
-                settings, build(settings, "data"), device_here(settings.trainer)
+                settings, build(settings, "data"), planned_type(settings.trainer.device.value)
             )
         except ExptError:
             raise

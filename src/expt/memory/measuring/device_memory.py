@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -14,6 +14,25 @@ if TYPE_CHECKING:
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 UNLIMITED = 1 << 60
 """A limit of cgroup version 1 that is none."""
+
+
+def device_type(name: str) -> str:
+    """Return the type of device that `trainer.device` means on this machine.
+
+    ``auto`` is CUDA or MPS where there is one, else the CPU.
+    """
+    if name != "auto":
+        return name
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def planned_type(name: str) -> Literal["cuda", "cpu"]:
+    """Return what a run here is planned and limited as: its memory is CUDA's or the host's."""
+    return "cuda" if device_type(name) == "cuda" else "cpu"
 
 
 def total_bytes(device: torch.device) -> int:
