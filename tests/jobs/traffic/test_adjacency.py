@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse
 
 import expt.jobs.traffic.adjacency as module
 from expt.errors import DataError
@@ -60,6 +61,18 @@ def test_the_graph_of_a_series_file_is_read(graph):
     matrix, ids = read_adjacency(FILES / "metr_la_29.npz")
     np.testing.assert_array_equal(matrix, graph[0])
     assert ids == tuple(graph[1])
+
+
+@pytest.mark.parametrize("kind", ["csr", "csc", "coo", "bsr", "dia"])
+def test_a_sparse_matrix_is_read(graph, tmp_path, kind):
+    sparse = getattr(scipy.sparse, f"{kind}_matrix")(graph[0])
+    scipy.sparse.save_npz(tmp_path / "x.npz", sparse)
+    write_pickle(tmp_path / "alone.pkl", sparse)
+    write_pickle(tmp_path / "dcrnn.pkl", dcrnn(sparse, graph[1]))
+    for name, expected in {"x.npz": None, "alone.pkl": None, "dcrnn.pkl": tuple(graph[1])}.items():
+        matrix, ids = read_adjacency(tmp_path / name)
+        np.testing.assert_array_equal(matrix, graph[0])
+        assert (matrix.dtype, ids) == (np.float32, expected)
 
 
 @pytest.mark.parametrize("header", [True, False])

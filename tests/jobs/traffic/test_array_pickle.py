@@ -6,9 +6,11 @@ import typing
 
 import numpy as np
 import pytest
+import scipy.sparse
 
 from expt.errors import DataError
 from expt.jobs.traffic.array_pickle import load_array_pickle
+from expt.jobs.traffic.sparse import to_dense
 
 MATRIX = np.arange(9, dtype=np.float32).reshape(3, 3)
 
@@ -79,6 +81,23 @@ def test_byte_order_memory_order_and_text_are_kept(tmp_path):
         assert read.flags.writeable
 
 
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("kind", ["csr_matrix", "csc_array", "coo_matrix", "dia_array"])
+def test_a_sparse_matrix_comes_as_its_parts(tmp_path, kind, protocol):
+    content = [getattr(scipy.sparse, kind)(MATRIX)]
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(content, protocol))
+    (read,) = load_array_pickle(tmp_path / "x.pkl")
+    np.testing.assert_array_equal(to_dense(read.parts), MATRIX)
+
+
+def test_a_sparse_matrix_of_an_older_scipy_is_read(tmp_path):
+    written = pickle.dumps(scipy.sparse.csr_matrix(MATRIX), 2)
+    older = written.replace(b"scipy.sparse._csr", b"scipy.sparse.csr")
+    assert older != written
+    (tmp_path / "x.pkl").write_bytes(older)
+    np.testing.assert_array_equal(to_dense(load_array_pickle(tmp_path / "x.pkl").parts), MATRIX)
+
+
 @pytest.mark.parametrize("array", [np.array([{}]), np.zeros(2, dtype="i4,f4"), np.void(b"a")])
 def test_arrays_of_other_types_are_refused(tmp_path, array):
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(array))
@@ -132,6 +151,8 @@ def test_a_payload_is_refused_and_not_run(tmp_path, protocol):
         (collections.OrderedDict(a=1), "collections.OrderedDict"),
         (np.random.default_rng, "numpy.random"),
         (np.load, "numpy.*load"),
+        (scipy.sparse.lil_matrix(MATRIX), "scipy.sparse._lil.lil_matrix"),
+        (scipy.sparse.load_npz, "scipy.sparse.*load_npz"),
     ],
 )
 def test_other_globals_are_refused_by_name(tmp_path, content, name):

@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from expt.errors import DataError
-from expt.jobs.traffic.array_pickle import load_array_pickle
+from expt.jobs.traffic.array_pickle import PickledSparse, load_array_pickle
 from expt.jobs.traffic.arrays import opened_npz
 from expt.jobs.traffic.series import to_float32, to_sensor_ids
 from expt.jobs.traffic.source import checked_suffix, named, translated
+from expt.jobs.traffic.sparse import to_dense
 from expt.jobs.traffic.tables import is_number
 
 Graph = tuple[npt.NDArray[np.float32], tuple[str, ...] | None]
@@ -25,6 +26,8 @@ Graph = tuple[npt.NDArray[np.float32], tuple[str, ...] | None]
 
 def read_adjacency(path: Path) -> Graph:
     """Read a sensor graph from `.pkl` (DCRNN's), `.csv` or `.npz`.
+
+    In `.pkl` and `.npz` the matrix may be scipy.sparse's.
 
     Raises `DataError` when the file is absent, damaged, or holds no square matrix of numbers.
     """
@@ -49,14 +52,16 @@ def _check_square(shape: tuple[int, ...]) -> None:
 
 
 def _read_pickle(path: Path) -> tuple[Any, tuple[str, ...] | None]:
-    """Read DCRNN's ``[sensor_ids, id_to_index, matrix]``, or the matrix alone."""
+    """Read DCRNN's ``[sensor_ids, id_to_index, matrix]``, or the matrix alone; it may be sparse."""
     content = load_array_pickle(path)
-    if isinstance(content, np.ndarray):
-        return content, None
+    if isinstance(content, np.ndarray | PickledSparse):
+        return _dense(content), None
     if (
         not isinstance(content, list | tuple)
-        or [type(part) for part in content[1:]] != [dict, np.ndarray]
+        or len(content) != 3
         or not isinstance(content[0], list | tuple | np.ndarray)
+        or not isinstance(content[1], dict)
+        or not isinstance(content[2], np.ndarray | PickledSparse)
     ):
         found = type(content).__name__
         if isinstance(content, list | tuple):
@@ -72,12 +77,18 @@ def _read_pickle(path: Path) -> tuple[Any, tuple[str, ...] | None]:
             "sensor_ids and id_to_index disagree on the order of the matrix's rows; "
             "expected id_to_index[sensor_ids[i]] == i"
         )
-    return matrix, sensor_ids
+    return _dense(matrix), sensor_ids
+
+
+def _dense(matrix: npt.NDArray[Any] | PickledSparse) -> npt.NDArray[Any]:
+    return to_dense(matrix.parts) if isinstance(matrix, PickledSparse) else matrix
 
 
 def _read_npz(path: Path) -> tuple[Any, tuple[str, ...] | None]:
-    """Read the key `adjacency`, or the only array."""
+    """Read the key `adjacency`, or the only array, or what `scipy.sparse.save_npz` wrote."""
     with opened_npz(path) as archive:
+        if {"format", "shape", "data"} <= set(archive.files):
+            return to_dense({name: archive[name] for name in archive.files}), None
         others = [name for name in archive.files if name != "sensor_ids"]
         key = others[0] if len(others) == 1 else "adjacency"
         if key not in others:

@@ -1,9 +1,9 @@
 """Reads a pickle that holds nothing but arrays and plain containers, and runs nothing of it.
 
 An ordinary `pickle.load` calls whatever functions the file names. This one admits only the names
-by which NumPy rebuilds an array (see "Restricting Globals" in Python's `pickle` documentation),
-and answers to them with the stand-ins below: NumPy's own would let a file set the internal flags
-of a dtype. Pickles written by Python 2 are read too, DCRNN's adj_mx.pkl being one.
+in `_ADMITTED` ("Restricting Globals" in Python's `pickle` documentation). Behind `numpy.dtype`
+stands a class of ours, as NumPy's own takes internal flags from the file, which can make it follow
+numbers as pointers. Pickles written by Python 2 are read too, DCRNN's adj_mx.pkl being one.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expt.errors import DataError
+from expt.jobs.traffic.sparse import FORMATS
 
 # Garbage can make the interpreter of pickle's opcodes raise nearly anything (its documentation
 # says so); none of it comes from code that the file brought along.
@@ -37,11 +38,12 @@ _GARBAGE = (
 def load_array_pickle(path: Path) -> Any:
     """Return what the pickle holds: arrays of numbers or text, in lists, tuples and dicts.
 
-    Raises `DataError` when it names any global that does not rebuild an array, or is damaged.
+    A matrix of scipy.sparse comes as `PickledSparse`. Raises `DataError` when the file names any
+    global that does not rebuild one of these, or is damaged.
     """
     with path.open("rb") as file:
         try:
-            return _unwrapped(_ArrayUnpickler(file, encoding="latin1").load())
+            return _ArrayUnpickler(file, encoding="latin1").load()
         except DataError:
             raise
         except _GARBAGE as error:
@@ -51,8 +53,17 @@ def load_array_pickle(path: Path) -> Any:
             ) from error
 
 
+class PickledSparse:
+    """The attributes of a matrix of scipy.sparse; `expt.jobs.traffic.sparse` checks them."""
+
+    format = ""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.parts = {**state, "shape": state["_shape"], "format": self.format}
+
+
 class _Type:
-    """Stands in for `numpy.dtype`."""
+    """Stands in for `numpy.dtype`: takes the order of bytes from the file, and nothing else."""
 
     def __init__(self, code: str, *_: Any) -> None:
         if not re.fullmatch(r"[biufSU]\d+", code):
@@ -60,77 +71,62 @@ class _Type:
         self.dtype: np.dtype[Any] = np.dtype(code)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        byte_order = state[1]
-        self.dtype = self.dtype.newbyteorder(byte_order)
+        self.dtype = self.dtype.newbyteorder(state[1])
 
 
-class _Array:
-    """Stands in for `numpy.ndarray`, and for the empty one that `_reconstruct` makes."""
-
-    array: npt.NDArray[Any]
-
-    def __init__(self, *_: Any) -> None:
-        pass
+class Array(np.ndarray[Any, Any]):
+    """An array whose type has passed `_Type`."""
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, shape, kind, is_fortran, data = state
-        self.array = _from_bytes(data, kind, shape, "F" if is_fortran else "C")
-
-
-def _reconstruct(*_: Any) -> _Array:
-    return _Array()
+        version, shape, kind, is_fortran, data = state
+        native = kind.dtype.newbyteorder("=")
+        super().__setstate__((version, shape, native, is_fortran, data))
+        if native != kind.dtype:
+            self.dtype = kind.dtype  # type: ignore[misc]
 
 
 def _scalar(kind: _Type, data: Any) -> Any:
-    return _from_bytes(data, kind, (), "C")[()]
+    raw = data.encode("latin1") if isinstance(data, str) else data  # Python 2 has no bytes
+    return np.frombuffer(raw, kind.dtype)[0]
 
 
 def _from_buffer(data: Any, kind: _Type, shape: Any, order: Any) -> npt.NDArray[Any]:
-    return _from_bytes(data, kind, shape, order)
+    return np.frombuffer(data, kind.dtype).reshape(shape, order=order).copy()
 
 
-def _from_bytes(data: Any, kind: _Type, shape: Any, order: Any) -> npt.NDArray[Any]:
-    raw = data.encode("latin1") if isinstance(data, str) else data  # Python 2 has no bytes
-    return np.ndarray(shape, kind.dtype, buffer=raw, order=order).copy(order="C")
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    """Protocols 0 to 2 write bytes as latin1 text; other codecs are never needed."""
-    return text.encode({"latin1": "latin1"}[encoding])
-
-
-_STAND_INS: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): _Array,
+_ADMITTED: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): Array,
     ("numpy", "dtype"): _Type,
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy.core.multiarray", "_reconstruct"): lambda *_: np.ndarray.__new__(Array, 0),
     ("numpy.core.multiarray", "scalar"): _scalar,
     ("numpy.core.numeric", "_frombuffer"): _from_buffer,
-    ("_codecs", "encode"): _encode,
+    # Protocols 0 to 2 write bytes as latin1 text, by this codec alone.
+    ("_codecs", "encode"): lambda text, codec: text.encode({"latin1": "latin1"}[codec]),
+    # Protocols 0 and 1 make a plain object so.
+    ("copy_reg", "_reconstructor"): lambda kind, *_: kind(),
+    ("__builtin__", "object"): object,
 }
-"""By the names of NumPy 1; NumPy 2 writes ``numpy._core``."""
+"""By the names of Python 2 and NumPy 1; NumPy 2 writes ``numpy._core``."""
+_ADMITTED |= {
+    ("scipy.sparse", f"{name}_{kind}"): type(name, (PickledSparse,), {"format": name})
+    for name in FORMATS
+    for kind in ("matrix", "array")
+}
 
 
 class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        key = (module.replace("numpy._core", "numpy.core"), name)
-        if key not in _STAND_INS:
+        module = module.replace("numpy._core", "numpy.core").replace("copyreg", "copy_reg")
+        # SciPy has moved its classes from one module under scipy.sparse to another.
+        package = re.sub(r"^scipy\.sparse\.\w+$", "scipy.sparse", module)
+        if (package, name) not in _ADMITTED:
             raise DataError(
                 f"is a pickle with anything but arrays: it asks for {module}.{name}, which is "
                 "refused, and nothing of it was run; expected NumPy arrays, lists and dicts. If "
                 "you trust the file, load it yourself and save the matrix with "
                 "np.savez(path, adjacency=…, sensor_ids=…)"
             )
-        return _STAND_INS[key]
+        return _ADMITTED[package, name]
 
     def persistent_load(self, pid: Any) -> NoReturn:
         raise DataError(f"is a pickle that refers to an outside object, {pid!r}; expected arrays")
-
-
-def _unwrapped(content: Any) -> Any:
-    if isinstance(content, _Array):
-        return content.array
-    if isinstance(content, list | tuple):
-        return type(content)(_unwrapped(part) for part in content)
-    if isinstance(content, dict):
-        return {name: _unwrapped(part) for name, part in content.items()}
-    return content
