@@ -96,7 +96,7 @@ def damage_times(group):
 
 
 def damage_zone(group):
-    group["axis1"].attrs["tz"] = np.bytes_("America/Los_Angeles")
+    group["axis1"].attrs["tz"] = np.bytes_("Mars/Olympus_Mons")
 
 
 def damage_names(group):

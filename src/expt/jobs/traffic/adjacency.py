@@ -16,9 +16,10 @@ from expt.errors import DataError
 from expt.jobs.traffic.array_pickle import PickledSparse, load_array_pickle
 from expt.jobs.traffic.arrays import opened_npz
 from expt.jobs.traffic.series import to_float32, to_sensor_ids
-from expt.jobs.traffic.source import checked_suffix, named, translated
+from expt.jobs.traffic.source import checked_suffix, named
 from expt.jobs.traffic.sparse import to_dense
 from expt.jobs.traffic.tables import is_number
+from expt.jobs.traffic.text_table import opened_csv, without_empty_end
 
 Graph = tuple[npt.NDArray[np.float32], tuple[str, ...] | None]
 """Edge weights [N, N], row = from, column = to, and the sensors' ids if the file has them."""
@@ -104,8 +105,9 @@ def _read_csv(path: Path) -> tuple[Any, tuple[str, ...] | None]:
     """Read N x N numbers, with ids in the first row, the first column, both or neither."""
     import pandas as pd
 
-    with translated(path, "CSV", OSError, ValueError):
-        cells = pd.read_csv(path, header=None, dtype=str, keep_default_na=False).to_numpy(object)
+    with opened_csv(path) as encoding:
+        table = pd.read_csv(path, header=None, dtype=str, keep_default_na=False, encoding=encoding)
+        cells = without_empty_end(table, keep=1).to_numpy(object)
     rows, columns = cells.shape
     square = rows == columns
     labelled = square and not is_number(cells[0, 0])  # the corner above the index is no number

@@ -2,7 +2,7 @@
 
 ::
 
-    speed [S, N] or [S, N, C] (channel 0 is the speed; also called `values` or `data`)
+    speed [S, N] or [S, N, C] (also called `values` or `data`)
     timestamps [S], and optionally sensor_ids [N], adjacency [N, N], locations [N, 2]
 
 Letters: `S` time steps, `N` sensors, `C` channels.
@@ -22,29 +22,55 @@ import numpy.typing as npt
 from numpy.lib.npyio import NpzFile
 
 from expt.errors import DataError
+from expt.jobs.traffic.choice import (
+    SPEED_KEYS,
+    Arrays,
+    Choice,
+    choice_note,
+    one_channel,
+    speed_rank,
+)
+from expt.jobs.traffic.long_table import to_wide
 from expt.jobs.traffic.source import translated
 
-SPEED_KEYS = ("speed", "values", "data")
 OPTIONAL_KEYS = ("sensor_ids", "adjacency", "locations")
 
-Arrays = dict[str, npt.NDArray[Any]]
 
-
-def wanted_keys(available: Collection[str]) -> dict[str, str]:
+def wanted_keys(available: Collection[str], choice: Choice | None = None) -> dict[str, str]:
     """Return where each array is, ``{"speed": "values", …}``, among the names a file has.
 
     Raises `DataError` when there are no speeds, or no timestamps.
     """
-    speed = next((name for name in SPEED_KEYS if name in available), None)
+    choice = choice or Choice()
     found = ", ".join(sorted(available)[:12]) or "nothing"
+    ranks = {name: rank for name in available if (rank := speed_rank(name)) is not None}
+    speed = choice.key or min(ranks, key=ranks.__getitem__, default=None)
     if speed is None:
-        raise DataError(f"has no speeds; found {found}; expected one of {', '.join(SPEED_KEYS)}")
-    if "timestamps" not in available:
         raise DataError(
-            f"has no timestamps; found {found}; expected `timestamps`, one datetime64 per time step"
+            f"has no speeds; found {found}; expected one of {', '.join(SPEED_KEYS)}, or the name "
+            "of another as data.key=NAME"
         )
+    if speed not in available:
+        raise DataError(f"data.key={speed}: there is no such array; found {found}")
     keys = {"speed": speed, "timestamps": "timestamps"}
+    if "timestamps" not in available:
+        if choice.start is None:
+            raise DataError(
+                f"has no timestamps; found {found}; expected `timestamps`, one datetime64 per time "
+                "step, or data.start=2018-01-01T00:00 and data.step_minutes=5, with its own figures"
+            )
+        del keys["timestamps"]
     return keys | {name: name for name in OPTIONAL_KEYS if name in available}
+
+
+def made_times(choice: Choice, count: int) -> npt.NDArray[np.datetime64]:
+    """Return `count` times from `data.start` on, every `data.step_minutes`."""
+    if choice.start is None or choice.step_minutes is None:
+        raise DataError("data.start and data.step_minutes are given together, or neither")
+    start = to_seconds(np.array([choice.start]))[0]
+    step = np.timedelta64(round(choice.step_minutes * 60), "s")
+    times: npt.NDArray[np.datetime64] = start + np.arange(count) * step
+    return times
 
 
 @contextmanager
@@ -67,11 +93,41 @@ def opened_npz(path: Path) -> Iterator[NpzFile]:
             yield archive
 
 
-def read_npz(path: Path) -> Arrays:
+def read_npz(path: Path, choice: Choice | None = None) -> Arrays:
     """Read the named arrays of a NumPy archive."""
+    choice = choice or Choice()
     with opened_npz(path) as archive:
-        keys = wanted_keys(archive.files)
-        return {name: np.asarray(archive[key]) for name, key in keys.items()}
+        keys = wanted_keys(archive.files, choice)
+        arrays = Arrays({name: np.asarray(archive[key]) for name, key in keys.items()})
+        steps = arrays["speed"].shape[:1]
+        left = [
+            name
+            for name in archive.files
+            if name not in keys.values() and _shape(archive, name)[:1] == steps
+        ]
+    arrays.noted(*choice_note(keys["speed"], left))
+    if arrays["speed"].ndim == 1 and {"timestamps", "sensor_ids"} <= arrays.keys():
+        arrays = _from_long(arrays, keys["speed"], choice)
+    return one_channel(arrays, keys["speed"], choice)
+
+
+def _from_long(arrays: Arrays, name: str, choice: Choice) -> Arrays:
+    speed, sensors = arrays["speed"], arrays["sensor_ids"]
+    if not speed.shape == sensors.shape == arrays["timestamps"].shape:
+        return arrays
+    times, columns = to_seconds(arrays["timestamps"]), [sensors, speed]
+    return to_wide(["sensor_ids", name], columns, times, 0, choice).noted(*arrays.notes)
+
+
+def _shape(archive: NpzFile, name: str) -> tuple[int, ...]:
+    """Return an array's shape without reading the array."""
+    assert archive.zip is not None
+    with archive.zip.open(f"{name}.npy") as member:
+        version = np.lib.format.read_magic(member)
+        read = np.lib.format.read_array_header_1_0
+        if version > (1, 0):
+            read = np.lib.format.read_array_header_2_0
+        return read(member)[0]
 
 
 def to_seconds(raw: npt.NDArray[Any]) -> npt.NDArray[np.datetime64]:

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from expt.errors import DataError
 from expt.job import Batch, Split
+from expt.jobs.traffic.arrays import made_times
+from expt.jobs.traffic.choice import Choice
 from expt.jobs.traffic.metrics import MaskedErrors, check_shape, error_metrics
 from expt.jobs.traffic.reading import read_series
 from expt.jobs.traffic.series import Series
@@ -51,6 +53,11 @@ class TrafficData:
         train_fraction: leading part of the windows.
         test_fraction: trailing part; what is between is for validation.
         unit: what the readings are in, ``mph`` or ``km/h``, for labels and records.
+        key: name of the array or frame to read, of a file with several; null prefers speed.
+        channel: number of the channel to read, of an array [S, N, channels], null is 0; or name
+            of a column of a table.
+        start: time of the first step, of a file without times.
+        step_minutes: minutes from one step to the next, of a file without times.
 
     Raises:
         DataError: the file is absent or not what it should be, or too short for one window
@@ -71,8 +78,13 @@ class TrafficData:
         train_fraction: float,
         test_fraction: float,
         unit: str,
+        key: str | None = None,
+        channel: int | str | None = None,
+        start: str | None = None,
+        step_minutes: float | None = None,
     ) -> None:
         self.unit, self.fractions = unit, (train_fraction, test_fraction)
+        self.choice = Choice(key, channel, start, step_minutes)
         self.input_steps, self.horizon = input_steps, horizon
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.series = self.read(path, adjacency_path, where_to_get)
@@ -126,7 +138,7 @@ class TrafficData:
             file = Path(path).expanduser()
         if not file.exists():
             raise DataError(f"data.path={path}: there is no such file. {where_to_get}")
-        return read_series(file, graph)
+        return read_series(file, graph, self.choice)
 
     @classmethod
     def problems(cls, arguments: Mapping[str, Any]) -> list[str]:
@@ -149,6 +161,16 @@ class TrafficData:
                 "data.train_fraction and data.test_fraction must be positive and leave a part "
                 f"for validation, got {train} and {test}"
             )
+        start, minutes = arguments.get("start"), arguments.get("step_minutes")
+        if minutes is not None and not minutes * 60 >= 1:
+            found.append(f"data.step_minutes must be at least a second, 1/60, got {minutes}")
+        elif (start is None) != (minutes is None):
+            found.append("data.start and data.step_minutes are given together, or neither")
+        elif start is not None:
+            try:
+                made_times(Choice(start=start, step_minutes=minutes), 1)
+            except DataError:
+                found.append(f"data.start must be a time like 2018-01-01T00:00, got {start!r}")
         if "unit" in arguments and not str(arguments["unit"]).strip():
             found.append("data.unit must name the unit of the readings, like mph or km/h")
         return found
@@ -230,7 +252,7 @@ class TrafficData:
         """Return a line of facts about the series, and one line per warning."""
         sizes = {split: len(starts) for split, starts in self.split_starts.items()}
         possible = len(self.series.values) - (self.input_steps + self.horizon) + 1
-        return describe(self.series, sizes, possible)
+        return describe(self.series, sizes, possible, self.unit)
 
     def fingerprint(self) -> str:
         """Return a short hash of the series, and of what is forecast and compared of it."""

@@ -8,30 +8,67 @@ Read with h5py, which needs no PyTables. The layout of the fixed format, as in p
     blockK_items     the column names of block K        [N_K]
     blockK_values    its cells                          [S, N_K]
 
-and `axis1` has the attribute `kind`, ``datetime64`` (then in ns) or ``datetime64[us]``.
+and `axis1` has the attribute `kind`, ``datetime64`` (then in ns) or ``datetime64[us]``, and `tz`
+where the times are of a zone. A frame whose rows are no times, of the sensors' places for example,
+is passed over where there is another.
 
 Letters: `S` time steps, `N` sensors.
 """
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from expt.errors import DataError
-from expt.jobs.traffic.arrays import SPEED_KEYS, Arrays, to_seconds, wanted_keys
+from expt.jobs.traffic.arrays import OPTIONAL_KEYS, to_seconds, wanted_keys
+from expt.jobs.traffic.choice import (
+    SPEED_KEYS,
+    Arrays,
+    Choice,
+    choice_note,
+    one_channel,
+    speed_rank,
+)
+from expt.jobs.traffic.clock import Times, local_clock
+from expt.jobs.traffic.long_table import sensor_column, to_wide
 from expt.jobs.traffic.series import to_float32, to_sensor_ids
 from expt.jobs.traffic.source import translated
 
 _FRAME = ("axis0", "axis1", "block0_items", "block0_values")
 
 
-def read_hdf5(path: Path) -> Arrays:
-    """Read the first group that holds a pandas frame, else the first with plain arrays."""
+@dataclass(frozen=True)
+class _Candidate:
+    """A series in the file: the frame that a group is, or one of the plain arrays in it."""
+
+    group: Any
+    key: str | None = None
+
+    @property
+    def name(self) -> str:
+        path: str = self.group.name
+        return path if self.key is None else f"{path.rstrip('/')}/{self.key}"
+
+    def order(self, has_start: bool) -> tuple[bool, int, bool]:
+        """Those with times first, then by their names, frames before arrays."""
+        if self.key is None:
+            timed = (_kind(self.group["axis1"]) or "datetime64").startswith("datetime64")
+        else:
+            timed = has_start or "timestamps" in self.group
+        rank = speed_rank(self.name)
+        return not timed, 99 if rank is None else rank, self.key is not None
+
+
+def read_hdf5(path: Path, choice: Choice | None = None) -> Arrays:
+    """Read a pandas frame whose rows are times, or plain arrays; of several the one of speeds."""
     import h5py
 
+    choice = choice or Choice()
     damaged = (OSError, RuntimeError, ValueError, KeyError, TypeError)
     with translated(path, "HDF5", *damaged), h5py.File(path, "r") as file:
         groups, datasets = [file], []
@@ -43,25 +80,79 @@ def read_hdf5(path: Path) -> Arrays:
                 datasets.append(name)
 
         file.visititems(collect)
-        for group in groups:
-            if all(isinstance(group.get(name), h5py.Dataset) for name in _FRAME):
-                return _read_frame(group)
-        for group in groups:
-            if not group.keys().isdisjoint(SPEED_KEYS):
-                keys = wanted_keys(group.keys())
-                return {name: _read(group[key]) for name, key in keys.items()}
-        raise DataError(
-            f"has neither a pandas frame nor arrays named {', '.join(SPEED_KEYS)}; found "
-            f"{', '.join(datasets[:12]) or 'nothing'}. A frame must be saved with "
-            'frame.to_hdf(path, key="df", format="fixed")'
-        )
+        candidates = [found for group in groups for found in _candidates(group, choice.key)]
+        if choice.key is not None:
+            candidates.sort(key=lambda found: not _is_called(found.name, choice.key))
+        else:
+            candidates.sort(key=lambda found: found.order(choice.start is not None))
+        if choice.key is not None and not any(
+            _is_called(found.name, choice.key) for found in candidates
+        ):
+            frames = [found.name for found in candidates if found.key is None]
+            plain = [name for name in datasets if f"/{name}".rpartition("/")[0] not in frames]
+            raise DataError(
+                f"data.key={choice.key}: there is no such frame or array; found "
+                f"{', '.join([*frames, *plain][:12]) or 'nothing'}"
+            )
+        if not candidates:
+            raise DataError(
+                f"has neither a pandas frame nor arrays named {', '.join(SPEED_KEYS)}; found "
+                f"{', '.join(datasets[:12]) or 'nothing'}. A frame must be saved with "
+                'frame.to_hdf(path, key="df", format="fixed")'
+            )
+        chosen, *others = candidates
+        if chosen.key is None:
+            arrays = _read_frame(chosen.group, choice)
+        else:
+            arrays = _read_plain(chosen, choice)
+        left = [other.name for other in others]
+        if chosen.key is not None:
+            steps = arrays["speed"].shape[:1]
+            left += [name for name in _beside(chosen, steps) if name not in left]
+        arrays.notes = (*choice_note(chosen.name, left), *arrays.notes)
+        return arrays
 
 
-def _read_frame(group: Any) -> Arrays:
+def _candidates(group: Any, wanted: str | None) -> list[_Candidate]:
+    import h5py
+
+    if all(isinstance(group.get(name), h5py.Dataset) for name in _FRAME):
+        return [_Candidate(group)]
+    found = []
+    for key, node in group.items():
+        candidate = _Candidate(group, key)
+        named = wanted is not None and _is_called(candidate.name, wanted)
+        is_array = isinstance(node, h5py.Dataset) or "timestamps" in group
+        if is_array and (named or speed_rank(key) is not None):
+            found.append(candidate)
+    return found
+
+
+def _is_called(name: str, wanted: str | None) -> bool:
+    return wanted is not None and wanted.strip("/") in (name.strip("/"), name.rpartition("/")[2])
+
+
+def _beside(chosen: _Candidate, steps: tuple[int, ...]) -> list[str]:
+    """Return the names of the group's other arrays with as many rows."""
+    used = (chosen.key, "timestamps", *OPTIONAL_KEYS)
+    return [
+        _Candidate(chosen.group, key).name
+        for key, node in chosen.group.items()
+        if key not in used and getattr(node, "shape", ())[:1] == steps
+    ]
+
+
+def _read_plain(chosen: _Candidate, choice: Choice) -> Arrays:
+    keys = wanted_keys(chosen.group.keys(), replace(choice, key=chosen.key))
+    arrays = Arrays({name: _read(chosen.group[key]) for name, key in keys.items()})
+    return one_channel(arrays, chosen.name, choice)
+
+
+def _read_frame(group: Any, choice: Choice) -> Arrays:
     columns = _read_names(group["axis0"])
     position = {name: column for column, name in enumerate(columns)}
-    times = _read_times(group["axis1"])
-    speed = np.full((len(times), len(columns)), np.nan, dtype=np.float32)
+    times, notes = _read_times(group["axis1"])
+    cells = np.full((len(times), len(columns)), np.nan)
     blocks = sorted(key.removesuffix("_items") for key in group if key.endswith("_items"))
     for block in blocks:
         items = _read_names(group[f"{block}_items"])
@@ -74,8 +165,13 @@ def _read_frame(group: Any) -> Arrays:
         unknown = [name for name in items if name not in position]
         if unknown:
             raise DataError(f"{block}_items names {unknown[0]!r}, which axis0 does not have")
-        speed[:, [position[name] for name in items]] = to_float32(_read(values), block)
-    return {"speed": speed, "timestamps": times, "sensor_ids": np.array(columns)}
+        cells[:, [position[name] for name in items]] = _read(values)
+    sensors = sensor_column(columns, [*cells.T], times)
+    if sensors is not None:
+        return to_wide(columns, [*cells.T], times, sensors, choice).noted(*notes)
+    speed = to_float32(cells, group.name)
+    arrays = Arrays(speed=speed, timestamps=times, sensor_ids=np.array(columns))
+    return one_channel(arrays.noted(*notes), group.name, choice)
 
 
 def _read_names(node: Any) -> tuple[str, ...]:
@@ -87,20 +183,35 @@ def _read_names(node: Any) -> tuple[str, ...]:
     return to_sensor_ids(_read(node))
 
 
-def _read_times(node: Any) -> Any:
+def _read_times(node: Any) -> tuple[Times, tuple[str, ...]]:
     raw, kind = _read(node), _kind(node)
     if not (kind or "datetime64").startswith("datetime64") or raw.dtype.kind not in "iu":
         raise DataError(
             f"has no timestamps: the row index {node.name} is of kind {kind or raw.dtype}; "
             "expected times, frame.index = pandas.to_datetime(frame.index)"
         )
-    if "tz" in node.attrs:
-        raise DataError(
-            f"the row index {node.name} is stored in UTC for a time zone; expected local clock "
-            "times, frame.index = frame.index.tz_localize(None), saved again"
-        )
     unit = kind.removeprefix("datetime64")
-    return raw.astype(np.int64).view(f"datetime64{unit}") if unit else to_seconds(raw)
+    times = to_seconds(raw.astype(np.int64).view(f"datetime64{unit}") if unit else raw)
+    return (times, ()) if "tz" not in node.attrs else _in_zone(times, node)
+
+
+def _in_zone(times: Times, node: Any) -> tuple[Times, tuple[str, ...]]:
+    """Return what a clock in the frame's zone showed; pandas stores UTC and the zone's name."""
+    import pandas as pd
+
+    raw = node.attrs["tz"]
+    zone = raw.decode("latin1") if isinstance(raw, bytes) else str(raw)
+    # PyTables pickles what is no text: datetime.timezone.utc, or pytz's UTC.
+    if re.match(r"[\x80c(]", zone) and re.search(r"(?i)utc", zone):
+        zone = "UTC"
+    try:
+        return local_clock(pd.DatetimeIndex(times).tz_localize("UTC").tz_convert(zone))
+    except (KeyError, ValueError, TypeError) as error:
+        raise DataError(
+            f"the row index {node.name} is stored in UTC for a time zone that is not known here, "
+            f"{zone[:40]!r}; expected local clock times, frame.index = "
+            "frame.index.tz_localize(None), saved again"
+        ) from error
 
 
 def _read(node: Any) -> Any:

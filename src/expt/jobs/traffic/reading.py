@@ -10,14 +10,16 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+from expt.errors import DataError
 from expt.jobs.traffic.adjacency import read_adjacency
-from expt.jobs.traffic.arrays import Arrays, read_npz, to_seconds
+from expt.jobs.traffic.arrays import made_times, read_npz, to_seconds
+from expt.jobs.traffic.choice import Arrays, Choice
 from expt.jobs.traffic.hdf5 import read_hdf5
 from expt.jobs.traffic.series import Series
 from expt.jobs.traffic.source import checked_suffix, named
 from expt.jobs.traffic.tables import read_csv, read_parquet
 
-_READERS: dict[str, Callable[[Path], Arrays]] = {
+_READERS: dict[str, Callable[[Path, Choice], Arrays]] = {
     ".npz": read_npz,
     ".h5": read_hdf5,
     ".hdf5": read_hdf5,
@@ -26,8 +28,12 @@ _READERS: dict[str, Callable[[Path], Arrays]] = {
 }
 
 
-def read_series(path: Path, adjacency_path: Path | None = None) -> Series:
+def read_series(
+    path: Path, adjacency_path: Path | None = None, choice: Choice | None = None
+) -> Series:
     """Read a speed series, with the graph of `adjacency_path` if one is given, else its own if any.
+
+    Of a file that holds several series `choice` says which.
 
     The graph is put in the series' order of sensors. A series file that names no sensors is taken
     to be in the graph's order, and takes its names.
@@ -35,10 +41,11 @@ def read_series(path: Path, adjacency_path: Path | None = None) -> Series:
     Raises `DataError` when a file is absent, damaged, or not what it should be.
     """
     with named(path):
-        arrays = _READERS[checked_suffix(path, _READERS)](path)
+        choice = choice or Choice()
+        arrays = _READERS[checked_suffix(path, _READERS)](path, choice)
         if adjacency_path is not None:
             arrays.pop("adjacency", None)
-        series = _to_series(arrays)
+        series = _to_series(arrays, choice)
     if adjacency_path is None:
         return series
 
@@ -49,12 +56,19 @@ def read_series(path: Path, adjacency_path: Path | None = None) -> Series:
         return dataclasses.replace(series.with_adjacency(adjacency), sensor_ids=graph_ids)
 
 
-def _to_series(arrays: Arrays) -> Series:
+def _to_series(arrays: Arrays, choice: Choice) -> Series:
     speed = arrays["speed"]
+    if "timestamps" not in arrays:
+        times = made_times(choice, len(speed) if speed.ndim else 0)
+    elif choice.start is not None or choice.step_minutes is not None:
+        raise DataError("has times of its own; leave out data.start and data.step_minutes")
+    else:
+        times = to_seconds(arrays["timestamps"])
     return Series.from_arrays(
-        speed[:, :, 0] if speed.ndim == 3 and speed.shape[2] else speed,
-        to_seconds(arrays["timestamps"]),
+        speed,
+        times,
         arrays.get("sensor_ids"),
         arrays.get("adjacency"),
         arrays.get("locations"),
+        arrays.notes,
     )

@@ -18,8 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from expt.errors import DataError
+from expt.jobs.traffic.clock import order_advice
 
 SECONDS_PER_DAY = 86_400
+LARGEST = 1e7
+"""No speed, flow or occupancy is larger, in whatever unit; what is, stands for something else."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +42,8 @@ class Series:
     """Edge weights [N, N], row = from, column = to, in the order of `sensor_ids`."""
     locations: npt.NDArray[np.float64] | None = None
     """Latitude and longitude [N, 2]."""
+    notes: tuple[str, ...] = ()
+    """Lines about what was read of a file with more in it, and what was left."""
 
     def __post_init__(self) -> None:
         _check_shapes(self)
@@ -55,6 +60,7 @@ class Series:
         sensor_ids: Iterable[Any] | None = None,
         adjacency: npt.ArrayLike | None = None,
         locations: npt.ArrayLike | None = None,
+        notes: tuple[str, ...] = (),
     ) -> Series:
         """Convert the types, write NaN as 0, and number the sensors if they have no ids.
 
@@ -69,6 +75,7 @@ class Series:
             sensor_ids=to_sensor_ids(sensor_ids),
             adjacency=None if adjacency is None else to_float32(adjacency, "adjacency"),
             locations=None if locations is None else _to_float64(locations, "locations"),
+            notes=notes,
         )
 
     def with_adjacency(
@@ -187,13 +194,18 @@ def _check_timestamps(timestamps: npt.NDArray[np.datetime64]) -> None:
         row = falls[0] + 1
         raise DataError(
             f"time steps not increasing: row {row} (counted from 0) is {timestamps[row]}, the row "
-            f"before it {timestamps[row - 1]}; sort by time and drop repeated rows"
+            f"before it {timestamps[row - 1]}; {order_advice(timestamps)}"
         )
 
 
 def _check_values(series: Series) -> None:
     values = series.values
-    for bad, what in ((~np.isfinite(values), "not finite"), (values < 0, "negative")):
+    kinds = (
+        (~np.isfinite(values), "not finite"),
+        (values < 0, "negative"),
+        (values > LARGEST, f"above {LARGEST:,.0f}, which nothing measures"),
+    )
+    for bad, what in kinds:
         if bad.any():
             row, column = np.argwhere(bad)[0]
             raise DataError(

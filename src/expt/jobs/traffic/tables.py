@@ -12,8 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from expt.errors import DataError
-from expt.jobs.traffic.arrays import Arrays
+from expt.jobs.traffic.choice import Arrays, Choice, one_channel
+from expt.jobs.traffic.clock import Times, local_clock
+from expt.jobs.traffic.long_table import is_sensor_name, sensor_column, to_wide
 from expt.jobs.traffic.source import translated
+from expt.jobs.traffic.text_table import opened_csv, without_empty_end
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,37 +24,55 @@ if TYPE_CHECKING:
 _EXPECTED_CSV = "expected a first column of times such as 2012-03-01 00:05:00, then one per sensor"
 
 
-def read_csv(path: Path) -> Arrays:
-    """Read times from the first column, sensor ids from the header; an empty cell is missing."""
+def read_csv(path: Path, choice: Choice | None = None) -> Arrays:
+    """Read times from the first column, sensor ids from the header; an empty cell is missing.
+
+    A long table, a row per time and sensor, is made wide.
+    """
     import pandas as pd
 
-    with translated(path, "CSV", OSError, ValueError):
-        header = pd.read_csv(path, header=None, nrows=1, dtype=str, keep_default_na=False)
+    with opened_csv(path) as encoding:
+        header = pd.read_csv(
+            path, header=None, nrows=1, dtype=str, keep_default_na=False, encoding=encoding
+        )
         names = [str(name) for name in header.iloc[0]]
         _refuse_other_separators(names)
         _refuse_data_as_header(names)
+        while len(names) > 1 and not names[-1].strip():  # of trailing commas
+            names.pop()
         try:
-            frame = pd.read_csv(path, header=None, skiprows=1, low_memory=False)
+            frame = pd.read_csv(path, header=None, skiprows=1, low_memory=False, encoding=encoding)
         except pd.errors.EmptyDataError:
             raise DataError("has a header but no rows; expected one row per time step") from None
+    frame = without_empty_end(frame, keep=len(names))
+    if frame.shape[1] > len(names) and header.shape[1] == frame.shape[1]:
+        names = [str(name) for name in header.iloc[0]]  # a column without a name, but with cells
     if frame.shape[1] != len(names):
         raise DataError(
             f"the header names {len(names)} columns, the first row has {frame.shape[1]}; "
             f"{_EXPECTED_CSV}"
         )
-    times = _parse_times(frame[0], names[0])
-    speeds = _numbers(frame.drop(columns=0), names[1:], times)
-    return {"speed": speeds, "timestamps": times, "sensor_ids": np.array(names[1:])}
+    place = _time_column(names, frame)
+    clock, notes = _parse_times(frame.iloc[:, place], names[place])
+    if place and _counts_rows(names[0], frame[0]):
+        names, frame, place = names[1:], frame.iloc[:, 1:], place - 1
+    rest = frame.drop(columns=frame.columns[place])
+    return _arrays([*names[:place], *names[place + 1 :]], rest, clock, choice).noted(*notes)
 
 
-def read_parquet(path: Path) -> Arrays:
-    """Read times from the index, else from the first column of times; the rest are sensors."""
+def read_parquet(path: Path, choice: Choice | None = None) -> Arrays:
+    """Read times from the index, else from the first column of times; the rest are sensors.
+
+    A long table, a row per time and sensor, is made wide.
+    """
     import pandas as pd
     import pyarrow as pa
 
     damaged = (OSError, ValueError, KeyError, TypeError, pa.ArrowException)
     with translated(path, "parquet", *damaged):
         frame = pd.read_parquet(path, engine="pyarrow")
+    if isinstance(frame.index, pd.MultiIndex):
+        frame = frame.reset_index()
     columns = [str(name) for name in frame.columns]
     if isinstance(frame.index, pd.DatetimeIndex):
         times, rest = frame.index, frame
@@ -66,9 +87,47 @@ def read_parquet(path: Path) -> Arrays:
         times = pd.DatetimeIndex(frame.iloc[:, position])
         rest = frame.iloc[:, [column for column in range(len(columns)) if column != position]]
         columns.pop(position)
-    clock = times.tz_localize(None).to_numpy().astype("datetime64[s]")
-    speeds = _numbers(rest, columns, clock)
-    return {"speed": speeds, "timestamps": clock, "sensor_ids": np.array(columns)}
+    clock, notes = local_clock(times)
+    return _arrays(columns, rest, clock, choice).noted(*notes)
+
+
+def _arrays(names: list[str], frame: pd.DataFrame, times: Times, choice: Choice | None) -> Arrays:
+    """Return a wide table's columns, or a long table made wide."""
+    choice = choice or Choice()
+    if choice.key is not None:
+        raise DataError(
+            f"data.key={choice.key} names one array of several, in npz and HDF5; a table is one: "
+            "data.channel=NAME reads one of its columns"
+        )
+    columns = [frame.iloc[:, place].to_numpy() for place in range(len(names))]
+    sensors = sensor_column(names, columns, times)
+    if sensors is not None:
+        return to_wide(names, columns, times, sensors, choice)
+    if choice.channel is not None and str(choice.channel) in names:
+        place = names.index(str(choice.channel))
+        speeds = _numbers(frame.iloc[:, [place]], [names[place]], times)
+        arrays = Arrays(speed=speeds, timestamps=times, sensor_ids=np.array([names[place]]))
+        return arrays.noted(f"read column {names[place]}, left {len(names) - 1} others")
+    speeds = _numbers(frame, names, times)
+    arrays = Arrays(speed=speeds, timestamps=times, sensor_ids=np.array(names))
+    return one_channel(arrays, "the table", choice)
+
+
+def _time_column(names: list[str], frame: pd.DataFrame) -> int:
+    """Return which column has the times: the first, but for row numbers and sensor ids before."""
+    for place, name in enumerate(names):
+        if not _is_numeric(frame.iloc[:, place]) and _parsed(frame.iloc[:, place]).notna().all():
+            return place
+        if not (is_sensor_name(name) or _counts_rows(name, frame.iloc[:, place])):
+            break
+    return 0
+
+
+def _counts_rows(name: str, column: pd.Series[Any]) -> bool:
+    """Whether the column is the number of the row, as ``frame.to_csv`` writes in front."""
+    if name.strip() or not _is_numeric(column):
+        return False
+    return bool((column.to_numpy() == np.arange(len(column))).all())
 
 
 def _refuse_other_separators(names: list[str]) -> None:
@@ -91,11 +150,11 @@ def _refuse_data_as_header(names: list[str]) -> None:
         )
 
 
-def _parse_times(column: pd.Series[Any], name: str) -> npt.NDArray[np.datetime64]:
+def _parse_times(column: pd.Series[Any], name: str) -> tuple[Times, tuple[str, ...]]:
     """Parse ISO 8601 only: 01/03/2012 is January to some and March to others."""
     import pandas as pd
 
-    if pd.api.types.is_numeric_dtype(column):
+    if _is_numeric(column):
         raise DataError(
             f"has no timestamp column: the first, {name!r}, holds numbers, the first "
             f"{column.iloc[0]}; {_EXPECTED_CSV}"
@@ -104,7 +163,8 @@ def _parse_times(column: pd.Series[Any], name: str) -> npt.NDArray[np.datetime64
         times = pd.to_datetime(column, errors="coerce", format="ISO8601")
     except ValueError as error:  # several time zones in one column
         raise DataError(
-            f"the times in {name!r} cannot be read: {error}; use local times"
+            f"the times in {name!r} cannot be read: {error}; they change their distance to UTC, as "
+            "where clocks are changed: write standard time throughout, or all of them in UTC"
         ) from error
     bad = np.flatnonzero(times.isna())
     if bad.size:
@@ -112,7 +172,22 @@ def _parse_times(column: pd.Series[Any], name: str) -> npt.NDArray[np.datetime64
             f"has no timestamp column, or a damaged one: row {bad[0]} (counted from 0) of "
             f"{name!r} is {column.iloc[bad[0]]!r}, not a time in ISO 8601; {_EXPECTED_CSV}"
         )
-    return times.dt.tz_localize(None).to_numpy().astype("datetime64[s]")
+    return local_clock(pd.DatetimeIndex(times))
+
+
+def _parsed(column: pd.Series[Any]) -> pd.Series[Any]:
+    import pandas as pd
+
+    try:
+        return pd.to_datetime(column, errors="coerce", format="ISO8601")
+    except ValueError:  # several time zones in one column: times, but not to be read
+        return column
+
+
+def _is_numeric(column: pd.Series[Any]) -> bool:
+    import pandas as pd
+
+    return bool(pd.api.types.is_numeric_dtype(column))
 
 
 def _numbers(

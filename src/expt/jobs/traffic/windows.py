@@ -11,6 +11,7 @@ import numpy as np
 
 from expt.errors import DataError
 from expt.job import Split
+from expt.jobs.traffic.scale import scale_warnings
 from expt.jobs.traffic.series import Series
 from expt.units import counted
 
@@ -62,13 +63,14 @@ NAMED = 3
 """Sensors that are named at most."""
 
 
-def describe(series: Series, windows: Mapping[Split, int], possible: int) -> str:
-    """Return one line of facts, and a line per warning.
+def describe(series: Series, windows: Mapping[Split, int], possible: int, unit: str = "mph") -> str:
+    """Return one line of facts, one per note on what was read, and one per warning.
 
     Args:
         series: what was read.
         windows: how many there are in every split.
         possible: how many there would be without a gap.
+        unit: of the readings.
 
     """
     values = series.values
@@ -81,7 +83,7 @@ def describe(series: Series, windows: Mapping[Split, int], possible: int) -> str
     lost = possible - sum(windows.values())
     if lost:
         line += f"; {lost:,} of {possible:,} ({100 * lost / possible:.1f} %) lost to gaps"
-    lines = [line]
+    lines = [line, *(f"data: {note}" for note in series.notes)]
     if is_irregular(series) or lost > LARGE_SHARE * possible:
         lines.append(f"data: warning: {deviations(series)}")
     silent = [series.sensor_ids[column] for column in np.flatnonzero(~values.any(axis=0))]
@@ -90,6 +92,7 @@ def describe(series: Series, windows: Mapping[Split, int], possible: int) -> str
         lines.append(
             f"data: warning: {counted(len(silent), 'sensor')} without any reading: {names}"
         )
+    lines += [f"data: warning: {warning}" for warning in scale_warnings(series, unit)]
     return "\n".join(lines)
 
 

@@ -1,0 +1,123 @@
+"""Long tables, a row per time and sensor, against the same series as a wide one."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from expt.errors import DataError
+from expt.jobs.traffic.choice import Choice
+from expt.jobs.traffic.reading import read_series
+
+TIMES = pd.date_range("2017-01-01", periods=40, freq="5min", name="timestamp")
+
+
+def wide(sensors=3, times=TIMES):
+    speeds = np.random.default_rng(0).uniform(20, 70, (len(times), sensors)).round(2)
+    return pd.DataFrame(speeds, index=times, columns=[str(400001 + n) for n in range(sensors)])
+
+
+def long(frame, sensor="sensor_id", value="speed"):
+    name = frame.index.name or "time"
+    table = frame.rename_axis(name).reset_index()
+    table = table.melt(name, var_name=sensor, value_name=value)
+    return table.astype({sensor: int})
+
+
+def saved(table, folder, **options):
+    table.to_csv(folder / "long.csv", **{"index": False, **options})
+    return folder / "long.csv"
+
+
+ORDERS = {
+    "by sensor": lambda table: table,
+    "by time": lambda table: table.sort_values("timestamp", kind="stable"),
+    "shuffled": lambda table: table.sample(frac=1, random_state=0),
+    "sensor first": lambda table: table[["sensor_id", "timestamp", "speed"]],
+    "other names": lambda table: table.rename(columns={"sensor_id": "k", "speed": "v"}),
+    "text ids": lambda table: table.assign(sensor_id="s" + table["sensor_id"].astype(str)),
+    "more columns": lambda table: table.assign(flow=7.5, lanes=4),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("sensors", [1, 3])
+def test_a_long_table_is_made_wide(tmp_path, order, sensors):
+    if order == "other names" and sensors == 1:
+        return  # nothing tells it from a wide table
+    expected = wide(sensors)
+    series = read_series(saved(ORDERS[order](long(expected)), tmp_path))
+    ids = [name.removeprefix("s") for name in series.sensor_ids]
+    assert sorted(ids) == [*expected.columns]
+    np.testing.assert_array_equal(series.timestamps, TIMES.to_numpy().astype("datetime64[s]"))
+    np.testing.assert_array_equal(series.values, expected[ids].to_numpy(np.float32))
+    assert series.notes[0].startswith("long table: read ")
+
+
+@pytest.mark.parametrize("sensor", ["sensor", "StationID", "detector_id", "VDS", "link id", "id"])
+def test_columns_of_sensors_are_known_by_their_names(tmp_path, sensor):
+    series = read_series(saved(long(wide(1), sensor), tmp_path))
+    assert series.sensor_ids == ("400001",)
+    assert f"by {sensor}," in series.notes[0]
+
+
+def test_row_numbers_in_front_are_passed_over(tmp_path):
+    assert read_series(saved(long(wide()), tmp_path, index=True)).values.shape == (40, 3)
+    path = saved(wide().reset_index(), tmp_path, index=True)
+    assert read_series(path).sensor_ids == ("400001", "400002", "400003")
+
+
+def test_missing_rows_are_missing_readings(tmp_path):
+    table = long(wide()).drop(index=[3, 50])
+    assert (read_series(saved(table, tmp_path)).values == 0).sum() == 2
+
+
+@pytest.mark.parametrize("index", [[], ["timestamp"], ["timestamp", "sensor_id"]])
+def test_a_long_parquet_table_is_made_wide(tmp_path, index):
+    table = long(wide())
+    (table.set_index(index) if index else table).to_parquet(tmp_path / "x.parquet")
+    series = read_series(tmp_path / "x.parquet")
+    np.testing.assert_array_equal(series.values, wide().to_numpy(np.float32))
+
+
+def test_a_long_archive_is_made_wide(tmp_path):
+    table = long(wide())
+    columns = {"speed": table["speed"], "timestamps": table["timestamp"]}
+    np.savez(tmp_path / "x.npz", **columns, sensor_ids=table["sensor_id"])
+    series = read_series(tmp_path / "x.npz")
+    np.testing.assert_array_equal(series.values, wide().to_numpy(np.float32))
+
+
+def test_of_several_readings_one_is_named(tmp_path):
+    table = long(wide(), value="occupancy").assign(flow=200.0)
+    path = saved(table, tmp_path)
+    with pytest.raises(DataError, match=r"long table .*several .*data.channel=occupancy; found"):
+        read_series(path)
+    series = read_series(path, choice=Choice(channel="flow"))
+    assert (series.values == 200).all()
+    with pytest.raises(DataError, match=r"data.channel=x: the long table has no such column"):
+        read_series(path, choice=Choice(channel="x"))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda table: pd.concat([table, table.assign(lane=2)]),
+        lambda table: table.assign(flow=1.0).melt(["timestamp", "sensor_id"]),
+        lambda table: table.assign(speed="fast"),
+        lambda table: table.drop(columns="sensor_id"),
+        lambda table: table.assign(
+            timestamp=table["timestamp"] + pd.to_timedelta(np.arange(len(table)), "s")
+        ).pipe(lambda shifted: pd.concat([shifted] * 1).assign(sensor_id=np.arange(120) // 2)),
+    ],
+)
+def test_what_cannot_be_made_wide_is_refused_as_a_long_table(tmp_path, spoil):
+    with pytest.raises(DataError, match="long table") as refused:
+        read_series(saved(spoil(long(wide())), tmp_path))
+    assert "drop" not in str(refused.value)
+
+
+def test_a_wide_table_stays_one(tmp_path):
+    table = wide().round(0).astype(int).rename(columns={"400001": "sensor_1", "400002": "node"})
+    series = read_series(saved(table, tmp_path, index=True))
+    assert series.sensor_ids == ("sensor_1", "node", "400003")
+    assert series.notes == ()
