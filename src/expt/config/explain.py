@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -48,19 +49,22 @@ def first_lines(error: Exception) -> str:
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     if lines and lines[0].startswith("Ambiguous value"):
-        return "several values: to try each in turn, add -m; for one list, write key=[a,b]"
+        said = "several values: to try each in turn, add -m; for one list, write key=[a,b]"
+        line = re.sub("^Ambiguous value for argument '(.*)'$", r"\1", lines[0])
+        is_path = re.search(r"[/\\]|\.[a-z]", line.partition("=")[2]) is not None
+        return f"{said}; for a name with commas, {_quoted_twice(line)}" if is_path else said
     kept = [line for line in lines if not line.startswith(("full_key:", "object_type=", "See "))]
     return " ".join(kept[:2]).replace(" reference_type=", " in ")
 
 
 def _problems(lines: list[str]) -> list[str]:
     parsed, problems = [], []
-    for line in lines:
+    for place, line in enumerate(lines):
         try:
             parsed.append(OverridesParser.create().parse_override(line))
         except HydraException as error:
-            hint = "" if "=" in line else "; settings look like key=value or group=option"
-            problems.append(f"{line!r} cannot be read{hint} ({first_lines(error)})")
+            hint = _unreadable_hint(lines, place)
+            problems.append(f"{line!r} cannot be read ({first_lines(error)}){hint}")
     groups = {name for name in _loader().list_groups("") if not name.startswith("hydra")}
     chosen, values = [], []
     for override in parsed:
@@ -87,6 +91,31 @@ def _problems(lines: list[str]) -> list[str]:
         if not found and not override.is_sweep_override():
             sound.append(override.input_line or "")
     return problems + _problems_of_the_rest(sound)
+
+
+def _unreadable_hint(lines: list[str], place: int) -> str:
+    """Say what to write in place of an argument that Hydra's grammar does not have."""
+    line = lines[place]
+    name, equals, value = line.partition("=")
+    if equals:
+        is_path = "/" in value or name.endswith(("path", "dir", "log"))
+        is_structure = re.match(r"""[\[{"']|\w+\(""", value) is not None
+        if not value or (is_structure and not is_path):
+            return ""
+        return f"; where a text has more than letters, digits and -_./ in it, {_quoted_twice(line)}"
+    hint = "; settings look like key=value or group=option"
+    first = next((n for n in range(place, -1, -1) if "=" in lines[n]), place)
+    whole = " ".join(lines[first : place + 1])
+    if first < place and re.search(r"[/.\\]", whole.partition("=")[2]):
+        hint += f"; if it is part of a name with spaces, {_quoted_twice(whole)}"
+    return hint
+
+
+def _quoted_twice(line: str) -> str:
+    """Return how to type a setting whose value is one text, for a shell and for Hydra."""
+    name, _, value = line.partition("=")
+    quoted = QuotedString(value, Quote.double).with_quotes()
+    return f"quote it twice: {shlex.quote(f'{name}={quoted}')}"
 
 
 def _unknown_options(override: Override) -> list[str]:
