@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import collections
 import copy
 import gc
 from collections.abc import Iterator
@@ -7,11 +8,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import expt.memory
-from expt.errors import BrokenStepError, RecoveryError
+from expt.errors import BrokenStepError, ConfigError, RecoveryError
 from expt.memory import recover
 from expt.memory.measuring.budget import Budget
+from expt.memory.recovery.decorator import count_samples
 from expt.memory.recovery.limits import Limits
 from expt.memory.techniques.techniques import Techniques
 
@@ -136,6 +139,82 @@ def test_the_end_of_the_ladder_is_an_error_that_says_what_was_tried():
     assert ended.value.exit_code == 1
     rungs = [event["rung"] for event in train_step.recovery.events]
     assert rungs == [*["halve_micro_batch"] * 9, *["release"] * 3, None]
+
+
+X, Y = torch.zeros(6, 8), torch.zeros(7)
+Pair = collections.namedtuple("Pair", "x y")
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        (X, 6),
+        ((X, Y), 6),
+        ([Y, X], 7),
+        ({"x": X, "y": Y}, 6),
+        (collections.UserDict(x=X), 6),
+        (Pair(X, Y), 6),
+        ({"step": torch.tensor(3), "inputs": {"parts": [(X,)]}}, 6),
+        (("name", 3, None, [X]), 6),
+        (pack_padded_sequence(torch.zeros(9, 5, 2), torch.tensor([9, 4, 4, 2, 1]), False), 5),
+        (X.numpy(), 6),
+        ((X.numpy(), Y.numpy()), 6),
+        (["a", "b", "c"], 3),
+        (range(4), 4),
+    ],
+)
+def test_the_samples_of_a_batch_are_counted(batch, expected):
+    assert count_samples(batch) == expected
+
+
+@pytest.mark.parametrize(
+    ("batch", "reason"),
+    [
+        (5, "a int, which has no length"),
+        (torch.tensor(5.0), "a Tensor, which has no length"),
+        ({"texts": ["a", "b"]}, "a dict without a tensor in it"),
+        ((["a", "b"], ["c", "d"]), "a tuple without a tensor in it"),
+        (object(), "a object, which has no length"),
+    ],
+)
+def test_a_batch_that_does_not_say_its_samples_is_refused(batch, reason):
+    step = stepped(net(), sgd(net()))
+    with pytest.raises(ConfigError, match=f"how many samples .* it is {reason}.*samples=lambda"):
+        step(batch)
+    assert step.recovery.events == []
+
+
+@pytest.mark.parametrize("kind", ["tuple", "dict", "nested"])
+def test_batches_of_a_loader_recover_like_a_tensor(kind):
+    plain, model = net(), net()
+    expected = [step(b) for step in [stepped(plain, sgd(plain))] for b in batches(2)]
+    wrap = {
+        "tuple": lambda x: (x, x[:, :1]),
+        "dict": lambda x: {"x": x, "mask": torch.ones(len(x))},
+        "nested": lambda x: {"meta": ("train", torch.tensor(1)), "inputs": [x]},
+    }[kind]
+    unwrap = {
+        "tuple": lambda batch: batch[0],
+        "dict": lambda batch: batch["x"],
+        "nested": lambda batch: batch["inputs"][0],
+    }[kind]
+    optimizer = sgd(model)
+
+    @recover(model, optimizer, on_event=lambda event: None)
+    def train_step(batch, techniques: Techniques) -> float:
+        x, total = unwrap(batch), 0.0
+        for part in x.chunk(techniques.gradient_accumulation):
+            loss = model(part).square().sum() / len(x)
+            loss.backward()
+            total += loss.item()
+        optimizer.step()
+        optimizer.zero_grad()
+        return total
+
+    with Budget(160 * 1024, "160KiB").enforce(CPU):
+        losses = [train_step(wrap(x)) for x in batches(2)]
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert train_step.recovery.techniques.gradient_accumulation > 2
 
 
 def test_the_package_offers_them_by_name():
