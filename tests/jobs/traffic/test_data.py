@@ -17,6 +17,7 @@ import torch
 from expt.errors import DataError
 from expt.job import Batch, Split
 from expt.jobs.traffic.data import TrafficData
+from expt.jobs.traffic.series import Series
 from expt.jobs.traffic.windows import split_windows, window_starts
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -400,3 +401,47 @@ def test_plots_show_one_day_at_most(tmp_path: Path) -> None:
     metrics.update(batch.inputs["speed"], batch)
     data.plots(predict, metrics, tmp_path)
     assert sorted(torch.cat(seen).tolist()) == list(range(24))
+
+
+class OwnFormat(TrafficData):
+    """As the README has it: a format of one's own, written before there was a choice of series."""
+
+    def read(self, path: str | None, adjacency_path: str | None, where_to_get: str) -> Series:
+        speeds = np.random.default_rng(0).uniform(20, 70, (90, 3))
+        return Series.from_arrays(speeds, times(90), sensor_ids=None, adjacency=None)
+
+
+def test_a_subclass_needs_none_of_the_later_arguments() -> None:
+    assert OwnFormat.problems(ARGUMENTS) == []
+    assert len(OwnFormat(**ARGUMENTS).describe().splitlines()) == 1
+    assert OwnFormat(**ARGUMENTS, key=None, channel=None, start=None, step_minutes=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"start": "2018-01-01"}, "given together, or neither"),
+        ({"step_minutes": 5}, "given together, or neither"),
+        ({"start": "2018-01-01", "step_minutes": 0}, "at least a second, 1/60, got 0"),
+        ({"start": "1/1/2018", "step_minutes": 5}, "like 2018-01-01T00:00, got '1/1/2018'"),
+    ],
+)
+def test_a_beginning_that_cannot_be_is_found_before_reading(
+    changes: dict[str, Any], message: str
+) -> None:
+    (problem,) = TrafficData.problems({**ARGUMENTS, **changes})
+    assert problem.startswith("data.s") and message in problem
+    assert TrafficData.problems({**ARGUMENTS, "start": "2018-01-01", "step_minutes": 0.5}) == []
+
+
+def test_what_was_read_and_left_is_in_the_lines_about_the_data(tmp_path: Path) -> None:
+    speed = np.random.default_rng(0).uniform(20, 70, (90, 3))
+    data = np.stack([speed * 5, speed], axis=-1)
+    np.savez(tmp_path / "x.npz", data=data, labels=speed)
+    given = {"path": str(tmp_path / "x.npz"), "start": "2018-01-01", "step_minutes": 5}
+    first, note, channel, warning = traffic(**given).describe().splitlines()
+    assert first.startswith("data: 3 sensors, every 5 min")
+    assert note == "data: read data, left labels; data.key names another"
+    assert channel.startswith("data: read channel 0 of data, of 2;")
+    assert warning.startswith("data: warning: a typical reading is")
+    assert len(traffic(**given, channel=1).describe().splitlines()) == 3
