@@ -1,5 +1,9 @@
 """Changes of clocks and zones, in files of each kind."""
 
+import datetime
+import pickle
+import zoneinfo
+
 import h5py
 import numpy as np
 import pandas as pd
@@ -106,11 +110,22 @@ def test_the_clock_of_the_zone_is_read(tmp_path, write, zone):
         assert series.notes == ("the times are those of the clock in America/Los_Angeles",)
 
 
-@pytest.mark.parametrize("zone", [b"cdatetime\ntimezone\np0\n(UTC", b"\x80\x04cpytz\n_UTC\n."])
-def test_a_pickled_utc_is_recognised_without_unpickling(tmp_path, zone):
+@pytest.mark.parametrize(
+    ("zone", "hours", "note"),
+    [
+        (datetime.UTC, 0, "in UTC"),
+        (zoneinfo.ZoneInfo("UTC"), 0, "in UTC"),
+        (zoneinfo.ZoneInfo("Europe/Berlin"), 1, "Europe/Berlin"),
+        (datetime.timezone(datetime.timedelta(hours=-8)), -8, "UTC-08:00"),
+    ],
+)
+def test_a_pickled_zone_is_recognised_without_unpickling(tmp_path, zone, hours, note):
     clock = pd.date_range("2017-01-01", periods=9, freq="5min")
-    series = read_series(as_hdf5(frame(clock), tmp_path, zone))
-    assert "in UTC" in series.notes[0]
+    path = as_hdf5(frame(clock), tmp_path, pickle.dumps(zone, 0))  # as PyTables writes objects
+    series = read_series(path)
+    expected = (clock + pd.Timedelta(hours=hours)).to_numpy().astype("datetime64[s]")
+    np.testing.assert_array_equal(series.timestamps, expected)
+    assert note in series.notes[0]
 
 
 def test_distances_to_utc_that_change_are_refused(tmp_path):

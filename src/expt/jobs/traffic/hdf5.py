@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from datetime import timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -201,17 +202,25 @@ def _in_zone(times: Times, node: Any) -> tuple[Times, tuple[str, ...]]:
 
     raw = node.attrs["tz"]
     zone = raw.decode("latin1") if isinstance(raw, bytes) else str(raw)
-    # PyTables pickles what is no text: datetime.timezone.utc, or pytz's UTC.
-    if re.match(r"[\x80c(]", zone) and re.search(r"(?i)utc", zone):
-        zone = "UTC"
     try:
-        return local_clock(pd.DatetimeIndex(times).tz_localize("UTC").tz_convert(zone))
+        return local_clock(pd.DatetimeIndex(times).tz_localize("UTC").tz_convert(_zone(zone)))
     except (KeyError, ValueError, TypeError) as error:
         raise DataError(
             f"the row index {node.name} is stored in UTC for a time zone that is not known here, "
             f"{zone[:40]!r}; expected local clock times, frame.index = "
             "frame.index.tz_localize(None), saved again"
         ) from error
+
+
+def _zone(text: str) -> str | timezone:
+    """Return the zone that PyTables wrote: its name, or a pickle (protocol 0), which is not run."""
+    if "\n" not in text:
+        return text
+    named = re.search(r"UTC|(?<=[V'])[A-Z][a-z]\w*/[\w/+-]+", text)
+    distance = re.search(r"timedelta\n.*?\(I(-?\d+)\nI(\d+)\n", text, re.DOTALL)
+    if named is None and distance is not None:
+        return timezone(timedelta(days=int(distance[1]), seconds=int(distance[2])))
+    return text if named is None else named[0]
 
 
 def _read(node: Any) -> Any:
