@@ -9,6 +9,7 @@ import pytest
 import scipy.sparse
 
 from expt.errors import DataError
+from expt.jobs.traffic.adjacency import read_adjacency
 from expt.jobs.traffic.array_pickle import load_array_pickle
 from expt.jobs.traffic.sparse import to_dense
 
@@ -88,6 +89,12 @@ def test_a_sparse_matrix_comes_as_its_parts(tmp_path, kind, protocol):
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(content, protocol))
     (read,) = load_array_pickle(tmp_path / "x.pkl")
     np.testing.assert_array_equal(to_dense(read.parts), MATRIX)
+
+
+def test_a_sparse_matrix_without_its_parts_is_refused(tmp_path):
+    (tmp_path / "x.pkl").write_bytes(b"\x80\x02cscipy.sparse._csr\ncsr_matrix\n)\x81.")
+    with pytest.raises(DataError, match="sparse matrix of format ''"):
+        read_adjacency(tmp_path / "x.pkl")
 
 
 def test_a_sparse_matrix_of_an_older_scipy_is_read(tmp_path):

@@ -1,3 +1,5 @@
+import zipfile
+
 import numpy as np
 import pytest
 
@@ -97,3 +99,13 @@ def test_times_as_text_are_understood():
 def test_what_is_no_time_is_refused(raw, message):
     with pytest.raises(DataError, match=message):
         to_seconds(raw)
+
+
+def test_what_else_is_in_an_archive_does_not_matter(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, speed=np.ones((2, 3)), timestamps=TIMES, objects=np.array([{}, {}]))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("readme.txt", "not an array")
+    arrays = read_npz(path)
+    assert arrays.keys() == {"speed", "timestamps"}
+    assert arrays.notes == ("read speed, left objects; data.key names another",)

@@ -85,7 +85,7 @@ def test_a_column_is_read_by_its_name(tmp_path):
     path.write_text("\n".join(["time,400001,name of road", *rows]))
     series = read_series(path, choice=Choice(channel=400001))
     np.testing.assert_array_equal(series.values, SPEED[:, :1])
-    assert series.notes == ("read column 400001, left 1 others",)
+    assert series.notes == ("read column 400001 alone, of 2; data.channel names another",)
     with pytest.raises(DataError, match=r"data.key=speed names one array of several"):
         read_series(path, choice=Choice(key="speed"))
 

@@ -9,9 +9,11 @@ import pytest
 
 import expt.jobs.traffic.hdf5 as module
 from expt.errors import DataError
+from expt.jobs.traffic.choice import Choice
 from expt.jobs.traffic.hdf5 import read_hdf5
 from expt.jobs.traffic.reading import read_series
 
+TIMES = np.datetime64("2012-03-01", "s") + 300 * np.arange(5)
 WEEK = Path(module.__file__).parent / "files" / "metr_la_week.npz"
 
 
@@ -182,3 +184,49 @@ def test_another_layout_is_refused_with_what_was_found(tmp_path):
         file["df/table"] = np.ones(3)
     with pytest.raises(DataError, match=r'found df/table\..*format="fixed"'):
         read_hdf5(tmp_path / "table.h5")
+
+
+def test_a_long_frame_is_made_wide(tmp_path):
+    times = np.repeat(np.datetime64("2017-01-01", "s") + 300 * np.arange(30), 2)
+    sensors = np.tile([1_100_000_001, 1_100_000_002], 30)  # float32 cannot tell them apart
+    cells = np.stack([sensors, np.arange(60) + 1], axis=1).astype(np.float64)
+    names = np.array(["station", "avg_speed"], dtype="S9")
+    path = write_frame(tmp_path / "long.h5", cells, times, names)
+    series = read_series(path)
+    assert series.sensor_ids == ("1100000001", "1100000002")
+    np.testing.assert_array_equal(series.values, np.float32(np.arange(60) + 1).reshape(30, 2))
+    with h5py.File(path, "r+") as file:
+        file["df/axis1"].attrs["kind"] = np.bytes_("integer")
+    with pytest.raises(DataError, match=r"/df is a long table .* without times"):
+        read_hdf5(path)
+
+
+def write_beside(path, name, **options):
+    """Add a frame of another name to a file."""
+    other = write_frame(path.with_name("other.h5"), **options)
+    with h5py.File(other) as source, h5py.File(path, "a") as file:
+        source.copy("df", file, name=name)
+
+
+def test_of_several_frames_that_of_speeds_is_read(week, tmp_path):
+    path, ids = tmp_path / "several.h5", week["sensor_ids"].astype("S6")
+    given = {"timestamps": week["timestamps"], "ids": ids}
+    write_beside(path, "2012/flow", speed=week["speed"] * 9, **given)
+    write_beside(path, "2012/speed", speed=week["speed"], **given)
+    write_beside(path, "a_meta", speed=week["speed"][:5], **{**given, "timestamps": TIMES})
+    with h5py.File(path, "r+") as file:
+        file["a_meta/axis1"].attrs["kind"] = np.bytes_("integer")
+    arrays = read_hdf5(path)
+    np.testing.assert_array_equal(arrays["speed"], week["speed"])
+    assert arrays.notes == ("read /2012/speed, left /2012/flow, /a_meta; data.key names another",)
+    for key in ("flow", "2012/flow", "/2012/flow"):
+        other = read_hdf5(path, Choice(key=key))
+        np.testing.assert_array_equal(other["speed"], week["speed"] * 9)
+    with pytest.raises(DataError, match=r"data.key=x: .* found /2012/flow, /2012/speed, /a_meta"):
+        read_hdf5(path, Choice(key="x"))
+    with pytest.raises(DataError, match="index /a_meta/axis1 is of kind integer"):
+        read_hdf5(path, Choice(key="a_meta"))
+    with h5py.File(path, "r+") as file:
+        del file["2012"]
+    with pytest.raises(DataError, match="index /a_meta/axis1 is of kind integer"):
+        read_hdf5(path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -57,6 +58,7 @@ class PickledSparse:
     """The attributes of a matrix of scipy.sparse; `expt.jobs.traffic.sparse` checks them."""
 
     format = ""
+    parts: Mapping[str, Any] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.parts = {**state, "shape": state["_shape"], "format": self.format}

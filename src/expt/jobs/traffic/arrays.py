@@ -57,7 +57,8 @@ def wanted_keys(available: Collection[str], choice: Choice | None = None) -> dic
         if choice.start is None:
             raise DataError(
                 f"has no timestamps; found {found}; expected `timestamps`, one datetime64 per time "
-                "step, or data.start=2018-01-01T00:00 and data.step_minutes=5, with its own figures"
+                "step, or their beginning and distance, like data.start=2018-01-01T00:00 "
+                "data.step_minutes=5"
             )
         del keys["timestamps"]
     return keys | {name: name for name in OPTIONAL_KEYS if name in available}
@@ -120,14 +121,17 @@ def _from_long(arrays: Arrays, name: str, choice: Choice) -> Arrays:
 
 
 def _shape(archive: NpzFile, name: str) -> tuple[int, ...]:
-    """Return an array's shape without reading the array."""
+    """Return an array's shape without reading the array; () of what is no array."""
     assert archive.zip is not None
-    with archive.zip.open(f"{name}.npy") as member:
-        version = np.lib.format.read_magic(member)
-        read = np.lib.format.read_array_header_1_0
-        if version > (1, 0):
-            read = np.lib.format.read_array_header_2_0
-        return read(member)[0]
+    try:
+        with archive.zip.open(f"{name}.npy") as member:
+            version = np.lib.format.read_magic(member)
+            read = np.lib.format.read_array_header_1_0
+            if version > (1, 0):
+                read = np.lib.format.read_array_header_2_0
+            return read(member)[0]
+    except (KeyError, ValueError):
+        return ()
 
 
 def to_seconds(raw: npt.NDArray[Any]) -> npt.NDArray[np.datetime64]:

@@ -58,6 +58,11 @@ def choice_note(read: str, left: Collection[str]) -> tuple[str, ...]:
     return (f"read {read}, left {', '.join(left)}; data.key names another",) if left else ()
 
 
+def column_note(name: str, count: int) -> str:
+    """Return the line about the only column of `count` that was read."""
+    return f"read column {name} alone, of {count}; data.channel names another"
+
+
 def one_channel(arrays: Arrays, name: str, choice: Choice) -> Arrays:
     """Reduce the speeds to the channel, or to the one column, that is to be read.
 
@@ -91,7 +96,7 @@ def one_channel(arrays: Arrays, name: str, choice: Choice) -> Arrays:
         arrays["sensor_ids"] = np.array(ids[place : place + 1])
         for other in ("adjacency", "locations"):
             arrays.pop(other, None)
-        arrays.noted(f"read column {channel}, left {len(ids) - 1} others")
+        arrays.noted(column_note(str(channel), len(ids)))
     return arrays
 
 

@@ -28,7 +28,7 @@ def local_clock(times: pd.DatetimeIndex) -> tuple[Times, tuple[str, ...]]:
     if times.tz is None:
         return clock, ()
     zone = str(times.tz)
-    if zone.upper() in ("UTC", "ETC/UTC", "UTC+00:00", "GMT"):
+    if zone.upper() in ("UTC", "ETC/UTC", "TZUTC()", "GMT"):
         return clock, (
             "the times are in UTC and are read so: a model sees UTC's time of day and day of the "
             "week; with local ones, times.tz_convert(ZONE), it knows the rush hours better",

@@ -36,7 +36,7 @@ from expt.jobs.traffic.choice import (
     speed_rank,
 )
 from expt.jobs.traffic.clock import Times, local_clock
-from expt.jobs.traffic.long_table import sensor_column, to_wide
+from expt.jobs.traffic.long_table import is_sensor_name, sensor_column, to_wide
 from expt.jobs.traffic.series import to_float32, to_sensor_ids
 from expt.jobs.traffic.source import translated
 
@@ -58,7 +58,7 @@ class _Candidate:
     def order(self, has_start: bool) -> tuple[bool, int, bool]:
         """Those with times first, then by their names, frames before arrays."""
         if self.key is None:
-            timed = (_kind(self.group["axis1"]) or "datetime64").startswith("datetime64")
+            timed = _is_timed(self.group)
         else:
             timed = has_start or "timestamps" in self.group
         rank = speed_rank(self.name)
@@ -129,6 +129,10 @@ def _candidates(group: Any, wanted: str | None) -> list[_Candidate]:
     return found
 
 
+def _is_timed(frame: Any) -> bool:
+    return (_kind(frame["axis1"]) or "datetime64").startswith("datetime64")
+
+
 def _is_called(name: str, wanted: str | None) -> bool:
     return wanted is not None and wanted.strip("/") in (name.strip("/"), name.rpartition("/")[2])
 
@@ -152,6 +156,11 @@ def _read_plain(chosen: _Candidate, choice: Choice) -> Arrays:
 def _read_frame(group: Any, choice: Choice) -> Arrays:
     columns = _read_names(group["axis0"])
     position = {name: column for column, name in enumerate(columns)}
+    if any(is_sensor_name(name) for name in columns) and not _is_timed(group):
+        raise DataError(
+            f"{group.name} is a long table (time, sensor, value) without times as its index; "
+            "expected a column per sensor, frame.pivot(index=TIME, columns=SENSOR, values=SPEED)"
+        )
     times, notes = _read_times(group["axis1"])
     cells = np.full((len(times), len(columns)), np.nan)
     blocks = sorted(key.removesuffix("_items") for key in group if key.endswith("_items"))

@@ -161,8 +161,10 @@ def _numeric(raw: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
 def _check_shapes(series: Series) -> None:
     values, count = series.values, len(series.sensor_ids)
     if values.ndim != 2:
+        long = "; pivot a long table (time, sensor, value) first, give one sensor the shape [S, 1]"
         raise DataError(
             f"the speeds have the shape {values.shape}; expected two axes, time steps x sensors"
+            + (long if values.ndim == 1 else "")
         )
     if count == 0 or values.shape[1] == 0:
         raise DataError("there is no sensor; expected at least 1 column of speeds")

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expt.errors import DataError
-from expt.jobs.traffic.choice import Arrays, Choice, one_channel
+from expt.jobs.traffic.choice import Arrays, Choice, column_note, one_channel
 from expt.jobs.traffic.clock import Times, local_clock
 from expt.jobs.traffic.long_table import is_sensor_name, sensor_column, to_wide
 from expt.jobs.traffic.source import translated
@@ -107,7 +107,7 @@ def _arrays(names: list[str], frame: pd.DataFrame, times: Times, choice: Choice 
         place = names.index(str(choice.channel))
         speeds = _numbers(frame.iloc[:, [place]], [names[place]], times)
         arrays = Arrays(speed=speeds, timestamps=times, sensor_ids=np.array([names[place]]))
-        return arrays.noted(f"read column {names[place]}, left {len(names) - 1} others")
+        return arrays.noted(column_note(names[place], len(names)))
     speeds = _numbers(frame, names, times)
     arrays = Arrays(speed=speeds, timestamps=times, sensor_ids=np.array(names))
     return one_channel(arrays, "the table", choice)
