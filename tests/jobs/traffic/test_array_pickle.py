@@ -192,6 +192,9 @@ def test_an_outside_object_is_refused(tmp_path):
         b"\x80\x02cnumpy\ndtype\nK\x03\x85R.",
         b"\x80\x02h\x07.",
         b"\x80\x02cnumpy\nndarray\n)\x81.",
+        b"\x80\x02cnumpy\nndarray\nK\x03\x85R.",
+        pickle.dumps(MATRIX, 2).replace(b"cnumpy\ndtype\n", b"c__builtin__\nobject\n"),
+        pickle.dumps(np.float64(1), 2).replace(b"cnumpy\ndtype\n", b"c__builtin__\nobject\n"),
         b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00utf-8\x86R.",
     ],
 )

@@ -222,7 +222,7 @@ def test_of_several_frames_that_of_speeds_is_read(week, tmp_path):
     for key in ("flow", "2012/flow", "/2012/flow"):
         other = read_hdf5(path, Choice(key=key))
         np.testing.assert_array_equal(other["speed"], week["speed"] * 9)
-    with pytest.raises(DataError, match=r"data.key=x: .* found /2012/flow, /2012/speed, /a_meta"):
+    with pytest.raises(DataError, match=r"data.key=x: .* found /2012/speed, /2012/flow, /a_meta"):
         read_hdf5(path, Choice(key="x"))
     with pytest.raises(DataError, match="index /a_meta/axis1 is of kind integer"):
         read_hdf5(path, Choice(key="a_meta"))
@@ -230,3 +230,17 @@ def test_of_several_frames_that_of_speeds_is_read(week, tmp_path):
         del file["2012"]
     with pytest.raises(DataError, match="index /a_meta/axis1 is of kind integer"):
         read_hdf5(path)
+
+
+def test_a_name_further_up_counts_too(week, tmp_path):
+    path, ids = tmp_path / "years.h5", week["sensor_ids"].astype("S6")
+    given = {"timestamps": week["timestamps"], "ids": ids}
+    for place, quantity in enumerate(("flow", "meta", "speed")):
+        write_beside(path, f"{quantity}/y2012", speed=week["speed"] * (3 - place), **given)
+    np.testing.assert_array_equal(read_hdf5(path)["speed"], week["speed"])
+    other = read_hdf5(path, Choice(key="flow"))
+    np.testing.assert_array_equal(other["speed"], week["speed"] * 3)
+    with h5py.File(path, "r+") as file:
+        del file["speed"]
+        file.move("flow", "zzz")
+    assert read_hdf5(path).notes[0].startswith("read /zzz/y2012, left /meta/y2012")

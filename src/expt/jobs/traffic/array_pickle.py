@@ -77,23 +77,34 @@ class _Type:
 
 
 class Array(np.ndarray[Any, Any]):
-    """An array whose type has passed `_Type`."""
+    """An array whose type has passed `_Type`, and whose cells are the file's own."""
+
+    def __new__(cls, *_: Any) -> Array:
+        """Refuse: `_reconstruct` is the only way to one."""
+        raise TypeError("an array is made by numpy's _reconstruct alone")
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         version, shape, kind, is_fortran, data = state
-        native = kind.dtype.newbyteorder("=")
+        given = _dtype(kind)
+        native = given.newbyteorder("=")
         super().__setstate__((version, shape, native, is_fortran, data))
-        if native != kind.dtype:
-            self.dtype = kind.dtype  # type: ignore[misc]
+        if native != given:
+            self.dtype = given  # type: ignore[misc]
 
 
-def _scalar(kind: _Type, data: Any) -> Any:
+def _dtype(kind: Any) -> np.dtype[Any]:
+    if not isinstance(kind, _Type):  # any array has a dtype, which need not be a harmless one
+        raise TypeError(f"a type was expected, not {type(kind).__name__}")
+    return kind.dtype
+
+
+def _scalar(kind: Any, data: Any) -> Any:
     raw = data.encode("latin1") if isinstance(data, str) else data  # Python 2 has no bytes
-    return np.frombuffer(raw, kind.dtype)[0]
+    return np.frombuffer(raw, _dtype(kind))[0]
 
 
-def _from_buffer(data: Any, kind: _Type, shape: Any, order: Any) -> npt.NDArray[Any]:
-    return np.frombuffer(data, kind.dtype).reshape(shape, order=order).copy()
+def _from_buffer(data: Any, kind: Any, shape: Any, order: Any) -> npt.NDArray[Any]:
+    return np.frombuffer(data, _dtype(kind)).reshape(shape, order=order).copy()
 
 
 _ADMITTED: dict[tuple[str, str], Any] = {

@@ -55,14 +55,29 @@ class _Candidate:
         path: str = self.group.name
         return path if self.key is None else f"{path.rstrip('/')}/{self.key}"
 
-    def order(self, has_start: bool) -> tuple[bool, int, bool]:
-        """Those with times first, then by their names, frames before arrays."""
+    def is_called(self, wanted: str) -> bool:
+        """Whether this is the path, its last parts, or one of them, ``speed`` of /2018/speed/df."""
+        return self.ends_in(wanted) or wanted.strip("/") in self.name.split("/")
+
+    def ends_in(self, wanted: str) -> bool:
+        """Whether the path ends in these parts."""
+        return self.name.endswith(f"/{wanted.strip('/')}")
+
+    def order(self, choice: Choice) -> tuple[bool, bool, bool, int, bool]:
+        """Those asked for first, then those with times, then by their names, frames first."""
         if self.key is None:
             timed = _is_timed(self.group)
         else:
-            timed = has_start or "timestamps" in self.group
-        rank = speed_rank(self.name)
-        return not timed, 99 if rank is None else rank, self.key is not None
+            timed = choice.start is not None or "timestamps" in self.group
+        ranks = [rank for part in self.name.split("/") if (rank := speed_rank(part)) is not None]
+        about = 99 + bool(re.search("meta|info|sensor|station|location", self.name))
+        return (
+            choice.key is not None and not self.ends_in(choice.key),
+            choice.key is not None and not self.is_called(choice.key),
+            not timed,
+            min(ranks, default=about),
+            self.key is not None,
+        )
 
 
 def read_hdf5(path: Path, choice: Choice | None = None) -> Arrays:
@@ -82,24 +97,19 @@ def read_hdf5(path: Path, choice: Choice | None = None) -> Arrays:
 
         file.visititems(collect)
         candidates = [found for group in groups for found in _candidates(group, choice.key)]
-        if choice.key is not None:
-            candidates.sort(key=lambda found: not _is_called(found.name, choice.key))
-        else:
-            candidates.sort(key=lambda found: found.order(choice.start is not None))
-        if choice.key is not None and not any(
-            _is_called(found.name, choice.key) for found in candidates
-        ):
+        if not candidates and choice.key is None:
+            raise DataError(
+                f"has neither a pandas frame nor arrays named {', '.join(SPEED_KEYS)}; found "
+                f"{', '.join(datasets[:12]) or 'nothing'}. A frame must be saved with "
+                'frame.to_hdf(path, key="df", format="fixed")'
+            )
+        candidates.sort(key=lambda found: found.order(choice))
+        if choice.key is not None and not (candidates and candidates[0].is_called(choice.key)):
             frames = [found.name for found in candidates if found.key is None]
             plain = [name for name in datasets if f"/{name}".rpartition("/")[0] not in frames]
             raise DataError(
                 f"data.key={choice.key}: there is no such frame or array; found "
                 f"{', '.join([*frames, *plain][:12]) or 'nothing'}"
-            )
-        if not candidates:
-            raise DataError(
-                f"has neither a pandas frame nor arrays named {', '.join(SPEED_KEYS)}; found "
-                f"{', '.join(datasets[:12]) or 'nothing'}. A frame must be saved with "
-                'frame.to_hdf(path, key="df", format="fixed")'
             )
         chosen, *others = candidates
         if chosen.key is None:
@@ -122,7 +132,7 @@ def _candidates(group: Any, wanted: str | None) -> list[_Candidate]:
     found = []
     for key, node in group.items():
         candidate = _Candidate(group, key)
-        named = wanted is not None and _is_called(candidate.name, wanted)
+        named = wanted is not None and candidate.ends_in(wanted)
         is_array = isinstance(node, h5py.Dataset) or "timestamps" in group
         if is_array and (named or speed_rank(key) is not None):
             found.append(candidate)
@@ -131,10 +141,6 @@ def _candidates(group: Any, wanted: str | None) -> list[_Candidate]:
 
 def _is_timed(frame: Any) -> bool:
     return (_kind(frame["axis1"]) or "datetime64").startswith("datetime64")
-
-
-def _is_called(name: str, wanted: str | None) -> bool:
-    return wanted is not None and wanted.strip("/") in (name.strip("/"), name.rpartition("/")[2])
 
 
 def _beside(chosen: _Candidate, steps: tuple[int, ...]) -> list[str]:
