@@ -129,5 +129,5 @@ def test_a_pickled_zone_is_recognised_without_unpickling(tmp_path, zone, hours, 
 
 
 def test_distances_to_utc_that_change_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r"change their distance to UTC.*standard time"):
+    with pytest.raises(DataError, match=r"distance to UTC changes.*standard time"):
         read_series(as_csv(frame(zoned()), tmp_path))

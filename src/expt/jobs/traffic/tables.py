@@ -163,8 +163,8 @@ def _parse_times(column: pd.Series[Any], name: str) -> tuple[Times, tuple[str, .
         times = pd.to_datetime(column, errors="coerce", format="ISO8601")
     except ValueError as error:  # several time zones in one column
         raise DataError(
-            f"the times in {name!r} cannot be read: {error}; they change their distance to UTC, as "
-            "where clocks are changed: write standard time throughout, or all of them in UTC"
+            f"the times in {name!r} cannot be read: their distance to UTC changes, as where "
+            "clocks are changed; write standard time throughout, or all of them in UTC"
         ) from error
     bad = np.flatnonzero(times.isna())
     if bad.size:
