@@ -106,7 +106,7 @@ def _identity(record: RunRecord, varied: Mapping[str, object]) -> Settings:
     found = {
         name: value
         for name, value in settings.items()
-        if _is_measured_on(name) and name not in names
+        if _is_measured_on(name) and name not in names and value != NONE
     }
     found[TARGET] = current(settings[TARGET])
     found.setdefault(UNIT, "mph")  # what a record from before the setting was in
