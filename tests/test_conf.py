@@ -151,11 +151,12 @@ def test_the_jobs_of_the_page_run_as_they_stand(expt, home):
     text = (Path(__file__).parents[1] / "docs/add-a-job.md").read_text(encoding="utf-8")
     written = []
     for block in re.findall(r"```(?:python|yaml)\n(# [\w./]+\n.*?)```", text, re.DOTALL):
-        path = home / block.partition("\n")[0].removeprefix("# ")
+        name, _, content = block.partition("\n")  # the first line only says which file it is
+        path = home / name.removeprefix("# ")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(block)
+        path.write_text(content)
         written.append(path.name)
-    assert len(written) == 5
+    assert len(written) == 6
     draw = np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 6), ("test", 6)):
         for name in ("high", "low"):
@@ -164,7 +165,7 @@ def test_the_jobs_of_the_page_run_as_they_stand(expt, home):
                 values = draw.normal(1.0 if name == "high" else -1.0, size=(3, 5))
                 np.save(home / f"recordings/{split}/{name}/{number}.npy", values)
     commands = [line.split()[3:] for line in text.splitlines() if line.startswith("    python")]
-    assert len(commands) == 2
+    assert len(commands) == 3
     for number, command in enumerate(commands):
         run = (f"hydra.run.dir=run{number}", "tracking=none", "trainer.progress=false")
         code, out, err = expt(*command, *run, small=False)

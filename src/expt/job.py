@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeGuard, runtime_checkable
 
 from expt.errors import ConfigError, nearest
@@ -329,7 +330,16 @@ def protocol_problem(cls: type) -> str | None:
     needed = ["size", "model_arguments", "loss", "accumulator", "fingerprint"]
     needed += ["to", "weight"] if hasattr(cls, "gather") else []
     missing = [method for method in needed if not hasattr(cls, method)]
+    if not missing and not (hasattr(cls, "metrics") or "metrics" in _assigned(cls)):
+        missing = ["metrics"]
     if missing:
         lacking = ", no ".join(missing)
         return f"data: {name} has no {lacking}; a data set needs it (expt.job.DataSet)"
     return None
+
+
+def _assigned(cls: type) -> set[str]:
+    """Return the attributes that a class's own code sets on `self`, as far as can be seen."""
+    functions = [value for base in cls.__mro__ for value in vars(base).values()]
+    codes = [f.__code__ for f in functions if isinstance(f, FunctionType)]
+    return {name for code in codes for name in code.co_names}

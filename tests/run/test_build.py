@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from expt.config.schema import MemoryConfig, TrackingConfig, TrainerConfig
+from expt.config.settings import RunContext, Settings
 from expt.result import load_result
+from expt.run.fallback import next_smaller
 
 MODEL = """
 import os
@@ -137,6 +140,9 @@ def test_groups_have_their_own_rates(expt, line, toys, home, target, groups) -> 
         (("trainer.trainable=[]",), "matches no weight"),
         (("+optimizer.groups={tail: {lr: 1}}",), "optimizer.groups.tail"),
         (("+optimizer.groups={head: 1e-5}",), "optimizer.groups must map"),
+        (("model._target_=lab_build.Grouped", "+optimizer.groups={head: {rate: 1}}"), "head.rate"),
+        (("model._target_=lab_build.Grouped", "+optimizer.groups={head: {lr: -3}}"), "groups.head"),
+        (("memory.fallback=['model=nosuch']",), "model=nosuch cannot be composed"),
         (("memory.fallback=smaller",), "memory.fallback='smaller'"),
         (("memory.fallback=[lite]",), "'lite' is no setting"),
     ],
@@ -198,3 +204,18 @@ def test_a_fallback_is_a_list_of_settings(expt, line, home) -> None:
     launch = json.loads((home / "run-data.batch_size-4-data.batch_size-2/launch.json").read_text())
     assert "data.batch_size=2" in launch["overrides"]
     assert load_result(home / "run-data.batch_size-4-data.batch_size-2").status == "completed"
+
+
+@pytest.mark.parametrize(
+    ("entries", "given", "then"),
+    [
+        (["data.batch_size=8", "data.batch_size=4"], "data.batch_size=2", None),
+        (["data.batch_size=8", "data.batch_size=4"], "data.batch_size=8", "data.batch_size=4"),
+        (["data.batch_size=8", "data.batch_size=4"], "trainer.epochs=2", "data.batch_size=8"),
+        (["memory=lite", "memory=minimal"], "+memory=full", "memory=minimal"),
+    ],
+)
+def test_a_smaller_run_is_never_a_larger_one(entries, given, then) -> None:
+    settings = Settings(TrainerConfig(), MemoryConfig(fallback=entries), TrackingConfig(), {})
+    context = RunContext(Path("run"), launch={"overrides": [given]})
+    assert next_smaller(settings, context) == then

@@ -21,6 +21,7 @@ from expt.training.batches import (
     Examples,
     HostSamples,
     ResidentSamples,
+    StoppedWaitingError,
     kept_on_device,
     micro_batches,
     sample_generator,
@@ -109,10 +110,10 @@ def test_a_sample_that_is_skipped_is_counted_and_replaced(made, clips, workers: 
         (clips / f"{name}.npy").write_bytes(b"no clip")
     batches = made(num_workers=workers, on_bad_sample=BadSample.skip)
     assert len(values(batches, epoch=0)) == 48, "a step keeps its size"
-    assert batches.skipped == 1
+    assert batches.skipped == {("train", 7)}
     # An evaluation counts nothing twice: what cannot be read is left out.
     assert [len(samples) for samples in batches.evaluation("val", 12)] == [4, 5, 2]
-    assert batches.skipped == 2
+    assert batches.skipped == {("train", 7), ("val", 3)}
 
 
 def test_nothing_that_can_be_read_is_an_error(made, clips) -> None:
@@ -194,3 +195,55 @@ def test_generators_of_two_samples_draw_differently() -> None:
         for key in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 1, 1)]
     }
     assert len(draws) == 5
+
+
+def test_a_worker_that_dies_between_two_splits_is_said(made, monkeypatch) -> None:
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+    batches = made(num_workers=1)
+    list(batches.training(0, 0, 2))
+    (worker,) = batches._loader._iterator._workers
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
+    with pytest.raises(LoaderError, match=r"val_000_0\.npy"):
+        list(batches.evaluation("val", 4))
+    assert len(list(batches.evaluation("val", 4))) == 1
+
+
+def test_after_a_signal_a_dead_worker_is_a_stop(made, monkeypatch) -> None:
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+    batches = made(num_workers=1, prefetch_factor=1)
+    batches.stopped = lambda: True
+    steps = batches.evaluation("val", 12)
+    next(steps)
+    (worker,) = batches._loader._iterator._workers
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
+    with pytest.raises(StoppedWaitingError):
+        list(steps)
+
+
+def test_a_batch_that_cannot_be_made_is_no_dead_worker(made, monkeypatch) -> None:
+    batches = made()
+    monkeypatch.setattr(
+        type(batches.data), "collate", lambda self, items: torch.stack([]), raising=False
+    )
+    with pytest.raises(DataError, match="cannot be made: RuntimeError"):
+        next(batches.training(0, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [((1, 2), "returned tuple"), (Batch({"x": 1.0}, torch.tensor(0)), "x is float, not a tensor")],
+)
+def test_an_item_of_the_wrong_kind_is_one_sentence(made, monkeypatch, returned, words) -> None:
+    batches = made(on_bad_sample=BadSample.skip)
+    monkeypatch.setattr(type(batches.data), "item", lambda *arguments: returned)
+    with pytest.raises(DataError, match=rf"Clips\.item: .*{words}"):
+        next(batches.training(0, 0, 1))
+    with pytest.raises(DataError, match=words):
+        Examples(batches.data).batch("train", 2)
+
+
+def test_an_example_is_taken_of_whatever_can_be_read(made, clips) -> None:
+    (clips / "val_000_0.npy").write_bytes(b"no clip")
+    assert len(Examples(made().data).batch("val", 3)) == 3

@@ -17,7 +17,7 @@ from expt.memory.recovery.attempt import release
 from expt.result import RunResult, load_launch, load_result
 from expt.run.batch_size import with_batch_found
 from expt.run.build import build
-from expt.run.fallback import next_smaller, short_name, smaller_run
+from expt.run.fallback import check_entries, next_smaller, short_name, smaller_run
 from expt.run.overflow import plan_before, too_small_for_weights, with_techniques
 from expt.run.summary import print_result
 from expt.run.train import TrainJob
@@ -51,6 +51,7 @@ def run(cfg: DictConfig, context: RunContext) -> RunResult:
             and not _untested(earlier, settings)
         ):
             return _completed(earlier, settings, context)
+        check_entries(settings, context)
         fabric = make_fabric(settings.trainer.device, settings.memory.precision)
         cfg, settings, context = with_batch_found(cfg, settings, context, fabric.device)
         data: DataSet = build(settings, "data")

@@ -160,7 +160,7 @@ class MemoryConfig:
         if self.fallback not in ("none", "preset") and not isinstance(self.fallback, list):
             found.append(
                 f"memory.fallback={self.fallback!r} must be none, preset, or a list of settings "
-                "like [+memory=lite,+memory=minimal]"
+                "like ['+memory=lite','+memory=minimal']"
             )
         found += [
             f"memory.fallback: {entry!r} is no setting; write key=value"

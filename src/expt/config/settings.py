@@ -6,16 +6,12 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from expt.config.command_nodes import CardsConfig, FitConfig
 from expt.config.moved import hint
 from expt.config.schema import AUTO, LoaderConfig, MemoryConfig, TrackingConfig, TrainerConfig
 from expt.errors import ConfigError, nearest
-
-if TYPE_CHECKING:
-    pass
-
 
 OFFLOAD_NEEDS_CUDA = (
     "memory.saved_tensor_offload=true moves what the backward pass needs to host memory, and a "

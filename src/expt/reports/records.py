@@ -174,7 +174,8 @@ def ranked_by(runs: RunSet, given: str | None) -> RunSet:
     bare = name.rpartition("/")[2]
     described = Counter(r.described[bare] for r in records if bare in r.described).most_common(1)
     metric = described[0][0] if described else Metric(bare, label=_label(bare))
-    others = sorted({f"val/{r.monitor}" for r in records if r.metrics} - {name})
+    validated = [r for r in records if any(key.startswith("val/") for key in r.metrics)]
+    others = sorted({f"val/{r.monitor}" for r in validated} - {name})
     if given is None and others:
         runs = replace(runs, notes=(*runs.notes, MONITORED_ELSE.format(", ".join(others), name)))
     return replace(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
@@ -82,8 +82,12 @@ def build(settings: Settings, group: str, **provided: Any) -> Any:
     return factory(**handed)
 
 
-def build_model(settings: Settings, data: DataSet, inputs: Iterable[str]) -> nn.Module:
+def build_model(
+    settings: Settings, data: DataSet, inputs: Iterable[str], pretrained: bool = False
+) -> nn.Module:
     """Build the model, with its layers of batch normalisation as `memory.batch_norm` says.
+
+    With `pretrained`, a model that can reads its weights, as it was constructed; a plan does not.
 
     Raises:
         ConfigError: an argument is missing.
@@ -94,6 +98,8 @@ def build_model(settings: Settings, data: DataSet, inputs: Iterable[str]) -> nn.
 
     model: nn.Module = build(settings, "model", **data.model_arguments())
     check_forward(model, inputs)
+    if pretrained and isinstance(model, Pretrained):
+        model.load_pretrained()
     set_batch_norm(model, settings.memory.batch_norm.value)
     if settings.trainer.trainable is not None:
         freeze_others(model, settings.trainer.trainable)
@@ -146,6 +152,9 @@ def build_optimizer(settings: Settings, model: nn.Module) -> Optimizer:
         raise ConfigError(
             [f"optimizer.groups.{n}: there is no such group; {nearest(n, known)}" for n in unknown]
         )
+    problems = group_problems(settings, chosen)
+    if problems:
+        raise ConfigError(problems)
     left = dict.fromkeys(trained.values())
     parameters: list[Any] = []
     for name, group in members.items():
@@ -154,6 +163,10 @@ def build_optimizer(settings: Settings, model: nn.Module) -> Optimizer:
             del left[weight]
         if own:
             parameters.append({"params": own, **chosen.get(name, {})})
+        elif name in chosen:
+            raise ConfigError(
+                f"optimizer.groups.{name}: all of its weights are frozen or in a group before it"
+            )
     if not parameters:
         parameters = list(left)
     elif left:
@@ -174,7 +187,8 @@ def assemble(settings: Settings, fabric: Fabric, data: DataSet) -> tuple[nn.Modu
         ModelError: its forward does not take the data's inputs.
 
     """
-    model = build_model(settings, data, Examples(data, fabric.device).input_names())
+    inputs = Examples(data, fabric.device).input_names()
+    model = build_model(settings, data, inputs, pretrained=True)
     techniques = techniques_of(settings.memory)
     problems = technique_problems(model, techniques)
     if techniques.saved_tensor_offload and fabric.device.type != "cuda":
@@ -182,11 +196,34 @@ def assemble(settings: Settings, fabric: Fabric, data: DataSet) -> tuple[nn.Modu
     if problems:
         raise ConfigError(problems)
     apply(model, techniques)
-    if isinstance(model, Pretrained):
-        model.load_pretrained()
     optimizer = build_optimizer(settings, model)
     wrapped = fabric.setup(model, optimizer)
     return wrapped[0], wrapped[1]
+
+
+def group_problems(settings: Settings, groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return what is wrong with the settings of groups of weights, as the optimizer judges them."""
+    import torch
+
+    known = inspect.signature(settings.target("optimizer")).parameters
+    found = []
+    for name, values in groups.items():
+        unknown = [key for key in values if key not in known]
+        found += [
+            f"optimizer.groups.{name}.{key}: the optimizer has no such setting; "
+            f"{nearest(key, set(known) - {'params'})}"
+            for key in unknown
+        ]
+        if unknown:
+            continue
+        arguments = {**settings.arguments["optimizer"], **values}
+        arguments.pop("groups", None)
+        one = replace(settings, arguments={**settings.arguments, "optimizer": arguments})
+        try:
+            build(one, "optimizer", params=[torch.nn.Parameter(torch.zeros(1))])
+        except ValueError as error:
+            found.append(f"optimizer.groups.{name}: {error}")
+    return found
 
 
 def check_forward(model: nn.Module, inputs: Iterable[str]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from expt.config.schema import Device, Precision, TrainerConfig
 from expt.config.settings import Settings
-from expt.errors import ConfigError, ExptError
+from expt.errors import ConfigError, ExptError, ModelError
 from expt.job import Batch, DataSet, is_resident
 from expt.memory.measuring.budget import Budget
 from expt.memory.planning.predict import Plan, Target, plan
@@ -77,7 +77,13 @@ def plan_training(
         return (batch if whole == micro_batch else batch.each(lambda v: v[:micro_batch])), weight
 
     def loss_fn(forward: Callable[..., Any], batch: tuple[Batch, Tensor]) -> Tensor:
-        return data.loss(forward(**batch[0].inputs), batch[0]) / batch[1]
+        loss = data.loss(forward(**batch[0].inputs), batch[0])
+        if loss.ndim > 0:
+            raise ModelError(
+                f"{type(data).__name__}.loss returned a tensor of shape {list(loss.shape)}; it "
+                "must return the sum over the batch"
+            )
+        return loss / batch[1]
 
     def evaluation_fn(forward: Callable[..., Any]) -> None:
         batch = examples.batch("val", min(data.eval_batch_size, data.size("val")))

@@ -30,6 +30,10 @@ EVENTS_NAME = "oom_events.json"
 READINGS_NAME = "memory.csv"
 
 
+WARM_UP_STEPS = 200
+"""Fewer steps than these are no sign of a leak: libraries and caches are still filling."""
+
+
 @dataclass
 class Recorder:
     """Keeps ``result.json`` and the tracker in step; `result` grows while the run does."""
@@ -59,7 +63,7 @@ class Recorder:
         result.seconds = progress.seconds
         if progress.history:
             result.metrics[f"val/{trainer.monitor.name}"] = progress.best
-        result.skipped_samples = trainer.batches.skipped
+        result.skipped_samples = len(trainer.batches.skipped)
         self.memory(trainer.meter)
         write_json(self.run_dir / HISTORY_NAME, progress.history)
 
@@ -90,7 +94,7 @@ class Recorder:
         self.tracker.tags({"memory.verdict": verdict})
         manager.write_csv(self.run_dir / READINGS_NAME)
         self.tracker.artifact(self.run_dir / READINGS_NAME, "memory")
-        if verdict != "steady":
+        if verdict != "steady" and self.result.steps >= WARM_UP_STEPS:
             for suggestion in manager.suggestions():
                 print(f"memory: {suggestion}")
 

@@ -147,7 +147,3 @@ def plot_history(
     path = folder / "history.png"
     replace_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
     return [path]
-
-
-def _figure(value: float | None, unit: str | None = None) -> str:
-    return "-" if value is None else f"{value:.3f} {unit or ''}".rstrip()

@@ -36,7 +36,7 @@ from expt.run.record import CONFIG_NAME, READINGS_NAME, Recorder, device_name
 from expt.run.summary import plot_history, print_result
 from expt.tracking.tracker import OncePerStep, open_tracker
 from expt.training import checkpoint
-from expt.training.batches import place
+from expt.training.batches import place, sample_name
 from expt.training.display import choose_display
 from expt.training.evaluate import evaluate, predict
 from expt.training.interruption import Interruption, Stopped
@@ -97,8 +97,11 @@ class TrainJob:
                 with self.guard.enforced() as self.meter:
                     trainer = self.guard.recovery.retry_once(self._build, "build")
                     step = trainer.resume() if resuming else 0
-                    self._begin(trainer, step, resuming)
-                    self._conclude(trainer, trainer.fit())
+                    try:
+                        self._begin(trainer, step, resuming)
+                        self._conclude(trainer, trainer.fit())
+                    finally:
+                        trainer.batches.close()
                     del trainer
             except RecoveryError as error:
                 exhausted = str(error)
@@ -182,6 +185,17 @@ class TrainJob:
         )
         self._say_what_is_not_exact(trainer)
 
+    def _say_what_was_skipped(self, trainer: Trainer) -> None:
+        """Name the samples that could not be read and were passed over."""
+        skipped = sorted(trainer.batches.skipped)
+        if skipped:
+            names = [sample_name(self.data, (split, 0, index)) for split, index in skipped]
+            more = f" and {len(names) - 5} more" if names[5:] else ""
+            print(
+                f"note: {counted(len(names), 'sample')} could not be read: "
+                f"{', '.join(names[:5])}{more}"
+            )
+
     def _say_what_is_not_exact(self, trainer: Trainer) -> None:
         """Say that statistics are over parts of the batch, where they are."""
         parts = trainer.recovery.techniques.gradient_accumulation
@@ -243,6 +257,7 @@ class TrainJob:
                 f"The loss is not finite at step {outcome.step}: the run diverged. The last "
                 "checkpoint is from before; try a lower optimizer.lr, or memory.precision=fp32."
             )
+        self._say_what_was_skipped(trainer)
         recorder.watched(self.manager)
         recorder.artifacts(plots)
         result.status, result.stop_reason = outcome.status, outcome.reason
@@ -266,7 +281,7 @@ class TrainJob:
         recovery = self.guard.recovery
         figures = recovery.retry_once(metrics.compute, "conclusion")
         self.recorder.result.metrics |= {f"test/{name}": value for name, value in figures.items()}
-        self.recorder.result.skipped_samples = trainer.batches.skipped
+        self.recorder.result.skipped_samples = len(trainer.batches.skipped)
         if not isinstance(self.data, Plotted):
             return outcome, []
         plots = self.data.plots(

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from expt.memory.techniques.batch_norm import running_statistics
+
 
 class NoAverage:
     """The weights as they are."""
@@ -35,11 +37,11 @@ class NoAverage:
 
 
 class WeightAverage(NoAverage):
-    """An exponential moving average of a model's trained parameters and its float buffers.
+    """An exponential moving average of a model's trained parameters and running statistics.
 
     `update` after every optimizer step; inside `exchanged` the model has the averaged weights.
-    Buffers are averaged too, since the running statistics of batch normalisation belong to the
-    weights that they were measured with; buffers of integers stay as they are.
+    The running statistics of batch normalisation belong to the weights that they were measured
+    with; other buffers are not trained, and stay as they are.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -47,9 +49,7 @@ class WeightAverage(NoAverage):
         self._weights: dict[str, Tensor] = {
             name: weight for name, weight in model.named_parameters() if weight.requires_grad
         }
-        self._weights |= {
-            name: value for name, value in model.named_buffers() if value.is_floating_point()
-        }
+        self._weights |= running_statistics(model)
         self._averages = {name: p.detach().clone() for name, p in self._weights.items()}
 
     def update(self, step: int) -> None:

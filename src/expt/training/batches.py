@@ -15,7 +15,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -39,6 +40,11 @@ from expt.job import (
     Weighted,
     is_resident,
 )
+
+
+class StoppedWaitingError(LoaderError):
+    """A run was asked to end while it waited for samples."""
+
 
 Key = tuple[Split, int, int]
 """Split, epoch and index of a sample."""
@@ -187,10 +193,15 @@ class Examples:
     def _item(self, split: Split) -> Batch:
         """Return the first sample that can be read, as a batch of one."""
         if split not in self._first:
-            reader = _Reader(cast(StreamedDataSet, self.data), 0, replace=True)
-            read = reader([(split, 0, 0)])
-            if read.batch is None:
-                raise DataError(f"no sample of the {split} part can be read: {read.lines()}")
+            reader = _Reader(cast(StreamedDataSet, self.data), 0, replace=False)
+            tries = min(MAX_REPLACEMENTS, self.data.size(split))
+            found = (reader([(split, 0, index)]) for index in range(tries))
+            read = next((read for read in found if read.batch or read.error), None)
+            if read is None or read.batch is None:
+                first = reader([(split, 0, 0)])
+                raise DataError(
+                    first.error or f"no sample of the {split} part can be read: {first.lines()}"
+                )
             self._first[split] = read.batch
         return self._first[split]
 
@@ -204,6 +215,7 @@ class Batches:
         loader: how streamed samples are read; nothing of it matters to resident ones.
         seed: of the order, and of what a streamed sample draws.
         repeat_first_epoch: give the samples of epoch 0 in every epoch.
+        stopped: tells whether a signal has asked the run to end.
 
     """
 
@@ -214,13 +226,14 @@ class Batches:
         loader: LoaderConfig,
         seed: int,
         repeat_first_epoch: bool = False,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         self.data, self.device, self.settings = data, device, loader
-        self.seed, self.repeat_first_epoch = seed, repeat_first_epoch
+        self.seed, self.repeat_first_epoch, self.stopped = seed, repeat_first_epoch, stopped
         self.waited_seconds = 0.0
         """For streamed samples, in all."""
-        self.skipped = 0
-        """Samples that could not be read, in all."""
+        self.skipped: set[tuple[Split, int]] = set()
+        """Samples that could not be read: split and index."""
         self._loader: DataLoader[Any] | None = None
         self._keys: list[list[Key]] = []
 
@@ -265,26 +278,46 @@ class Batches:
         self._keys[:] = keys
         if self._loader is None:
             self._loader = self._make_loader()
-        return self._read(iter(self._loader), keys)
+        with self._alive(keys[0] if keys else []):
+            results = iter(self._loader)
+        return self._read(results, keys)
 
     def _read(self, results: Iterator[_Read], keys: list[list[Key]]) -> Iterator[Samples]:
         for expected in keys:
             started = time.monotonic()
-            try:
+            with self._alive(expected):
                 read = next(results)
-            except RuntimeError as error:
-                self._loader = None  # a broken loader hangs when it is asked again
-                raise LoaderError(self._what_died(error, expected)) from error
             self.waited_seconds += time.monotonic() - started
+            if read.error is not None:
+                raise DataError(read.error)
             if read.unreadable and self.settings.on_bad_sample is BadSample.fail:
                 raise DataError(
                     f"{read.lines()}; loader.on_bad_sample=skip goes on without such samples"
                 )
-            self.skipped += len(read.unreadable)
+            self.skipped |= {(key[0], key[2]) for key, _, _ in read.unreadable}
             if read.batch is not None:
                 yield HostSamples(self.data, read.batch, self.device)
             elif expected[0][0] == "train":
                 raise DataError(f"no sample of a step can be read: {read.lines()}")
+
+    @contextmanager
+    def _alive(self, expected: Sequence[Key]) -> Iterator[None]:
+        """Say which samples were waited for when a worker died; begin anew with the next epoch.
+
+        Raises:
+            LoaderError: a worker died.
+            StoppedWaitingError: one died after a signal, which whoever stops the run sent to all.
+
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            workers = getattr(getattr(self._loader, "_iterator", None), "_workers", [])
+            if isinstance(error, torch.OutOfMemoryError) or all(w.is_alive() for w in workers):
+                raise  # not a worker's death: recovery's affair, or a fault in the data set
+            self._loader = None  # a broken loader hangs when it is asked again
+            kind = StoppedWaitingError if self.stopped() else LoaderError
+            raise kind(self._what_died(error, expected)) from error
 
     def _make_loader(self) -> DataLoader[Any]:
         settings, workers = self.settings, self.settings.num_workers
@@ -339,19 +372,24 @@ def sample_generator(seed: int, epoch: int, index: int) -> torch.Generator:
 
 @dataclass
 class _Read:
-    """What a worker read: the samples as one batch, and why others are not in it."""
+    """What a worker read: the samples as one batch, and why others are not in it.
+
+    `error` says why the samples make no batch. Errors are values, since the loader would raise
+    them in the training process with a traceback of the worker's.
+    """
 
     batch: Batch | None
-    unreadable: list[tuple[str, str]]
+    unreadable: list[tuple[Key, str, str]]
+    error: str | None = None
 
     def lines(self) -> str:
         """Return the samples that could not be read, and why."""
-        return "; ".join(f"{name} cannot be read: {why}" for name, why in self.unreadable)
+        return "; ".join(f"{name} cannot be read: {why}" for _, name, why in self.unreadable)
 
     def pin_memory(self) -> _Read:
         """Return the same in page-locked memory; the loader calls this."""
         batch = None if self.batch is None else self.batch.each(Tensor.pin_memory)
-        return _Read(batch, self.unreadable)
+        return _Read(batch, self.unreadable, self.error)
 
 
 @dataclass
@@ -365,14 +403,27 @@ class _Reader:
 
     def __call__(self, keys: Sequence[Key]) -> _Read:
         items: list[Batch] = []
-        unreadable: list[tuple[str, str]] = []
+        unreadable: list[tuple[Key, str, str]] = []
         for key in keys:
             item = self._item(key, unreadable)
             if item is not None:
                 items.append(item)
-        return _Read(self._collate(items) if items else None, unreadable)
+        if not items:
+            return _Read(None, unreadable)
+        wrong = _wrong_kind(items[0])
+        if wrong is not None:
+            return _Read(None, unreadable, f"{type(self.data).__name__}.item: {wrong}")
+        try:
+            return _Read(self._collate(items), unreadable)
+        except DataError as error:
+            return _Read(None, unreadable, str(error))
+        except Exception as error:
+            named = sample_name(self.data, keys[0])
+            return _Read(
+                None, unreadable, f"the batch of {named} cannot be made: {first_line(error)}"
+            )
 
-    def _item(self, key: Key, unreadable: list[tuple[str, str]]) -> Batch | None:
+    def _item(self, key: Key, unreadable: list[tuple[Key, str, str]]) -> Batch | None:
         split, epoch, index = key
         size = self.data.size(split)
         tries = min(MAX_REPLACEMENTS, size) if self.replace and split == "train" else 1
@@ -380,13 +431,10 @@ class _Reader:
             place = (index + offset) % size
             try:
                 generator = sample_generator(self.seed, epoch, place)
-                item = self.data.item(split, place, generator)
-                if not isinstance(item, Batch):
-                    raise TypeError(f"item returned {type(item).__name__}, not expt.job.Batch")
-                return item
+                return self.data.item(split, place, generator)
             except Exception as error:
-                name = sample_name(self.data, (split, epoch, place))
-                unreadable.append((name, f"{type(error).__name__}: {first_line(error)}"))
+                at = (split, epoch, place)
+                unreadable.append((at, sample_name(self.data, at), first_line(error)))
         return None
 
     def _collate(self, items: list[Batch]) -> Batch:
@@ -394,6 +442,16 @@ class _Reader:
             return self.data.collate(items)
         inputs = {name: _stacked(name, [i.inputs[name] for i in items]) for name in items[0].inputs}
         return Batch(inputs, _stacked("target", [item.target for item in items]))
+
+
+def _wrong_kind(item: object) -> str | None:
+    """Return what is wrong with a sample as such, None if nothing is."""
+    if not isinstance(item, Batch):
+        return f"it returned {type(item).__name__}; it must return an expt.job.Batch"
+    for name, value in {**item.inputs, "target": item.target}.items():
+        if not isinstance(value, Tensor):
+            return f"{name} is {type(value).__name__}, not a tensor"
+    return None
 
 
 def _stacked(name: str, values: list[Tensor]) -> Tensor:

@@ -52,7 +52,7 @@ class Progress:
 
     `history` has one row per finished epoch; `epoch_loss` and `epoch_weight` are the sums of the
     epoch under way, so that its mean survives a resume; `data_seconds` were spent waiting for
-    streamed samples; `recovery` is what
+    streamed samples, and `skipped` are those that could not be read; `recovery` is what
     `Recovery.state` of `expt.memory.recovery.recovery` returned, empty in checkpoints from before
     there was one.
     """
@@ -68,6 +68,7 @@ class Progress:
     peak_allocated_bytes: int | None = None
     peak_reserved_bytes: int | None = None
     data_seconds: float = 0.0
+    skipped: list[list[Any]] = field(default_factory=list)
     run_id: str | None = None
     history: list[dict[str, float]] = field(default_factory=list)
     recovery: dict[str, Any] = field(default_factory=dict)
@@ -108,8 +109,8 @@ def load_last(
         return None
     try:
         rest = _load(path, fabric, model, {"optimizer": optimizer})
-    except (torch.OutOfMemoryError, MemoryError):
-        raise  # recovery's, not a damaged file
+    except (torch.OutOfMemoryError, MemoryError, ConfigError):
+        raise  # recovery's, or said already; not a damaged file
     except UNREADABLE as error:
         first_lines = " ".join(str(error).split())[:300]
         raise ConfigError(
@@ -149,12 +150,13 @@ def load_best(folder: Path, fabric: Fabric, model: nn.Module) -> None:
 
 def left_out(model: nn.Module) -> set[str]:
     """Return the weights that checkpoints leave out: the frozen, where they are most of all."""
-    weights = dict(bare(model).named_parameters())
+    weights = dict(bare(model).named_parameters(remove_duplicate=False))
     frozen = {name for name, weight in weights.items() if not weight.requires_grad}
     if len(frozen) == len(weights):
         return set()  # a model that is not being trained
-    size = sum(weights[name].nbytes for name in frozen)
-    return frozen if 2 * size > sum(weight.nbytes for weight in weights.values()) else set()
+    sizes = {id(weight): weight.nbytes for weight in weights.values()}  # tied ones count once
+    size = sum({id(weights[name]): weights[name].nbytes for name in frozen}.values())
+    return frozen if 2 * size > sum(sizes.values()) else set()
 
 
 def kept(model: nn.Module) -> dict[str, Callable[[str, Any], bool]]:
@@ -186,9 +188,8 @@ def _load(path: Path, fabric: Fabric, model: nn.Module, state: dict[str, Any]) -
     expected, found = frozen_weights(model), stored.get("frozen")
     if found != expected:
         raise ConfigError(
-            f"trainer.resume: {path} was written beside other frozen weights than this run has; "
-            "resume with the model, the pretrained weights and the trainer.trainable of the first "
-            "run"
+            f"{path} was written beside other frozen weights than this model has; it needs the "
+            "model, the pretrained weights and the trainer.trainable of the run that wrote it"
         )
     missing, unexpected = bare(model).load_state_dict(stored.pop("model"), strict=False)
     lacking = set(missing) - set(expected["names"] if expected else ())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from expt.job import Accumulator, Batch, DataSet, Split
 from expt.memory.measuring.meter import MemoryMeter
 from expt.memory.recovery.recovery import Recovery
-from expt.training.batches import Batches, Samples
+from expt.training.batches import Batches, Samples, StoppedWaitingError
 
 
 @torch.no_grad()
@@ -43,23 +43,12 @@ def evaluate(
     finished = False
     while not finished:
         run = _Run(model, data)
-        for samples in batches.evaluation(split, count):
-            while run.done < len(samples):
-                if interrupted():
-                    return None
-                with meter.evaluation():
-                    score = partial(run.score, samples)
-                    if recovery is None:
-                        score(data.eval_batch_size)
-                    else:
-                        recovery.evaluation(score, data.eval_batch_size)
-                if run.counting:
-                    break
-            if run.counting:
-                break  # the sums are half changed; to begin again is the only undo
-            run.done = 0
-        else:
-            finished = True
+        try:
+            finished = run.all_of(batches.evaluation(split, count), meter, interrupted, recovery)
+        except StoppedWaitingError:
+            return None
+        if not finished and not run.counting:
+            return None  # interrupted; else the sums are half changed, and it begins again
     model.train()
     return run.accumulator
 
@@ -72,6 +61,31 @@ class _Run:
         self.accumulator = data.accumulator()
         self.done = 0
         self.counting = False
+
+    def all_of(
+        self,
+        batches: Iterator[Samples],
+        meter: MemoryMeter,
+        interrupted: Callable[[], bool],
+        recovery: Recovery | None,
+    ) -> bool:
+        """Score every sample; return False if it was interrupted, or the sums are half changed."""
+        for samples in batches:
+            self.done = 0
+            while self.done < len(samples):
+                if interrupted():
+                    return False
+                with meter.evaluation():
+                    score = partial(self.score, samples)
+                    if recovery is None:
+                        score(self.data.eval_batch_size)
+                    else:
+                        recovery.evaluation(score, self.data.eval_batch_size)
+                if self.counting:
+                    return False
+        if recovery is not None:
+            recovery.evaluated()
+        return True
 
     def score(self, samples: Samples, size: int) -> None:
         """Add the next `size` samples to the figures."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from expt.config.schema import LoaderConfig, TrainerConfig
-from expt.errors import BrokenStepError, LoaderError, RecoveryError
+from expt.errors import BrokenStepError, DataError, RecoveryError
 from expt.job import DataSet, Described, monitored
 from expt.memory.measuring.meter import MemoryMeter
 from expt.memory.recovery.attempt import Success, attempt
@@ -32,7 +31,7 @@ from expt.memory.watching.manager import MemoryManager
 from expt.tracking.tracker import Tracker
 from expt.training import checkpoint, schedules
 from expt.training.average import average_for
-from expt.training.batches import Batches, Samples, micro_batches
+from expt.training.batches import Batches, Samples, StoppedWaitingError, micro_batches
 from expt.training.checkpoint import Progress
 from expt.training.display import Display, ProgressFile
 from expt.training.evaluate import evaluate
@@ -75,6 +74,7 @@ class Trainer:
             self.loader,
             self.settings.seed,
             self.settings.repeat_first_epoch,
+            stopped=lambda: self.interruption.received is not None,
         )
         self.progress = Progress()
         self.folder = self.run_dir / checkpoint.FOLDER
@@ -105,6 +105,7 @@ class Trainer:
             on_capture=self.meter.captured,
             streamed=self.batches.streamed,
         )
+        self._waited_noted = 0.0
         self._losses = LossReader(self.fabric.device)
         on_host = self.fabric.device.type == "cpu"
         self._read_loss_every = 1 if on_host else self.settings.log_every_steps
@@ -114,6 +115,7 @@ class Trainer:
         restored = self._load_last()
         if restored is not None:
             self.progress = restored
+            self.batches.skipped |= {(split, index) for split, index in restored.skipped}
             self.recovery.restore(restored.recovery)
             self.meter.restore(restored.peak_allocated_bytes, restored.peak_reserved_bytes)
         return self.progress.step
@@ -184,7 +186,6 @@ class Trainer:
         progress = self.progress
         self.model.train()  # an evaluation may have broken off
         self.recovery.position = (progress.step, progress.epoch)
-        waited = self.batches.waited_seconds
         place = (progress.epoch, progress.step_in_epoch, self.steps_per_epoch)
         batches = self.recovery.retry_once(partial(self.batches.training, *place), "epoch")
         self.meter.start_epoch()
@@ -194,10 +195,10 @@ class Trainer:
         while progress.step_in_epoch < self.steps_per_epoch and limit is None:
             self._set_rate(progress.step / self.total_steps)
             self.recovery.position = (progress.step, progress.epoch)
-            samples = self._next(batches)
-            if samples is None:
-                self._save_last()
-                return "signal"
+            try:
+                samples = next(batches)
+            except StoppedWaitingError:
+                return self._stop_between(loss_sum, weight_sum)
             undo = not self.steps.replays(samples)
             with self.meter.step():
                 loss, weight = self.recovery.step(self.steps.run, samples, len(samples), undo)
@@ -208,19 +209,25 @@ class Trainer:
             progress.step_in_epoch += 1
             self.profiler.step()
             limit = self._after_step(loss, loss_sum, weight_sum)
-        progress.data_seconds += self.batches.waited_seconds - waited
         if limit in ("signal", "non_finite_loss"):
             return limit
-        return self._validate(float(loss_sum), float(weight_sum)) or limit
+        self._note_sums(loss_sum, weight_sum)
+        return self._validate(progress.epoch_loss, progress.epoch_weight) or limit
 
-    def _next(self, batches: Iterator[Samples]) -> Samples | None:
-        """Return the samples of the next step; None if a signal came while they were read."""
-        try:
-            return next(batches)
-        except LoaderError:
-            if self.interruption.received is None:
-                raise
-            return None  # whoever stops the run has ended its workers too
+    def _stop_between(self, loss_sum: Tensor, weight_sum: Tensor) -> StopReason:
+        """Save what a stop before the next step leaves; the losses so far are looked at."""
+        if not all(reading.finite for reading in self._losses.readings(wait=True)):
+            return "non_finite_loss"
+        self._note_sums(loss_sum, weight_sum)
+        self._save_last()
+        return "signal"
+
+    def _note_sums(self, loss_sum: Tensor, weight_sum: Tensor) -> None:
+        """Take the epoch's sums so far, and the time spent waiting, into what is saved."""
+        progress = self.progress
+        progress.epoch_loss, progress.epoch_weight = float(loss_sum), float(weight_sum)
+        progress.data_seconds += self.batches.waited_seconds - self._waited_noted
+        self._waited_noted = self.batches.waited_seconds
 
     def _after_step(self, loss: Tensor, loss_sum: Tensor, weight_sum: Tensor) -> StopReason | None:
         """Read, report and save what is due; return why to stop before the epoch is over."""
@@ -248,7 +255,7 @@ class Trainer:
         self.progress_file.write(progress.step, progress.epoch, value)
         progress.seconds = time.monotonic() - self._started
         if due or signal:
-            progress.epoch_loss, progress.epoch_weight = float(loss_sum), float(weight_sum)
+            self._note_sums(loss_sum, weight_sum)
             self._save_last()
         if signal:
             return "signal"
@@ -274,6 +281,11 @@ class Trainer:
             self._save_last()
             return "signal"
         figures = metrics.compute()
+        if monitor.name not in figures:
+            raise DataError(
+                f"the data set monitors {monitor.name}, and its accumulator computes only "
+                f"{', '.join(figures) or 'nothing'}"
+            )
         value = figures[monitor.name]
         if not math.isfinite(value):
             return "non_finite_loss"
@@ -357,6 +369,7 @@ class Trainer:
         return self.recovery.retry_once(load, "resume")
 
     def _save_last(self) -> None:
+        self.progress.skipped = sorted([split, index] for split, index in self.batches.skipped)
         self.progress.run_id = self.tracker.run_id
         self.progress.recovery = self.recovery.state()
         checkpoint.save_last(

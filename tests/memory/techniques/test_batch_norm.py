@@ -115,3 +115,13 @@ def test_averaged_weights_have_averaged_statistics() -> None:
         torch.testing.assert_close(net.norm.running_mean, (first + second) / 2)
         assert net.norm.num_batches_tracked == 1
     assert torch.equal(net.norm.running_mean, second)
+
+
+def test_other_buffers_are_not_averaged() -> None:
+    net = made("batch")
+    net.register_buffer("mask", torch.full((3, 3), float("-inf")).triu(1))
+    average = WeightAverage(net, decay=0.5)
+    before = net.mask.clone()
+    average.update(step=100)
+    with average.exchanged():
+        assert torch.equal(net.mask, before)

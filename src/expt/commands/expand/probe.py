@@ -59,7 +59,7 @@ def forced(expansion: ExpandConfig) -> list[str]:
 
 @dataclass
 class Prober:
-    """Probes settings on top of a command line; called like `expansion.expand` wants it.
+    """Probes settings on top of a command line; called as `policy.expand` calls it.
 
     Args:
         base: the settings of the starting point.

@@ -37,6 +37,7 @@ from expt.memory.planning.plan import Precision, Target
 from expt.memory.planning.trace import StorageTrace
 from expt.memory.planning.unwatched import backward
 from expt.memory.recovery.undo import RandomState
+from expt.memory.techniques.batch_norm import running_statistics
 from expt.memory.techniques.optimizer_in_backward import stepping
 
 Limit = Callable[[], AbstractContextManager[object]]
@@ -105,9 +106,10 @@ class Step:
         parameters = list(model.parameters())
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         trace.enter(self.resident, "inputs")
-        averages = {p: torch.empty_like(p) for p in trained if self.averaged}
-        for weight, average in averages.items():
-            trace.enter([average], "parameters", homes[id(weight)])
+        tracked = [*trained, *running_statistics(model).values()] if self.averaged else []
+        averages = {value: torch.empty_like(value) for value in tracked}
+        for value, average in averages.items():
+            trace.enter([average], "parameters", homes.get(id(value), ""))
         optimizer = self.optimizer_fn(parameters)
         prepared = PreparedStep(
             self, trace, model, fake, optimizer, _optimizers(optimizer, parameters), parameters,
@@ -153,7 +155,7 @@ class PreparedStep:
     parameters: list[nn.Parameter]
     trained: list[nn.Parameter]
     homes: Mapping[int, str]  # name of the module that holds a tensor, by the tensor's id
-    averages: Mapping[nn.Parameter, Tensor]
+    averages: Mapping[Tensor, Tensor]
     differences: Differences
     steps_taken: int = 0
     _variables: dict[str, Any] = field(default_factory=dict)  # a loop's, until it has stepped

@@ -122,7 +122,7 @@ class Recovery:
         assert self._undo is not None, "attach a model first"
         if undo:
             self._undo.note()
-        if self.position[0] != self._failed_step:  # a broken step goes on counting when replayed
+        if self.position[0] > self._failed_step:  # a broken step goes on counting when replayed
             self._step_attempts = Attempts()
         attempts = self._step_attempts
         while True:
@@ -134,7 +134,7 @@ class Recovery:
             attempts.failures += 1
             whole = undo and self._undo.undo(self.phase)
             release(self.device)
-            self._failed_step = self.position[0]
+            self._failed_step = max(self._failed_step, self.position[0])
             self._go_down(outcome, attempts, samples, replayed=not whole)
             if not whole:
                 raise BrokenStepError(
@@ -173,7 +173,6 @@ class Recovery:
         before, attempts = RandomState(self.device), self._evaluation_attempts
         outcome = self._attempt(lambda: work(size), "evaluation", attempts)
         if isinstance(outcome, Success):
-            self._evaluation_attempts = Attempts()
             return True
         before.restore()
         release(self.device)
@@ -189,6 +188,10 @@ class Recovery:
             move = attempts.release_only(self.techniques, "halve_evaluation_batch", single)
         self._record(outcome, move, reason)
         return False
+
+    def evaluated(self) -> None:
+        """Note that a whole evaluation is done: what failed in it is forgotten."""
+        self._evaluation_attempts = Attempts()
 
     def capture(self, work: Callable[[], T], reset: Callable[[], None]) -> T | None:
         """Do work that only makes later steps faster; None if there is no memory for it.

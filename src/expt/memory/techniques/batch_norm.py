@@ -13,8 +13,8 @@ import math
 from types import MethodType
 from typing import Literal
 
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from expt.memory.techniques.wrapping import bare
 
@@ -52,6 +52,17 @@ def batch_statistics(model: nn.Module) -> list[str]:
         if isinstance(layer, _BatchNorm)
         and not (isinstance(vars(layer).get("train"), MethodType) and layer.track_running_stats)
     ]
+
+
+def running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Return the float buffers that a forward pass in training writes, by name."""
+    return {
+        f"{prefix}.{name}" if prefix else name: value
+        for prefix, layer in model.named_modules()
+        if isinstance(layer, _NormBase)
+        for name, value in layer.named_buffers(recurse=False)
+        if value.is_floating_point()
+    }
 
 
 def _stay_in_evaluation(self: nn.Module, mode: bool = True) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,9 +60,14 @@ def front(records: Iterable[RunRecord], metric: Metric) -> list[RunRecord]:
 def best_run(
     records: Sequence[RunRecord], metric: Metric, budget_bytes: int | None
 ) -> RunRecord | None:
-    """Return the best run inside the budget, None if there is none."""
+    """Return the best run inside the budget, of equals the one that took least; None if none is."""
     fitting = [record for record in records if record.fits(budget_bytes)]
-    return min(fitting, key=lambda record: metric.cost(_value(record)), default=None)
+
+    def rank(record: RunRecord) -> tuple[float, float]:
+        demand = record.demand_bytes
+        return metric.cost(_value(record)), math.inf if demand is None else demand
+
+    return min(fitting, key=rank, default=None)
 
 
 def plot_trade_off(

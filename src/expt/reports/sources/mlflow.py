@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 
 from expt.errors import ConfigError
 from expt.reports.records import RunRecord, RunSet
@@ -128,10 +129,9 @@ def as_result(run: StoredRun) -> RunResult:
     result = RunResult(STATUSES.get(run.status, "failed"), run.tags.get("stop_reason", ""))
     result.unit = run.parameters.get("data.unit", result.unit)
     result.metrics = dict(run.metrics)
-    try:
+    with suppress(KeyError, ValueError):
         result.metrics_meta = json.loads(run.tags["metrics"])
-        result.monitor = run.tags["monitor"]
-        result.data_fingerprint = run.tags["data.fingerprint"]
-    except (KeyError, ValueError):
-        pass
+    result.monitor = run.tags.get("monitor", result.monitor)
+    if result.metrics_meta:  # else the fingerprint is of another kind
+        result.data_fingerprint = run.tags.get("data.fingerprint")
     return result
