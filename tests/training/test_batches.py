@@ -24,8 +24,8 @@ from expt.training.batches import (
     StoppedWaitingError,
     kept_on_device,
     micro_batches,
-    sample_generator,
 )
+from expt.training.reading import sample_generator
 
 CPU = torch.device("cpu")
 

@@ -36,11 +36,12 @@ from expt.run.record import CONFIG_NAME, READINGS_NAME, Recorder, device_name
 from expt.run.summary import plot_history, print_result
 from expt.tracking.tracker import OncePerStep, open_tracker
 from expt.training import checkpoint
-from expt.training.batches import place, sample_name
+from expt.training.batches import place
 from expt.training.display import choose_display
 from expt.training.evaluate import evaluate, predict
 from expt.training.interruption import Interruption, Stopped
 from expt.training.profiler import StepProfiler, TraceProfiler
+from expt.training.reading import sample_name
 from expt.training.stopping import Ending
 from expt.training.trainer import Trainer
 from expt.units import counted
