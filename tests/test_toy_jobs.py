@@ -199,6 +199,8 @@ def test_settings_of_the_loader_that_make_no_sense_are_refused(
 
 
 def test_a_sample_that_cannot_be_read_ends_the_run_with_its_name(expt, toys, clips, home) -> None:
+    from clips import write_clips
+
     (clips / "train_007_1.npy").write_bytes(b"no clip")
     line = job(toys, "clips", "trainer.epochs=1")
     code, _, err = expt(*line, "hydra.run.dir=run", small=False)
@@ -207,3 +209,12 @@ def test_a_sample_that_cannot_be_read_ends_the_run_with_its_name(expt, toys, cli
     code, _, err = expt(*line, "hydra.run.dir=skipping", "loader.on_bad_sample=skip", small=False)
     assert code == 0, err
     assert load_result(home / "skipping").skipped_samples == 1
+    # Nothing is lost by it: with the file mended, the run goes on from the step it ended at.
+    write_clips(home / "again")
+    (clips / "train_007_1.npy").write_bytes((home / "again/train_007_1.npy").read_bytes())
+    code, _, err = expt(*line, "hydra.run.dir=run", "trainer.resume=true", small=False)
+    assert code == 0, err
+    assert expt(*line, "hydra.run.dir=whole", small=False)[0] == 0
+    result, whole = load_result(home / "run"), load_result(home / "whole")
+    assert result.resumed_from_step > 0
+    assert result.weights_sha256 == whole.weights_sha256

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from expt.config.schema import LoaderConfig, TrainerConfig
-from expt.errors import BrokenStepError, DataError, RecoveryError
+from expt.errors import BrokenStepError, DataError, LoaderError, RecoveryError
 from expt.job import DataSet, Described, monitored
 from expt.memory.measuring.meter import MemoryMeter
 from expt.memory.recovery.attempt import Success, attempt
@@ -199,6 +199,9 @@ class Trainer:
                 samples = next(batches)
             except StoppedWaitingError:
                 return self._stop_between(loss_sum, weight_sum)
+            except (LoaderError, DataError):
+                self._stop_between(loss_sum, weight_sum)  # the run can go on from here
+                raise
             undo = not self.steps.replays(samples)
             with self.meter.step():
                 loss, weight = self.recovery.step(self.steps.run, samples, len(samples), undo)
