@@ -11,6 +11,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, cast
 
 import torch
@@ -51,11 +52,13 @@ def plan_training(
     precision: Precision | None = None,
     batch_size: int | None = None,
     evaluation: bool = True,
+    examples: Examples | None = None,
 ) -> Plan:
     """Predict the peak of a configured training on `target`, evaluation included.
 
-    `data` stays where it is; nothing is trained and no weight is allocated. The last three
-    arguments take the place of what is configured; `batch_size` is of the optimizer step.
+    `data` stays where it is; nothing is trained and no weight is allocated. The arguments
+    up to `batch_size`, which is of the optimizer step, take the place of what is configured;
+    `examples` are the data's, where there are any already.
 
     Raises:
         ConfigError: the model or a technique refuses its settings.
@@ -66,8 +69,10 @@ def plan_training(
     samples = min(batch_size or data.batch_size, data.size("train"))  # as the loop takes them
     micro_batch = -(-samples // techniques.gradient_accumulation)
 
-    examples = Examples(data)
+    examples = examples or Examples(data)
     inputs = examples.input_names()  # reads a streamed sample, if it must, outside of the trace
+    if evaluation and not is_resident(data):
+        examples.batch("val", 1)
     # On the CPU the whole batch of a step is device memory, of which a micro-batch is a part.
     whole = samples if target == "cpu" and not is_resident(data) else micro_batch
 
@@ -189,12 +194,16 @@ class Planner:
         if planned is not None:
             self._plans[self.now, settings.memory.precision] = planned
 
-    @property
+    @cached_property
     def data(self) -> DataSet:
         """The data set, on the host."""
-        if self._data is None:
-            self._data = build(self.settings, "data")
-        return self._data
+        found: DataSet = build(self.settings, "data") if self._data is None else self._data
+        return found
+
+    @cached_property
+    def _examples(self) -> Examples:
+        """One for all plans, so that a streamed sample is read once."""
+        return Examples(self.data)
 
     def plan(
         self, techniques: Techniques | None = None, precision: Precision | None = None
@@ -209,7 +218,12 @@ class Planner:
         if key not in self._plans:
             try:
                 self._plans[key] = plan_training(
-                    self.settings, self.data, self.target, *key, evaluation=self._evaluation
+                    self.settings,
+                    self.data,
+                    self.target,
+                    *key,
+                    evaluation=self._evaluation,
+                    examples=self._examples,
                 )
             except Exception as error:  # whatever a user's model does under fake tensors
                 self._plans[key] = error.with_traceback(None)

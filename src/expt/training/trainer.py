@@ -121,7 +121,10 @@ class Trainer:
         return self.progress.step
 
     def fit(self) -> Ending:
-        """Train until one of the reasons to stop; the checkpoints are complete when it returns."""
+        """Train until one of the reasons to stop; the checkpoints are complete when it returns.
+
+        The workers that read samples stay for the test; whoever made the trainer closes `batches`.
+        """
         self._started = time.monotonic() - self.progress.seconds
         if isinstance(self.data, Described):
             print(self.data.describe(), flush=True)
@@ -154,7 +157,6 @@ class Trainer:
         finally:
             self.display.stop()
             self.profiler.stop()
-            self.batches.close()
 
     def train_step(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """Do one optimizer step on these samples; return (mean loss, weight) on the device."""
