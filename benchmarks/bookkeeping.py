@@ -81,7 +81,7 @@ def measure(preset: str, device: str, steps: int, *overrides: str) -> dict[str, 
         watch.wrap("display", trainer.display, "step", "epoch")
         watch.wrap("progress file", trainer.progress_file, "write")
         watch.wrap("meter", trainer.meter, "step", "evaluation", "start_epoch", "epoch")
-        watch.wrap("memory manager", trainer.manager, "step")
+        watch.wrap("memory manager", trainer.manager, "step", "line", "now")
         background = background_at_stop(trainer)
         trainer.fit()
         saving = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -9,8 +10,9 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,65 @@ def kept(name: str, again: bool) -> bool:
     return stays
 
 
+def measure_sections(
+    name: str,
+    record: dict[str, Any],
+    sections: Mapping[str, Callable[[], Mapping[str, Callable[[], dict[str, Any]]]]],
+    summary: Callable[[Mapping[str, Any]], str],
+    again: bool,
+    only: str,
+) -> None:
+    """Measure the rows of sections that are not in `record` yet; store after each."""
+    for section, rows in sections.items():
+        if only not in ("", section):
+            continue
+        found = record[section] = dict(record[section])
+        for row, measure in rows().items():
+            if row in found and not again:
+                continue
+            try:
+                found[row] = stamped(measure())
+            except Exception as error:  # another row may still be measured
+                print(f"{section}: {row}: not measured: {error}", flush=True)
+                continue
+            print(f"{section}: {row}: {found[row]}", flush=True)
+            record["made"] = provenance()
+            store(name, record, summary(record))
+
+
+def run_sections(
+    name: str,
+    sections: Mapping[str, tuple[Callable[[], Any], Callable[[Mapping[str, Any]], str]]],
+    about: str,
+) -> None:
+    """Measure what the command line names, and write the tables.
+
+    Args:
+        name: of the result file.
+        sections: of each, what returns its rows, and what makes its table.
+        about: what the program is for.
+
+    """
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--only", default="", help="a section")
+    arguments = parser.parse_args()
+    record: dict[str, Any] = {**{section: {} for section in sections}, **load(name)}
+    rows = {section: found for section, (found, _) in sections.items()}
+    summary = partial(summary_of, name, sections)
+    measure_sections(name, record, rows, summary, arguments.again, arguments.only)
+
+
+def summary_of(
+    name: str,
+    sections: Mapping[str, tuple[Callable[[], Any], Callable[[Mapping[str, Any]], str]]],
+    record: Mapping[str, Any],
+) -> str:
+    """Return the tables of the sections that there is anything of, and where they are from."""
+    parts = [table(record[section]) for section, (_, table) in sections.items() if record[section]]
+    return "\n".join([*parts, source_line(record, name)])
+
+
 def store(name: str, result: Mapping[str, Any], tables: str, more: str = "") -> None:
     """Write ``results/NAME.json`` and ``.md``, and put the tables, not `more`, into the page."""
     write_json(RESULTS / f"{name}.json", dict(result))
@@ -163,6 +224,22 @@ def settings_for(*overrides: str) -> Any:
         return validated(compose("config", overrides=list(overrides)))
 
 
+def run_expt(*arguments: str, cwd: Path = ROOT, **environment: str) -> str:
+    """Run `python -m expt` in a process of its own; return what it printed.
+
+    Raises:
+        RuntimeError: it failed; the message is its last line.
+
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "expt", "tracking=none", "trainer.progress=false", *arguments],
+        cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"exit code {done.returncode}: {last_words(done.stderr)}")
+    return done.stdout
+
+
 def make_trainer(*overrides: str, **recovery: Any) -> Any:
     """Return a `Trainer` for a configuration, whose `train_step` can be called by itself.
 
@@ -172,6 +249,7 @@ def make_trainer(*overrides: str, **recovery: Any) -> Any:
     from expt.memory.recovery.recovery import Recovery
     from expt.run.build import assemble, build, techniques_of
     from expt.tracking.tracker import NullTracker
+    from expt.training.batches import place
     from expt.training.device import make_fabric
     from expt.training.display import SilentDisplay
     from expt.training.interruption import Interruption
@@ -182,7 +260,7 @@ def make_trainer(*overrides: str, **recovery: Any) -> Any:
     fabric = make_fabric(settings.trainer.device, settings.memory.precision)
     fabric.seed_everything(settings.trainer.seed, verbose=False)
     data = build(settings, "data")
-    data.to(fabric.device)
+    place(data, fabric.device)
     model, optimizer = assemble(settings, fabric, data)
     return Trainer(
         fabric=fabric,
@@ -190,6 +268,7 @@ def make_trainer(*overrides: str, **recovery: Any) -> Any:
         optimizer=optimizer,
         data=data,
         settings=settings.trainer,
+        loader=settings.loader,
         recovery=Recovery(techniques_of(settings.memory), fabric.device, **recovery),
         meter=meter_for(fabric.device),
         tracker=NullTracker(),

@@ -131,6 +131,164 @@ def vit() -> nn.Module:
     return ViTForImageClassification(config)
 
 
+class UNet(nn.Module):
+    """Down, up, and what was before beside it (Ronneberger et al., arXiv:1505.04597)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.deep = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1)
+        self.up, self.out = nn.ConvTranspose2d(32, 16, 2, 2), nn.Conv2d(32, 16, 3, padding=1)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = F.relu(self.down(x))
+        deep = F.relu(self.deep(F.max_pool2d(first, 2)))
+        out = F.relu(self.out(torch.cat([self.up(deep), first], 1)))
+        return self.head(out.mean((2, 3)))
+
+
+class Experts(nn.Module):
+    """A mixture of experts, each of which gets the rows that chose it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(128, 4)
+        self.experts = nn.ModuleList(nn.Linear(128, 128) for _ in range(4))
+        self.head = nn.Linear(128, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        weight, chosen = self.gate(rows).softmax(-1).topk(1, -1)
+        out = torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            at = (chosen[:, 0] == number).nonzero()[:, 0]
+            out = out.index_add(0, at, expert(rows[at]) * weight[at])
+        return self.head(out.view_as(x).mean(1))
+
+
+class Gathered(nn.Module):
+    """Indexing, gathering, taking and scattering."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(128, 128), nn.Linear(128, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        order = torch.arange(hidden.shape[1] - 1, -1, -1)
+        turned = hidden[:, order] + hidden.index_select(1, order)
+        picked = turned.gather(1, order.view(1, -1, 1).expand_as(turned))
+        return self.head(torch.zeros_like(picked).scatter_add(1, order.view(1, -1, 1)
+                         .expand_as(picked), picked).mean(1))  # fmt: skip
+
+
+class Products(nn.Module):
+    """Products, running products and the largest element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(128, 128), nn.Linear(128, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.sigmoid(self.first(x)) + 0.5
+        return self.head(hidden.cumprod(1).mean(1) + hidden.prod(1) + hidden.amax(1))
+
+
+class Packed(nn.Module):
+    """Sequences of different lengths, packed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.GRU(64, 128, batch_first=True), nn.Linear(128, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = torch.arange(len(x)) % x.shape[1] + 1
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, True, enforce_sorted=False)
+        return self.head(self.cell(packed)[1][-1])
+
+
+class Mixer(nn.Module):
+    """Layers over time and over channels in turn (Tolstikhin et al., arXiv:2105.01601)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times = nn.ModuleList(nn.Linear(128, 128) for _ in range(3))
+        self.channels = nn.ModuleList(nn.Linear(128, 128) for _ in range(3))
+        self.norm, self.head = nn.LayerNorm(128), nn.Linear(128, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for time, channel in zip(self.times, self.channels, strict=True):
+            x = x + F.gelu(time(self.norm(x).transpose(1, 2))).transpose(1, 2)
+            x = x + F.gelu(channel(self.norm(x)))
+        return self.head(x.mean(1))
+
+
+def temporal() -> nn.Module:
+    layers: list[nn.Module] = []
+    for inputs, dilation in ((64, 1), (128, 2), (128, 4)):
+        layers += [nn.Conv1d(inputs, 128, 3, padding=dilation, dilation=dilation), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(128, 10))
+
+
+def depthwise() -> nn.Module:
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, 24), (24, 48), (48, 96)):
+        layers += [
+            nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs), nn.Conv2d(inputs, outputs, 1),
+            nn.GroupNorm(3, outputs), nn.SiLU(), nn.AvgPool2d(2),
+        ]  # fmt: skip
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 10))
+
+
+def hourglass() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 4, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, 4, 2, 1), nn.ReLU(),
+        nn.ConvTranspose2d(64, 32, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(32, 16, 4, 2, 1),
+        nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+    )  # fmt: skip
+
+
+def frozen() -> nn.Module:
+    return nn.Sequential(resnet()[:-1].requires_grad_(False), nn.Linear(256, 10))
+
+
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=4096, hidden_size=192, intermediate_size=512, num_hidden_layers=4,
+            num_attention_heads=6, num_key_value_heads=2, use_cache=False,
+        )
+    )  # fmt: skip
+
+
+def bert() -> nn.Module:
+    from transformers import BertConfig, BertForMaskedLM
+
+    return BertForMaskedLM(
+        BertConfig(
+            vocab_size=4096, hidden_size=192, intermediate_size=768, num_hidden_layers=4,
+            num_attention_heads=6,
+        )
+    )  # fmt: skip
+
+
+def mixtral() -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=2048, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, use_cache=False,
+        )
+    )  # fmt: skip
+
+
+def tokens(words: int) -> Callable[[int], Batch]:
+    return lambda size: (torch.randint(words, (size, 128)), torch.randint(words, (size, 128)))
+
+
 def floats(*shape: int) -> Callable[[int], Batch]:
     return lambda size: (torch.randn(size, *shape), torch.randint(10, (size,)))
 
@@ -157,4 +315,17 @@ MODELS: dict[str, ForeignModel] = {
         lambda size: (torch.randint(60_000, (size, 64)), torch.randint(10, (size,))),
         classify,
     ),
+    "u_net": ForeignModel(UNet, floats(3, 64, 64), classify),
+    "experts": ForeignModel(Experts, floats(64, 128), classify),
+    "gathered": ForeignModel(Gathered, floats(128, 128), classify),
+    "products": ForeignModel(Products, floats(128, 128), classify),
+    "packed": ForeignModel(Packed, floats(64, 64), classify),
+    "mixer": ForeignModel(Mixer, floats(128, 128), classify),
+    "temporal": ForeignModel(temporal, floats(64, 256), classify),
+    "depthwise": ForeignModel(depthwise, floats(3, 64, 64), classify),
+    "hourglass": ForeignModel(hourglass, floats(3, 64, 64), classify),
+    "frozen": ForeignModel(frozen, floats(3, 64, 64), classify),
+    "llama": ForeignModel(llama, tokens(4096), language),
+    "bert": ForeignModel(bert, tokens(4096), language),
+    "mixtral": ForeignModel(mixtral, tokens(2048), language),
 }

@@ -33,7 +33,7 @@ from typing import Any
 from common import ROOT, load, store
 from gpu_record import Group, last_group, looked_up
 from gpu_sections import MARGIN_SECONDS, NEEDED, OWN_PROCESS, SECTIONS, Plan, importable, version
-from gpu_tables import all_details, draw, tables
+from gpu_tables import DRAWN, all_details, draw, tables
 from watched import Watched
 
 from expt.files import write_json, write_text
@@ -101,7 +101,7 @@ def measure(plan: Plan, section: str, wanted: list[str], group: Group) -> None:
             keep(plan, group)
         if plan.smoke:
             break
-    if version("matplotlib") is not None:  # welcome, not needed
+    if section in DRAWN and version("matplotlib") is not None:  # welcome, not needed
         draw(group.sections, SCRATCH if plan.smoke else None)
 
 

@@ -53,6 +53,11 @@ class Plan:
         return PRESETS[-1:] if self.smoke else PRESETS
 
     @property
+    def precisions(self) -> tuple[str, ...]:
+        """Arithmetic to measure steps in; `correctness` trains in both, also where it is tiny."""
+        return ("bf16",) if self.smoke else ("bf16", "fp32")
+
+    @property
     def seconds_left(self) -> float:
         """Seconds until the minutes are up."""
         return self.until - time.time()
@@ -109,8 +114,8 @@ def steps(plan: Plan) -> dict[str, Item]:
     seconds = 0.05 if plan.smoke else 3.0
     items: dict[str, Item] = {}
     for preset in plan.presets:
-        kinds = [(p, how, ()) for how in ("off", *hows(plan)) for p in ("bf16", "fp32")]
-        kinds += [("bf16", how, (saving,)) for how in ("off", hows(plan)[0])]
+        kinds = [(p, how, ()) for how in ("off", *hows(plan)) for p in plan.precisions]
+        kinds += [("bf16", how, (saving,)) for how in ("off", hows(plan)[0])[plan.smoke :]]
         for precision, how, extra in kinds:
             name = f"{preset}, {precision}, {how}{', checkpointing' if extra else ''}"
             items[name] = partial(
@@ -133,7 +138,7 @@ def floors(plan: Plan) -> dict[str, Item]:
     return {
         f"{preset}, {precision}": partial(floor, preset, precision, plan.device, *plan.small)
         for preset in plan.presets
-        for precision in ("bf16", "fp32")
+        for precision in plan.precisions
     }
 
 
@@ -144,7 +149,7 @@ def memory(plan: Plan) -> dict[str, Item]:
     return {
         name: partial(measure_ours, [*row["overrides"], *plan.small], plan.device)
         for name, row in all_rows().items()
-        if name.startswith(tuple(f"guide {preset} " for preset in plan.presets))
+        if name in {f"guide {preset} {kind}" for preset in plan.presets for kind in plan.precisions}
     }
 
 

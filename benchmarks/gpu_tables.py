@@ -155,6 +155,10 @@ def check_rows(record: Record) -> list[tuple[str, str]]:
     return rows or [("fast path against eager, recovery, prediction", ABSENT)]
 
 
+DRAWN = ("steps", "accuracy")
+"""Sections that `draw` shows."""
+
+
 def draw(record: Record, folder: Path | None) -> None:
     """Draw windows/s by preset, and validation MAE over time, where there are figures."""
     from matplotlib.figure import Figure

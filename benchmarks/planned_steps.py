@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from common import make_trainer, settings_for
+from foreign_loops import Loop
 from foreign_models import ForeignModel
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ class PlannedStep:
 
     predicted: Any
     parts: tuple[Part, ...]
-    live: Callable[[], list[Tensor]]  # what is held between parts
+    live: tuple[Callable[[], list[Tensor]], ...]  # what is held before each part
 
 
 def ours(overrides: list[str], device: str) -> PlannedStep:
@@ -31,6 +33,7 @@ def ours(overrides: list[str], device: str) -> PlannedStep:
     """
     from expt.run.build import build
     from expt.run.planner import plan_training
+    from expt.training.batches import kept_on_device
 
     settings = settings_for(*overrides)
     target: Any = device
@@ -38,20 +41,25 @@ def ours(overrides: list[str], device: str) -> PlannedStep:
     given = [line for line in overrides if not line.startswith("trainer.device=")]
     trainer = make_trainer(*given, f"trainer.device={device}", "trainer.compile=off")
     data = trainer.data
-    train = trainer.batches.of(torch.arange(data.batch_size))
-    val = torch.arange(min(data.eval_batch_size, data.size("val")), device=device)
+    train = trainer.batches.of(torch.arange(min(data.batch_size, data.size("train"))))
+    count = min(data.eval_batch_size, data.size("val"))
+    val = next(trainer.batches.evaluation("val", count))
+    # Of streamed samples those at hand are alive; the batch of the other part is not, in a run.
+    held = {id(samples): samples.on_host() for samples in (train, val)}
 
     def evaluate() -> None:
         trainer.model.eval()
         with torch.no_grad():
-            batch = data.gather("val", val)
+            batch = val.batch()
             data.accumulator().update(trainer.model(**batch.inputs), batch)
         trainer.model.train()
 
-    def live() -> list[Tensor]:
-        return [*tensors(vars(data)), *state(trainer.model, trainer.optimizer)]
+    def live(samples: Any) -> list[Tensor]:
+        kept = kept_on_device(data) + held[id(samples)]
+        return [*kept, *state(trainer.model, trainer.optimizer)]
 
-    return PlannedStep(predicted, (lambda: trainer.train_step(train), evaluate), live)
+    parts = (lambda: trainer.train_step(train), evaluate)
+    return PlannedStep(predicted, parts, (partial(live, train), partial(live, val)))
 
 
 def foreign(
@@ -71,6 +79,7 @@ def foreign(
         made.loss,
         target=device,  # type: ignore[arg-type]
         precision=precision,  # type: ignore[arg-type]
+        holds_outputs=False,  # what `step` makes is gone when it returns
     )
     model = made.model().to(device)
     optimizer = optimizer_fn(list(model.parameters()))
@@ -89,15 +98,35 @@ def foreign(
         optimizer.step()
         optimizer.zero_grad()
 
-    return PlannedStep(predicted, (step,), lambda: state(model, optimizer))
+    return PlannedStep(predicted, (step,), (lambda: state(model, optimizer),))
 
 
-def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    slots = [tensors(slot) for slot in optimizer.state.values()]
+def loop(made: Loop) -> PlannedStep:
+    """Return a step of any form, planned for the CPU."""
+    from expt.memory.planning.predict import plan
+
+    predicted = plan(
+        made.model, made.batch, made.optimizer, step_fn=made.step, target="cpu",
+        holds_outputs=False,
+    )  # fmt: skip
+    model = made.model()
+    optimizer = made.optimizer(list(model.parameters()))
+    optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
+    return PlannedStep(
+        predicted,
+        (lambda: made.step(model, optimizer, made.batch()),),
+        (lambda: state(model, *optimizers),),
+    )
+
+
+def state(model: nn.Module, *optimizers: torch.optim.Optimizer) -> list[Tensor]:
+    slots = [tensors(slot) for optimizer in optimizers for slot in optimizer.state.values()]
     return [*model.parameters(), *model.buffers(), *itertools.chain(*slots)]
 
 
 def tensors(values: Any) -> list[Tensor]:
     if isinstance(values, dict):
         return list(itertools.chain(*(tensors(value) for value in values.values())))
+    if isinstance(values, list | tuple):  # LBFGS keeps lists
+        return list(itertools.chain(*(tensors(value) for value in values)))
     return [values] if isinstance(values, Tensor) else []

@@ -21,6 +21,7 @@ from typing import Any
 import planned_steps
 import torch
 from common import load, markdown, provenance, source_line, stamped, store
+from foreign_loops import LOOPS
 from foreign_models import MODELS
 from torch import Tensor, nn
 
@@ -30,6 +31,9 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-4, momentum=0.9),
     "adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=1e-4),
 }
+
+WARM_UP = 8
+"""Steps before the one that is measured: some optimizers take another formula after five."""
 
 
 def rows() -> dict[str, dict[str, Any]]:
@@ -78,6 +82,7 @@ def rows() -> dict[str, dict[str, Any]]:
         found[f"{model} {precision} batch {batch} {optimizer}"] = {
             "foreign": model, "precision": precision, "batch": batch, "optimizer": optimizer,
         }  # fmt: skip
+    found |= {f"loop {name}": {"loop": name} for name in LOOPS}
     return found
 
 
@@ -116,17 +121,21 @@ def measure(
     precision: str = "fp32",
     batch: int = 0,
     optimizer: str = "",
+    loop: str = "",
 ) -> dict[str, Any]:
     """Return predicted and measured peak of one configuration."""
-    if foreign:
+    if loop:
+        made = planned_steps.loop(LOOPS[loop])
+    elif foreign:
         made = planned_steps.foreign(
             MODELS[foreign], precision, batch, OPTIMIZERS[optimizer], "cpu"
         )
     else:
         made = planned_steps.ours(list(overrides), "cpu")
-    for _ in range(2):
+    for _ in range(WARM_UP):
         made.parts[0]()
-    return as_row(made.predicted, max(profiled_peak(part, made.live) for part in made.parts))
+    peaks = [profiled_peak(*pair) for pair in zip(made.parts, made.live, strict=True)]
+    return as_row(made.predicted, max(peaks))
 
 
 def as_row(predicted: Any, measured: int) -> dict[str, Any]:

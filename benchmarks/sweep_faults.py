@@ -168,7 +168,7 @@ class FaultRun:
             found = (run.info.status, tags.get("trial.state"), tags.get("trial.kind"))
             if wanted != found:
                 differences.append(f"trial {trial.number}: {wanted} in the study, {found}")
-            value = run.data.metrics.get("best_val/mae")
+            value = run.data.metrics.get("best/val/mae")
             if kind is Outcome.completed and (
                 value is None or abs(value - (trial.value or 0)) > 1e-6
             ):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +41,25 @@ def composed() -> Iterator[Callable[..., Any]]:
 
 
 @pytest.fixture
-def expt(home: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """A function that runs one command line in this process: (exit code, stdout, stderr)."""
+def drawn() -> None:
+    """Ask for runs that draw their pictures: one takes as long as ten steps, so most do not."""
+
+
+@pytest.fixture
+def expt(
+    home: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> Callable[..., tuple[int, str, str]]:
+    """A function that runs one command line in this process: (exit code, stdout, stderr).
+
+    Pictures are made and stored, but blank, unless the test asks for the fixture `drawn`.
+    """
     from expt.config.command_line import run_command
+
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("matplotlib.figure.Figure.draw", lambda figure, renderer: None)
 
     def run(*arguments: str, small: bool = True) -> tuple[int, str, str]:
         given: Sequence[str] = (*SMALL, *arguments) if small else arguments
@@ -55,31 +74,72 @@ def expt(home: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[i
     return run
 
 
-@pytest.fixture(autouse=True)
-def _restore_process_state(
-    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[None]:
-    """Undo what running a command line in this process changes."""
-    import logging
-    import sys
+@pytest.fixture(scope="session", autouse=True)
+def _tables_are_made_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Copy MLflow's empty tables into every new SQLite store: they take two seconds to make."""
+    import shutil
 
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    for name in ("EXPT_METR_LA", "EXPT_PEMS_BAY"):
-        monkeypatch.delenv(name, raising=False)
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    for handler in root.handlers:
-        if handler not in handlers:
-            handler.close()
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    from expt.tracking import store
+
+    made, made_by = tmp_path_factory.mktemp("tables") / "mlflow.db", store._create_database
+
+    def copied(database: Path) -> None:
+        if not made.exists():
+            made_by(made)
+        shutil.copy(made, database)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "_create_database", copied)
+        yield
+
+
+@contextmanager
+def restored(written: Path) -> Iterator[None]:
+    """Undo what running a command line in this process changes; `written` is the tests' folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", list(sys.path))
+        patch.delenv("HYDRA_FULL_ERROR", raising=False)
+        for name in ("EXPT_METR_LA", "EXPT_PEMS_BAY"):
+            patch.delenv(name, raising=False)
+        root = logging.getLogger()
+        handlers, level = list(root.handlers), root.level
+        yield
+        for handler in root.handlers:
+            if handler not in handlers:
+                handler.close()
+        root.handlers[:] = handlers
+        root.setLevel(level)
     # A user's module of the same name in the next test is another one.
-    written = str(tmp_path_factory.getbasetemp())
     for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", None) or "").startswith(written):
+        if str(getattr(module, "__file__", None) or "").startswith(str(written)):
             del sys.modules[name]
+
+
+@pytest.fixture(autouse=True)
+def _restore_process_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with restored(tmp_path_factory.getbasetemp()):
+        yield
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function that runs one command line, for all tests of a file to look at: its folder.
+
+    `files` are written into the folder before: text by name. The pictures are blank.
+    """
+    from expt.config.command_line import run_command
+
+    def run(*arguments: str, files: Mapping[str, str] | None = None) -> Path:
+        folder = tmp_path_factory.mktemp("once")
+        for name, text in (files or {}).items():
+            (folder / name).write_text(text)
+        with restored(tmp_path_factory.getbasetemp()), pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            patch.setattr("matplotlib.figure.Figure.draw", lambda figure, renderer: None)
+            assert run_command(list(arguments)) == 0
+        return folder
+
+    return run
 
 
 TOYS = Path(__file__).parent / "toys"

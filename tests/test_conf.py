@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -20,11 +21,52 @@ CONF = conf_dir()
 OPTIONS = sorted(
     (path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name != "local"
 )
-NEEDS_A_FILE = {("data", "metr_la"), ("data", "pems_bay"), ("data", "traffic")}
+OF_THE_USER = (
+    "metr_la",
+    "pems_bay",
+    "traffic",
+    "video",
+    "faces",
+    "faceforensics",
+    "celeb_df",
+    "dfdc",
+    "metaworld",
+    "lerobot",
+)
+NEEDS_A_FILE = {("data", name) for name in OF_THE_USER}
+# Three billion weights; tests/jobs/vla/test_plans.py has their plan.
+NEEDS_A_FILE |= {("model", "vla_qwen"), ("experiment", "vla_qwen")}
+# Seven and thirteen billion; tests/jobs/vision_language trains and plans small ones.
+NEEDS_A_FILE |= {("model", "llava"), ("model", "llava_13b"), ("experiment", "llava")}
+TINY_LLAVA = (
+    "model=llava",
+    "model.dtype=float32",
+    "data.pixels=28",
+    "data.tokens=8",
+    "data.samples=16",
+    "model.source.image_token_index=60",
+    "model.source.text_config={hidden_size:32,intermediate_size:64,num_hidden_layers:2,"
+    "num_attention_heads:2,num_key_value_heads:2,vocab_size:64,pad_token_id:2}",
+    "model.source.vision_config={hidden_size:32,intermediate_size:64,num_hidden_layers:3,"
+    "num_attention_heads:2,image_size:28,projection_dim:16}",
+)
+PARTNERS = {
+    # What an option of another job than the default's goes with.
+    ("data", "manipulation"): ("model=r3d_small",),
+    ("data", "tampered"): ("model=frame_sequence_small",),
+    ("data", "metaworld_state"): ("model=vla",),
+    ("experiment", "vla"): ("data.batch_size=16", "data.stride=20"),
+    ("model", "vla"): ("data=metaworld_state",),
+    ("data", "instructions"): TINY_LLAVA,
+    ("model", "r3d"): ("data=manipulation",),
+    ("model", "r3d_small"): ("data=manipulation",),
+    ("model", "frame_sequence"): ("data=tampered",),
+    ("model", "frame_sequence_small"): ("data=tampered",),
+}
 NEEDS_A_PACKAGE = {("optimizer", "adamw_8bit"): "bitsandbytes"}
 SMOKE = {
     # What makes an option small enough for a test, after its own settings.
-    "experiment": ("trainer.epochs=1", "trainer.steps_per_epoch=2", "data.batch_size=4"),
+    "experiment": ("trainer.epochs=1", "trainer.steps_per_epoch=2", "data.batch_size=8"),
     "debug": ("trainer.epochs=1",),
 }
 SMALL = ("trainer.eval_batches=1", "trainer.steps_per_epoch=2", "data.batch_size=4")
@@ -73,14 +115,21 @@ def test_it_trains(expt, home, group, option):
         arguments.append("memory=minimal")
     if group in SMOKE:
         arguments += [*SMOKE[group], "trainer.eval_batches=1"]
+    arguments += PARTNERS.get((group, option), ())
     code, _, err = expt(
         *arguments, "tracking=none", "trainer.progress=false", "hydra.run.dir=run", small=False
     )
     assert code == 0, err
-    assert load_result(home / "run").metrics["test/mae"] > 0
+    result = load_result(home / "run")
+    assert result.metrics[f"test/{result.monitor}"] is not None
     if option == "profile":
         assert (home / "run/profile.json").stat().st_size > 1000
         assert "Self CPU" in (home / "run/profile.txt").read_text()
+        assert "| backward | 3 |" in (home / "run/profile_memory.md").read_text()
+        memory = json.loads((home / "run/profile_memory.json").read_text())
+        for name in ("measured_peak_bytes", "predicted_peak_bytes"):
+            assert memory["peak_bytes"] == pytest.approx(memory[name], rel=0.01)
+        assert (home / "run/plots/memory_timeline.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("name", [option for group, option in OPTIONS if group == "search"])

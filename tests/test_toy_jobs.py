@@ -218,3 +218,177 @@ def test_a_sample_that_cannot_be_read_ends_the_run_with_its_name(expt, toys, cli
     result, whole = load_result(home / "run"), load_result(home / "whole")
     assert result.resumed_from_step > 0
     assert result.weights_sha256 == whole.weights_sha256
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_the_best_weights_predict_and_are_exported(expt, toys, clips, home, name) -> None:
+    import numpy as np
+    import torch
+
+    line = job(toys, name, "trainer.epochs=2", "hydra.run.dir=run", "memory.plan=false")
+    code, _, err = expt(*line, "trainer.save_predictions=true", small=False)
+    assert code == 0, err
+    code, _, err = expt("task=predict", "predict.run=run", "hydra.run.dir=new", small=False)
+    assert code == 0, err
+    record = json.loads((home / "new/predict.json").read_text())
+    tested = load_result(home / "run").metrics
+    assert record["metrics"] == {key: tested[f"test/{key}"] for key in ("accuracy", "loss")}
+    kept, new = (np.load(home / run / "predictions/test.npz") for run in ("run", "new"))
+    assert kept["predictions"].shape == (record["samples"], 3)
+    np.testing.assert_array_equal(kept["predictions"], new["predictions"])
+    assert new["indices"].tolist() == list(range(record["samples"]))
+    code, _, err = expt("task=export", "export.run=run", "hydra.run.dir=program", small=False)
+    assert code == 0, err
+    record = json.loads((home / "program/export.json").read_text())
+    assert record["difference"] <= 1e-5 and record["any_batch_size"]
+    import expt as package
+
+    model, transforms = package.load("run")
+    assert transforms is None
+    program = torch.export.load(str(home / "program/model.pt2")).module()
+    x = torch.randn(4, *record["inputs"]["x"][1][1:])
+    torch.testing.assert_close(program(x=x), model(x=x), rtol=1e-5, atol=1e-5)
+    code, _, err = expt("task=predict", "predict.run=run", "predict.format=parquet", small=False)
+    assert code == 2 and "does not write it" in err
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_finished_run_that_is_extended_is_the_longer_run(expt, toys, clips, home, name) -> None:
+    line = job(toys, name, "trainer.steps_per_epoch=4", "model.dropout=0.2", "memory.plan=false")
+    assert expt(*line, "trainer.epochs=5", "hydra.run.dir=whole", small=False)[0] == 0
+    assert expt(*line, "trainer.epochs=2", "hydra.run.dir=run", small=False)[0] == 0
+    code, out, err = expt("trainer.resume=run", small=False)
+    assert code == 0, err
+    assert "already completed" in out and "trainer.epochs=2 is what it has done" in out
+    code, out, err = expt("trainer.resume=run", "trainer.epochs=5", small=False)
+    assert code == 0, err
+    assert "12 steps more than the run had; the schedule constant stays" in out
+    result, whole = load_result(home / "run"), load_result(home / "whole")
+    assert (result.epochs, result.steps, result.resumed_from_step) == (5, 20, 8)
+    assert result.weights_sha256 == whole.weights_sha256
+    assert result.metrics == whole.metrics
+    history = json.loads((home / "run/history.json").read_text())
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4, 5]
+    # It is a run of five epochs from now on.
+    code, out, err = expt("trainer.resume=run", small=False)
+    assert code == 0 and "trainer.epochs=5 is what it has done" in out
+
+
+HOOKS = """
+import json
+from pathlib import Path
+
+
+class Notes:
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def note(self, *what):
+        with self.path.open("a") as file:
+            file.write(json.dumps(what) + "\\n")
+
+    def run_start(self, trainer):
+        self.note("run_start", trainer.progress.step)
+
+    def evaluation_end(self, trainer, split, figures):
+        self.note("evaluation_end", split, sorted(figures))
+
+    def epoch_end(self, trainer, row):
+        saved = (trainer.run_dir / "checkpoints/last.pt").exists()
+        self.note("epoch_end", row["epoch"], row["val"], saved)
+
+    def out_of_memory(self, event):
+        self.note("out_of_memory", event["step"], event["rung"])
+
+    def run_end(self, result):
+        self.note("run_end", result.status, (result.run_dir / "result.json").exists())
+
+
+class Failing:
+    def epoch_end(self, trainer, row):
+        raise RuntimeError("a hook's own fault")
+
+
+class Misspelt:
+    def on_epoch_end(self, trainer, row): ...
+"""
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_hooks_are_called_at_five_moments(expt, toys, clips, home, name) -> None:
+    (home / "hooks.py").write_text(HOOKS)
+    (home / "lacking.py").write_text(OOM_MODEL.replace("(5, 12)", "(5,)"))
+    line = job(toys, name, "trainer.epochs=2", "trainer.steps_per_epoch=4", "memory.plan=false")
+    line += ("model._target_=lacking.Net", "callbacks=[{_target_: hooks.Notes, path: notes}]")
+    code, _, err = expt(*line, "hydra.run.dir=run", small=False)
+    assert code == 0, err
+    history = json.loads((home / "run/history.json").read_text())
+    figures = ["accuracy", "loss"]
+    assert [json.loads(line) for line in (home / "notes").read_text().splitlines()] == [
+        ["run_start", 0],
+        ["evaluation_end", "val", figures],
+        ["epoch_end", 1.0, history[0]["val"], True],
+        ["out_of_memory", 4, "halve_micro_batch"],
+        ["evaluation_end", "val", figures],
+        ["epoch_end", 2.0, history[1]["val"], True],
+        ["evaluation_end", "test", figures],
+        ["run_end", "completed", True],
+    ]
+
+
+def test_hooks_that_cannot_work_are_refused_and_their_faults_end_the_run(expt, toys, home) -> None:
+    (home / "hooks.py").write_text(HOOKS)
+    line = job(toys, "blobs", "trainer.epochs=2", "hydra.run.dir=run", "memory.plan=false")
+    for node, words in {
+        "{_target_: hooks.Misspelt}": "none of the methods that are called: run_start",
+        "{_target_: hooks.Notes}": "callbacks.0.path is required",
+        "{_target_: hooks.Notes, pth: x}": "callbacks.0.pth: hooks.Notes has no such argument",
+        "{_target_: hooks.Note}": "has no class 'Note'",
+        "print": "callbacks.0 must be a class",
+    }.items():
+        code, _, err = expt(*line, f"callbacks=[{node}]", small=False)
+        assert code == 2 and words in err, err
+        assert not (home / "run").exists()
+    with pytest.raises(RuntimeError, match="a hook's own fault"):
+        expt(
+            *line, "callbacks=[{_target_: hooks.Failing},{_target_: hooks.Notes, path: notes}]",
+            small=False,
+        )  # fmt: skip
+    assert load_result(home / "run").stop_reason == "RuntimeError: a hook's own fault"
+    assert json.loads((home / "notes").read_text().splitlines()[-1]) == ["run_end", "failed", True]
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_csv_and_tensorboard_have_what_mlflow_has_also_after_a_resume(
+    expt, toys, clips, home, name
+) -> None:
+    import csv
+
+    from tensorboardX.proto.event_pb2 import Event
+
+    line = job(toys, name, "trainer.steps_per_epoch=4", "memory.plan=false")
+    line += ("trainer.log_every_steps=2", "tracking.loggers=[csv,tensorboard]")
+    assert expt(*line, "trainer.epochs=2", "hydra.run.dir=run", small=False)[0] == 0
+    code, _, err = expt("trainer.resume=run", "trainer.epochs=3", small=False)
+    assert code == 0, err
+    with (home / "run/csv/metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = [(int(row["step"]), float(v)) for row in rows if (v := row["val/accuracy"])]
+    history = json.loads((home / "run/history.json").read_text())
+    assert {step for step, _ in found} == {4, 8, 12}
+    assert {(int(row["step"]), row["val"]) for row in history} <= set(found)
+    assert len({(row["step"], key) for row in rows for key, v in row.items() if v}) == sum(
+        1 for row in rows for v in row.values() if v
+    ) - (len(rows) - len({row["step"] for row in rows}))
+    values = {}
+    for path in sorted((home / "run/tensorboard").glob("events*")):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            size = int.from_bytes(data[at : at + 8], "little")
+            event = Event.FromString(data[at + 12 : at + 12 + size])
+            values |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
+            at += 12 + size + 4
+    for row in history:
+        assert values["val/accuracy", int(row["step"])] == pytest.approx(row["val"])
+    code, _, err = expt(*line, "tracking.loggers=[mlfow]", small=False)
+    assert code == 2 and "tracking.loggers: there is no 'mlfow'; did you mean 'mlflow'?" in err

@@ -10,6 +10,7 @@
     ├── RecoveryError         memory ran out and nothing was left to try
     │   └── BrokenStepError   memory ran out in the middle of an optimizer's step
     ├── LoaderError           a process that reads samples died
+    ├── RankError             a process of several that train together died
     ├── SearchError           a search came to an end without a configuration to recommend
     └── StorageError          the output disk refused a write; what was saved before is intact
 
@@ -68,6 +69,10 @@ class BrokenStepError(RecoveryError):
 
     The techniques one rung down are in force already; load a checkpoint and go on from there.
     """
+
+
+class RankError(ExptError):
+    """A process of several that train together failed; what was saved before is intact."""
 
 
 class SearchError(ExptError):

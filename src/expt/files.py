@@ -61,18 +61,29 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str, durable: bool = True) -> None:
-    """Write `text` as UTF-8 atomically."""
-    replace_atomically(path, lambda temporary: _write(temporary, text), durable)
+def write_text(path: Path, text: str, durable: bool = True, private: bool = False) -> None:
+    """Write `text` as UTF-8 atomically; a `private` file is for its owner only, mode 0600."""
+    replace_atomically(path, lambda temporary: _write(temporary, text, private), durable)
 
 
-def write_json(path: Path, value: Any, durable: bool = True) -> None:
+def write_json(path: Path, value: Any, durable: bool = True, private: bool = False) -> None:
     """Write `value` as JSON atomically; NaN and infinity become null."""
     text = json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n"
-    write_text(path, text, durable)
+    write_text(path, text, durable, private)
 
 
-def _write(path: Path, text: str) -> None:
+def make_private(*paths: Path) -> None:
+    """Take files, and those in folders, away from everybody but their owner, where they are."""
+    for path in paths:
+        for file in path.iterdir() if path.is_dir() else (path,):
+            with contextlib.suppress(OSError):
+                file.chmod(0o600)
+
+
+def _write(path: Path, text: str, private: bool) -> None:
+    if private:  # before there is anything in it
+        path.touch(mode=0o600)
+        path.chmod(0o600)
     path.write_text(text, encoding="utf-8")
 
 

@@ -242,6 +242,19 @@ class Collated(Protocol):
 
 
 @runtime_checkable
+class Ordered(Protocol):
+    """A data set that says in which order its training samples come; optional, else by chance."""
+
+    def training_order(self, seed: int, epoch: int) -> Tensor:
+        """Return an epoch's order, int64 [N] on the host, every sample once.
+
+        Steps are cut from it, `batch_size` samples each, so that it says who is in a batch with
+        whom: `expt.jobs.vision.grouping.ordered_by_size` puts images of a size together. It must
+        follow from its arguments alone, or a run cannot be resumed.
+        """
+
+
+@runtime_checkable
 class Named(Protocol):
     """A streamed data set that can say where a sample comes from; optional."""
 
@@ -265,6 +278,118 @@ class Plotted(Protocol):
         self, predict: Callable[[Batch], Tensor], metrics: Any, folder: Path
     ) -> Sequence[Path]:
         """Draw the test's predictions and its accumulator `metrics`; return the PNG files."""
+
+
+@runtime_checkable
+class Transformed(Protocol):
+    """A data set with values taken from its training part, like a scaler; optional.
+
+    They are kept with the best weights. Its constructor takes ``transforms``, which is given only
+    to predict on other data: nothing is then fitted, and every sample is of the split ``test``.
+    A target that is not known is what the accumulator passes over.
+    """
+
+    def transforms(self) -> Mapping[str, Any]:
+        """Return the values by name: numbers, text, arrays, and lists of them."""
+
+
+@runtime_checkable
+class Predicted(Protocol):
+    """A data set that writes predictions in its own terms; optional, else they are an npz."""
+
+    prediction_formats: Sequence[str]
+    """What `predict.format` may be, the default first, like ``("npz", "parquet")``."""
+
+    def write_predictions(
+        self, split: Split, predictions: Tensor, indices: Tensor, path: Path
+    ) -> None:
+        """Write what the model returned for the samples `indices` [B] of a split.
+
+        Args:
+            split: whose samples they are.
+            predictions: [B, ...], on the host, in float32 where the model's are floating.
+            indices: int64, ascending; a sample that could not be read is left out.
+            path: the file; its ending is the format.
+
+        """
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One try of a policy in a simulator.
+
+    Attributes:
+        task: what is to be solved.
+        seed: where things stand, and the noise that the policy starts from.
+        told: the task whose sentence the policy is given; another than `task` shows whether it
+            listens.
+
+    """
+
+    task: str
+    seed: int
+    told: str
+
+
+class Simulator(Protocol):
+    """Trials that go on at the same time, so that a model decides for all of them at once.
+
+    Letters: `R` trials that are running.
+    """
+
+    @property
+    def running(self) -> Sequence[int]:
+        """The numbers of the trials that are neither solved nor at their last step."""
+
+    @property
+    def solved(self) -> Sequence[bool]:
+        """Whether each trial was solved, at any step so far."""
+
+    @property
+    def steps(self) -> Sequence[int]:
+        """How many steps each trial has taken."""
+
+    def observe(self) -> Batch:
+        """Return what the running trials see, inputs [R, ...] as those of the split ``test``."""
+
+    def act(self, predictions: Tensor, steps: int) -> None:
+        """Let the running trials do `steps` of what the model predicted for them [R, ...].
+
+        Raises:
+            ConfigError: a prediction has fewer steps.
+
+        """
+
+    def film(self, number: int, path: Path) -> None:
+        """Write what a trial looked like as a video.
+
+        Raises:
+            ExptError: something that draws or encodes is not installed.
+
+        """
+
+    def close(self) -> None:
+        """Free what the trials hold."""
+
+
+@runtime_checkable
+class Simulated(Protocol):
+    """A data set whose model can act in a simulator, which `task=rollout` lets it do; optional."""
+
+    @property
+    def simulated_tasks(self) -> Sequence[str]:
+        """The tasks that the data are about."""
+
+    def fresh_seeds(self, count: int) -> Sequence[int]:
+        """Return seeds that none of the data were made with, always the same."""
+
+    def simulator(self, trials: Sequence[Trial], steps: int) -> Simulator:
+        """Begin trials of at most `steps` steps.
+
+        Raises:
+            ConfigError: an unknown task, or the simulator is not installed.
+
+        """
 
 
 @runtime_checkable
@@ -293,11 +418,86 @@ class Cached(Protocol):
 
 
 @runtime_checkable
+class Advising(Protocol):
+    """A streamed data set that knows what makes its samples cheaper to read; optional."""
+
+    def cheaper(self) -> Sequence[str]:
+        """Return settings like ``data.resize=128``, the best first, for a run that waits."""
+
+
+@runtime_checkable
+class Tunable(Protocol):
+    """A streamed data set whose runs may change how it is read; see `expt.training.tuning`."""
+
+    tune: bool
+    """Whether that is wanted."""
+    preprocess_on: str
+    """``worker`` or ``device``: where samples are normalised; read when workers start."""
+
+
+@runtime_checkable
 class Pretrained(Protocol):
     """A model whose weights are read from disk apart from its construction; optional."""
 
     def load_pretrained(self) -> None:
         """Read the weights; called once before training, never by a plan."""
+
+
+@runtime_checkable
+class FeatureCached(Protocol):
+    """A model that can say what its frozen part makes of a sample, so that it is kept; optional.
+
+    See docs/feature-cache.md. Modes are those of `memory.feature_cache`: ``prefix`` (all below the
+    first trained weight), ``vision`` (a frozen tower) and ``alternating`` (the last hidden state,
+    of a part that is trained). What is kept of a frozen part is made in evaluation mode: to compute
+    the same without a cache, a model keeps that part in evaluation mode while it trains.
+    """
+
+    feature_modes: Sequence[str]
+    """Those that it offers, as it is configured."""
+
+    def feature_inputs(self, mode: str) -> Sequence[str]:
+        """Return the inputs of `forward` that the features take the place of."""
+
+    def features(self, mode: str, **inputs: Tensor) -> Mapping[str, Tensor]:
+        """Return the features [B, ...] by the names under which `forward` takes them.
+
+        A sample's own must not depend on the others of its batch, and are of the same shape for
+        every sample. It is given, of a batch's inputs, those that its signature names, or all.
+        """
+
+    def frozen_part(self, mode: str) -> Iterable[tuple[str, torch.nn.Module]]:
+        """Return what features make superfluous: modules, with their names in the model."""
+
+    def without_frozen_part(self, mode: str) -> None:
+        """Let go of them: their weights leave the device; names of the others stay as they are."""
+
+
+@runtime_checkable
+class FeatureKeyed(Protocol):
+    """A `FeatureCached` model that knows which settings its features depend on; optional.
+
+    Without it they are made again whenever any argument of the model is another.
+    """
+
+    def feature_settings(self, mode: str) -> Mapping[str, Any]:
+        """Return plain values that features depend on, beside weights, data and precision."""
+
+
+@runtime_checkable
+class WithoutInputs(Protocol):
+    """A streamed data set that can do without reading some of its inputs; optional."""
+
+    def without(self, inputs: Sequence[str]) -> StreamedDataSet:
+        """Return the same data whose items lack these inputs; other values stay as they were."""
+
+
+@runtime_checkable
+class Augmenting(Protocol):
+    """A streamed data set that says whether it changes its inputs by chance; optional."""
+
+    augments: bool
+    """Whether the same sample may have other inputs in another epoch."""
 
 
 @runtime_checkable

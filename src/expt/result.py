@@ -19,6 +19,9 @@ from expt.job import Metric
 FILE_NAME = "result.json"
 LAUNCH_NAME = "launch.json"
 PLAN_NAME = "plan.json"
+CONFIG_NAME = "config.yaml"
+CHECKPOINTS = "checkpoints"
+"""A folder in a run's directory, of `expt.training.checkpoint`."""
 Status = Literal["completed", "failed", "stopped"]
 TrackerStatus = Literal["FINISHED", "FAILED", "KILLED"]
 TrialState = Literal["COMPLETE", "PRUNED", "FAIL"]
@@ -127,7 +130,12 @@ class RunResult:
     ``test/NAME`` of all that `metrics_meta` describes, null where they were not reached; `seconds`
     cover all parts of a resumed run. `oom_events` are `expt.memory.recovery.event.OomEvent`;
     `fallback_run` is the directory of the smaller run that took over. `skipped_samples` counts
-    the samples that could not be read.
+    the samples that could not be read; `loader` is what `expt.training.loading` saw of reading
+    them, and `tuned` the changes made while training went on; `feature_cache` is how features were
+    kept (mode, rows, bytes, seconds, reused, live: why not, staleness). `partial` says of which
+    splits only a part was evaluated, like ``{"test": "8 of 6850 samples"}``. `ranks` has the peaks
+    of each process where several train together; `memory` has the largest. `stages` has the epochs
+    (from 0) of each stage of a run in stages, with its predicted and its measured peak.
     """
 
     status: Status
@@ -157,11 +165,26 @@ class RunResult:
     )
     oom_events: list[Mapping[str, Any]] = field(default_factory=list)
     skipped_samples: int = 0
+    partial: dict[str, str] = field(default_factory=dict)
+    loader: dict[str, Any] | None = None
+    tuned: list[dict[str, Any]] = field(default_factory=list)
+    feature_cache: dict[str, Any] | None = None
     data_fingerprint: str | None = None
     fallback_run: str | None = None
+    ranks: list[dict[str, Any]] | None = None
+    stages: list[dict[str, Any]] | None = None
     tracking: dict[str, str | None] = field(
         default_factory=lambda: {"uri": None, "run_id": None, "parent_run_id": None}
     )
+
+    @property
+    def run_dir(self) -> Path | None:
+        """Where it was read or written; not in the file, so that a folder can be moved."""
+        return vars(self).get("_run_dir")
+
+    @run_dir.setter
+    def run_dir(self, folder: Path) -> None:
+        vars(self)["_run_dir"] = folder
 
     @property
     def outcome(self) -> Outcome:
@@ -207,6 +230,7 @@ class RunResult:
 
     def save(self, run_dir: Path) -> None:
         """Write ``result.json`` atomically."""
+        self.run_dir = run_dir
         write_json(run_dir / FILE_NAME, asdict(self))
 
 
@@ -216,7 +240,7 @@ def save_launch(run_dir: Path, launch: Mapping[str, Any]) -> None:
     Hydra's own copy in ``.hydra/`` is overwritten by every later command in this directory, also
     by one that is refused.
     """
-    write_json(run_dir / LAUNCH_NAME, dict(launch))
+    write_json(run_dir / LAUNCH_NAME, dict(launch), private=True)
 
 
 def load_launch(run_dir: Path) -> dict[str, Any] | None:
@@ -233,6 +257,8 @@ def load_result(run_dir: Path) -> RunResult | None:
     """Return the result stored in a run's directory, or None if there is none that can be read."""
     try:
         stored = json.loads((run_dir / FILE_NAME).read_text(encoding="utf-8"))
-        return RunResult(**stored)
+        result = RunResult(**stored)
     except (OSError, ValueError, TypeError):
         return None
+    result.run_dir = run_dir
+    return result

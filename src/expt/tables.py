@@ -28,3 +28,14 @@ def markdown_table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> 
 def escaped(cell: str) -> str:
     """Return a text as a cell of a Markdown table."""
     return cell.replace("|", "\\|")
+
+
+def csv_cell(value: object) -> object:
+    """Return a value for a CSV file; a text that a spreadsheet would run as a formula is quoted."""
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value  # a number

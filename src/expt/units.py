@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import re
 import sys
+from collections.abc import Mapping
 
 GIB = 1024**3
 MIB = 1024**2
 KIB = 1024
+CONTEXT_BYTES = 128 * MIB
+"""Of a card's memory as CUDA tells it, what a context takes: what the allocator cannot have."""
 FACTORS = {
     "": 1,
     "b": 1,
@@ -93,6 +96,16 @@ def budget_problem(value: object, name: str = "memory.budget") -> str | None:
     return None
 
 
+def card_problem(value: object, name: str = "memory.card") -> str | None:
+    """Return what is wrong with the size of a card, None if nothing."""
+    try:
+        if parse_bytes(value) > CONTEXT_BYTES:
+            return None
+    except ValueError as error:
+        return f"{name}={value} {error}"
+    return f"{name}={value} must be above {format_bytes(CONTEXT_BYTES)}, like {name}=24GiB"
+
+
 def format_allocation(count: int) -> str:
     """Return `count` bytes as torch's allocators write them: ``20.00 MiB``, ``512 bytes``.
 
@@ -127,3 +140,13 @@ def format_seconds(seconds: float) -> str:
 def counted(count: int, noun: str) -> str:
     """Return ``1 step``, ``2 steps``, ``34,272 steps``."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def with_gib(values: Mapping[str, float]) -> dict[str, float]:
+    """Return figures, and beside each of bytes the same in GiB: ``peak_bytes``, ``peak_gib``."""
+    gib = {
+        f"{name.removesuffix('_bytes')}_gib": value / GIB
+        for name, value in values.items()
+        if name.endswith("_bytes")
+    }
+    return {**values, **gib}

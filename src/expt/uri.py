@@ -16,10 +16,11 @@ PASSWORD = "MLFLOW_TRACKING_PASSWORD"
 """MLflow's own environment variable for the password of a server."""
 HIDDEN = "***"
 IN_AUTHORITY = re.compile(
-    r"(://[^:/\s\[]*):(?:[^/?#\s]*@|(?!\d+(?:[/?#\s]|$))[^@\s]*@)",
+    r"(://[^:/\s\[]*):(?!\$\{[^}]*\}@)(?:[^/?#\s]*@|(?!\d+(?:[/?#\s]|$))[^\s\"']*@)",
 )
 """A password before the host. One that was not escaped may hold ``@`` or ``/``; a port does not.
-A user may hold ``@``, as in ``me@server``: SQLAlchemy takes it."""
+A user may hold ``@``, as in ``me@server``: SQLAlchemy takes it. An interpolation, as in
+``://me:${oc.env:PASSWORD}@``, is no password yet."""
 IN_QUERY = re.compile(r"([?&]\w*(?:password|passwd|pwd)\\?=)[^&#\s\"']*", re.IGNORECASE)
 """One among the options, as ``?password=``; on a command line ``=`` may be escaped."""
 

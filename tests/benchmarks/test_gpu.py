@@ -249,7 +249,7 @@ def endless(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("minutes_left", "most", "error"), [(1, 1.0, "it took more than 1 s"), (0.03, 60.0, None)]
+    ("minutes_left", "most", "error"), [(1, 3.0, "it took more than 3 s"), (0.06, 60.0, None)]
 )
 def test_an_item_is_ended_in_time_and_what_came_before_it_is_kept(
     monkeypatch: pytest.MonkeyPatch,

@@ -97,22 +97,27 @@ def test_what_takes_time_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bookkeeping, "open_tracker", lambda folder: NullTracker())
 
     def slow(self: BarDisplay, *arguments: Any) -> None:
-        time.sleep(0.02)
+        time.sleep(0.1)
         step(self, *arguments)
 
     row = bookkeeping.measure("minimal", "cpu", 8, *SMALL)
     monkeypatch.setattr(BarDisplay, "step", slow)
     slowed = bookkeeping.measure("minimal", "cpu", 8, *SMALL)
     lost = slowed["shares_of_an_epoch"]["display"] * slowed["seconds_per_step"]
-    assert 0.02 <= lost < 0.1
-    assert row["shares_of_an_epoch"]["display"] * row["seconds_per_step"] < 0.02
+    assert 0.1 <= lost < 0.5
+    assert row["shares_of_an_epoch"]["display"] * row["seconds_per_step"] < 0.1
     assert slowed["share"] == pytest.approx(sum(slowed["shares_of_an_epoch"].values()))
     assert row["steps_of_an_epoch"] == -(-1395 // 2)  # 70 % of the week's 1993 windows
 
 
-def test_the_cost_grows_with_sensors_and_batch_and_is_drawn(tmp_path: Path) -> None:
+def test_the_cost_grows_with_sensors_and_batch_and_is_drawn(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import step_costs
     from step_costs import measure, plot
 
+    # Of this process: beside others, a step of one window may last longer than one of six.
+    monkeypatch.setattr(step_costs, "now", lambda device: time.process_time())
     result = measure(["minimal"], [67, 207], [1, 6], "cpu", 1, 1, None)
     cost = {(row["sensors"], row["batch_size"]): row["seconds_per_step"] for row in result["rows"]}
     assert cost[207, 6] > max(cost[207, 1], cost[67, 6]) > min(cost.values()) > 0

@@ -49,7 +49,7 @@ def test_the_batch_is_kept_confirmed_and_trained_with_inside_the_budget(expt, ho
     assert result["memory"]["peak_allocated_bytes"] <= LIMIT
 
 
-def made_up(settings, data, target, techniques, *, batch_size=None) -> Plan:
+def made_up(settings, data, target, techniques, *, batch_size=None, features=None) -> Plan:
     """Predict far too little: 8 MiB and 32 KiB a sample, without a trace."""
     peak = 8 * MIB + MIB // 32 * -(-batch_size // techniques.gradient_accumulation)
     categories = dict.fromkeys(CATEGORIES, 0) | {"activations": peak}

@@ -38,7 +38,7 @@ def grid(expt, home, monkeypatch):
     return home
 
 
-def test_a_grid_of_real_runs(expt, grid) -> None:
+def test_a_grid_of_real_runs(expt, grid, drawn) -> None:
     tracking = (f"tracking.uri=sqlite:///{grid}/mlflow.db", f"tracking.artifacts={grid}/artifacts")
     code, out, err = expt(*REPORT, "report.runs=sweep", *tracking, small=False)
     assert code == 0, err

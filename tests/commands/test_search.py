@@ -150,7 +150,7 @@ def test_study_and_tracker_agree_trial_by_trial(searched):
         assert run.data.tags["trial.kind"] == trial.user_attrs[KIND]
         assert run.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
         if trial.state.name == "COMPLETE":
-            assert run.data.metrics["best_val/mae"] == pytest.approx(trial.value)
+            assert run.data.metrics["best/val/mae"] == pytest.approx(trial.value)
 
 
 def test_starting_it_again_does_what_is_left_and_no_more(searched, expt, capfd):

@@ -328,3 +328,89 @@ def test_a_run_is_nested_under_the_run_of_the_folder_it_names(expt, home):
     assert child.tracking["parent_run_id"] == parent.tracking["run_id"]
     run = MlflowClient(child.tracking["uri"]).get_run(child.tracking["run_id"])
     assert run.data.tags["mlflow.parentRunId"] == parent.tracking["run_id"]
+
+
+def rates(home, run: str) -> list[float]:
+    return [row["rate"] for row in json.loads((home / run / "history.json").read_text())]
+
+
+def test_an_extended_run_is_the_same_in_mlflow_and_its_schedule_begins_again(expt, home) -> None:
+    from mlflow import MlflowClient
+
+    store = f"sqlite:///{home}/mlflow.db"
+    line = ("tracking=mlflow", f"tracking.uri={store}", "hydra.run.dir=run", "trainer.epochs=2")
+    code, _, err = expt(*line, "trainer.schedule=one_cycle")
+    assert code == 0, err
+    first = load_result(home / "run")
+    code, out, err = expt("trainer.resume=run", "trainer.epochs=4", small=False)
+    assert code == 0, err
+    assert "8 steps more than the run had; the schedule one_cycle begins again over them" in out
+    result = load_result(home / "run")
+    assert result.tracking["run_id"] == first.tracking["run_id"]
+    run = MlflowClient(store).get_run(result.tracking["run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["expt.changed.trainer.epochs"] == "4"
+    points = MlflowClient(store).get_metric_history(run.info.run_id, "val/mae")
+    assert sorted({point.step for point in points}) == [4, 8, 12, 16]
+    # The second cycle is like the first one: the same rates at the ends of its epochs.
+    assert rates(home, "run")[2:] == pytest.approx(rates(home, "run")[:2])
+
+
+def test_an_extension_that_is_killed_goes_on_in_its_own_schedule(expt, home) -> None:
+    """Killed by a model of the user's own; nothing is given again, and the weights are the same."""
+    (home / "killing.py").write_text(KILLING)
+    line = ("model=stid", "model._target_=killing.Net", "memory.plan=false", "trainer.epochs=2")
+    line += ("trainer.schedule=one_cycle", "trainer.checkpoint_every_steps=1")
+    for run in ("run", "whole"):
+        code, _, err = expt(*line, f"hydra.run.dir={run}")
+        assert code == 0, err
+    assert expt("trainer.resume=whole", "trainer.epochs=4", small=False)[0] == 0
+    ran = subprocess.run(
+        [sys.executable, "-m", "expt", "trainer.resume=run", "trainer.epochs=4"],
+        cwd=home,
+        env={**os.environ, "KILL_AT": "6"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == -signal.SIGKILL, ran.stderr
+    assert load_result(home / "run") is None
+    code, out, err = expt("trainer.resume=run", small=False)
+    assert code == 0, err
+    assert "steps more" not in out
+    result, whole = load_result(home / "run"), load_result(home / "whole")
+    assert 8 < result.resumed_from_step < 16
+    assert result.weights_sha256 == whole.weights_sha256
+    assert rates(home, "run") == rates(home, "whole")
+
+
+KILLING = """
+import os
+import signal
+from expt.jobs.traffic.stid import STID
+
+
+class Net(STID):
+    left = int(os.environ.get("KILL_AT", "1000"))
+
+    def forward(self, *args, **others):
+        if self.training:
+            Net.left -= 1
+            if Net.left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(*args, **others)
+"""
+
+
+def test_a_run_that_stopped_early_says_what_to_raise_and_goes_on(expt, home) -> None:
+    line = ("hydra.run.dir=run", "trainer.epochs=9", "trainer.early_stopping_patience=1")
+    assert expt(*line, "optimizer.lr=1e-15")[0] == 0
+    first = load_result(home / "run")
+    assert first.stop_reason == "early_stopping"
+    code, out, _ = expt("trainer.resume=run", small=False)
+    assert code == 0 and "early_stopping_patience=1 epochs went by" in out
+    more = ("trainer.resume=run", "trainer.early_stopping_patience=null")
+    code, out, err = expt(*more, "trainer.epochs=5", small=False)
+    assert code == 0, err
+    assert "steps more" not in out  # it is in the middle of its schedule
+    assert load_result(home / "run").epochs == 5

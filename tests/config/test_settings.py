@@ -40,6 +40,7 @@ def test_every_technique_is_a_setting_with_the_same_default():
             5,
         ),
         (["memory.saved_tensor_offload=true"], "saved_tensor_offload", True),
+        (["memory.weight_offload=true"], "weight_offload", True),
         (IN_BACKWARD, "optimizer_in_backward", True),
         (["memory.forward_chunks=4"], "forward_chunks", 4),
     ],
@@ -52,7 +53,10 @@ def test_a_setting_becomes_a_technique(composed, given, name, value):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (["memory.activation_checkpointing=1"], ["1", "true, false, selective", "from 2 up"]),
+        (
+            ["memory.activation_checkpointing=1"],
+            ["1", "true, false, selective, nested", "from 2 up"],
+        ),
         (["memory.activation_checkpointing=-2"], ["-2", "from 2 up"]),
         (["memory.activation_checkpointing=1.5"], ["1.5", "from 2 up"]),
         (["memory.activation_checkpointing=null"], ["None", "from 2 up"]),
@@ -71,6 +75,7 @@ def test_a_setting_becomes_a_technique(composed, given, name, value):
         ([*IN_BACKWARD, "memory.gradient_accumulation=2"], ["gradient_accumulation=2"]),
         ([*IN_BACKWARD, "memory.precision=fp16"], ["fp16", "bf16"]),
         (["memory.saved_tensor_offload=true", "trainer.device=cpu"], ["cpu", "nothing to gain"]),
+        (["memory.weight_offload=true", "trainer.device=cpu"], ["cpu", "them there already"]),
     ],
 )
 def test_a_wrong_value_or_combination_is_one_problem_with_its_reason(composed, given, words):
@@ -95,7 +100,7 @@ def test_all_of_them_come_in_one_message(composed):
         (["memory.activation_checkpointing=9"], ["has 4 blocks"]),
         (["memory.saved_tensor_offload=true"], ["a run on cpu"]),
         (["memory.activation_checkpoint=true"], ["'activation_checkpointing'"]),
-        (["memory.offload=true"], ["saved_tensor_offload"]),
+        (["memory.offload=true"], ["weight_offload"]),
     ],
 )
 def test_what_a_run_cannot_have_is_exit_2_and_leaves_nothing(expt, home, given, words):

@@ -163,3 +163,9 @@ def test_where_higher_is_better_the_highest_leads(record, tmp_path) -> None:
     assert found.page.pictures[0].title == "Accuracy against memory"
     assert "the best validation accuracy inside the budget first" in found.page.table_words
     assert "MAE" not in re.sub('base64,[^"]*', "", render(found.page))
+
+
+def test_the_best_of_counts_what_has_a_result(record, tmp_path) -> None:
+    runs = [record("a", 4.0), record("b", 5.0), record("c", None, outcome=Outcome.failed)]
+    found = contents(RunSet(tuple(runs), "here"), Wanted(None, [], None, 10), tmp_path)
+    assert found.page.lead.startswith("The best of 2 runs with a result is a")

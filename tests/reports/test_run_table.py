@@ -8,6 +8,7 @@ from rich.console import Console
 
 from expt.job import Metric
 from expt.reports.figures.claims import Claim
+from expt.reports.records import RunRecord
 from expt.reports.run_table import (
     as_csv,
     as_markdown,
@@ -133,3 +134,11 @@ def test_classes_of_data_stand_in_its_own_column_only(record) -> None:
     assert cells.columns.count("data") == 1
     assert "model" in cells.columns
     assert "data" in run_table(records, MAE, (), ("data._target_",)).columns
+
+
+def test_cells_of_the_csv_are_no_formulas() -> None:
+    record = RunRecord("=cmd()", Outcome.completed, settings={"model.a": "@x"}, run_dir="-r")
+    other = RunRecord("b", Outcome.failed, settings={"model.a": "-1"}, detail="+oops")
+    rows = list(csv.DictReader(as_csv([record, other], Metric("val/mae")).splitlines()))
+    assert (rows[0]["name"], rows[0]["model.a"], rows[0]["run_dir"]) == ("'=cmd()", "'@x", "'-r")
+    assert (rows[1]["model.a"], rows[1]["detail"]) == ("-1", "'+oops")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
+from expt.memory.planning.allocator import Requests
 from expt.memory.planning.predict import Plan
 from expt.run.batch_size import MAX_TRACES, Limit, largest
+from expt.units import MIB
 
 
 def plan_of(peak: float, reserved: int | None = None) -> Plan:
@@ -49,10 +52,24 @@ def test_nothing_fits_and_everything_fits() -> None:
     assert (found.best, list(found.plans), found.exact) == (4, [4], True)
 
 
-def test_the_margin_is_of_the_peak_and_what_is_reserved_may_take_all() -> None:
+def test_the_margin_is_of_what_is_reserved_where_there_is_an_allocator() -> None:
     limit = Limit(1000, 0.9)
-    assert limit.allows(plan_of(900, 1000))
-    assert not limit.allows(plan_of(901, 950))
-    assert not limit.allows(plan_of(500, 1001))
-    assert limit.demand(plan_of(500, 1001)) == 1001
-    assert limit.demand(plan_of(900)) == pytest.approx(1000)
+    assert limit.allows(plan_of(890, 900))
+    assert not limit.allows(plan_of(500, 901))
+    assert limit.demand(plan_of(500, 909)) == pytest.approx(1010)
+    assert limit.demand(plan_of(900)) == pytest.approx(1000), "where there is none, of the peak"
+    assert (Limit.of(1050, None, "cuda").allowed_bytes, Limit.of(10, None, "cpu").margin) == (
+        1000, 0.9,
+    )  # fmt: skip
+    assert Limit.of(1000, 0.5, "cuda").allowed_bytes == 500, "what is given holds everywhere"
+
+
+def test_free_segments_are_given_back_before_a_plan_does_not_fit() -> None:
+    # One segment is free when the next is asked for: 60 MiB are reserved where there is room.
+    changes = ((0, 20 * MIB), (1, 20 * MIB), (0, -20 * MIB), (2, 30 * MIB))
+    requests = Requests(changes, 0)
+    planned = replace(plan_of(50 * MIB, requests.reserved_bytes()), requests=requests)
+    assert planned.reserved_bytes == 70 * MIB
+    assert Limit(50 * MIB, 1.0).taken(planned) == 50 * MIB
+    assert Limit(50 * MIB, 1.0).allows(planned)
+    assert not Limit(49 * MIB, 1.0).allows(planned)

@@ -93,11 +93,12 @@ def test_planning_changes_nothing_but_what_is_said(expt, home) -> None:
     assert weights[0] == weights[1]
 
 
-@pytest.fixture
-def whole(expt, home) -> int:
+@pytest.fixture(scope="module")
+def whole(once) -> int:
     """The predicted peak of the plain run, in bytes."""
-    assert train(expt, home, "task=plan", to="before")[0] == 0
-    return int(json.loads((home / "before/plan.json").read_text())["peak_bytes"])
+    model = MODEL.format(body="return output")
+    folder = once(*RUN, "task=plan", "hydra.run.dir=run", files={"lab_planned.py": model})
+    return int(json.loads((folder / "run/plan.json").read_text())["peak_bytes"])
 
 
 def test_what_would_not_fit_is_refused_with_what_would(expt, home, whole) -> None:

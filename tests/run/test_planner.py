@@ -161,6 +161,24 @@ def test_advice_leaves_out_what_is_in_force_or_not_possible(given: Given) -> Non
     assert not [c for c in changes if "accumulation" in c or "precision" in c or "chunks" in c]
 
 
+def test_a_fused_optimizer_is_advised_where_its_step_is_the_peak(given: Given) -> None:
+    own = (*SMALL, "optimizer=adamw_foreach", "data.batch_size=1", "data.eval_batch_size=1")
+    settings, data = given(*own)
+    foreach = Planner(settings, data, "cuda")
+    assert foreach.plan().phase == "optimizer_step"
+    (found,) = [saving for saving in foreach.savings() if saving.change == planner.FUSED]
+    fused = peaks(given, *own[2:], "optimizer=adamw", target="cuda")
+    assert found.peak_bytes == fused.peak_bytes < foreach.plan().peak_bytes
+    assert foreach.first_that_fits(found.demand_bytes).change == planner.FUSED
+    for others in (("optimizer=adamw",), ("data.batch_size=256",)):
+        changed = [
+            *own[:2],
+            *(one for one in own[2:] if one.split("=")[0] != others[0].split("=")[0]),
+        ]
+        changes = [s.change for s in Planner(*given(*changed, *others), "cuda").savings()]
+        assert planner.FUSED not in changes
+
+
 @pytest.mark.parametrize(
     ("precision", "target", "expected"),
     [("auto", "cuda", "bf16"), ("auto", "cpu", "fp32"), ("fp16", "cpu", "fp16")],
@@ -204,3 +222,13 @@ def test_a_budget_for_a_card_that_is_not_here(monkeypatch) -> None:
     for text in ("80%", "auto"):
         with pytest.raises(ConfigError, match=r"memory.budget=.*24GiB"):
             budget_bytes(text, "cuda")
+
+
+def test_a_rank_evaluates_its_share_of_the_batches_that_are_evaluated_at_all(given) -> None:
+    lines = ("trainer.devices=2", "data.batch_size=2", "data.eval_batch_size=64")
+    whole = peaks(given, *lines)
+    one = peaks(given, *lines, "trainer.eval_batches=1")
+    half = peaks(given, *lines[:2], "data.eval_batch_size=32")
+    assert whole.phase == one.phase == half.phase == "evaluation"
+    assert one.by_category["activations"] == half.by_category["activations"]
+    assert one.peak_bytes < whole.peak_bytes

@@ -33,6 +33,7 @@ def run(arguments):
     print("told to", what, flush=True)
     if what == "environment":
         print(os.environ["CUDA_VISIBLE_DEVICES"], os.getsid(0) == os.getpid())
+        print("LAB is", os.environ.get("LAB"))
     if what == "hang":
         subprocess.Popen(["sleep", "60"])
         time.sleep(60)
@@ -58,6 +59,9 @@ def stop_dead():
 
 def own_pid():
     return os.getpid()
+
+def variable(name):
+    return os.environ.get(name)
 """
 
 
@@ -110,6 +114,17 @@ def test_it_leads_a_session_and_has_the_device_it_was_given(program, home):
     assert os.environ.get("CUDA_VISIBLE_DEVICES") != "3"
 
 
+def test_the_environment_is_ours_and_not_that_of_when_the_server_began(program, home, monkeypatch):
+    device = {"CUDA_VISIBLE_DEVICES": "3"}
+    for value in ("north", "south", None):  # the first of them may start the server
+        monkeypatch.setenv("LAB", value) if value else monkeypatch.delenv("LAB")
+        assert ended(TrialProcess(program.run, ["environment"], home / str(value), device)) == 0
+        assert f"LAB is {value}" in (home / str(value) / LOG_NAME).read_text()
+        worker = Worker()
+        assert worker.call(program.variable, "LAB", seconds=20) == value
+        worker.close()
+
+
 def test_output_is_appended_to_what_is_there(program, home):
     for _ in range(2):
         ended(TrialProcess(program.run, ["nothing"], home / "trial"))
@@ -135,7 +150,10 @@ def test_a_kill_takes_what_it_started_along(program, home):
     process = TrialProcess(program.run, ["hang"], home / "trial")
     until_it_says(home / "trial", "told to hang")
     session = process._process.pid
-    time.sleep(0.2)
+    until = time.monotonic() + 20
+    while len(members(session)) < 2:
+        assert time.monotonic() < until, "it started nothing"
+        time.sleep(0.02)
     assert len(members(session)) == 2
     process.kill()
     assert ended(process) == -signal.SIGKILL

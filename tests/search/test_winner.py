@@ -62,7 +62,7 @@ def test_the_counts_are_those_of_the_issue(study):
     found = summarize(study, 20, 80 * MIB, "here")
     assert (found.finished, found.failed, found.pruned, found.infeasible_measured) == (10, 2, 1, 2)
     assert (found.infeasible_predicted, found.duplicates, found.refused) == (1, 1, 1)
-    assert found.seconds == 6.0
+    assert found.training_seconds == 6.0
     assert found.best["trial"] == 1
     assert set(found.best) >= {"trial", "params", "val/mae", "peak_allocated_bytes", "run_id"}
 
@@ -121,3 +121,23 @@ def test_where_higher_is_better_the_highest_wins():
     assert (found.compared_by, found.best_value) == (accuracy, 0.875)
     line = told_line(study.trials[1], False, accuracy)
     assert line.startswith("trial 1: val accuracy 0.875, peak 50.0 MiB")
+
+
+def test_seconds_are_by_the_clock_however_many_trials_were_at_once() -> None:
+    from datetime import datetime, timedelta
+
+    from expt.search.winner import wall_seconds
+
+    noon = datetime(2026, 1, 1, 12)
+
+    def trial(start: float, end: float):
+        return optuna.trial.create_trial(value=1.0).__class__(
+            number=0, state=optuna.trial.TrialState.COMPLETE, value=1.0, params={},
+            distributions={}, user_attrs={}, system_attrs={}, intermediate_values={}, trial_id=0,
+            datetime_start=noon + timedelta(seconds=start),
+            datetime_complete=noon + timedelta(seconds=end),
+        )  # fmt: skip
+
+    # Two at once for 10 s, a pause, and one more for 5 s.
+    assert wall_seconds([trial(0, 10), trial(2, 9), trial(60, 65)]) == 15.0
+    assert wall_seconds([]) == 0.0

@@ -16,6 +16,7 @@ import torch
 from expt.config.schema import BadSample, LoaderConfig
 from expt.errors import DataError, LoaderError
 from expt.job import Batch
+from expt.jobs.vision.grouping import ordered_by_size
 from expt.training.batches import (
     Batches,
     Examples,
@@ -62,6 +63,24 @@ def test_the_samples_of_a_step_depend_on_seed_epoch_and_index_alone(made) -> Non
     state = torch.get_rng_state()
     values(made(), epoch=1)
     assert torch.equal(state, torch.get_rng_state()), "the training's random state has moved"
+
+
+def test_a_data_set_may_say_who_is_in_a_step_with_whom(made) -> None:
+    batches = made(seed=3)
+    plain = values(batches, epoch=1)
+    sizes = [(4, 4), (8, 8)] * 24
+    batches.data.training_order = lambda seed, epoch: ordered_by_size(sizes, 8, seed, epoch)
+    order = ordered_by_size(sizes, 8, 3, 1)
+    expected = [[i % 2 for i in step.tolist()] for step in order.split(8)]
+    assert all(len(set(step)) == 1 for step in expected)
+    items = [batches.data.item("train", i, sample_generator(3, 1, i)) for i in order.tolist()]
+    assert torch.equal(values(batches, epoch=1), torch.stack([item.inputs["x"] for item in items]))
+    assert torch.equal(values(batches, 1, 2), values(batches, 1)[16:]), "a resume goes on with it"
+    assert not torch.equal(values(batches, epoch=1), plain)
+    for wrong in (torch.zeros(48, dtype=torch.int64), torch.arange(47)):
+        batches.data.training_order = lambda seed, epoch, wrong=wrong: wrong
+        with pytest.raises(DataError, match="every index from 0 to 47 once"):
+            values(batches, epoch=1)
 
 
 def test_an_epoch_reads_every_file_once_and_the_workers_stay(made, home: Path) -> None:
@@ -222,11 +241,11 @@ def test_after_a_signal_a_dead_worker_is_a_stop(made, monkeypatch) -> None:
         list(steps)
 
 
-def test_a_batch_that_cannot_be_made_is_no_dead_worker(made, monkeypatch) -> None:
+def test_a_batch_that_cannot_be_made_is_no_dead_worker(made) -> None:
     batches = made()
-    monkeypatch.setattr(
-        type(batches.data), "collate", lambda self, items: torch.stack([]), raising=False
-    )
+    # A class of its own: what isinstance finds of a protocol's attribute is remembered of a class.
+    own = {"collate": lambda self, items: torch.stack([])}
+    batches.data.__class__ = type("Unequal", (type(batches.data),), own)
     with pytest.raises(DataError, match="cannot be made: RuntimeError"):
         next(batches.training(0, 0, 1))
 

@@ -162,3 +162,32 @@ def test_a_slow_disk_is_not_asked_more_often_than_it_can_answer(
     clock[0] += 0.1 * 0.01 / WRITE_SHARE
     file.write(3, 0, None)
     assert written == [1, 3]
+
+
+def test_memory_is_in_the_bar_and_in_the_lines_between_epochs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.StringIO()
+    bar = BarDisplay(Console(file=screen, force_terminal=True, width=160, color_system=None))
+    bar.start(20, 0)
+    bar.memory("3.10 GiB of 4.00 GiB")
+    bar.stop()
+    assert "memory 3.10 GiB of 4.00 GiB" in screen.getvalue()
+    monkeypatch.setattr(module, "LINE_INTERVAL_SECONDS", 0.0)
+    lines = LineDisplay()
+    lines.start(20, 0)
+    lines.memory("3.10 GiB of 4.00 GiB")
+    lines.step(4, 2.0)
+    assert "step 4/20  loss 2.000  memory 3.10 GiB of 4.00 GiB" in capsys.readouterr().out
+
+
+def test_the_file_says_what_a_watcher_needs(tmp_path: Path) -> None:
+    file = ProgressFile(tmp_path, "val/mae", {"total_steps": 9, "budget_bytes": None})
+    file.write(1, 0, None, memory=lambda: {"host": {"allocated_bytes": 5}})
+    assert json.loads((tmp_path / "progress.json").read_text()) == {
+        "step": 1,
+        "epoch": 0,
+        "val/mae": None,
+        "total_steps": 9,
+        "memory": {"host": {"allocated_bytes": 5}},
+    }

@@ -1,40 +1,40 @@
 """`task=cards`: how to train the composed model on cards of 8 to 141 GiB, as a table.
 
-The batch of an optimizer step is kept. For every card the first of these that is predicted to
-fit is recommended: the whole batch at once; more and smaller micro-batches; then the same with
-activation checkpointing; and where fp32 was asked for and does not fit, the same in bf16. What a
-card has for tensors is its size less `cards.context_gib`; the peak may take `fit.margin` of that,
-and what the allocator is predicted to reserve all of it. Predicted for CUDA, measured nowhere.
+`task=allocate`, for one card after the other, with the plans in common. The batch of an optimizer
+step is kept. What a card has for tensors is its size less `cards.context_gib`; what the allocator
+is predicted to reserve there may take `fit.margin` of that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig
 from rich import box
 from rich.table import Table
 
-from expt.config.schema import Precision
+from expt.commands.allocate.allocator import Allocator
+from expt.commands.allocate.command import BUDGETS, value_of
+from expt.commands.allocate.variants import Variants
+from expt.config.compose import key
 from expt.config.settings import RunContext, Settings
 from expt.config.validate import validated
-from expt.errors import ConfigError
 from expt.files import write_json, write_text
-from expt.job import DataSet
-from expt.memory.planning.predict import Plan
-from expt.memory.techniques.checkpointing import Checkpointing
-from expt.run.batch_size import Limit, largest, predicted
-from expt.run.build import build, techniques_of
-from expt.run.planner import arithmetic, plan_training
+from expt.memory.planning.plan import CUDA_FAILURES
+from expt.run.batch_size import MARGINS, Limit
+from expt.run.planner import arithmetic
 from expt.tables import markdown_table, print_table
 from expt.tracking.tracker import open_tracker
 from expt.units import GIB, format_bytes
 
 COLUMNS = (
-    "card", "for tensors", "batch", "precision", "checkpointing", "peak", "reserved", "fits",
+    "card", "for tensors", "batch", "precision", "checkpointing", "peak", "reserved", "used",
+    "fits",
+)  # fmt: skip
+IN_COLUMNS = (
+    "memory.gradient_accumulation", "memory.precision", "memory.activation_checkpointing",
 )  # fmt: skip
 
 
@@ -56,20 +56,17 @@ def as_markdown(record: Mapping[str, Any]) -> str:
 
 def assumptions(record: Mapping[str, Any]) -> str:
     """Return what the table rests on, in a sentence."""
+    failing = ""
+    if record["margin"] <= MARGINS["cuda"]:
+        failing = f", with which at most {CUDA_FAILURES:.0%} of published runs would run out"
     return (
         f"Predicted for CUDA, a step's batch of {record['batch_size']} kept: micro-batch x "
         f"accumulation. For tensors: the card less {record['context_gib']:g} GiB for the CUDA "
-        f"context; the peak may take {record['margin']:.0%} of it, what is reserved all of it."
+        f"context; what is reserved may take {record['margin']:.1%} of it{failing}."
     )
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    if row["fits"]:
-        verdict = "yes"
-    else:
-        verdict = f"NO, by {format_bytes(row['excess_bytes'])}"
-        if row["phase"] == "evaluation":
-            verdict += " in evaluation (data.eval_batch_size, memory.forward_chunks)"
     checkpointing = row["activation_checkpointing"]
     return (
         f"{row['card_gib']:g} GiB",
@@ -79,8 +76,20 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         {True: "yes", False: "no"}.get(checkpointing, str(checkpointing)),
         format_bytes(row["peak_bytes"]),
         format_bytes(row["reserved_bytes"]),
-        verdict,
+        f"{row['used']:.0%}",
+        _verdict(row),
     )
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    """Return whether it fits, and with which changes besides those that have a column."""
+    changed = " ".join(line for line in row["changes"] if key(line) not in IN_COLUMNS)
+    if row["fits"]:
+        return f"yes, with {changed}" if changed else "yes"
+    verdict = f"NO, by {format_bytes(row['excess_bytes'])}"
+    if row["phase"] == "evaluation":
+        verdict += " in evaluation (data.eval_batch_size, memory.forward_chunks)"
+    return f"{verdict}, with {changed}" if changed else verdict
 
 
 FILE_NAME, TABLE_NAME = "cards.json", "cards.md"
@@ -94,97 +103,34 @@ class CardsResult:
     exit_code: int = 0
 
 
-@dataclass(frozen=True)
-class Way:
-    """How a step is computed, whatever the micro-batch."""
-
-    precision: Precision
-    checkpointing: Checkpointing
-
-
-@dataclass
-class Recommender:
-    """Recommends for one card after another; a plan is made once."""
-
-    settings: Settings
-    data: DataSet
-    _plans: dict[tuple[Way, int], Plan] = field(default_factory=dict)
-    _ways: list[Way] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        batch, now = self.data.batch_size, techniques_of(self.settings.memory)
-        parts = [1]
-        while parts[-1] < batch and not now.optimizer_in_backward:
-            parts.append(min(2 * parts[-1], batch))
-        self.parts = {-(-batch // count): count for count in reversed(parts)}
-        """Micro-batches per step, by size, ascending."""
-        self._ways = list(self._possible_ways())
-
-    def row(self, size_gib: float) -> dict[str, Any]:
-        """Return what to do on a card, or by how much the least does not fit."""
-        usable = int((size_gib - self.settings.cards.context_gib) * GIB)
-        limit = Limit(usable, self.settings.fit.margin)
-        sizes = list(self.parts)
-        for way in self._ways:
-            best = largest(sizes, partial(self.plan, way), limit, sizes[-1]).best
-            if best is not None:
-                return self._row(size_gib, limit, way, best)
-        least = min(
-            ((way, size) for way in self._ways for size in sizes[:1]),
-            key=lambda one: limit.demand(self.plan(*one)),
-        )
-        return self._row(size_gib, limit, *least)
-
-    def plan(self, way: Way, size: int) -> Plan:
-        """Return the plan of a way with a micro-batch of `size`."""
-        if (way, size) not in self._plans:
-            techniques = replace(
-                techniques_of(self.settings.memory),
-                gradient_accumulation=self.parts[size],
-                activation_checkpointing=way.checkpointing,
-            )
-            make = partial(
-                plan_training, self.settings, self.data, "cuda", techniques, way.precision
-            )
-            self._plans[way, size] = predicted(make)
-        return self._plans[way, size]
-
-    def _possible_ways(self) -> Iterator[Way]:
-        memory = self.settings.memory
-        precisions = [memory.precision]
-        if arithmetic(memory.precision, "cuda") == "fp32":
-            precisions.append(Precision.bf16)
-        for precision in precisions:
-            yield Way(precision, techniques_of(memory).activation_checkpointing)
-            checkpointed = Way(precision, True)
-            if memory.activation_checkpointing is not True and self._applies(checkpointed):
-                yield checkpointed
-
-    def _applies(self, way: Way) -> bool:
-        """Tell whether the model has blocks that could be checkpointed."""
-        try:
-            self.plan(way, min(self.parts))
-        except ConfigError:
-            return False
-        return True
-
-    def _row(self, size_gib: float, limit: Limit, way: Way, size: int) -> dict[str, Any]:
-        planned = self.plan(way, size)
-        return {
-            "card_gib": size_gib,
-            "usable_bytes": limit.budget_bytes,
-            "limit_bytes": limit.peak_bytes,
-            "fits": limit.allows(planned),
-            "excess_bytes": max(0, round(limit.demand(planned) - limit.budget_bytes)),
-            "micro_batch": size,
-            "gradient_accumulation": self.parts[size],
-            "batch_size": self.data.batch_size,
-            "precision": arithmetic(way.precision, "cuda"),
-            "activation_checkpointing": way.checkpointing,
-            "peak_bytes": planned.peak_bytes,
-            "reserved_bytes": planned.reserved_bytes,
-            "phase": planned.phase,
-        }
+def card_row(allocator: Allocator, size_gib: float, context_gib: float) -> dict[str, Any]:
+    """Return what to do on a card, or by how much the least does not fit."""
+    settings, variants = allocator.settings, allocator.variants
+    usable = int((size_gib - context_gib) * GIB)
+    limit = Limit.of(usable, settings.fit.margin, "cuda")
+    found = allocator.find(limit)
+    choice, planned = found.choice, found.choice.planned
+    variant = variants(choice.way)
+    memory = variant.settings.memory
+    return {
+        "card_gib": size_gib,
+        "usable_bytes": usable,
+        "limit_bytes": limit.allowed_bytes,
+        "fits": choice.fits,
+        "excess_bytes": max(0, round(limit.demand(planned) - usable)),
+        "micro_batch": choice.micro_batch,
+        "gradient_accumulation": variant.parts[choice.micro_batch],
+        "batch_size": variant.data.batch_size,
+        "precision": arithmetic(memory.precision, "cuda"),
+        "activation_checkpointing": memory.activation_checkpointing,
+        "sizes": {name: value_of(variant.settings, name) for name in allocator.dimensions},
+        "given_up": [given.measure.about for given in found.given_up if given.kept],
+        "changes": allocator.command(choice),
+        "peak_bytes": planned.peak_bytes,
+        "reserved_bytes": planned.within(limit.allowed_bytes).reserved_bytes,
+        "used": limit.taken(planned) / usable,
+        "phase": planned.phase,
+    }
 
 
 def run(cfg: DictConfig, context: RunContext) -> CardsResult:
@@ -195,14 +141,17 @@ def run(cfg: DictConfig, context: RunContext) -> CardsResult:
 
     """
     settings = validated(cfg, context.overridden)
-    data: DataSet = build(settings, "data")
-    recommender = Recommender(settings, data)
+    allocator = Allocator(Variants.of_launch(context, "cuda", BUDGETS), settings)
+    batch_size = allocator.variants().data.batch_size
     record = {
         "target": "cuda",
         "context_gib": settings.cards.context_gib,
-        "margin": settings.fit.margin,
-        "batch_size": data.batch_size,
-        "cards": [recommender.row(size) for size in sorted(settings.cards.sizes_gib)],
+        "margin": Limit.of(0, settings.fit.margin, "cuda").margin,
+        "batch_size": batch_size,
+        "cards": [
+            card_row(allocator, size, settings.cards.context_gib)
+            for size in sorted(settings.cards.sizes_gib)
+        ],
     }
     print_table(cards_table(record))
     write_json(context.run_dir / FILE_NAME, record)

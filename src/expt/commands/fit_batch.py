@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from lightning_fabric import Fabric
 from omegaconf import DictConfig
 from rich import box
 from rich.table import Table
+from torch import nn
 
 from expt.config.settings import RunContext, Settings
 from expt.config.validate import validated
@@ -33,7 +34,7 @@ from expt.memory.recovery.recovery import Recovery
 from expt.run.batch_size import Fit, Limit, fit, with_batch_size
 from expt.run.build import assemble, build, techniques_of
 from expt.run.overflow import too_small_for_weights
-from expt.run.planner import budget_bytes, target_of, target_remark
+from expt.run.planner import arithmetic, budget_bytes, target_of, target_remark
 from expt.tables import print_table
 from expt.tracking.tracker import NullTracker, open_tracker
 from expt.training.batches import place
@@ -81,13 +82,19 @@ def confirm(
     parts = 2 if accumulated else 1
     memory = replace(settings.memory, gradient_accumulation=parts)
     settings = replace(settings, memory=memory)
+    install: Callable[[nn.Module], None] | None = None
+    if memory.cached_features is not None:
+        from expt.run.feature_plans import stand_in
+
+        target: Target = "cuda" if fabric.device.type == "cuda" else "cpu"
+        data, install = stand_in(settings, data, target, arithmetic(memory.precision, target))
 
     def work() -> Confirmation:
         with budget.enforce(fabric.device) as ledger:
             meter = meter_for(fabric.device, ledger)
             fabric.seed_everything(settings.trainer.seed, verbose=False)
             place(data, fabric.device)
-            model, optimizer = assemble(settings, fabric, data)
+            model, optimizer = assemble(settings, fabric, data, install=install)
             trainer = Trainer(
                 fabric=fabric,
                 model=model,
@@ -152,7 +159,7 @@ def run(cfg: DictConfig, context: RunContext) -> FitResult:
     if refusal is not None:
         raise ConfigError(refusal)
     found = fit(settings, data, target, budget.bytes, batch_size)
-    limit = Limit(budget.bytes, settings.fit.margin)
+    limit = Limit.of(budget.bytes, settings.fit.margin, target)
     print_table(fit_table(found, limit))
     confirmation = _confirmed(settings, data, target, budget, found, context.run_dir)
     record = {
@@ -196,7 +203,7 @@ def as_record(found: Fit, limit: Limit, confirmation: Confirmation | str) -> dic
         "target": found.planned.target,
         "budget_bytes": limit.budget_bytes,
         "margin": limit.margin,
-        "limit_bytes": limit.peak_bytes,
+        "limit_bytes": limit.allowed_bytes,
         "micro_batch": found.micro_batch,
         "gradient_accumulation": found.gradient_accumulation,
         "batch_size": found.batch_size,
@@ -223,7 +230,8 @@ def fit_table(found: Fit, limit: Limit) -> Table:
     """Return every micro-batch that was traced."""
     title = (
         f"micro-batches on {found.planned.target}, budget {format_bytes(limit.budget_bytes)}, "
-        f"of which the peak may take {limit.margin:.0%}: {format_bytes(limit.peak_bytes)}"
+        f"of which {found.planned.demand_words} may take {limit.margin:.1%}: "
+        f"{format_bytes(limit.allowed_bytes)}"
     )
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     for name in ("micro-batch", "predicted peak", "reserved", "in", "fits"):

@@ -18,18 +18,21 @@ from expt.config.settings import RunContext, Settings
 from expt.config.validate import validated
 from expt.files import write_json
 from expt.memory.measuring.device_memory import host_bytes
+from expt.memory.planning.plan import CUDA_FAILURES
 from expt.memory.planning.predict import Plan
 from expt.result import PLAN_NAME
 from expt.run.build import build
+from expt.run.gotchas import gotchas
 from expt.run.planner import (
     Planner,
     Saving,
     budget_bytes,
-    plan_training,
+    card_bytes,
     spelled_out,
     target_of,
     target_remark,
 )
+from expt.run.stages import stage_lines
 from expt.tables import markdown_table, print_table
 from expt.tracking.tracker import open_tracker
 from expt.units import format_bytes
@@ -62,10 +65,22 @@ def plan_table(record: Mapping[str, Any]) -> Table:
 def headline(record: Mapping[str, Any]) -> str:
     """Return the plan in one line."""
     line = f"predicted peak on {record['target']}: {spelled_out(record)}"
+    verdict = {True: "fits", False: "does NOT fit", None: "may or may not fit"}
     if record["budget_bytes"] is not None:
-        verdict = {True: "fits", False: "does NOT fit", None: "may or may not fit"}
         line += f"; {verdict[record['fits']]} the budget of {format_bytes(record['budget_bytes'])}"
+    elif record.get("card_bytes") is not None:
+        line += f"; {verdict[record['fits']]} the card's {format_bytes(record['card_bytes'])}"
     return line
+
+
+def compared_words(planned: Plan) -> str:
+    """Return what is compared with a budget, and how sure that is."""
+    if planned.reserved_bytes is None:
+        return ""
+    return (
+        f"compared is what the allocator reserves, with {planned.margin:.0%} beside it: with that "
+        f"margin at most {CUDA_FAILURES:.0%} of published GPU runs would run out of memory"
+    )
 
 
 def comparison_table(records: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -105,6 +120,11 @@ class PlanResult:
     record: dict[str, Any]
     exit_code: int = 0
 
+    @property
+    def peak_bytes(self) -> int:
+        """The predicted peak."""
+        return int(self.record["peak_bytes"])
+
 
 def run(cfg: DictConfig, context: RunContext) -> PlanResult:
     """Predict the peak of the configured training.
@@ -119,15 +139,21 @@ def run(cfg: DictConfig, context: RunContext) -> PlanResult:
     if (remark := target_remark(settings.trainer, settings.memory.target)) is not None:
         print(remark)
     budget = budget_bytes(settings.memory.budget, target)
-    planned = plan_training(settings, data, target)
-    record = as_record(
-        settings, planned, budget, Planner(settings, data, target, planned).savings()
-    )
+    planner = Planner(settings, data, target)
+    planned = planner.plan()
+    card = card_bytes(settings.memory.card, target)
+    record = as_record(settings, planned, budget, planner.savings(), card)
+    told = gotchas(planner)
+    record["gotchas"] = [gotcha.as_dict() for gotcha in told]
     print_table(plan_table(record))
     if target == "cpu" and budget is None and planned.demand_bytes > host_bytes():
         print(f"that is more than this machine has: {format_bytes(host_bytes())}")
-    for note in planned.notes:
-        print(f"note: {note}")
+    if record["fits"] is not None and (words := compared_words(planned)):
+        print(words)
+    for line in (*stage_lines(record["stages"]), *(f"note: {note}" for note in planned.notes)):
+        print(line)
+    for gotcha in told:
+        print(gotcha.line())
     for saving in record["savings"]:
         saved = planned.peak_bytes - saving["peak_bytes"]
         print(
@@ -141,16 +167,23 @@ def run(cfg: DictConfig, context: RunContext) -> PlanResult:
 
 
 def as_record(
-    settings: Settings, planned: Plan, budget: int | None, found: list[Saving]
+    settings: Settings,
+    planned: Plan,
+    budget: int | None,
+    found: list[Saving],
+    card: int | None = None,
 ) -> dict[str, Any]:
-    """Return the content of ``plan.json``."""
+    """Return the content of ``plan.json``; without a budget the card's memory is compared."""
     preset = settings.memory.preset
     return {
         **planned.as_dict(),
         "dominant": planned.dominant,
         "preset": preset.value if preset else None,
+        "ranks": settings.trainer.devices,
         "budget_bytes": budget,
-        "fits": planned.fits(budget),
+        "card_bytes": card,
+        "fits": planned.fits(card if budget is None else budget),
+        "margin": planned.margin,
         "savings": [{"change": saving.change, "peak_bytes": saving.peak_bytes} for saving in found],
     }
 
@@ -158,7 +191,8 @@ def as_record(
 def _record(settings: Settings, context: RunContext, record: dict[str, Any]) -> None:
     """Send the plan's figures and file to the tracker."""
     tracker = open_tracker(settings.tracking, context.run_dir, context.parent_dir)
-    name = f"plan-{record['preset'] or 'lite'}-{context.run_dir.name}"
+    preset = f"{record['preset']}-" if record["preset"] else ""
+    name = f"plan-{preset}{context.run_dir.name}"
     tracker.start(name, {}, {"kind": "plan", "run_dir": str(context.run_dir)})
     figures = {f"plan/{name}": float(count) for name, count in record["by_category"].items()}
     figures["plan/peak_bytes"] = float(record["peak_bytes"])

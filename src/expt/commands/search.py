@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from optuna.samplers import GridSampler
 from optuna.study import Study
 
-from expt.config.command_line import run_command
+from expt.config.command_line import Job, run_command
 from expt.config.compose import key
 from expt.config.schema import TrackingConfig
 from expt.config.search_node import Pruner, SearchConfig
@@ -154,6 +154,9 @@ def search(
         finally:  # also without the storage: the parent's run is not left open
             _conclude(summary, request, space, seen)
             records.close(status, summary)
+    summary.run_dir = request.folder
+    if isinstance(task_function, Job):
+        task_function.results.append(summary)
     return summary
 
 

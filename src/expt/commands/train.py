@@ -6,6 +6,7 @@ This file decides whether there is anything to run, with which settings and insi
 
 from __future__ import annotations
 
+import torch
 from omegaconf import DictConfig
 
 from expt.config.settings import RunContext, Settings
@@ -13,8 +14,9 @@ from expt.config.validate import validated
 from expt.errors import ConfigError
 from expt.job import DataSet
 from expt.memory.measuring.budget import Budget
+from expt.memory.measuring.device_memory import device_type
 from expt.memory.recovery.attempt import release
-from expt.result import RunResult, load_launch, load_result
+from expt.result import LAUNCH_NAME, RunResult, load_result
 from expt.run.batch_size import with_batch_found
 from expt.run.build import build
 from expt.run.fallback import check_entries, next_smaller, short_name, smaller_run
@@ -23,8 +25,10 @@ from expt.run.summary import print_result
 from expt.run.train import TrainJob
 from expt.tracking.journal import is_closed
 from expt.tracking.tracker import open_tracker
+from expt.training.checkpoint import FOLDER, read_progress
 from expt.training.device import make_fabric
 from expt.training.interruption import Interruption
+from expt.training.stopping import limit_reached
 
 
 def run(cfg: DictConfig, context: RunContext) -> RunResult:
@@ -40,36 +44,49 @@ def run(cfg: DictConfig, context: RunContext) -> RunResult:
         settings = validated(cfg, context.overridden)
         resuming = settings.trainer.resume is not False
         earlier = load_result(context.run_dir)
-        if not resuming and (earlier is not None or load_launch(context.run_dir) is not None):
+        if not resuming and (earlier is not None or (context.run_dir / LAUNCH_NAME).exists()):
             raise ConfigError(
                 f"{context.run_dir} already holds a run; to go on with it, give "
                 f"trainer.resume=true, else another folder as hydra.run.dir"
             )
-        if (
-            earlier is not None
-            and earlier.status == "completed"
-            and not _untested(earlier, settings)
-        ):
-            return _completed(earlier, settings, context)
+        extending = False
+        if earlier is not None and earlier.status == "completed":
+            limit = _limit(context, settings)
+            extending = limit is None
+            if not extending and not _untested(earlier, settings):
+                return _completed(earlier, settings, context, limit)
         check_entries(settings, context)
-        fabric = make_fabric(settings.trainer.device, settings.memory.precision)
-        cfg, settings, context = with_batch_found(cfg, settings, context, fabric.device)
+        together = settings.trainer.devices > 1
+        if together:  # of which each has a Fabric of its own
+            device = torch.device(device_type(settings.trainer.device.value))
+        else:
+            fabric = make_fabric(settings.trainer.device, settings.memory.precision)
+            device = fabric.device
+        cfg, settings, context = with_batch_found(cfg, settings, context, device)
         data: DataSet = build(settings, "data")
         memory = settings.memory
-        budget = None if memory.budget is None else Budget.parse(memory.budget, fabric.device)
+        budget = None if memory.budget is None else Budget.parse(memory.budget, device)
+        if together and budget is not None:
+            budget = budget.of_ranks(settings.trainer.devices, device)
         refusal = None if budget is None else too_small_for_weights(budget, settings, data)
         if refusal is not None and next_smaller(settings, context) is None:
             raise ConfigError(refusal)
         settings, planned = plan_before(
-            settings, data, fabric.device.type, budget.bytes if budget else None
+            settings, data, device.type, budget.bytes if budget else None
         )
         cfg, context = with_techniques(cfg, settings, context)
+        if together:
+            from expt.run.ranks import Prepared, run_together
+
+            del data  # each process reads its own
+            ready = Prepared(cfg, settings, context, budget, planned, resuming, extending)
+            return run_together(ready, interruption)
         job = TrainJob(cfg, settings, context, fabric, data, interruption, budget, planned)
-        result = job.run(resuming)
+        result = job.run(resuming, extending)
     if result.fallback_run is None:
         return result
     del data, job, planned
-    release(fabric.device)  # the smaller run needs the room
+    release(device)  # the smaller run needs the room
     entry = next_smaller(settings, context)
     assert entry is not None
     print(f"memory.fallback: {short_name(entry)} takes over, in {result.fallback_run}")
@@ -84,11 +101,32 @@ def _untested(earlier: RunResult, settings: Settings) -> bool:
     return settings.trainer.test and not tested
 
 
-def _completed(result: RunResult, settings: Settings, context: RunContext) -> RunResult:
+LONGER = {
+    "epochs": "trainer.epochs={epochs} is what it has done",
+    "max_steps": "trainer.max_steps={max_steps} is what it has done",
+    "time_limit": "trainer.time_limit_seconds={time_limit_seconds} is over",
+    "early_stopping": "trainer.early_stopping_patience={early_stopping_patience} epochs went by "
+    "without a better validation",
+}
+"""Why a completed run does not go on."""
+
+
+def _limit(context: RunContext, settings: Settings) -> str | None:
+    """Return which limit keeps a completed run from going on, None if none does."""
+    progress = read_progress(context.run_dir / FOLDER)
+    if progress is None:
+        return "checkpoint"
+    return limit_reached(progress, settings.trainer)
+
+
+def _completed(
+    result: RunResult, settings: Settings, context: RunContext, limit: str | None
+) -> RunResult:
     """Return the result of a run there is nothing left to do for, except to say so."""
+    why = LONGER.get(str(limit), "it has no last checkpoint to go on from")
     print(
-        f"{context.run_dir} is already completed; this is its result. Settings given now change "
-        "nothing: to train longer, start another run."
+        f"{context.run_dir} is already completed; this is its result. It does not go on: "
+        f"{why.format(**vars(settings.trainer))}; to train longer, give a larger one"
     )
     if not is_closed(context.run_dir):
         # Killed between writing the result and hearing from the tracker.

@@ -10,6 +10,7 @@ import errno
 import gc
 import logging
 import os
+import re
 import shutil
 import sys
 import traceback
@@ -17,17 +18,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import get_method
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from expt.config.compose import key
+from expt.config.compose import conf_dir, key
 from expt.config.settings import RunContext
 from expt.errors import ConfigError, ExptError, UserError
-from expt.files import remove_empty_date
+from expt.files import make_private, remove_empty_date
+from expt.locks import run_lock
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +49,11 @@ def _tidied(cfg: DictConfig) -> Iterator[RunContext]:
     context = _context(cfg)
     failed = False
     try:
-        _refuse_search(cfg)
-        yield context
+        make_private(context.run_dir / ".hydra", context.run_dir / "expt.log")
+        with run_lock(context.run_dir):
+            _refuse_search(cfg)
+            _refuse_other_tasks(cfg)
+            yield context
     except Exception as error:
         if isinstance(error, UserError):
             _remove_traces(context.run_dir)
@@ -76,6 +81,16 @@ def _refuse_search(cfg: DictConfig) -> None:
     )
 
 
+def _refuse_other_tasks(cfg: DictConfig) -> None:
+    """Refuse to call anything but a task of this package."""
+    if re.fullmatch(r"expt\.commands\.[\w.]+\.run", str(cfg.task._target_)) is None:
+        known = sorted(path.stem for path in (conf_dir() / "task").glob("*.yaml"))
+        raise ConfigError(
+            f"task._target_={cfg.task._target_} is no task of expt's, and nothing else is called; "
+            f"task=NAME chooses one: {', '.join(known)}"
+        )
+
+
 def _context(cfg: DictConfig) -> RunContext:
     hydra_cfg = HydraConfig.get()
     own = [
@@ -83,13 +98,15 @@ def _context(cfg: DictConfig) -> RunContext:
         for source in hydra_cfg.runtime.config_sources
         if source.provider == "command-line"
     ]
-    lines = [line for line in hydra_cfg.overrides.task if key(line) != "trainer.resume"]
+    # As they were typed: read one by one, an interpolation would be resolved, a password's too.
+    typed = cast("list[str]", OmegaConf.to_container(hydra_cfg.overrides.task, resolve=False))
+    lines = [line for line in typed if key(line) != "trainer.resume"]
     is_child = hydra_cfg.mode == RunMode.MULTIRUN
     parent = Path(hydra_cfg.sweep.dir) if is_child else cfg.tracking.parent
     return RunContext(
         run_dir=Path(hydra_cfg.runtime.output_dir),
         parent_dir=None if parent is None else Path(parent).absolute(),
-        overridden=frozenset(key(line) for line in hydra_cfg.overrides.task),
+        overridden=frozenset(map(key, typed)),
         launch={
             "overrides": lines,
             "cwd": hydra_cfg.runtime.cwd,
@@ -136,26 +153,16 @@ def run_command(arguments: Sequence[str]) -> int:
     from expt.config.explain import explain
     from expt.uri import without_password
 
-    results: list[Any] = []
-    jobs: list[DictConfig] = []
-
-    def job(cfg: DictConfig) -> Any:
-        jobs.append(cfg)
-        try:
-            with _tidied(cfg) as context:
-                result = get_method(cfg.task._target_)(cfg, context)
-        except ExptError as error:
-            # As data: Hydra would print a line of its own, and of a grid's errors only the first.
-            result = Refusal(error)
-        results.append(result)
-        return result
-
+    if (problem := _name_problem(arguments)) is not None:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    job = Job()
     argv = sys.argv
     prepared = list(arguments)
     try:
         prepared = prepare_arguments(arguments)
         sys.argv = [argv[0], *prepared]
-        _entry(job)()
+        entry_of(job)()
     except ExptError as error:
         print(f"error: {without_password(str(error))}", file=sys.stderr)
         return error.exit_code
@@ -163,7 +170,7 @@ def run_command(arguments: Sequence[str]) -> int:
         print(f"error: {without_password(explain(error, prepared))}", file=sys.stderr)
         return 2
     except OSError as error:
-        if jobs or error.errno not in DISK_ERRORS:
+        if job.started or error.errno not in DISK_ERRORS:
             raise  # not Hydra making the run's directory: a fault in a job
         print(
             f"error: cannot write {error.filename or 'the output directory'}: {error.strerror}; "
@@ -175,9 +182,48 @@ def run_command(arguments: Sequence[str]) -> int:
         return getattr(error, "exit_code", 130)
     finally:
         sys.argv = argv
-    for refusal in (result for result in results if isinstance(result, Refusal)):
+    for refusal in (result for result in job.results if isinstance(result, Refusal)):
         print(f"error: {refusal.error}", file=sys.stderr)
-    return max((getattr(result, "exit_code", 0) for result in results), default=0)
+    return max((getattr(result, "exit_code", 0) for result in job.results), default=0)
+
+
+def _name_problem(arguments: Sequence[str]) -> str | None:
+    """Return that the current folder is gone, or a name is not text, which YAML cannot hold."""
+    try:
+        names = {"the current folder": os.getcwd()}
+    except FileNotFoundError:
+        return "the current folder is not there any more; change to another one"
+    names |= {f"argument {number}": text for number, text in enumerate(arguments, 1)}
+    for what, name in names.items():
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            shown = os.fsencode(name).decode(errors="backslashreplace")
+            return f"{what}, {shown}, is not UTF-8, and settings are written as UTF-8; rename it"
+    return None
+
+
+class Job:
+    """What Hydra calls with each configuration that a command line composes.
+
+    `results` is what the tasks returned, or a `Refusal`; of a search, its summary.
+    """
+
+    def __init__(self) -> None:
+        self.started = 0
+        self.results: list[Any] = []
+
+    def __call__(self, cfg: DictConfig) -> Any:
+        """Run the configured task."""
+        self.started += 1
+        try:
+            with _tidied(cfg) as context:
+                result = get_method(cfg.task._target_)(cfg, context)
+        except ExptError as error:
+            # As data: Hydra would print a line of its own, and of a grid's errors only the first.
+            result = Refusal(error)
+        self.results.append(result)
+        return result
 
 
 @dataclass(frozen=True)
@@ -192,11 +238,11 @@ class Refusal:
         return self.error.exit_code
 
 
-def _entry(job: Callable[[DictConfig], Any]) -> Callable[[], None]:
+def entry_of(job: Callable[[DictConfig], Any]) -> Callable[[], None]:
     """Return what runs Hydra on this process's arguments, and `job` on what it composes."""
     import hydra
 
-    from expt.config.compose import CONFIG_NAME, conf_dir, register
+    from expt.config.compose import CONFIG_NAME, register
 
     # Hydra then raises instead of printing and exiting 1, so that one handler decides.
     os.environ["HYDRA_FULL_ERROR"] = "1"

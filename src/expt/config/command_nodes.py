@@ -26,21 +26,119 @@ class DiagnoseConfig:
 
 
 @dataclass
+class WatchConfig:
+    """Node of the task `watch`."""
+
+    run: str | None = None  # directory of a run that is going on
+    pid: int | None = None  # or any process of this machine
+    interval: float = 2.0  # seconds between two looks
+    duration: float | None = None  # seconds after which to end; None: when the process does
+    alarm: float = 0.9  # part of a limit above which to warn
+
+    def problems(self) -> list[str]:
+        """Return one message per value out of range, and per contradiction."""
+        found = []
+        if (self.run is None) == (self.pid is None):
+            given = "neither" if self.run is None else "both"
+            found.append(
+                "watch.run must be the directory of a run, or watch.pid the number of a process; "
+                f"got {given}"
+            )
+        if self.pid is not None and self.pid < 1:
+            found.append(f"watch.pid must be the number of a process, got {self.pid}")
+        if not (math.isfinite(self.interval) and self.interval >= 0.1):
+            found.append(f"watch.interval must be 0.1 seconds or more, got {self.interval}")
+        if self.duration is not None and not self.duration > 0:
+            found.append(f"watch.duration must be seconds above 0 or null, got {self.duration}")
+        if not 0 < self.alarm <= 1:
+            found.append(f"watch.alarm must be above 0 and at most 1, like 0.9, got {self.alarm}")
+        return found
+
+
+@dataclass
+class PredictConfig:
+    """Node of the task `predict`."""
+
+    run: str | None = None  # directory of the run whose best weights predict
+    split: str | None = None  # train, val or test of the run's own data; of other data, all is test
+    format: str | None = None  # npz, or another that the data can write, like parquet; None: npz
+    plots: bool = True  # the figures of the data, if it has any
+
+    def problems(self) -> list[str]:
+        """Return one message per value that is missing or not one of those allowed."""
+        found = [] if self.run else ["predict.run must be the directory of a run, got none"]
+        if self.split not in (None, "train", "val", "test"):
+            found.append(f"predict.split={self.split!r} must be train, val, test or null")
+        return found
+
+
+@dataclass
+class RolloutConfig:
+    """Node of the task `rollout`."""
+
+    run: str | None = None  # directory of the run whose best weights act
+    tasks: list[str] | None = None  # of the simulator; None: those of the run's data
+    seeds: int = 10  # trials of each task, in scenes that the data do not have
+    steps: int = 200  # after which a trial has failed
+    execute: int | None = None  # steps of a prediction before the next; None: half of them
+    exchange_sentences: bool = True  # also try each task with the sentence of another
+    videos: int = 1  # trials of each task that are written as mp4
+    at_once: int = 20  # trials that the model decides for together; each takes 0.1 GB
+
+    def problems(self) -> list[str]:
+        """Return one message per value that is missing or out of range."""
+        found = [] if self.run else ["rollout.run must be the directory of a run, got none"]
+        limits = {"seeds": 1, "steps": 1, "execute": 1, "videos": 0, "at_once": 1}
+        return found + at_least("rollout", self, **limits)
+
+
+@dataclass
+class ExportConfig:
+    """Node of the task `export`."""
+
+    run: str | None = None  # directory of the run whose best weights are exported
+    batch_size: int = 2  # of the example that the program is traced with; any number runs
+    onnx: bool = True  # also as ONNX, where its packages are installed
+    tolerance: float = 1e-5  # that the program's output may be off by, relative to the largest
+
+    def problems(self) -> list[str]:
+        """Return one message per value that is missing or out of range."""
+        found = [] if self.run else ["export.run must be the directory of a run, got none"]
+        found += at_least("export", self, batch_size=2)  # 1 would be a constant of the program
+        if not (math.isfinite(self.tolerance) and self.tolerance > 0):
+            found.append(f"export.tolerance must be a positive number, got {self.tolerance}")
+        return found
+
+
+@dataclass
 class FitConfig:
     """Node of the task `fit_batch` and of ``data.batch_size=auto``."""
 
-    margin: float = 0.9  # of the budget: what the predicted peak may take
+    margin: float | None = None  # of the budget: what may be taken; None: 0.9 on CPU, 0.952 on CUDA
     confirm: bool = True  # two real steps with what was found, where the device is here
     max_batch: int = 1024  # the largest batch to look for
 
     def problems(self) -> list[str]:
         """Return one message per value out of range."""
         found = at_least("fit", self, max_batch=1)
-        if not 0 < self.margin <= 1:
+        if self.margin is not None and not 0 < self.margin <= 1:
             found.append(
                 f"fit.margin must be above 0 and at most 1, got {self.margin}; try fit.margin=0.9"
             )
         return found
+
+
+@dataclass
+class AllocateConfig:
+    """Node of the task `allocate`."""
+
+    devices: list[int] = field(default_factory=list)  # also over so many cards, [2,4,8] say
+
+    def problems(self) -> list[str]:
+        """Return one message per value out of range."""
+        if all(count > 1 for count in self.devices):
+            return []
+        return [f"allocate.devices must be counts of cards above 1, like [2,4]; got {self.devices}"]
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -19,13 +20,18 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
-from expt.config.schema import Config, Preset
+from expt.config.schema import COMMAND_NODES, Config, Preset
 from expt.errors import ConfigError
-from expt.result import load_launch
+from expt.result import LAUNCH_NAME, load_launch
 
 CONFIG_NAME = "config"
 OPTIONAL_GROUPS = ("memory", "experiment", "debug", "search")
 """Groups of which nothing may be chosen."""
+OF_THE_RUN = {
+    *COMMAND_NODES, "task", "hydra", "search", "debug", "callbacks",
+    "trainer.resume", "tracking.parent", "memory.plan_file", "memory.budget",
+}  # fmt: skip
+"""Keys and groups of a training's command line that are nothing to who uses its model."""
 
 
 def conf_dir() -> Path:
@@ -76,6 +82,7 @@ def prepare_arguments(arguments: Sequence[str]) -> list[str]:
     chosen = [name for name in groups() if name != "memory"]
     prepared = [re.sub(rf"^\+({'|'.join(chosen)})=", r"\1=", a) for a in prepared]
     prepared = [argument for argument in prepared if not _chooses_nothing(argument)]
+    prepared = _with_settings_of(prepared)
     resume = [a for a in prepared if re.match(r"^\+{0,2}trainer\.resume=", a)]
     target = resume[-1].partition("=")[2].strip("'\"") if resume else ""
     if not target or target.lower() in ("true", "false", "null") or target.isdigit():
@@ -87,6 +94,12 @@ def prepare_arguments(arguments: Sequence[str]) -> list[str]:
         )
     run_dir = Path(target).absolute()
     launch = load_launch(run_dir)
+    if launch is None and (run_dir / LAUNCH_NAME).exists():
+        raise ConfigError(
+            f"trainer.resume={target}: its {LAUNCH_NAME}, which says how the run was started, is "
+            "damaged; give the run's settings again, with trainer.resume=true "
+            f"hydra.run.dir={target}"
+        )
     if launch is None:
         raise ConfigError(
             f"trainer.resume={target}: no run was started in this folder (it has no launch.json); "
@@ -103,6 +116,37 @@ def prepare_arguments(arguments: Sequence[str]) -> list[str]:
     quoted = QuotedString(str(run_dir), Quote.double).with_quotes()
     directory = [] if "hydra.run.dir" in given else [f"hydra.run.dir={quoted}"]
     return [*earlier, *rest, "trainer.resume=true", *directory]
+
+
+def _with_settings_of(arguments: list[str]) -> list[str]:
+    """Put the settings of the run that e.g. ``predict.run`` names before those given.
+
+    Where it was recorded, and what it was part of, is left out; the current folder stays. Of a
+    group that is chosen now, nothing that was set then is left.
+    """
+    named = [a for a in arguments if re.match(r"^\+{0,2}(predict|export|rollout)\.run=", a)]
+    target = named[-1].partition("=")[2].strip("'\"") if named else ""
+    if not target or target == "null":
+        return arguments
+    if {"-m", "--multirun"} & set(arguments):
+        raise ConfigError(f"{named[-1]} is about one run, and -m starts several; leave -m out")
+    launch = load_launch(Path(target).expanduser())
+    if launch is None:
+        if (Path(target).expanduser() / LAUNCH_NAME).exists():
+            print(f"note: {target}/{LAUNCH_NAME} is damaged; the checkpoint's settings are used")
+        return arguments
+    if launch["cwd"] not in sys.path:  # for the user's own modules
+        sys.path.append(launch["cwd"])
+    given = {key(argument) for argument in arguments}
+    earlier = [
+        line
+        for line in launch["overrides"]
+        if key(line) not in given | OF_THE_RUN
+        and key(line).partition(".")[0] not in given | OF_THE_RUN
+    ]
+    if launch["config_dir"] and config_dir(arguments) is None:
+        earlier.insert(0, f"--config-dir={launch['config_dir']}")
+    return [*earlier, *arguments]
 
 
 def open_composition(own: str | None = None) -> None:

@@ -7,7 +7,6 @@ wrong, and judges the rest like a run would.
 
 from __future__ import annotations
 
-import inspect
 import re
 import shlex
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from expt.config.compose import config_dir, key, open_composition, overrides
 from expt.config.schema import OPEN_GROUPS
-from expt.config.settings import locate
+from expt.config.settings import locate, parameters_of
 from expt.config.validate import validated
 from expt.errors import ConfigError, nearest
 
@@ -180,7 +179,7 @@ def _accepted(cfg: DictConfig, group: str) -> set[str]:
     if group not in OPEN_GROUPS:
         return set()
     try:
-        return set(inspect.signature(locate(cfg[group]._target_)).parameters) - {"params"}
+        return set(parameters_of(locate(cfg[group]._target_))) - {"params"}
     except (ConfigError, ImportError, *REFUSALS):
         return set()
 

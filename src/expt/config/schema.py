@@ -8,24 +8,32 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
+from importlib.util import find_spec
 from typing import Any
 
 from omegaconf import MISSING
 
+from expt.config import command_nodes
 from expt.config.command_nodes import (
+    AllocateConfig,
     CardsConfig,
     DiagnoseConfig,
     ExpandConfig,
+    ExportConfig,
     FitConfig,
+    PredictConfig,
     ReplayConfig,
     ReportConfig,
+    RolloutConfig,
+    WatchConfig,
     at_least,
 )
 from expt.config.search_node import SearchConfig
+from expt.config.stages import Stage, stage_problems, stages_of
 from expt.errors import nearest
-from expt.units import budget_problem
+from expt.units import budget_problem, card_problem
 
 
 class Precision(Enum):
@@ -64,12 +72,29 @@ class Compile(Enum):
     compile = "compile"  # the model by torch.compile; on CUDA, captured as well
 
 
+class Strategy(Enum):
+    """How several processes train one model; see docs/ranks.md."""
+
+    auto = "auto"  # ddp
+    ddp = "ddp"  # every one has the whole model; gradients are summed
+    fsdp = "fsdp"  # every one has a part of weights, gradients and optimizer state
+
+
 class BatchNorm(Enum):
     """What layers of batch normalisation do in training; see docs/techniques.md."""
 
     batch = "batch"  # as the model has them: over the samples of a forward pass
     frozen = "frozen"  # by their running statistics, which stay as they are
     group = "group"  # over groups of channels of every sample by itself
+
+
+class FeatureDtype(Enum):
+    """How cached features are kept; `auto` is as they are computed, so that nothing is lost."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
 
 
 class OnOverflow(Enum):
@@ -104,15 +129,21 @@ class MemoryConfig:
     preset: Preset | None = None  # None: the sizes of lite
     precision: Precision = Precision.auto
     gradient_accumulation: int = 1  # micro-batches per optimizer step; the batch stays the same
-    activation_checkpointing: Any = False  # true, n >= 2 (every n-th block) or selective
+    activation_checkpointing: Any = False  # true, n >= 2 (every n-th), selective, nested
     attention_kernel: str | None = None  # fused, math, sliding_window, top_k; None: the model's
     attention_window: int | None = None  # tokens to either side, for sliding_window
     attention_top_k: int | None = None  # keys per query, for top_k
     saved_tensor_offload: bool = False  # what backward needs waits in host memory; CUDA only
+    weight_offload: bool = False  # frozen weights of idle blocks wait in host memory; CUDA only
     optimizer_in_backward: bool = False  # step each weight as its gradient is done
     batch_norm: BatchNorm = BatchNorm.batch  # group and frozen are exact however a batch is cut
     forward_chunks: int = 1  # slices of a batch in evaluation, one after the other
     forward_chunks_in_training: bool = False  # also in training, where it saves little
+
+    feature_cache: Any = "off"  # prefix, vision, alternating: docs/feature-cache.md
+    feature_cache_dtype: FeatureDtype = FeatureDtype.auto
+    feature_cache_rebuild_interval: int = 5  # alternating: every so many epochs is a live one
+    feature_cache_folder: str = "outputs/cache/features"  # of all runs; alternating has its own
 
     budget: Any = None  # 200MiB, 6GiB, 6GB, 80%, bytes, auto (what is free now); None: no limit
     watch: bool = True  # read memory once a second; warn at 90 %, tidy up above the thresholds
@@ -122,6 +153,7 @@ class MemoryConfig:
     force_cleanup_every: int | None = None  # steps; None: only above a threshold
     plan: bool = True  # predict the peak before training; never a reason to fail
     plan_file: str | None = None  # a plan.json of this very run, instead of predicting again
+    card: Any = None  # 24GiB: the card that a plan for CUDA is for; None: the one here, if any
     target: str | None = None  # cuda or cpu: what to plan for; None: the run's device, else cuda
     on_overflow: OnOverflow = OnOverflow.refuse  # what to do when the plan exceeds the budget
     recover: bool = True  # when memory runs out, do the same step again with techniques that save
@@ -142,7 +174,9 @@ class MemoryConfig:
             max_recoveries=1,
             max_recoveries_per_step=1,
             force_cleanup_every=1,
+            feature_cache_rebuild_interval=2,
         )
+        found += _feature_cache_problems(self.feature_cache)
         found += [
             f"memory.{name} must be above 0 and at most 1, like 0.85, got {getattr(self, name)}"
             for name in ("gpu_threshold", "cpu_threshold")
@@ -154,6 +188,8 @@ class MemoryConfig:
                 f"{self.cleanup_interval_seconds}"
             )
         if self.budget is not None and (problem := budget_problem(self.budget)) is not None:
+            found.append(problem)
+        if self.card is not None and (problem := card_problem(self.card)) is not None:
             found.append(problem)
         if self.target not in (None, "cuda", "cpu"):
             found.append(f"memory.target={self.target!r} must be cuda, cpu or null")
@@ -195,6 +231,11 @@ class MemoryConfig:
         return found
 
     @property
+    def cached_features(self) -> str | None:
+        """Return the mode of the feature cache, None if it is off; YAML reads off as false."""
+        return None if self.feature_cache in OFF else str(self.feature_cache)
+
+    @property
     def smaller_runs(self) -> list[str]:
         """Return the settings that make a run smaller, one after the other; none if not wanted."""
         if isinstance(self.fallback, list):
@@ -225,6 +266,8 @@ class TrainerConfig:
     """Group `trainer`: the loop, its limits, and what is saved when."""
 
     device: Device = Device.auto
+    devices: int = 1  # processes, each on a device of its own; under torchrun: as many as it starts
+    strategy: Strategy = Strategy.auto  # how they share the work: ddp or fsdp
     seed: int = 0
     deterministic: bool = False  # also refuse non-deterministic CUDA kernels
     compile: Compile = Compile.auto  # same results to rounding; falls back to off with a line
@@ -239,22 +282,35 @@ class TrainerConfig:
     warmup_fraction: float = 0.1  # of all steps, for one_cycle and cosine
     step_milestones: list[float] = field(default_factory=lambda: [0.5, 0.8])  # of all steps
     step_factor: float = 0.1
-    trainable: list[str] | None = None  # patterns of weights' names, like expert.*; None: all
+    start_from: str | None = None  # a run whose best weights are the first ones, by their names
+    trainable: Any = None  # patterns of weights' names, like [expert.*], or by first epoch
     gradient_clip_norm: float | None = 5.0
     ema_decay: float | None = None  # validate and test averaged weights; per step, like 0.9995
     checkpoint_every_steps: int | None = 500  # also after every epoch; None: only then
     log_every_steps: int = 50
     resume: Any = False  # true: go on in hydra.run.dir; a path: go on there
     test: bool = True  # test the best weights at the end; false: leave the test part alone
+    save_predictions: bool = False  # keep what the best weights predict of the test part
     progress: bool = True
     repeat_first_epoch: bool = False  # the same samples every epoch, to see a model overfit
-    profile: bool = False  # torch.profiler over a few steps, written to the run's directory
+    profile: bool = False  # a trace of a few steps and whose memory was what; docs/diagnosis.md
+
+    @property
+    def sharded(self) -> bool:
+        """Whether every process has a part of the model only."""
+        return self.strategy is Strategy.fsdp
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What is trained from which epoch on; none where it is always everything."""
+        return stages_of(self.trainable, self.epochs)
 
     def problems(self) -> list[str]:
         """Return one message per value out of range."""
         found = at_least(
             "trainer",
             self,
+            devices=1,
             epochs=1,
             steps_per_epoch=1,
             max_steps=1,
@@ -264,8 +320,14 @@ class TrainerConfig:
             log_every_steps=1,
             seed=0,
         )
+        found += stage_problems(self.trainable)
         if self.seed > MAX_SEED:
             found.append(f"trainer.seed must be at most {MAX_SEED}, got {self.seed}")
+        if self.strategy is Strategy.fsdp and self.devices == 1:
+            found.append(
+                "trainer.strategy=fsdp shares the model among several processes, and "
+                "trainer.devices=1; give trainer.devices=N, or leave trainer.strategy out"
+            )
         for name in ("time_limit_seconds", "gradient_clip_norm"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
@@ -298,6 +360,13 @@ class BadSample(Enum):
     skip = "skip"  # count it; in training the next sample that can be read takes its place
 
 
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 @dataclass
 class LoaderConfig:
     """Node `loader`: how samples of a streamed data set are read; resident data read none."""
@@ -311,8 +380,8 @@ class LoaderConfig:
     def problems(self) -> list[str]:
         """Return one message per value out of range."""
         found = at_least("loader", self, num_workers=0, prefetch_factor=1)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        if cores is not None and self.num_workers > max(cores, MIN_WORKERS):
+        cores = usable_cores()
+        if self.num_workers > max(cores, MIN_WORKERS):
             found.append(
                 f"loader.num_workers={self.num_workers} is more than the {cores} cores that this "
                 f"process may use; try loader.num_workers={cores}"
@@ -329,10 +398,24 @@ class TrackingConfig:
     artifacts: str | None = None  # folder for artifacts, for a SQLite store only
     flush_seconds: float = 30.0
     parent: str | None = None  # folder of the run that this one is nested under
+    loggers: list[str] = field(default_factory=lambda: ["mlflow"])  # also csv, tensorboard
+
+    def __post_init__(self) -> None:
+        if "mlflow" not in self.loggers:
+            self.uri = None
 
     def problems(self) -> list[str]:
         """Return one message per value out of range."""
-        found = []
+        found = [
+            f"tracking.loggers: there is no {name!r}; {nearest(name, LOGGERS)}"
+            for name in self.loggers
+            if name not in LOGGERS
+        ]
+        packages = ("tensorboard", "tensorboardX")
+        if "tensorboard" in self.loggers and not any(map(find_spec, packages)):
+            found.append(
+                "tracking.loggers: tensorboard needs its package: pip install 'expt[tensorboard]'"
+            )
         if self.flush_seconds < 0:
             found.append(f"tracking.flush_seconds must not be negative, got {self.flush_seconds}")
         if self.uri is not None:
@@ -359,13 +442,27 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     diagnose: DiagnoseConfig = field(default_factory=DiagnoseConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     fit: FitConfig = field(default_factory=FitConfig)
     cards: CardsConfig = field(default_factory=CardsConfig)
+    allocate: AllocateConfig = field(default_factory=AllocateConfig)
     expand: ExpandConfig = field(default_factory=ExpandConfig)
+    callbacks: list[Any] = field(default_factory=list)  # a `_target_` each, and its arguments
     report: ReportConfig = field(default_factory=ReportConfig)
+    predict: PredictConfig = field(default_factory=PredictConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     search: SearchConfig | None = None
 
 
+COMMAND_NODES = frozenset(
+    node.name
+    for node in fields(Config)
+    if getattr(node.default_factory, "__module__", "") == command_nodes.__name__
+) - {"fit"}
+"""Nodes that say what one command does; `fit` is a training's too, with `data.batch_size=auto`."""
+LOGGERS = ("mlflow", "csv", "tensorboard")
+"""Values of `tracking.loggers`."""
 MIN_WORKERS = 2
 """So many workers are allowed on any machine: the default must be valid everywhere."""
 MAX_SEED = 2**32 - 1
@@ -376,18 +473,50 @@ STORES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks
 """Schemes of a tracking URI; MLflow's file store is no longer maintained."""
 AUTO = "auto"
 """As `data.batch_size`: the largest that fits, found before a training."""
-OWN_ARGUMENTS = {"optimizer": frozenset({"groups"})}
+OWN_ARGUMENTS = {
+    "optimizer": frozenset({"groups"}),
+    "model": frozenset({"scale"}),
+    "data": frozenset({"scale"}),
+}
 """Keys of an open group that are ours, and not its constructor's."""
 OPEN_GROUPS = ("model", "data", "optimizer")
 """Groups whose keys are a `_target_` and its constructor's arguments."""
 
 
+FEATURE_CACHES = ("off", "prefix", "vision", "alternating")
+"""Values of `memory.feature_cache`."""
+OFF = ("off", False, None)
+HIDDEN_STATES = ("hidden", "last", "last_hidden", "last_hidden_state", "full", "hybrid")
+"""What one may call a cache of the last hidden state."""
+
+
+def _feature_cache_problems(mode: object) -> list[str]:
+    """Judge `memory.feature_cache`."""
+    if mode in FEATURE_CACHES or mode in OFF:
+        return []
+    if mode in HIDDEN_STATES:
+        return [
+            f"memory.feature_cache={mode}: with the last hidden state cached, no weight below it "
+            "(LoRA's are) gets a gradient, so that building it again every few epochs changes "
+            "nothing; memory.feature_cache=prefix caches what lies below the first trained weight "
+            "and is exact, and alternating trains in a live epoch every "
+            "memory.feature_cache_rebuild_interval"
+        ]
+    hint = nearest(str(mode), FEATURE_CACHES)
+    return [f"memory.feature_cache={mode!r} must be {', '.join(FEATURE_CACHES)}; {hint}"]
+
+
+CHECKPOINTING_WORDS = ("selective", "nested")
+"""Modes of `memory.activation_checkpointing` beside true, false and a number."""
+
+
 def _checkpointing_problems(mode: object) -> list[str]:
     """Judge `memory.activation_checkpointing`."""
-    if isinstance(mode, bool) or mode == "selective":
+    if isinstance(mode, bool) or mode in CHECKPOINTING_WORDS:
         return []
     if isinstance(mode, int) and mode >= 2:
         return []
-    allowed = "true, false, selective, or a number from 2 up (every n-th block)"
-    hint = f"; {nearest(mode, ('selective', 'true', 'false'))}" if isinstance(mode, str) else ""
+    allowed = "true, false, selective, nested, or a number from 2 up (every n-th block)"
+    known = (*CHECKPOINTING_WORDS, "true", "false")
+    hint = f"; {nearest(mode, known)}" if isinstance(mode, str) else ""
     return [f"memory.activation_checkpointing={mode!r} must be {allowed}{hint}"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +17,11 @@ from expt.errors import ConfigError, nearest
 OFFLOAD_NEEDS_CUDA = (
     "memory.saved_tensor_offload=true moves what the backward pass needs to host memory, and a "
     "run on {device} has it there already: nothing to gain; set it to false"
+)
+
+WEIGHTS_NEED_CUDA = (
+    "memory.weight_offload=true keeps frozen weights in host memory, and a run on {device} has "
+    "them there already: nothing to gain; set it to false"
 )
 
 
@@ -41,6 +47,8 @@ class Settings:
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     fit: FitConfig = field(default_factory=FitConfig)
     cards: CardsConfig = field(default_factory=CardsConfig)
+    callbacks: Sequence[Mapping[str, Any]] = ()
+    """A `_target_` each, and its arguments."""
 
     @property
     def batch_is_auto(self) -> bool:
@@ -77,6 +85,19 @@ def locate(target: str) -> Callable[..., Any]:
         public = [word for word in vars(module) if not word.startswith("_")]
         raise ConfigError(f"module {module_name} has no class {name!r}; {nearest(name, public)}")
     return cast(Callable[..., Any], found)
+
+
+def parameters_of(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Return what may be given by name; what a class hands on with ``**`` is its base's."""
+    found = dict(inspect.signature(factory).parameters)
+    for base in inspect.getmro(factory)[1:-1] if inspect.isclass(factory) else ():
+        if not any(one.kind is one.VAR_KEYWORD for one in found.values()):
+            break
+        if "__init__" in vars(base):
+            any_number = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+            own = {name: one for name, one in found.items() if one.kind not in any_number}
+            found = {**inspect.signature(base).parameters, **own}
+    return found
 
 
 def targets(node: Any) -> set[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import os
 import typing
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
@@ -30,12 +31,22 @@ from expt.config.schema import (
     TrackingConfig,
     TrainerConfig,
 )
-from expt.config.settings import OFFLOAD_NEEDS_CUDA, Settings, locate, targets
+from expt.config.settings import (
+    OFFLOAD_NEEDS_CUDA,
+    WEIGHTS_NEED_CUDA,
+    Settings,
+    locate,
+    parameters_of,
+    targets,
+)
+from expt.config.stages import combination_problems
 from expt.errors import ConfigError, nearest
 from expt.job import Checked, protocol_problem
 
 log = logging.getLogger(__name__)
 
+MOMENTS = ("run_start", "evaluation_end", "epoch_end", "out_of_memory", "run_end")
+"""Methods of a callback; see `expt.training.callbacks`."""
 PROVIDED = {"optimizer": frozenset({"params"})}
 """Arguments that the framework passes itself; `DataSet.model_arguments` are more, for models."""
 
@@ -56,11 +67,20 @@ def validated(cfg: DictConfig, overridden: Collection[str] = ()) -> Settings:
         fit = cast(FitConfig, OmegaConf.to_object(cfg.fit))
         cards = cast(CardsConfig, OmegaConf.to_object(cfg.cards))
         open_groups: dict[str, dict[str, Any]] = {
-            group: with_current_targets(OmegaConf.to_container(cfg[group], resolve=True))
+            group: with_current_targets(
+                OmegaConf.to_container(cfg[group], resolve=True, enum_to_str=True)
+            )
             for group in OPEN_GROUPS
         }
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
+    if trainer.devices > 1 or "WORLD_SIZE" in os.environ:
+        from expt.config.ranks import as_launched, device_problems, rank_problems
+
+        if cfg.task.trains:
+            trainer, found = as_launched(trainer)
+            problems += found + device_problems(trainer)
+        problems += rank_problems(trainer, memory, open_groups, cfg.search is not None)
     problems += memory.problems() + trainer.problems() + tracking.problems()
     problems += loader.problems() + fit.problems() + cards.problems()
     problems += _device_problems(trainer.device.value)
@@ -84,20 +104,51 @@ def validated(cfg: DictConfig, overridden: Collection[str] = ()) -> Settings:
             f"there are samples in a batch, data.batch_size={batch_size}"
         )
     problems += _technique_problems(memory, trainer, arguments["data"])
+    if not trainer.problems():
+        problems += combination_problems(
+            len(trainer.stages), trainer.sharded, memory.weight_offload, memory.cached_features
+        )
+    problems += _feature_cache_problems(memory, trainer, sound)
     if automatic and "batch_size" in arguments["data"]:
         arguments["data"] = {**arguments["data"], "batch_size": AUTO}
     if "optimizer" in sound:
         problems += _optimizer_problems(sound["optimizer"])
+    callbacks, found = _checked_callbacks(cfg, overridden)
+    problems += found
     if problems:
         raise ConfigError(problems)
-    return Settings(trainer, memory, tracking, arguments, loader, fit, cards)
+    return Settings(trainer, memory, tracking, arguments, loader, fit, cards, callbacks)
+
+
+def _checked_callbacks(
+    cfg: DictConfig, overridden: Collection[str]
+) -> tuple[list[Mapping[str, Any]], list[str]]:
+    """Return the sound nodes of `callbacks`, and what is wrong with the others."""
+    nodes = OmegaConf.to_container(cfg.callbacks, resolve=True)
+    assert isinstance(nodes, list)
+    kept: list[Mapping[str, Any]] = []
+    problems = []
+    for number, node in enumerate(nodes):
+        key = f"callbacks.{number}"
+        if not isinstance(node, dict):
+            problems.append(f"{key} must be a class like {{_target_: my_lab.Hook}}, got {node!r}")
+            continue
+        arguments, found = _checked_arguments(key, node, overridden)
+        problems += found
+        if arguments and not any(hasattr(locate(arguments["_target_"]), m) for m in MOMENTS):
+            problems.append(
+                f"{key}: {arguments['_target_']} has none of the methods that are called: "
+                f"{', '.join(MOMENTS)} (expt.training.callbacks.Callback)"
+            )
+        kept.append(arguments)
+    return kept, problems
 
 
 def _added_keys(cfg: DictConfig) -> list[str]:
     """Refuse keys that ``+key=value`` put where the schema has none; Hydra lets them pass."""
     nodes: dict[str, tuple[DictConfig, Any]] = {"": (cfg, Config)}
     for group in (part.name for part in fields(Config)):
-        if group not in OPEN_GROUPS and cfg[group] is not None:
+        if group not in (*OPEN_GROUPS, "callbacks") and cfg[group] is not None:
             nodes[f"{group}."] = (cfg[group], OmegaConf.get_type(cfg[group]))
     problems = []
     for prefix, (node, schema) in nodes.items():
@@ -116,7 +167,7 @@ def _checked_arguments(
         return {}, [f"{group}._target_ must name a class, like my_lab.MyNet, got {target!r}"]
     try:
         factory = locate(target)
-        parameters = inspect.signature(factory).parameters
+        parameters = parameters_of(factory)
     except ConfigError as error:
         return {}, [f"{group}._target_={target}: {error}"]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -207,12 +258,39 @@ def _technique_problems(
         )
     if memory.saved_tensor_offload and trainer.device.value in ("cpu", "mps"):
         found.append(OFFLOAD_NEEDS_CUDA.format(device=trainer.device.value))
+    if memory.weight_offload and trainer.device.value in ("cpu", "mps"):
+        found.append(WEIGHTS_NEED_CUDA.format(device=trainer.device.value))
     chunked = data.get("eval_batch_size")
     if chunked is not None and memory.forward_chunks > max(chunked, 1):
         found.append(
             f"memory.forward_chunks={memory.forward_chunks} is more slices than there are samples "
             f"in a batch of evaluation, data.eval_batch_size={chunked}"
         )
+    return found
+
+
+def _feature_cache_problems(
+    memory: MemoryConfig, trainer: TrainerConfig, arguments: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """Refuse a feature cache that the model or the loop cannot have."""
+    mode = memory.cached_features
+    if mode is None or memory.problems():
+        return []
+    found, key = [], f"memory.feature_cache={mode}"
+    if "model" in arguments:
+        cls = locate(arguments["model"]["_target_"])
+        if inspect.isclass(cls) and not hasattr(cls, "features"):
+            found.append(
+                f"{key}: {cls.__name__} does not say what its frozen part makes of a sample "
+                "(expt.job.FeatureCached; docs/feature-cache.md); set memory.feature_cache=off"
+            )
+    if mode == "alternating" and trainer.steps_per_epoch is not None:
+        found.append(
+            f"{key} writes the features of all samples in a live epoch, and "
+            f"trainer.steps_per_epoch={trainer.steps_per_epoch} may leave some out; set it to null"
+        )
+    if mode == "alternating" and trainer.repeat_first_epoch:
+        found.append(f"{key}: with trainer.repeat_first_epoch=true every epoch is a live one")
     return found
 
 
@@ -272,8 +350,13 @@ def _budget_problems(memory: MemoryConfig, name: str) -> list[str]:
 def _type_hints(factory: Callable[..., Any]) -> dict[str, Any]:
     """Return the constructor's annotations; none where they cannot be evaluated."""
     try:
-        init = factory.__init__ if inspect.isclass(factory) else factory
-        return typing.get_type_hints(init)
+        if not inspect.isclass(factory):
+            return typing.get_type_hints(factory)
+        # What a class hands on to its base has the base's types.
+        classes = [one for one in reversed(inspect.getmro(factory)) if "__init__" in vars(one)]
+        hints = [typing.get_type_hints(vars(one)["__init__"]) for one in classes[1:]]
+        known = parameters_of(factory)
+        return {name: hint for own in hints for name, hint in own.items() if name in known}
     except (NameError, TypeError, AttributeError):
         return {}
 

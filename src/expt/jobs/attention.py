@@ -78,14 +78,15 @@ class Attention(nn.Module):
 class EncoderLayer(nn.Module):
     """Self-attention and feed-forward, each a residual branch normalised after the sum."""
 
-    def __init__(self, embed_dim: int, num_heads: int, ffn_ratio: int, dropout: float) -> None:
+    def __init__(self, embed_dim: int, num_heads: int, ffn_ratio: float, dropout: float) -> None:
         super().__init__()
+        hidden = round(ffn_ratio * embed_dim)
         self.attention = Attention(embed_dim, num_heads)
         self.attention_norm = nn.LayerNorm(embed_dim)
         self.feed_forward = nn.Sequential(
-            nn.Linear(embed_dim, ffn_ratio * embed_dim),
+            nn.Linear(embed_dim, hidden),
             nn.ReLU(inplace=True),
-            nn.Linear(ffn_ratio * embed_dim, embed_dim),
+            nn.Linear(hidden, embed_dim),
         )
         self.feed_forward_norm = nn.LayerNorm(embed_dim)
         self.dropout = nn.Dropout(dropout)

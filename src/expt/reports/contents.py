@@ -170,7 +170,9 @@ def _lead(
         return f"No run finished{inside}{seen}."
     name = labels(records)[list(records).index(best)]
     name += f" (run {best.name})" if name == best.preset else ""
-    text = f"The best of {len(records)} runs{inside} is {name}: "
+    count = sum(record.value is not None for record in records)
+    of = f"{count} runs with a result" if count < len(records) else f"{count} runs"
+    text = f"The best of {of}{inside} is {name}: "
     if len(records) == 1:
         text = f"One run{inside}, {name}: "
     text += _said(metric, best.value)
@@ -255,6 +257,12 @@ def _missing(runs: RunSet, shares: Importance, predicted: bool, of_largest: str)
         found.append(f"Parameter importances: {shares.reason}.{of_largest}")
     if not predicted:
         found.append("Error of the predictions: no run was both predicted and measured.")
+    if partly := [record.name for record in runs.records if record.partial]:
+        more = f" and {len(partly) - 5} more" if partly[5:] else ""
+        found.append(
+            f"Figures with * are of a part of their split only (trainer.eval_batches): "
+            f"{', '.join(partly[:5])}{more}."
+        )
     if all(record.value is None for record in runs.records):
         found.append(f"{_against_memory(runs.metric)}: no run has {runs.metric.name}.")
     return found

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from expt.config.schema import COMMAND_NODES
 from expt.job import Metric
 from expt.result import Outcome
 
 NOT_SETTINGS = (
-    "tracking", "hydra", "task", "replay", "diagnose", "fit", "cards", "expand", "report",
-    "search", "trainer.resume", "trainer.progress", "trainer.test", "memory.plan_file",
+    *sorted(COMMAND_NODES), "tracking", "hydra", "task", "fit", "search", "trainer.resume",
+    "trainer.save_predictions", "trainer.progress", "trainer.test", "memory.plan_file",
 )  # fmt: skip
 """Keys, and beginnings of keys, of a configuration that do not change what is trained."""
 
@@ -53,6 +54,8 @@ class RunRecord:
     run_id: str | None = None
     trial: int | None = None
     detail: str = ""
+    partial: Mapping[str, str] = field(default_factory=dict)
+    """Splits of which only a part was evaluated, and how many samples."""
 
     @property
     def demand_bytes(self) -> int | None:

@@ -23,11 +23,13 @@ from expt.reports.records import (
     short_names,
     varied,
 )
-from expt.tables import markdown_table
+from expt.tables import csv_cell, markdown_table
 from expt.units import format_bytes, format_seconds
 
 NOTHING = "–"  # noqa: RUF001 (a dash is meant)
 DATA, CLAIMED, PEAK_CLAIMED = "data", "claimed", "peak claimed"
+PARTIAL = "*"
+"""Marks a figure that is of a part of its split only."""
 LATE = ("state", "preset", "predicted", PEAK_CLAIMED, CLAIMED, "time", "off by", "reserved")
 """Columns that the console shows where there is room beside the others; then come settings."""
 LONGEST = {"run": 24, DATA: 20}
@@ -93,9 +95,13 @@ def run_table(
         (DATA, False, [data.get(id(record), "") for record in records]),
         ("preset", False, [record.preset or "" for record in records]),
         ("state", False, [record.outcome.words for record in records]),
-        (metric_header(metric), True, [metric_text(metric, record.value) for record in records]),
+        (metric_header(metric), True, [_figure(metric, r, r.value) for r in records]),
         (CLAIMED, True, [claim.error if claim else "" for claim in said]),
-        (metric_header(test), True, [metric_text(metric, value) for value in tested]),
+        (
+            metric_header(test),
+            True,
+            [_figure(test, r, value) for r, value in zip(records, tested, strict=False)],
+        ),
         (PEAK_CLAIMED, True, [claim.peak if claim else "" for claim in said]),
         ("predicted", True, [_bytes(r.predicted_peak_bytes) for r in records]),
         ("measured", True, [_bytes(r.peak_allocated_bytes) for r in records]),
@@ -182,7 +188,7 @@ def as_csv(records: Sequence[RunRecord], metric: Metric) -> str:
         "name", "trial", "state", "preset", metric.name, "predicted_peak_bytes",
         "peak_allocated_bytes", "peak_reserved_bytes", "prediction_error", "budget_bytes",
         "seconds", "parameters",
-        "device", "precision", "meter", "started", "run_id", "run_dir", "detail",
+        "device", "precision", "meter", "started", "run_id", "run_dir", "detail", "partial",
     ]  # fmt: skip
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -191,16 +197,23 @@ def as_csv(records: Sequence[RunRecord], metric: Metric) -> str:
         at = datetime.fromtimestamp(r.started)
         started = at.isoformat(timespec="seconds") if r.started else None
         writer.writerow(
-            [
+            csv_cell(cell)
+            for cell in [
                 r.name, r.trial, r.outcome.value, r.preset, r.value, r.predicted_peak_bytes,
                 r.peak_allocated_bytes, r.peak_reserved_bytes, r.prediction_error, r.budget_bytes,
                 r.seconds, r.weights, r.device, r.precision, r.meter, started, r.run_id, r.run_dir,
-                r.detail,
+                r.detail, "; ".join(f"{split}: {words}" for split, words in r.partial.items()),
                 *(r.metrics.get(name) for name in figures),
                 *(r.settings.get(name) for name in settings),
             ]
         )  # fmt: skip
     return out.getvalue()
+
+
+def _figure(metric: Metric, record: RunRecord, value: float | None) -> str:
+    """Return a figure, marked where it is of a part of its split only."""
+    text = metric_text(metric, value)
+    return f"{text} {PARTIAL}" if text and metric.name.partition("/")[0] in record.partial else text
 
 
 def _setting(name: str, settings: Mapping[str, str]) -> str:

@@ -23,39 +23,50 @@ from expt.config.settings import RunContext, Settings
 from expt.errors import ConfigError, ExptError
 from expt.job import DataSet
 from expt.memory.measuring.budget import Budget
+from expt.memory.planning.plan import CUDA_MARGIN
 from expt.memory.planning.predict import Plan, Target
 from expt.result import load_launch
 from expt.run.build import build, smaller_sizes, techniques_of
 from expt.run.overflow import too_small_for_weights
-from expt.run.planner import Planner, Saving, plan_training
+from expt.run.planner import Planner, feature_plans, plan_training
 from expt.units import format_bytes
 
 MAX_TRACES = 18
 """A search that has not come to its end by then returns the largest size known to fit."""
+MARGINS: Mapping[Target, float] = {"cpu": 0.9, "cuda": 1 / (1 + CUDA_MARGIN)}
+"""`fit.margin` where it is not given. On CUDA it follows from published runs."""
 GUESSES = 8
 """Traces after which what is left is halved, for peaks that are far from a line."""
 
 
 @dataclass(frozen=True)
 class Limit:
-    """What a plan may take: its peak a share of the budget, and what is reserved all of it."""
+    """What a plan may take of a budget: `margin` of it, on CUDA of what is reserved."""
 
     budget_bytes: int
     margin: float
 
+    @classmethod
+    def of(cls, budget_bytes: int, margin: float | None, target: Target) -> Limit:
+        """Return the limit with `fit.margin`, or with the device's where it is None."""
+        return cls(budget_bytes, MARGINS[target] if margin is None else margin)
+
     @property
-    def peak_bytes(self) -> int:
-        """The largest peak that is allowed."""
+    def allowed_bytes(self) -> int:
+        """The most that is allowed."""
         return int(self.budget_bytes * self.margin)
+
+    def taken(self, planned: Plan) -> int:
+        """Return what a plan takes inside the limit, or more than it."""
+        return planned.within(self.allowed_bytes).demand_bytes
 
     def demand(self, planned: Plan) -> float:
         """Return the bytes of budget that a plan asks for."""
-        return max(planned.peak_bytes / self.margin, planned.reserved_bytes or 0)
+        return self.taken(planned) / self.margin
 
     def allows(self, planned: Plan) -> bool:
         """Tell whether a plan fits."""
-        reserved = planned.reserved_bytes or 0
-        return planned.peak_bytes <= self.peak_bytes and reserved <= self.budget_bytes
+        return self.taken(planned) <= self.allowed_bytes
 
 
 @dataclass(frozen=True)
@@ -168,9 +179,14 @@ def fit(
         ConfigError: not even one sample fits, with what would help; or no prediction.
 
     """
-    limit = Limit(budget_bytes, settings.fit.margin)
+    if settings.trainer.devices > 1:
+        raise ConfigError(
+            f"trainer.devices={settings.trainer.devices}: what fits is looked for on one device, "
+            "and a step of several has as many times the batch; leave trainer.devices out here"
+        )
+    limit = Limit.of(budget_bytes, settings.fit.margin, target)
     techniques = techniques_of(settings.memory)
-    train = data.size("train")
+    train, features = data.size("train"), feature_plans(settings)
 
     def parts(micro_batch: int) -> int:
         if batch_size is None or techniques.optimizer_in_backward:
@@ -181,7 +197,9 @@ def fit(
         count = parts(micro_batch)
         then = replace(techniques, gradient_accumulation=count)
         return predicted(
-            lambda: plan_training(settings, data, target, then, batch_size=micro_batch * count)
+            lambda: plan_training(
+                settings, data, target, then, batch_size=micro_batch * count, features=features
+            )
         )
 
     most = max(settings.fit.max_batch, batch_size or 0)
@@ -252,45 +270,39 @@ def evaluation_slices(
 
 def _nothing_fits(settings: Settings, data: DataSet, smallest: Plan, limit: Limit) -> str:
     """Say how much the least would take, and what would help; every figure counts the same."""
-    reserved = smallest.demand_bytes > limit.budget_bytes
-    budget = format_bytes(limit.budget_bytes)
+    taken, budget = limit.taken(smallest), format_bytes(limit.budget_bytes)
     allowed = (
         f"the budget is {budget}"
-        if reserved
-        else f"fit.margin={limit.margin:g} of the budget ({budget}) is "
-        f"{format_bytes(limit.peak_bytes)}"
+        if taken > limit.budget_bytes
+        else f"fit.margin={limit.margin:.3g} of the budget ({budget}) is "
+        f"{format_bytes(limit.allowed_bytes)}"
     )
-    counted = smallest.demand_words if reserved else "bytes allocated to tensors"
     message = (
         f"not even a micro-batch of one sample is predicted to fit: on {smallest.target} that is "
-        f"{format_bytes(_taken(smallest, reserved))} ({counted}; the peak is in "
+        f"{format_bytes(taken)} ({smallest.demand_words}; the peak is in "
         f"{smallest.phase.replace('_', ' ')}), and {allowed}; it takes "
         f"memory.budget={_needed(smallest, limit)}"
     )
-    if smallest.phase == "evaluation":
-        found = evaluation_slices(settings, data, smallest.target, limit)
+    if smallest.phase in ("evaluation", "feature_cache"):
+        found = None
+        if smallest.phase == "evaluation":
+            found = evaluation_slices(settings, data, smallest.target, limit)
         message += (
             f". It is the batch of evaluation, data.eval_batch_size={data.eval_batch_size}, that "
             "is too large; try a smaller one"
         )
         if found is not None:
             message += (
-                f", or memory.forward_chunks={found[0]} "
-                f"({format_bytes(_taken(found[1], reserved))})"
+                f", or memory.forward_chunks={found[0]} ({format_bytes(limit.taken(found[1]))})"
             )
         return message
     alone = replace(settings, memory=replace(settings.memory, gradient_accumulation=1))
     one = copy.copy(data)
     one.batch_size = 1
     helping = Planner(alone, one, smallest.target, smallest).savings()
-    ways = [f"{way.change} ({format_bytes(_taken(way, reserved))})" for way in helping]
+    ways = [f"{way.change} ({format_bytes(way.demand_bytes)})" for way in helping]
     ways.append(smaller_sizes(settings.memory))
     return f"{message}. What would help: {', '.join(ways)}"
-
-
-def _taken(found: Plan | Saving, reserved: bool) -> int:
-    """Return what the budget is compared with: what is reserved, or the peak."""
-    return found.demand_bytes if reserved else found.peak_bytes
 
 
 def _needed(planned: Plan, limit: Limit) -> str:

@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
 
 from expt.config.schema import OWN_ARGUMENTS, MemoryConfig, Preset
-from expt.config.settings import OFFLOAD_NEEDS_CUDA, Settings, targets
+from expt.config.settings import (
+    OFFLOAD_NEEDS_CUDA,
+    WEIGHTS_NEED_CUDA,
+    Settings,
+    parameters_of,
+    targets,
+)
 from expt.errors import ConfigError, ModelError, nearest
 from expt.job import DataSet, Grouped, Pretrained
+from expt.memory.techniques.freezing import ever_trained, freeze_others
 from expt.memory.techniques.techniques import Techniques, apply
 from expt.memory.techniques.techniques import problems as technique_problems
 from expt.training.batches import Examples
@@ -28,6 +35,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
+MATHEMATICS = ("attention_kernel", "attention_window", "attention_top_k")
+"""Settings of `memory` that change what a model computes; the others only save memory."""
 AUTO_NOT_HERE = (
     "data.batch_size=auto is found before a training (task=train) or by task=fit_batch; here give "
     "a number, like data.batch_size=16"
@@ -45,7 +54,7 @@ def build(settings: Settings, group: str, **provided: Any) -> Any:
     arguments = {n: v for n, v in settings.arguments[group].items() if n not in own}
     if group == "data" and settings.batch_is_auto:
         raise ConfigError(AUTO_NOT_HERE)
-    parameters = inspect.signature(settings.target(group)).parameters
+    parameters = parameters_of(settings.target(group))
     handed = {
         name: value
         for name, value in provided.items()
@@ -94,41 +103,30 @@ def build_model(
         ModelError: its forward does not take `inputs`, the data's, by name.
 
     """
+    return model_from(settings, data.model_arguments(), inputs, pretrained)
+
+
+def model_from(
+    settings: Settings, arguments: Mapping[str, Any], inputs: Iterable[str], pretrained: bool
+) -> nn.Module:
+    """Build the model with what a data set's `model_arguments` returned; see `build_model`."""
     from expt.memory.techniques.batch_norm import set_batch_norm
 
-    model: nn.Module = build(settings, "model", **data.model_arguments())
+    model: nn.Module = build(settings, "model", **arguments)
     check_forward(model, inputs)
     if pretrained and isinstance(model, Pretrained):
         model.load_pretrained()
     set_batch_norm(model, settings.memory.batch_norm.value)
-    if settings.trainer.trainable is not None:
-        freeze_others(model, settings.trainer.trainable)
+    if stages := settings.trainer.stages:
+        one = len(stages) == 1
+        key = "trainer.trainable"
+        named = {key if one else f"{key}.{s.first_epoch}": s.patterns for s in stages}
+        freeze_others(model, named)
     return model
 
 
-def freeze_others(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Train only the weights whose names match a pattern, like ``expert.*``.
-
-    Raises:
-        ConfigError: a pattern matches no weight.
-
-    """
-    names = [name for name, _ in model.named_parameters()]
-    idle = [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
-    if idle or not patterns:
-        raise ConfigError(
-            [
-                f"trainer.trainable: {pattern!r} matches no weight of {type(model).__name__}; "
-                f"{nearest(pattern, names)}"
-                for pattern in idle or [""]
-            ]
-        )
-    for name, weight in model.named_parameters():
-        weight.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
-
-
 def build_optimizer(settings: Settings, model: nn.Module) -> Optimizer:
-    """Build the optimizer of the weights that are trained, in groups where there are any.
+    """Build the optimizer of the weights that any stage trains, in groups where there are any.
 
     Groups are those of the model (`expt.job.Grouped`), or else the patterns of weights' names in
     `optimizer.groups`; the other weights are a group of their own, with the optimizer's settings.
@@ -138,7 +136,8 @@ def build_optimizer(settings: Settings, model: nn.Module) -> Optimizer:
 
     """
     chosen: Mapping[str, Mapping[str, Any]] = settings.arguments["optimizer"].get("groups") or {}
-    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    ever = ever_trained(model)
+    trained = {name: weight for name, weight in model.named_parameters() if name in ever}
     if not trained:
         raise ConfigError("trainer.trainable leaves no weight to train")
     if isinstance(model, Grouped):
@@ -163,7 +162,7 @@ def build_optimizer(settings: Settings, model: nn.Module) -> Optimizer:
             del left[weight]
         if own:
             parameters.append({"params": own, **chosen.get(name, {})})
-        elif name in chosen:
+        elif name in chosen and group:  # a model's own group may be empty, as LoRA's of rank 0
             raise ConfigError(
                 f"optimizer.groups.{name}: all of its weights are frozen or in a group before it"
             )
@@ -179,26 +178,79 @@ def build_optimizer(settings: Settings, model: nn.Module) -> Optimizer:
     return OptimizerInBackward(optimizer)
 
 
-def assemble(settings: Settings, fabric: Fabric, data: DataSet) -> tuple[nn.Module, Optimizer]:
+def assemble(
+    settings: Settings,
+    fabric: Fabric,
+    data: DataSet,
+    examples: Examples | None = None,
+    first_weights: Callable[[nn.Module], None] | None = None,
+    install: Callable[[nn.Module], None] | None = None,
+) -> tuple[nn.Module, Optimizer]:
     """Build model and optimizer with the memory techniques asked for, set up on the device.
+
+    `examples` are the data's on the device, where there are any already; `first_weights`
+    gives the model others to begin with; `install` is called when it has its weights, before
+    anything is put on it.
 
     Raises:
         ConfigError: an argument is missing, or a technique does not apply to this model.
         ModelError: its forward does not take the data's inputs.
 
     """
-    inputs = Examples(data, fabric.device).input_names()
+    inputs = (examples or Examples(data, fabric.device)).input_names()
     model = build_model(settings, data, inputs, pretrained=True)
+    if first_weights is not None:
+        first_weights(model)
+    if install is not None:
+        install(model)
     techniques = techniques_of(settings.memory)
     problems = technique_problems(model, techniques)
     if techniques.saved_tensor_offload and fabric.device.type != "cuda":
         problems.append(OFFLOAD_NEEDS_CUDA.format(device=fabric.device.type))
+    if techniques.weight_offload and fabric.device.type != "cuda":
+        problems.append(WEIGHTS_NEED_CUDA.format(device=fabric.device.type))
+    if problems:
+        raise ConfigError(problems)
+    problems = rank_problems(settings, model)
     if problems:
         raise ConfigError(problems)
     apply(model, techniques)
+    if settings.trainer.sharded:  # of which the optimizer gets the parts
+        sharded = fabric.setup_module(model)
+        optimizer = build_optimizer(settings, sharded.module)
+        return sharded, fabric.setup_optimizers(optimizer)  # type: ignore[return-value]
     optimizer = build_optimizer(settings, model)
-    wrapped = fabric.setup(model, optimizer)
+    if techniques.weight_offload:
+        from expt.memory.techniques.weight_offload import place_others
+
+        place_others(model, fabric.device)
+    wrapped = fabric.setup(model, optimizer, move_to_device=not techniques.weight_offload)
     return wrapped[0], wrapped[1]
+
+
+def rank_problems(settings: Settings, model: nn.Module) -> list[str]:
+    """Return why several processes cannot train this model together."""
+    from torch.nn.modules.batchnorm import _NormBase
+
+    from expt.memory.techniques.batch_norm import batch_statistics
+
+    if settings.trainer.devices == 1:
+        return []
+    over = batch_statistics(model)
+    frozen = settings.memory.batch_norm.value == "frozen"
+    if not over and not frozen:  # instance normalisation may keep averages as well
+        over = [
+            name
+            for name, layer in model.named_modules()
+            if isinstance(layer, _NormBase) and layer.track_running_stats
+        ]
+    if not over:
+        return []
+    return [
+        f"trainer.devices={settings.trainer.devices}: {type(model).__name__} keeps statistics of "
+        f"the batch ({over[0]}{', …' if len(over) > 1 else ''}), and every process would have "
+        "those of its own share; set memory.batch_norm=group or frozen, or trainer.devices=1"
+    ]
 
 
 def group_problems(settings: Settings, groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -250,6 +302,15 @@ def check_forward(model: nn.Module, inputs: Iterable[str]) -> None:
             f"name ({', '.join(names)}): {error}; name the ones it uses, and let **others take "
             "the rest"
         ) from error
+
+
+def build_callbacks(settings: Settings) -> list[Any]:
+    """Build the callbacks of a run, in their order."""
+    found = []
+    for number, node in enumerate(settings.callbacks):
+        group = f"callbacks.{number}"
+        found.append(build(replace(settings, arguments={group: node}), group))
+    return found
 
 
 def techniques_of(memory: MemoryConfig) -> Techniques:

@@ -11,11 +11,13 @@ import torch
 from expt.config.schema import MemoryConfig, Preset
 from expt.memory.measuring.budget import Budget
 from expt.memory.measuring.meter import CudaMeter, LedgerMeter, meter_for
+from expt.memory.planning.plan import Plan
 from expt.memory.recovery.attempt import collect
 from expt.memory.recovery.ladder import Predict
 from expt.memory.recovery.limits import Limits
 from expt.memory.recovery.recovery import Recovery
 from expt.memory.techniques.techniques import apply
+from expt.memory.watching.alarms import ALARMS_NAME
 from expt.memory.watching.manager import MemoryManager
 from expt.run.build import smaller_sizes, techniques_of
 from expt.run.planner import arithmetic
@@ -55,7 +57,9 @@ class MemoryGuard:
         device: torch.device,
         recorder: Recorder,
         predict: Predict,
+        ranks: int = 1,
     ) -> None:
+        self._ranks = ranks
         self.device = device
         self.budget = budget
         folder = recorder.run_dir / EVIDENCE
@@ -71,14 +75,39 @@ class MemoryGuard:
         )
 
     @contextmanager
-    def enforced(self) -> Iterator[CudaMeter | LedgerMeter]:
-        """Enforce the budget inside; yield the meter that goes with it."""
+    def enforced(
+        self, manager: MemoryManager, planned: Plan | None
+    ) -> Iterator[CudaMeter | LedgerMeter]:
+        """Enforce the budget inside; yield the meter that goes with it.
+
+        `manager` watches the budget, and rings above what is `planned`.
+        """
         with self.budget.enforce(self.device) if self.budget else nullcontext() as ledger:
-            yield meter_for(self.device, ledger)
+            if self.budget:
+                manager.limit(self.budget.bytes, self.device, ledger)
+                manager.expect(expected_bytes(planned, self.budget.bytes))
+            yield meter_for(self.device, ledger, helped=self._ranks > 1)
 
 
-def manager_for(memory: MemoryConfig, device: torch.device) -> MemoryManager:
-    """Return what watches a run's memory."""
+def expected_bytes(planned: Plan | None, budget_bytes: int) -> int | None:
+    """Return what a run may take of its budget when all goes as planned; None if nobody knows.
+
+    It is the upper bound of the prediction where that is inside the budget, else the prediction.
+    On CUDA both are of reserved bytes, which is what a budget limits there.
+    """
+    if planned is None or planned.interval_bytes[1] is None:
+        return None
+    high: int | None = planned.interval_bytes[1]
+    if planned.reserved_bytes is not None:
+        reserved = planned.reserved_interval_bytes
+        high = planned.reserved_bytes if reserved is None else reserved[1]
+    return high if high is not None and high < budget_bytes else planned.demand_bytes
+
+
+def manager_for(
+    memory: MemoryConfig, device: torch.device, run_dir: Path | None = None, warn: bool = True
+) -> MemoryManager:
+    """Return what watches a run's memory, and keeps its alarms in the run's directory."""
     return MemoryManager(
         device if device.type == "cuda" else None,
         gpu_threshold=memory.gpu_threshold,
@@ -86,6 +115,8 @@ def manager_for(memory: MemoryConfig, device: torch.device) -> MemoryManager:
         interval=memory.cleanup_interval_seconds,
         force_cleanup_every=memory.force_cleanup_every,
         monitoring=memory.watch,
+        alarm_file=None if run_dir is None else run_dir / ALARMS_NAME,
+        warn=warn,
     )
 
 

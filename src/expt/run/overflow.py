@@ -22,13 +22,14 @@ from expt.memory.planning.predict import Plan, Target
 from expt.memory.recovery.ladder import PLANNED_LADDER, adapt, changes
 from expt.memory.techniques.techniques import Techniques
 from expt.run.build import build, smaller_sizes, techniques_of
-from expt.run.planner import Planner, plan_training, spelled_out
+from expt.run.gotchas import gotchas
+from expt.run.planner import FUSED, Planner, plan_training, spelled_out
 from expt.units import format_bytes
 
 log = logging.getLogger(__name__)
 
-PRECISION = "memory.precision="
-"""A change that is not on the ladder: it is other arithmetic."""
+NO_TECHNIQUES = ("memory.precision=", FUSED)
+"""Changes that are not on the ladder: other arithmetic, another optimizer."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ def limit_of(settings: Settings, budget_bytes: int | None, device: str) -> Limit
     if budget_bytes is not None:
         return Limit(budget_bytes, str(settings.memory.budget), target)
     if device == "cpu" or (device == "cuda" and torch.cuda.is_available()):
-        return Limit(total_bytes(torch.device(device)), None, target)
+        shared = settings.trainer.devices if device == "cpu" else 1  # the host is everybody's
+        return Limit(total_bytes(torch.device(device)) // shared, None, target)
     return None
 
 
@@ -143,14 +145,15 @@ def remark(settings: Settings, planned: Plan, limit: Limit) -> str:
 
 def peak_words(planned: Plan) -> str:
     """Return a predicted peak with its interval and cause."""
-    return spelled_out({**vars(planned), "dominant": planned.dominant})
+    words = spelled_out({**vars(planned), "dominant": planned.dominant})
+    return f"{words} ({planned.notes[0]})" if planned.stages else words
 
 
 def _suggestions(planner: Planner, limit_bytes: int) -> _Suggestions:
     """Return what would make a run fit: one change, or else what the ladder comes to."""
     change = planner.first_that_fits(limit_bytes)
     words = None if change is None else f"{change.change} ({format_bytes(change.demand_bytes)})"
-    if change is not None and not change.change.startswith(PRECISION):
+    if change is not None and not change.change.startswith(NO_TECHNIQUES):
         return _Suggestions(words, True, change.demand_bytes)
     found = _descend(planner, limit_bytes)
     spelled = None if found is None else _spelled(planner.settings, found)
@@ -169,8 +172,11 @@ def _advice(settings: Settings, ways: _Suggestions) -> str:
 
 def _descend(planner: Planner, limit_bytes: int) -> Techniques | None:
     """Go down the ladder by prediction; return what fits, None if nothing does."""
-    samples = min(planner.data.batch_size, planner.data.size("train"))
+    trainer = planner.settings.trainer
+    samples = -(-min(planner.data.batch_size, planner.data.size("train")) // trainer.devices)
     micro_batch = -(-samples // planner.now.gradient_accumulation)
+    offload = ("saved_tensor_offload", "weight_offload")
+    sharded = (*offload, "forward_chunks") if trainer.sharded else ()
     found, moves = adapt(
         planner.now,
         micro_batch,
@@ -178,7 +184,7 @@ def _descend(planner: Planner, limit_bytes: int) -> Techniques | None:
         planner,
         planner.target,
         refuse=planner.refused,
-        ladder=PLANNED_LADDER,
+        ladder=[rung for rung in PLANNED_LADDER if rung.name not in sharded],
     )
     for skipped in moves[-1].skipped if moves else ():
         log.info("%s: %s", skipped.rung, skipped.reason)
@@ -218,6 +224,9 @@ def plan_before(
     else:
         settings, planned = _inside(settings, data, planned, limit)
         print(f"predicted peak{kind}: {peak_words(planned)}{remark(settings, planned, limit)}")
+    if settings.memory.plan_file is None:  # a search has its plans made, and a line for none
+        for gotcha in gotchas(Planner(settings, data, planned.target, planned)):
+            print(gotcha.line())
     settings = _without_capture(settings, planned, budget_bytes)
     if planned.method == "estimate" or any("without values" in note for note in planned.notes):
         print("\n".join(f"note: {note}" for note in planned.notes))

@@ -7,29 +7,41 @@ thumb.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, Literal, cast
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from expt.config.schema import Device, Precision, TrainerConfig
+from expt.config.schema import Device, MemoryConfig, Precision, TrainerConfig
 from expt.config.settings import Settings
 from expt.errors import ConfigError, ExptError, ModelError
 from expt.job import Batch, DataSet, is_resident
 from expt.memory.measuring.budget import Budget
+from expt.memory.measuring.device_memory import total_bytes
 from expt.memory.planning.predict import Plan, Target, plan
+from expt.memory.techniques.freezing import train_only
 from expt.memory.techniques.techniques import Techniques, apply
-from expt.run.build import build, build_model, build_optimizer, techniques_of
+from expt.run.build import build, build_model, build_optimizer, rank_problems, techniques_of
 from expt.training.batches import Examples, kept_on_device
-from expt.units import format_bytes, parse_bytes
+from expt.units import CONTEXT_BYTES, format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from expt.memory.planning.blocks import Blocks
+    from expt.memory.planning.rank import PlannedRank
+    from expt.memory.planning.shared import Shared
+    from expt.run.feature_plans import FeaturePlans
 
 log = logging.getLogger(__name__)
 
+FUSED = "optimizer.fused=true"
+"""A change that is no technique: the step of all weights in one kernel, without copies of them."""
 MAX_SAVINGS = 3
 MIN_SAVING = 0.01
 """Part of the peak that a change must save to be worth a line."""
@@ -53,20 +65,67 @@ def plan_training(
     batch_size: int | None = None,
     evaluation: bool = True,
     examples: Examples | None = None,
+    shared: Shared | None = None,
+    features: FeaturePlans | None = None,
+    planning: Callable[..., Plan] = plan,
+    stage: int | None = None,
 ) -> Plan:
     """Predict the peak of a configured training on `target`, evaluation included.
 
+    With `memory.feature_cache`, of training on features, and of making them if that is more.
+
     `data` stays where it is; nothing is trained and no weight is allocated. The arguments
     up to `batch_size`, which is of the optimizer step, take the place of what is configured;
-    `examples` are the data's, where there are any already.
+    `examples` are the data's, where there are any already; `shared` has the parts of other plans
+    of the same settings, data and batch, and `features` those of making features; `planning` is
+    called with the arguments of `expt.memory.plan`. `stage` is the number of the stage that is
+    planned where `trainer.trainable` has several; None: all of them, and the largest counts.
 
     Raises:
         ConfigError: the model or a technique refuses its settings.
         ModelError: the model does not fit the data.
 
     """
+    stages = settings.trainer.stages
+    if len(stages) > 1 and stage is None:
+        from expt.run.stages import joined
+
+        return joined(
+            [
+                plan_training(
+                    settings, data, target, techniques, precision, batch_size, evaluation,
+                    examples, shared, features, planning, number,
+                )
+                for number in range(len(stages))
+            ],
+            stages,
+        )  # fmt: skip
     techniques = techniques or techniques_of(settings.memory)
-    samples = min(batch_size or data.batch_size, data.size("train"))  # as the loop takes them
+    cached = settings.memory.cached_features is not None
+    if cached and not _gives_features(data):
+        from expt.run.feature_plans import FeaturePlans, planned_with_features
+
+        def plan_one(settings: Settings, data: DataSet, examples: Examples | None) -> Plan:
+            return plan_training(
+                settings, data, target, techniques, precision, batch_size, evaluation, examples,
+                shared, planning=planning, stage=stage,
+            )  # fmt: skip
+
+        examples = examples or Examples(data)
+        numbers = arithmetic(precision or settings.memory.precision, target)
+        memory = replace(
+            settings.memory,
+            forward_chunks=techniques.forward_chunks,
+            weight_offload=techniques.weight_offload,
+        )
+        settings = replace(settings, memory=memory)
+        making = (features or FeaturePlans()).of(
+            settings, data, target, numbers, examples, kept_on_device(data)
+        )
+        return planned_with_features(plan_one, making, settings, data, examples, evaluation)
+    rank = _rank_of(settings.trainer)
+    # As the loop takes them.
+    samples = rank.share(min(batch_size or data.batch_size, data.size("train")))
     micro_batch = -(-samples // techniques.gradient_accumulation)
 
     examples = examples or Examples(data)
@@ -90,9 +149,18 @@ def plan_training(
             )
         return loss / batch[1]
 
+    limit = settings.trainer.eval_batches
+    evaluated = data.size("val")
+    if limit is not None:
+        evaluated = min(evaluated, limit * data.eval_batch_size)
+
     def evaluation_fn(forward: Callable[..., Any]) -> None:
-        batch = examples.batch("val", min(data.eval_batch_size, data.size("val")))
-        data.accumulator().update(forward(**batch.inputs), batch)
+        batch = examples.batch("val", min(data.eval_batch_size, rank.share(evaluated)))
+        prediction, accumulator = forward(**batch.inputs), data.accumulator()
+        accumulator.update(prediction, batch)
+        if rank.count > 1:  # the first process counts what the others predict as well
+            again = batch.each(rank.received)
+            accumulator.update(rank.received(prediction), again)
 
     traced: list[weakref.ref[nn.Module]] = []  # what is traced is to be gone when it is done
 
@@ -103,27 +171,103 @@ def plan_training(
         return build_optimizer(replace(settings, memory=memory), model)
 
     def prepare(model: nn.Module) -> None:
+        if cached:
+            from expt.run.features import mode_of, reduce
+
+            reduce(model, str(mode_of(settings)), cast(Any, data).features)
+        if stage is not None and len(stages) > 1:
+            train_only(model, stages[stage].patterns)
+        if problems := rank_problems(settings, model):
+            raise ConfigError(problems)
         apply(model, techniques)
+        rank.prepare(model)
         traced.append(weakref.ref(model))
 
     def model_fn() -> nn.Module:
         return build_model(settings, data, inputs)
 
-    return plan(
-        model_fn,
-        batch_fn,
-        optimizer_fn,
-        loss_fn,
-        target=target,
-        precision=arithmetic(precision or settings.memory.precision, target),
-        micro_batches=techniques.gradient_accumulation,
-        clip_norm=settings.trainer.gradient_clip_norm,
-        evaluation_fn=evaluation_fn if evaluation else None,
-        prepare=prepare,
-        resident=kept_on_device(data),
-        averaged=settings.trainer.ema_decay is not None,
-        outputs_held=False,
+    with rank.grouped():
+        return rank.noted(
+            planning(
+                model_fn,
+                batch_fn,
+                optimizer_fn,
+                loss_fn,
+                target=target,
+                precision=arithmetic(precision or settings.memory.precision, target),
+                micro_batches=techniques.gradient_accumulation,
+                clip_norm=settings.trainer.gradient_clip_norm,
+                evaluation_fn=evaluation_fn if evaluation else None,
+                prepare=prepare,
+                resident=kept_on_device(data),
+                averaged=settings.trainer.ema_decay is not None,
+                holds_outputs=False,
+                lengths_vary=False,
+                limit_bytes=allocator_limit(settings.memory, target),
+                last_backward=rank.last_backward,
+                shared=shared,
+                keys=_keys(techniques, precision or settings.memory.precision, stage),
+            )
+        )
+
+
+def feature_plans(settings: Settings) -> FeaturePlans | None:
+    """Return what keeps the plans of making features, None without a feature cache."""
+    if settings.memory.cached_features is None:
+        return None
+    from expt.run.feature_plans import FeaturePlans
+
+    return FeaturePlans()
+
+
+def _gives_features(data: DataSet) -> bool:
+    from expt.training.features.dataset import FeatureData
+
+    return isinstance(data, FeatureData)
+
+
+class _OnlyRank:
+    """The rank of a run in one process, of which there is nothing more to plan."""
+
+    count = 1
+    last_backward = staticmethod(nullcontext)
+    grouped = staticmethod(nullcontext)
+
+    def share(self, samples: int) -> int:
+        return samples
+
+    def prepare(self, model: nn.Module) -> None:
+        """Do nothing."""
+
+    def received(self, given: Any) -> Any:
+        return given
+
+    def noted(self, planned: Plan) -> Plan:
+        return planned
+
+
+def _rank_of(trainer: TrainerConfig) -> PlannedRank | _OnlyRank:
+    if trainer.devices == 1:
+        return _OnlyRank()
+    from expt.memory.planning.rank import PlannedRank
+
+    return PlannedRank(trainer.devices, trainer.sharded)
+
+
+def _keys(
+    techniques: Techniques, precision: Precision, stage: int | None
+) -> tuple[Hashable, Hashable]:
+    """Return what training steps depend on, and what evaluation does."""
+    steps = techniques
+    if not techniques.forward_chunks_in_training:
+        steps = replace(techniques, forward_chunks=1)
+    evaluation = replace(
+        techniques,
+        gradient_accumulation=1,
+        activation_checkpointing=False,
+        optimizer_in_backward=False,
     )
+    return (precision, steps, stage), (precision, evaluation)
 
 
 def arithmetic(precision: Precision, target: Target) -> Literal["fp32", "bf16", "fp16"]:
@@ -167,6 +311,26 @@ def budget_bytes(value: object, target: Target) -> int | None:
         ) from error
 
 
+def card_bytes(card: object, target: Target) -> int | None:
+    """Return what CUDA's allocator has on a card: the one named, or here; None: not known."""
+    if target != "cuda":
+        return None
+    if card is not None:
+        return parse_bytes(card) - CONTEXT_BYTES
+    return total_bytes(torch.device("cuda")) - CONTEXT_BYTES if torch.cuda.is_available() else None
+
+
+def allocator_limit(memory: MemoryConfig, target: Target) -> int | None:
+    """Return what the allocator gives free segments back for: the budget, or the card."""
+    limits = [card_bytes(memory.card, target)]
+    if target == "cuda" and memory.budget is not None:
+        try:
+            limits.append(budget_bytes(memory.budget, target))
+        except ConfigError:
+            log.info("the budget's bytes are not known", exc_info=True)
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
 class Planner:
     """Plans of one configured training with other techniques, each traced once.
 
@@ -177,7 +341,11 @@ class Planner:
         planned: the plan of the settings as they are, if there is one already.
         evaluation: also plan evaluation, which recovery makes smaller by itself.
 
+    Where training goes in stages, `stage` is the number of the one that is planned; None: all.
+
     """
+
+    stage: int | None = None
 
     def __init__(
         self,
@@ -190,15 +358,26 @@ class Planner:
         self.settings, self.target = settings, target
         self.now = techniques_of(settings.memory)
         self._data, self._evaluation = data, evaluation
-        self._plans: dict[tuple[Techniques, Precision], Plan | Exception] = {}
+        self._plans: dict[tuple[Techniques, Precision, int | None], Plan | Exception] = {}
+        self._steps: dict[Hashable, tuple[Any, ...]] = {}
         if planned is not None:
-            self._plans[self.now, settings.memory.precision] = planned
+            self._plans[self.now, settings.memory.precision, None] = planned
 
     @cached_property
     def data(self) -> DataSet:
         """The data set, on the host."""
         found: DataSet = build(self.settings, "data") if self._data is None else self._data
         return found
+
+    @cached_property
+    def _shared(self) -> Shared:
+        from expt.memory.planning.shared import Shared
+
+        return Shared()
+
+    @cached_property
+    def _features(self) -> FeaturePlans | None:
+        return feature_plans(self.settings)
 
     @cached_property
     def _examples(self) -> Examples:
@@ -214,23 +393,142 @@ class Planner:
             Exception: what `plan_training` raised for them, every time.
 
         """
-        key = (techniques or self.now, precision or self.settings.memory.precision)
+        key = (*self._with(techniques, precision), self.stage)
+        several = len(self.settings.trainer.stages) > 1 and self.stage is None
         if key not in self._plans:
             try:
-                self._plans[key] = plan_training(
-                    self.settings,
-                    self.data,
-                    self.target,
-                    *key,
-                    evaluation=self._evaluation,
-                    examples=self._examples,
-                )
+                self._plans[key] = self._of_all(key) if several else self._of_one(key)
             except Exception as error:  # whatever a user's model does under fake tensors
                 self._plans[key] = error.with_traceback(None)
         found = self._plans[key]
         if isinstance(found, Exception):
             raise found
         return found
+
+    def _with(
+        self, techniques: Techniques | None, precision: Precision | None
+    ) -> tuple[Techniques, Precision]:
+        return techniques or self.now, precision or self.settings.memory.precision
+
+    def _of_one(self, key: tuple[Techniques, Precision, int | None]) -> Plan:
+        techniques, precision, stage = key
+        return plan_training(
+            self.settings,
+            self.data,
+            self.target,
+            techniques,
+            precision,
+            evaluation=self._evaluation,
+            examples=self._examples,
+            shared=self._shared,
+            features=self._features,
+            planning=partial(self._noted, key),
+            stage=stage,
+        )
+
+    def _of_all(self, key: tuple[Techniques, Precision, int | None]) -> Plan:
+        """Plan all stages; what the largest is made of is kept as that of all."""
+        from expt.run.stages import joined, largest
+
+        stages = self.settings.trainer.stages
+        keys = [(*key[:2], number) for number in range(len(stages))]
+        plans = [self._of_one(own) for own in keys]
+        self._steps[key] = self._steps[keys[largest(plans)]]
+        return joined(plans, stages)
+
+    def _noted(self, key: Hashable, *step: Any, **settings: Any) -> Plan:
+        """Plan a step, and keep what it is made of."""
+        self._steps[key] = (*step, settings["prepare"])
+        return plan(*step, **settings)
+
+    def parts(self, techniques: Techniques | None = None) -> tuple[Any, ...]:
+        """Return what the step is made of that `plan` plans, of the largest stage.
+
+        They are model_fn, batch_fn, optimizer_fn, loss_fn and prepare of `expt.memory.plan`.
+
+        Raises:
+            Exception: what `plan` raises.
+
+        """
+        key = (*self._with(techniques, None), self.stage)
+        planned = self.plan(techniques)
+        if key not in self._steps:  # the plan was made elsewhere
+            peaks = [stage.demand_bytes for stage in planned.stages]
+            of = peaks.index(max(peaks)) if self.stage is None and peaks else self.stage
+
+            def note(*step: Any, **settings: Any) -> Plan:
+                self._steps[key] = (*step, settings["prepare"])
+                return planned
+
+            plan_training(
+                self.settings, self.data, self.target, *key[:2], evaluation=False,
+                examples=self._examples, features=self._features, planning=note, stage=of,
+            )  # fmt: skip
+        return self._steps[key]
+
+    def like(
+        self,
+        data: Any = None,
+        optimizer: Mapping[str, Any] | None = None,
+        trainer: TrainerConfig | None = None,
+    ) -> Planner:
+        """Return a planner of the same run with other data, optimizer or trainer."""
+        arguments = {**self.settings.arguments}
+        if optimizer is not None:
+            arguments["optimizer"] = optimizer
+        settings = replace(
+            self.settings, arguments=arguments, trainer=trainer or self.settings.trainer
+        )
+        other = Planner(settings, data or self.data, self.target, evaluation=self._evaluation)
+        other.stage = self.stage
+        return other
+
+    def blocks(self, techniques: Techniques | None = None) -> Blocks | None:
+        """Return what each block of the model takes over time; None where there is no trace.
+
+        Raises:
+            Exception: what `plan` raises.
+
+        """
+        return plan_training(
+            self.settings,
+            self.data,
+            self.target,
+            techniques or self.now,
+            evaluation=self._evaluation,
+            examples=self._examples,
+            features=self._features,
+            planning=partial(plan, blocks=True),
+        ).blocks
+
+    def operations(self, techniques: Techniques | None = None) -> float:
+        """Return the floating-point operations of a training step, for each of its samples.
+
+        Raises:
+            Exception: what `plan` raises, or the model on fake tensors.
+
+        """
+        from expt.memory.planning.work import count_flops
+
+        model_fn, batch_fn, _, loss_fn, prepare = self.parts(techniques)
+        samples = min(self.data.batch_size, self.data.size("train"))
+        micro_batch = -(-samples // (techniques or self.now).gradient_accumulation)
+        return count_flops(model_fn, batch_fn, loss_fn, prepare) / micro_batch
+
+    def model(self) -> nn.Module:
+        """Return the model that is planned, without values, its techniques on it.
+
+        Raises:
+            Exception: what `plan` raises.
+
+        """
+        from expt.memory.planning.fake import build_fake
+        from expt.memory.planning.hybrid import HybridFakeMode
+
+        model_fn, *_, prepare = self.parts()
+        model = build_fake(model_fn, HybridFakeMode())
+        prepare(model)
+        return model
 
     def __call__(self, techniques: Techniques) -> int | None:
         """Return `Plan.demand_bytes` with these techniques, None where it cannot be told."""
@@ -247,13 +545,14 @@ class Planner:
     def refused(self, techniques: Techniques) -> str | None:
         """Return why the model cannot have these techniques, None if it can."""
         self(techniques)
-        found = self._plans.get((techniques, self.settings.memory.precision))
+        found = self._plans.get((*self._with(techniques, None), self.stage))
         return str(found) if isinstance(found, ConfigError) else None
 
     @property
     def least_bytes(self) -> int | None:
         """The lowest demand of everything that was planned so far."""
-        plans = [found for found in self._plans.values() if isinstance(found, Plan)]
+        own = [found for (*_, stage), found in self._plans.items() if stage == self.stage]
+        plans = [found for found in own if isinstance(found, Plan)]
         return min((p.demand_bytes for p in plans if p.interval_bytes[1] is not None), default=None)
 
     def savings(self) -> list[Saving]:
@@ -268,6 +567,7 @@ class Planner:
         return next((s for s in self._single_changes() if s.demand_bytes <= limit_bytes), None)
 
     def _single_changes(self) -> Iterator[Saving]:
+        yield from self.fused_optimizer()
         for change, techniques, precision in self._changes():
             try:
                 then = self.plan(techniques, precision)
@@ -276,21 +576,44 @@ class Planner:
                 continue
             yield Saving(change, then.peak_bytes, then.demand_bytes)
 
+    def fused_optimizer(self) -> Iterator[Saving]:
+        """Yield a fused optimizer, where copies that an unfused step makes are the peak."""
+        own = self.settings.arguments["optimizer"]
+        known = inspect.signature(self.settings.target("optimizer")).parameters
+        if self.target != "cuda" or own.get("fused") or "fused" not in known:
+            return
+        if self.plan().phase != "optimizer_step":
+            return
+        optimizer = {**own, "fused": True, **({"foreach": None} if "foreach" in own else {})}
+        other = self.like(optimizer=optimizer)
+        try:
+            then = other.plan()
+        except Exception:
+            log.info("no prediction for %s", FUSED, exc_info=True)
+            return
+        yield Saving(FUSED, then.peak_bytes, then.demand_bytes)
+
     def _changes(self) -> Iterator[tuple[str, Techniques | None, Precision | None]]:
         """Yield single changes, the one that costs least time first."""
         now, memory = self.now, self.settings.memory
         if now.attention_kernel == "math":
             yield "memory.attention_kernel=fused", replace(now, attention_kernel="fused"), None
         parts = 4 * now.gradient_accumulation
-        if parts <= self.data.batch_size and not now.optimizer_in_backward:
+        if (
+            parts * self.settings.trainer.devices <= self.data.batch_size
+            and not now.optimizer_in_backward
+        ):
             change = f"memory.gradient_accumulation={parts}"
             yield change, replace(now, gradient_accumulation=parts), None
         if now.activation_checkpointing is not True:
             change = "memory.activation_checkpointing=true"
             yield change, replace(now, activation_checkpointing=True), None
-        if now.forward_chunks == 1:
+        if now.forward_chunks == 1 and not self.settings.trainer.sharded:
             change = "memory.forward_chunks=4"
             yield change, replace(now, forward_chunks=4), None
+        if not (now.weight_offload or self.settings.trainer.sharded) and self.target == "cuda":
+            # Refused at once where no block has frozen weights.
+            yield "memory.weight_offload=true", replace(now, weight_offload=True), None
         if arithmetic(memory.precision, self.target) == "fp32":
             yield "memory.precision=bf16", None, Precision.bf16  # other results, so the last
 

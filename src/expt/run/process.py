@@ -40,7 +40,7 @@ RunLine = Callable[[Sequence[str]], int]
 
 def prepare_server(modules: Sequence[str]) -> None:
     """Name what the server imports before it forks; once it runs, this changes nothing."""
-    _context().set_forkserver_preload(list(modules))
+    forkserver().set_forkserver_preload(list(modules))
 
 
 class TrialProcess:
@@ -50,7 +50,7 @@ class TrialProcess:
         run: see `RunLine`; found by its name in the new process.
         arguments: the command line.
         folder: where its output goes, ``output.log``, after what is there; it is made.
-        environment: variables that it gets besides ours.
+        environment: variables that it gets besides ours, as they are now.
         threads: of torch; None: as many as torch chooses.
 
     """
@@ -67,12 +67,18 @@ class TrialProcess:
         self.started = time.monotonic()
         self.stopping_since: float | None = None
         folder.mkdir(parents=True, exist_ok=True)
-        self._process = _context().Process(
+        self._process = forkserver().Process(
             target=_run_line,
-            args=(run, list(arguments), str(folder), dict(environment or {}), threads),
+            args=(
+                run,
+                list(arguments),
+                str(folder),
+                {**os.environ, **(environment or {})},
+                threads,
+            ),
             name=f"expt-{folder.name}",
         )
-        with _main_left_alone():
+        with main_left_alone():
             self._process.start()
 
     @property
@@ -88,7 +94,7 @@ class TrialProcess:
                 self.kill()
         elif code is not None:
             # What it started, and did not end, would go on.
-            _kill_group(self._process.pid)
+            kill_group(self._process.pid)
             (self.folder / PROCESS_NAME).unlink(missing_ok=True)
         return code
 
@@ -106,7 +112,7 @@ class TrialProcess:
         with contextlib.suppress(ProcessLookupError):
             if self._process.pid is not None:
                 os.kill(self._process.pid, signal.SIGKILL)
-        _kill_group(self._process.pid)
+        kill_group(self._process.pid)
         self._process.join()
 
 
@@ -153,7 +159,7 @@ class Worker:
             with contextlib.suppress(ProcessLookupError):
                 if pid is not None:
                     os.kill(pid, signal.SIGKILL)
-            _kill_group(pid)
+            kill_group(pid)
             self._process.join()
             self._process = None
         if self._pipe is not None:
@@ -162,9 +168,11 @@ class Worker:
 
     def _start(self) -> None:
         self.close()
-        self._pipe, theirs = _context().Pipe()
-        self._process = _context().Process(target=_serve, args=(theirs,), name="expt-worker")
-        with _main_left_alone():
+        self._pipe, theirs = forkserver().Pipe()
+        self._process = forkserver().Process(
+            target=_serve, args=(theirs, dict(os.environ)), name="expt-worker"
+        )
+        with main_left_alone():
             self._process.start()
         theirs.close()
 
@@ -179,7 +187,7 @@ def kill_leftover(folder: Path) -> None:
         return
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.kill(process["pid"], signal.SIGKILL)
-    _kill_group(process["pid"])
+    kill_group(process["pid"])
     while is_alive(process):
         time.sleep(0.01)
 
@@ -202,13 +210,13 @@ def _run_line(
     threads: int | None,
 ) -> None:
     """Be the process of a trial."""
-    _become_independent()
+    become_independent()
     log = os.open(Path(folder) / LOG_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
         os.dup2(log, stream)
     os.close(log)
     write_json(Path(folder) / PROCESS_NAME, identity(), durable=False)
-    os.environ.update(environment)
+    have_environment(environment)
     if threads is not None:
         import torch
 
@@ -219,9 +227,10 @@ def _run_line(
     sys.exit(code)
 
 
-def _serve(pipe: connection.Connection[Any, Any]) -> None:
+def _serve(pipe: connection.Connection[Any, Any], environment: dict[str, str]) -> None:
     """Be the process of a worker."""
-    _become_independent()
+    become_independent()
+    have_environment(environment)
     while True:
         try:
             function, arguments = pipe.recv()
@@ -234,7 +243,13 @@ def _serve(pipe: connection.Connection[Any, Any]) -> None:
         pipe.send(answer)
 
 
-def _become_independent() -> None:
+def have_environment(environment: dict[str, str]) -> None:
+    """Take these variables in the place of the server's, which are of when it started."""
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def become_independent() -> None:
     """Lead a session, and end with the process that asked for this one."""
     gc.freeze()  # what the server imported is never garbage: every collection is spared it
     os.setsid()
@@ -248,19 +263,20 @@ def _become_independent() -> None:
     threading.Thread(target=watch, name="expt-parent", daemon=True).start()
 
 
-def _kill_group(pid: int | None) -> None:
+def kill_group(pid: int | None) -> None:
     """Kill what a process has left behind in its session."""
     if pid is not None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)
 
 
-def _context() -> multiprocessing.context.ForkServerContext:
+def forkserver() -> multiprocessing.context.ForkServerContext:
+    """Return what starts processes by forking a server that has imported torch already."""
     return multiprocessing.get_context("forkserver")
 
 
 @contextlib.contextmanager
-def _main_left_alone() -> Any:
+def main_left_alone() -> Any:
     """Keep `multiprocessing` from running this program's main file again in the new process."""
     main = sys.modules["__main__"]
     hidden = {name: main.__dict__.pop(name) for name in ("__file__",) if name in main.__dict__}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+import shlex
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,27 @@ from typing import Any
 import torch
 
 from expt import __version__
+from expt.config.schema import AUTO, COMMAND_NODES
+from expt.config.settings import RunContext, Settings
 from expt.errors import StorageError
 from expt.files import write_json
 from expt.memory.measuring.meter import MemoryMeter
 from expt.memory.planning.predict import Plan
 from expt.memory.recovery.event import OomEvent
+from expt.memory.watching.history import READINGS_NAME
 from expt.memory.watching.manager import MemoryManager
-from expt.result import PLAN_NAME, RunResult
-from expt.tracking.tracker import Tracker
+from expt.result import CONFIG_NAME, PLAN_NAME, RunResult
+from expt.tracking.tracker import OncePerStep, Tracker
 from expt.training import checkpoint
 from expt.training.trainer import Trainer
+from expt.units import with_gib
+from expt.uri import shown_lines
 
-CONFIG_NAME, HISTORY_NAME = "config.yaml", "history.json"
+HISTORY_NAME = "history.json"
 EVENTS_NAME = "oom_events.json"
-READINGS_NAME = "memory.csv"
 
-
+SIGNATURE_NAME = "signature.json"
+"""The model's inputs and output, as MLflow describes them; beside the weights in its artifacts."""
 WARM_UP_STEPS = 200
 """Fewer steps than these are no sign of a leak: libraries and caches are still filling."""
 
@@ -41,9 +47,17 @@ class Recorder:
     run_dir: Path
     tracker: Tracker
     result: RunResult
+    on_oom: Callable[[Mapping[str, Any]], None] = field(default=lambda event: None, init=False)
+    """Told of every time that memory ran out."""
     started: bool = field(default=False, init=False)
+    once: OncePerStep = field(init=False)
+    """The tracker for what is recorded in the order of steps."""
     _waiting: list[OomEvent] = field(default_factory=list, init=False)
     _planned: Plan | None = field(default=None, init=False)
+    _epochs: int = field(default=0, init=False)  # that training has begun
+
+    def __post_init__(self) -> None:
+        self.once = OncePerStep(self.tracker)
 
     def start(self, name: str, parameters: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         """Open the run in the tracker; a second call does nothing."""
@@ -64,6 +78,11 @@ class Recorder:
         if progress.history:
             result.metrics[f"val/{trainer.monitor.name}"] = progress.best
         result.skipped_samples = len(trainer.batches.skipped)
+        if self._planned is not None and self._planned.stages:
+            from expt.run.stages import compared
+
+            result.stages = compared(self._planned, progress.history)
+        self._epochs = progress.epoch + (progress.step_in_epoch > 0)
         self.memory(trainer.meter)
         write_json(self.run_dir / HISTORY_NAME, progress.history)
 
@@ -74,10 +93,28 @@ class Recorder:
             "peak_reserved_bytes": meter.peak_reserved_bytes(),
             "meter": meter.name,
         }
-        predicted, peak = self.result.memory["predicted_peak_bytes"], meter.peak_allocated_bytes()
+        predicted, peak = self._predicted(), meter.peak_allocated_bytes()
         # With other techniques than those planned for, the two are of different runs.
         if predicted and peak and not self.result.oom_events:
             self.result.memory["prediction_error"] = predicted / peak - 1
+
+    def _predicted(self) -> int | None:
+        """Return the predicted peak; of a run in stages, of those that it has come to."""
+        predicted: int | None = self.result.memory["predicted_peak_bytes"]
+        stages = self._planned.stages if self._planned is not None else ()
+        begun = [one.peak_bytes for one in stages if one.first_epoch < self._epochs]
+        return max(begun) if predicted and begun else predicted
+
+    def of_ranks(self, peaks: Sequence[Mapping[str, int | None]]) -> None:
+        """Take over the peaks of several processes that train together; the largest counts."""
+        self.result.ranks = [{"rank": rank, **own} for rank, own in enumerate(peaks)]
+        memory = self.result.memory
+        for name in peaks[0]:
+            memory[name] = max((own[name] or 0 for own in peaks), default=0) or None
+        if memory["prediction_error"] is not None:
+            memory["prediction_error"] = (self._predicted() or 0) / memory[
+                "peak_allocated_bytes"
+            ] - 1
 
     def plan(self, planned: Plan | None, budget_bytes: int | None) -> None:
         """Take over what was predicted, and the limit."""
@@ -101,6 +138,7 @@ class Recorder:
     def oom(self, event: OomEvent) -> None:
         """Take over one time that memory ran out; it is told once the run has begun."""
         self.result.oom_events.append(event.as_dict())
+        self.on_oom(event.as_dict())
         self._waiting.append(event)
         if self.started:
             self._tell()
@@ -147,7 +185,12 @@ class Recorder:
     def close(self) -> None:
         """Write the result here and in the tracker, with the ids where they are known."""
         result, tracker = self.result, self.tracker
-        figures = {name: value for name, value in result.metrics.items() if value is not None}
+        # A validation is `best/val/…`, and recorded already.
+        figures = {
+            name: value
+            for name, value in result.metrics.items()
+            if value is not None and not name.startswith("val/")
+        }
         figures |= {
             f"memory/{name}": float(value)
             for name, value in result.memory.items()
@@ -156,7 +199,9 @@ class Recorder:
         error = result.memory["prediction_error"]
         if error is not None:
             figures["memory/prediction_error"] = error
-        tracker.metrics({**figures, "seconds": result.seconds}, result.steps)
+        new = self.once.changed(with_gib({**figures, "seconds": result.seconds}))
+        if new:
+            tracker.metrics(new, result.steps)
         tracker.tags({"status": result.status, "stop_reason": result.stop_reason})
         tracker.flush()
         result.tracking = {
@@ -164,6 +209,9 @@ class Recorder:
             "run_id": tracker.run_id,
             "parent_run_id": tracker.parent_run_id,
         }
+        experiment = getattr(tracker, "experiment_id", None)
+        if experiment is not None:
+            result.tracking["experiment_id"] = experiment
         result.save(self.run_dir)
         if self._planned is not None:
             write_json(self.run_dir / PLAN_NAME, self._planned.as_dict())
@@ -190,14 +238,54 @@ def device_name(device: torch.device) -> str:
 
 
 def _versions() -> dict[str, str]:
-    """Return the versions that ran, and the commit of the current folder's repository, if any."""
+    """Return the versions that ran, and the state of the current folder's repository, if any."""
     versions = {"expt.version": __version__, "torch.version": str(torch.__version__)}
+    commit = _git("rev-parse", "HEAD")
+    if commit is not None:
+        versions["mlflow.source.git.commit"] = commit
+        changed = (_git("status", "--porcelain", "--untracked-files=no") or "").splitlines()
+        versions["git.dirty"] = f"{len(changed)} changed files" if changed else "no"
+    return versions
+
+
+def _git(*arguments: str) -> str | None:
     try:
         found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+            ["git", *arguments], capture_output=True, text=True, timeout=5, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
-        return versions
-    if found.returncode == 0:
-        versions["mlflow.source.git.commit"] = found.stdout.strip()
-    return versions
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None
+
+
+def description(settings: Settings, context: RunContext, model: str) -> dict[str, str]:
+    """Return tags: the command line, and which model is trained on what."""
+    lines = shown_lines(context.launch.get("overrides", ()))
+    command = shlex.join(["python", "-m", "expt", *lines])
+    arguments = settings.arguments["data"]
+    source = str(arguments.get("path") or arguments["_target_"])
+    name = Path(source).stem if arguments.get("path") else source.rpartition(".")[2]
+    return {
+        "command": command,
+        "mlflow.note.content": f"{model} on {name}\n\n    {command}",
+        "data.name": name,
+        "data.source": source,
+    }
+
+
+def parameters(resolved: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the settings that a run is compared by: not where it is recorded, or read from.
+
+    Nor those of other commands, or nodes in which there is nothing.
+    """
+    found = {
+        str(key): value
+        for key, value in resolved.items()
+        if key not in COMMAND_NODES | {"tracking"} and not (key == "callbacks" and not value)
+    }
+    found["memory"] = {k: v for k, v in found["memory"].items() if k != "plan_file"}
+    if found.get("data", {}).get("batch_size") != AUTO:
+        found.pop("fit", None)
+    if found.get("search"):
+        found["search"] = {k: v for k, v in found["search"].items() if k != "storage"}
+    return found

@@ -8,46 +8,73 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from expt.config.settings import RunContext, Settings
 from expt.errors import RecoveryError, UserError
-from expt.files import write_text
-from expt.job import Cached, DataSet, Plotted, monitored
+from expt.files import write_json, write_text
+from expt.job import (
+    Accumulator,
+    Advising,
+    Batch,
+    Cached,
+    DataSet,
+    Plotted,
+    Split,
+    monitored,
+)
 from expt.memory.measuring.budget import Budget
 from expt.memory.planning.predict import Plan
 from expt.memory.techniques.batch_norm import batch_statistics
 from expt.memory.techniques.wrapping import bare
-from expt.result import RunResult, load_launch, save_launch
-from expt.run.build import assemble
+from expt.memory.watching.history import READINGS_NAME
+from expt.result import CONFIG_NAME, FILE_NAME, RunResult, load_launch, save_launch
+from expt.run.build import assemble, build_callbacks
 from expt.run.fallback import folder, next_smaller, short_name
-from expt.run.guard import MemoryGuard, advice, manager_for
-from expt.run.planner import Planner
-from expt.run.record import CONFIG_NAME, READINGS_NAME, Recorder, device_name
+from expt.run.guard import MemoryGuard, advice, expected_bytes, manager_for
+from expt.run.planner import Planner, plan_training
+from expt.run.record import (
+    SIGNATURE_NAME,
+    Recorder,
+    description,
+    device_name,
+)
+from expt.run.record import parameters as _parameters
+from expt.run.saved import recipe, signature
 from expt.run.summary import plot_history, print_result
-from expt.tracking.tracker import OncePerStep, open_tracker
+from expt.tracking.tracker import Tracker, open_tracker
 from expt.training import checkpoint
-from expt.training.batches import place
+from expt.training.batches import Examples, nbytes, place
+from expt.training.callbacks import Callbacks
 from expt.training.display import choose_display
-from expt.training.evaluate import evaluate, predict
+from expt.training.evaluate import Kept, evaluate, predict
 from expt.training.interruption import Interruption, Stopped
-from expt.training.profiler import StepProfiler, TraceProfiler
+from expt.training.loading import announcement
+from expt.training.profiler import StepProfiler
+from expt.training.ranks import OneRank, SeveralRanks
 from expt.training.reading import sample_name
 from expt.training.stopping import Ending
 from expt.training.trainer import Trainer
 from expt.units import counted
 from expt.uri import without_password
 
+if TYPE_CHECKING:
+    from expt.run.features import CachedRun
+
 log = logging.getLogger(__name__)
+STEP_PHASES = ("forward", "backward", "optimizer_step")
+"""Phases of a plan in which a training step has its peak."""
 
 
 @dataclass
@@ -62,12 +89,20 @@ class TrainJob:
     interruption: Interruption
     budget: Budget | None
     planned: Plan | None
+    ranks: OneRank = field(default_factory=OneRank)
+    checkpoints: Path | None = None
+    """The run's directory, where `context` has another one for what this process is not to write:
+    of several that train together, the first one writes."""
+    explain: Callable[[BaseException], BaseException] = lambda error: error
+    """Returns the error to record, where one only follows from what happened elsewhere."""
 
     def __post_init__(self) -> None:
+        self.source = self.data  # as it was built; `data` is what is trained on
+        self.cached: CachedRun | None = None
         preset = self.settings.memory.preset
         self.recorder = Recorder(
             self.context.run_dir,
-            open_tracker(self.settings.tracking, self.context.run_dir, self.context.parent_dir),
+            _tracker(self.settings, self.context),
             RunResult(
                 "failed",
                 "error",
@@ -76,28 +111,45 @@ class TrainJob:
                 precision=str(self.fabric.strategy.precision.precision),
             ),
         )
+        self.callbacks = Callbacks(build_callbacks(self.settings) if self.ranks.first else ())
+        self.recorder.on_oom = self.callbacks.out_of_memory
         self.recorder.result.data_fingerprint = self.data.fingerprint()
         metrics = self.data.metrics
         monitor = monitored(metrics, self.settings.trainer.monitor)
         self.recorder.result.describe(metrics, monitor.name)
         self.recorder.plan(self.planned, self.budget.bytes if self.budget else None)
         device = self.fabric.device
-        self.manager = manager_for(self.settings.memory, device)
-        predict = (
+        self.examples = Examples(self.data, device)  # one, so that a streamed sample is read once
+        # The trials of a search are near their budget on purpose; their alarms are kept only.
+        alone = self.settings.tracking.parent is None
+        self.manager = manager_for(self.settings.memory, device, self.context.run_dir, alone)
+        self.predict = (
             Planner(self.settings, None, "cuda", evaluation=False)
             if device.type == "cuda"
             else Planner(self.settings, self.data, "cpu", evaluation=False)
         )
-        self.guard = MemoryGuard(self.settings.memory, self.budget, device, self.recorder, predict)
+        self.guard = MemoryGuard(
+            self.settings.memory, self.budget, device, self.recorder, self.predict, self.ranks.count
+        )
+        if self.ranks.sharded:
+            # The others are in the middle of what this one would take part in: it ends the run.
+            self.guard.recovery.classify = lambda error: None
 
-    def run(self, resuming: bool) -> RunResult:
-        """Build, fit, test, record; a fault is recorded before it is raised again."""
+    def run(self, resuming: bool, extending: bool = False) -> RunResult:
+        """Build, fit, test, record; a fault is recorded before it is raised again.
+
+        With `extending`, a run that had come to its end goes on.
+        """
+        self.extending = extending
         exhausted: str | None = None
         with self._recorded():
             try:
-                with self.guard.enforced() as self.meter:
-                    trainer = self.guard.recovery.retry_once(self._build, "build")
-                    step = trainer.resume() if resuming else 0
+                with self.guard.enforced(self.manager, self.planned) as self.meter:
+                    if self.fabric.world_size > 1:  # the others would be further on by then
+                        trainer = self._build()
+                    else:
+                        trainer = self.guard.recovery.retry_once(self._build, "build")
+                    step = trainer.resume(extending) if resuming else 0
                     try:
                         self._begin(trainer, step, resuming)
                         self._conclude(trainer, trainer.fit())
@@ -110,6 +162,7 @@ class TrainJob:
                 self._give_up(exhausted)
         self.recorder.close()
         print_result(self.recorder.result, self.context.run_dir)
+        self.callbacks.run_end(self.recorder.result)
         if self.interruption.received is not None:
             raise Stopped(self.interruption.received)
         return self.recorder.result
@@ -122,8 +175,12 @@ class TrainJob:
         except BaseException as error:
             if isinstance(error, UserError) and not self.recorder.started:
                 raise
+            explained = self.explain(error)
             self._start()
-            self.recorder.close_after(error)
+            self.recorder.close_after(explained)
+            self.callbacks.run_end(self.recorder.result, after_error=True)
+            if explained is not error:
+                raise explained from error
             raise
 
     def _begin(self, trainer: Trainer, step: int, resuming: bool) -> None:
@@ -159,22 +216,26 @@ class TrainJob:
             return
         resolved = OmegaConf.to_container(self.cfg, resolve=True, enum_to_str=True)
         assert isinstance(resolved, dict)
-        name = f"{self._model_name()}-{self.recorder.result.preset or 'lite'}"
+        preset = self.recorder.result.preset
+        name = self._model_name() + (f"-{preset}" if preset else "")
         self.recorder.start(
             f"{name}-{self.context.run_dir.name}",
-            _parameters(resolved),
+            {name: own for name, own in _parameters(resolved).items() if own is not None},
             {
                 "model": self._model_name(),
                 "data.fingerprint": str(self.recorder.result.data_fingerprint),
+                **description(self.settings, self.context, self._model_name()),
                 **self.context.fallback_of,
             },
         )
-        if load_launch(self.context.run_dir) is None:
+        if self.extending or load_launch(self.context.run_dir) is None:
             save_launch(self.context.run_dir, self.context.launch)
+        if self.extending:  # the result of the first part says nothing about a run that goes on
+            (self.context.run_dir / FILE_NAME).unlink(missing_ok=True)
         for group, name in (("tracking", "uri"), ("search", "storage")):
             if resolved.get(group) and resolved[group][name]:
                 resolved[group][name] = without_password(resolved[group][name])
-        write_text(self.context.run_dir / CONFIG_NAME, OmegaConf.to_yaml(resolved))
+        write_text(self.context.run_dir / CONFIG_NAME, OmegaConf.to_yaml(resolved), private=True)
 
     def _announce(self, trainer: Trainer) -> None:
         result = self.recorder.result
@@ -185,6 +246,31 @@ class TrainJob:
             flush=True,
         )
         self._say_what_is_not_exact(trainer)
+        if self.ranks.sharded and self.settings.memory.recover:
+            print(
+                "note: trainer.strategy=fsdp: when memory runs out in one process, the others wait "
+                "for its part of a layer, so there is no recovery, and the run ends; "
+                "trainer.resume=true goes on from the last checkpoint",
+                flush=True,
+            )
+        if trainer.batches.streamed:
+            sample = self.examples.batch("train", 1)
+            line = announcement(trainer.batches.settings, self.data.batch_size * nbytes(sample))
+            if line:
+                print(line, flush=True)
+
+    def _judge_loading(self, trainer: Trainer) -> None:
+        """Keep what was seen of the loader, and say so when training waited for it."""
+        batches = trainer.batches
+        if not batches.streamed:
+            return
+        batches.note_memory()
+        self.recorder.result.loader = batches.figures.record(batches.settings)
+        self.recorder.result.tuned = list(trainer.progress.tuned)
+        cheaper = self.data.cheaper() if isinstance(self.data, Advising) else []
+        verdict = batches.figures.verdict(batches.settings, cheaper)
+        if verdict is not None:
+            print(verdict, flush=True)
 
     def _say_what_was_skipped(self, trainer: Trainer) -> None:
         """Name the samples that could not be read and were passed over."""
@@ -215,13 +301,15 @@ class TrainJob:
         settings, fabric = self.settings, self.fabric
         fabric.seed_everything(settings.trainer.seed, verbose=False)
         _set_deterministic(settings.trainer.deterministic)
-        place(self.data, fabric.device)
-        model, optimizer = assemble(settings, fabric, self.data)
+        model, optimizer, left = self._assembled()
+        if isinstance(self.ranks, SeveralRanks):
+            self.ranks.begin_alike(model, settings.trainer.seed)
         for owner in (self.data, bare(model)):
             if isinstance(owner, Cached):
                 self.manager.on_cleanup(owner.clear)
-        self.recorder.result.parameters = sum(weight.numel() for weight in model.parameters())
-        profile = settings.trainer.profile
+        self.manager.knows(model, optimizer, self.data)
+        counted_here = sum(weight.numel() for weight in model.parameters())
+        self.recorder.result.parameters = counted_here + left
         return Trainer(
             fabric=fabric,
             model=model,
@@ -230,19 +318,105 @@ class TrainJob:
             settings=settings.trainer,
             recovery=self.guard.recovery,
             meter=self.meter,
-            tracker=OncePerStep(self.recorder.tracker),
+            tracker=self.recorder.once,
             display=choose_display(settings.trainer.progress),
             interruption=self.interruption,
             manager=self.manager,
-            profiler=TraceProfiler(self.context.run_dir) if profile else StepProfiler(),
-            run_dir=self.context.run_dir,
+            profiler=self._profiler(),
+            run_dir=self.checkpoints or self.context.run_dir,
+            recipe=recipe(settings, self.source, Examples(self.source).input_names()),
             loader=settings.loader,
+            callbacks=self.callbacks,
+            budget_bytes=self.budget.bytes if self.budget else None,
+            predicted_peak_bytes=self.recorder.result.memory["predicted_peak_bytes"],
+            **self._after_epoch(),
+            on_stage=self._in_stage,
+            ranks=self.ranks,
         )
+
+    def _in_stage(self, number: int) -> None:
+        """Let recovery predict the stage that training is in."""
+        self.predict.stage = number
+
+    def _profiler(self) -> StepProfiler:
+        if not self.settings.trainer.profile:
+            return StepProfiler()
+        from expt.training.trace_profiler import TraceProfiler
+
+        return TraceProfiler(self.context.run_dir, self._predicted_of_steps())
+
+    def _predicted_of_steps(self) -> int | None:
+        """Return the peak that was predicted of training steps, without evaluation."""
+        predicted: int | None = self.recorder.result.memory["predicted_peak_bytes"]
+        if predicted is None or self.planned is None or self.planned.phase in STEP_PHASES:
+            return predicted
+        return self.predict(self.guard.recovery.techniques) if self.ranks.count == 1 else None
+
+    def _first_weights(self) -> Callable[[nn.Module], None] | None:
+        """Return what gives the model those of `trainer.start_from`, where it begins with any."""
+        path = self.settings.trainer.start_from
+        if path is None:
+            return None
+        folder = (self.checkpoints or self.context.run_dir) / checkpoint.FOLDER
+        if (folder / checkpoint.LAST).exists():  # it has them, the frozen ones too
+            return lambda model: checkpoint.keep(model, checkpoint.stored_names(folder))
+        from expt.run.start import start_from
+
+        return lambda model: print(start_from(model, path), flush=True)
+
+    def _assembled(self) -> tuple[nn.Module, Optimizer, int]:
+        """Return model and optimizer, and how many parameters are cached instead."""
+        settings, fabric = self.settings, self.fabric
+        self.data = self.source  # a second try begins with it again
+        self.manager.knows(data=self.data)
+        if settings.memory.cached_features is None:
+            place(self.data, fabric.device)
+            return *assemble(settings, fabric, self.data, self.examples, self._first_weights()), 0
+        from expt.run.features import CachedRun
+
+        cached = CachedRun(
+            settings, fabric, self.source, self.guard.recovery, self.meter, self.context.run_dir
+        )
+        self.examples, first = Examples(self.source, fabric.device), self._first_weights()
+        made = assemble(settings, fabric, self.source, self.examples, first, cached.install)
+        self.cached, self.recorder.result.feature_cache = cached, cached.record
+        self.data = cached.data
+        self.examples = Examples(self.data, fabric.device)
+        self._correct_the_plan(cached)
+        return *made, cached.left_parameters
+
+    def _correct_the_plan(self, cached: CachedRun) -> None:
+        """Let the record compare what is measured with a plan of what is done."""
+        settings, planned = self.settings, self.planned
+        if self.data is self.source:  # there could be no cache
+            memory = replace(settings.memory, feature_cache="off")
+            self.predict.settings = replace(settings, memory=memory)
+            self.recorder.result.memory["predicted_peak_bytes"] = None
+        elif cached.record["reused"] and planned and planned.phase == "feature_cache":
+            # What was planned is making the features, which are there.
+            if self.ranks.sharded:  # the process group of a plan cannot be beside the real one
+                self.recorder.result.memory["predicted_peak_bytes"] = None
+                return
+            training = plan_training(settings, self.data, planned.target)
+            self.recorder.plan(training, self.budget.bytes if self.budget else None)
+            if self.budget:
+                self.manager.expect(expected_bytes(training, self.budget.bytes))
+
+    def _after_epoch(self) -> dict[str, Any]:
+        """Return the hook of alternating epochs, where there are any."""
+        alternation = None if self.cached is None else self.cached.alternation
+        return {} if alternation is None else {"after_epoch": alternation.after_epoch}
 
     def _conclude(self, trainer: Trainer, outcome: Ending) -> None:
         """Test if training ended as it should; the status is set when all of it went well."""
         recorder, result = self.recorder, self.recorder.result
         recorder.progress(trainer)
+        if self.cached is not None:
+            self.cached.note(trainer.progress.history)
+        self._note_memory(trainer)
+        if trainer.progress.history:
+            self._note_part("val")
+        self._judge_loading(trainer)
         if outcome.reason != "out_of_memory":  # else they may be half of a step on
             hashed = partial(checkpoint.weights_sha256, trainer.model)
             result.weights_sha256 = self.guard.recovery.retry_once(hashed, "conclusion")
@@ -261,12 +435,15 @@ class TrainJob:
         self._say_what_was_skipped(trainer)
         recorder.watched(self.manager)
         recorder.artifacts(plots)
+        for path in trainer.profiler.files:
+            recorder.tracker.artifact(path, "profile")
         result.status, result.stop_reason = outcome.status, outcome.reason
 
     def _test(self, trainer: Trainer, outcome: Ending, folder: Path) -> tuple[Ending, list[Path]]:
         """Test the best weights once; a signal stops it, and a resumed run tests again."""
         load = partial(checkpoint.load_best, trainer.folder, self.fabric, trainer.model)
         self.guard.recovery.retry_once(load, "resume")
+        keeping = trainer.settings.save_predictions
         metrics = evaluate(
             trainer.model,
             trainer.batches,
@@ -275,23 +452,73 @@ class TrainJob:
             trainer.settings.eval_batches,
             lambda: self.interruption.received is not None,
             self.guard.recovery,
+            (lambda: Kept(self.data.accumulator())) if keeping else None,
         )
-        self.recorder.memory(trainer.meter)
+        self._note_memory(trainer)
         if metrics is None:
             return Ending("stopped", "signal", outcome.step), []
         recovery = self.guard.recovery
-        figures = recovery.retry_once(metrics.compute, "conclusion")
+        compute = partial(recovery.retry_once, metrics.compute, "conclusion")
+        figures = self.ranks.from_first(compute)
+        trainer.batches.share_skipped()
         self.recorder.result.metrics |= {f"test/{name}": value for name, value in figures.items()}
         self.recorder.result.skipped_samples = len(trainer.batches.skipped)
+        self._note_part("test")
+        self.callbacks.evaluation_end(trainer, "test", figures)
+        with self.ranks.following(partial(predict, trainer.model, recovery=recovery)) as ask:
+            if not self.ranks.first:
+                return outcome, []  # it has predicted what the first one asked for
+            return outcome, self._tested(trainer, metrics, ask, folder)
+
+    def _tested(
+        self, trainer: Trainer, metrics: Accumulator, ask: Callable[[Batch], Tensor], folder: Path
+    ) -> list[Path]:
+        """Write what was predicted, and draw it; return the plots."""
+        if isinstance(metrics, Kept):
+            from expt.training.predictions import FOLDER, formats, write_predictions
+
+            path = self.context.run_dir / FOLDER / f"test.{formats(self.data)[0]}"
+            write_predictions(trainer.batches, "test", metrics.predictions, path)
+            self.recorder.tracker.artifact(path, FOLDER)
+            metrics = metrics.inner
+        batch = self.examples.batch("test", 1)
+        path = self.context.run_dir / SIGNATURE_NAME
+        inputs = Examples(self.source, self.fabric.device).batch("test", 1).inputs
+        write_json(path, signature(inputs, ask(batch)))
+        self.recorder.tracker.artifact(path, checkpoint.FOLDER)
         if not isinstance(self.data, Plotted):
-            return outcome, []
-        plots = self.data.plots(
-            lambda batch: predict(trainer.model, batch, recovery), metrics, folder
-        )
-        return outcome, list(plots)
+            return []
+        return list(self.data.plots(ask, metrics, folder))
+
+    def _note_memory(self, trainer: Trainer) -> None:
+        """Take over the peaks measured so far: of several processes the largest, and each."""
+        self.recorder.memory(trainer.meter)
+        if self.ranks.count > 1:
+            names = ("peak_allocated_bytes", "peak_reserved_bytes")
+            own = {name: self.recorder.result.memory[name] for name in names}
+            self.recorder.of_ranks(self.ranks.gathered(own))
+
+    def _note_part(self, split: Split) -> None:
+        """Mark a split of which only a part was evaluated."""
+        batches, size = self.settings.trainer.eval_batches, self.data.size(split)
+        self.recorder.result.partial.pop(split, None)
+        if batches is not None and batches * self.data.eval_batch_size < size:
+            words = f"{batches * self.data.eval_batch_size} of {size} samples"
+            self.recorder.result.partial[split] = words
+            self.recorder.tracker.tags({f"partial.{split}": words})
 
     def _model_name(self) -> str:
         return str(self.settings.arguments["model"]["_target_"]).rpartition(".")[2]
+
+
+def _tracker(settings: Settings, context: RunContext) -> Tracker:
+    """Return what the run is recorded with: MLflow's tracker, and loggers beside it."""
+    first = open_tracker(settings.tracking, context.run_dir, context.parent_dir)
+    if set(settings.tracking.loggers) <= {"mlflow"}:
+        return first
+    from expt.tracking.loggers import beside
+
+    return beside(first, settings.tracking, context.run_dir)
 
 
 def _set_deterministic(wanted: bool) -> None:
@@ -300,12 +527,3 @@ def _set_deterministic(wanted: bool) -> None:
         # cuBLAS reads this when it starts (CUDA's documentation on reproducible results).
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(wanted)
-
-
-def _parameters(resolved: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return the settings that a run is compared by: not where it is recorded, or read from."""
-    found = {str(key): value for key, value in resolved.items() if key != "tracking"}
-    found["memory"] = {k: v for k, v in found["memory"].items() if k != "plan_file"}
-    if found.get("search"):
-        found["search"] = {k: v for k, v in found["search"].items() if k != "storage"}
-    return found

@@ -27,7 +27,7 @@ MAY_DIFFER = {
         "progress", "profile")),
     *(f"memory.{name}" for name in (
         "budget", "watch", "gpu_threshold", "cpu_threshold", "cleanup_interval_seconds",
-        "force_cleanup_every", "plan", "plan_file", "target", "on_overflow", "fallback",
+        "force_cleanup_every", "plan", "plan_file", "card", "target", "on_overflow", "fallback",
         "fallback_settings")),
 }  # fmt: skip
 """Settings that may be others when a study is gone on with: they do not change what is found."""

@@ -25,12 +25,12 @@ from optuna.samplers import RandomSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from expt.locks import Lock
 from expt.result import Outcome
 from expt.run.process import identity, is_alive
 from expt.search.samplers import SeenStudy
 from expt.search.space import Space
 from expt.search.trial import STARTED, WORKER, kind_of, stored
-from expt.tracking.journal import Lock
 
 LOCK_NAME = "sweep.lock"
 BEAT_SECONDS = 30.0

@@ -29,9 +29,9 @@ from expt.config.search_node import PEAK
 from expt.errors import ConfigError, StorageError, UserError
 from expt.files import write_text
 from expt.job import Metric
+from expt.locks import Lock
 from expt.run.process import identity
 from expt.search.metric import ATTRIBUTE as METRIC
-from expt.tracking.journal import Lock
 from expt.uri import absolute_uri, sqlite_path, without_password
 
 log = logging.getLogger(__name__)

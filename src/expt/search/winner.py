@@ -38,12 +38,14 @@ class SweepSummary:
     `finished` counts trained trials in any terminal state; of these are `failed`, `pruned` (by
     the pruner) and `infeasible_measured` (memory ran out, or more than the budget was measured).
     Beside them are those that were never trained: `infeasible_predicted`, `duplicates`,
-    `refused`. `seconds` is the time spent in trained trials.
+    `refused`. `seconds` is the time in which some trial was trained, by the clock, and
+    `training_seconds` the sum over all of them, which is more where several were at once.
 
     `metric` describes what trials are compared by, None in the records of earlier versions.
     `best` is None or {`trial`, `params`, ``val/NAME``, `peak_allocated_bytes`, `run_id`}, and with
     them `run_dir`, `spread` (over `search.repeats`, else None) and ``test/...`` once tested.
-    `pareto` is a list of the same, without a better one in both metric and peak, by peak.
+    `pareto` is a list of the same, without a better one in both metric and peak, by peak. `run_dir`
+    is the folder that it was read or written in.
     """
 
     study: str
@@ -57,11 +59,21 @@ class SweepSummary:
     refused: int = 0
     running: int = 0
     seconds: float = 0.0
+    training_seconds: float = 0.0
     budget_bytes: int | None = None
     storage: str | None = None
     best: dict[str, Any] | None = None
     pareto: list[dict[str, Any]] = field(default_factory=list)
     metric: dict[str, Any] | None = None
+
+    @property
+    def run_dir(self) -> Path | None:
+        """Where it was read or written; not in the file, so that a folder can be moved."""
+        return vars(self).get("_run_dir")
+
+    @run_dir.setter
+    def run_dir(self, folder: Path) -> None:
+        vars(self)["_run_dir"] = folder
 
     @property
     def compared_by(self) -> Metric:
@@ -75,15 +87,19 @@ class SweepSummary:
 
     def save(self, folder: Path) -> None:
         """Write ``sweep.json`` atomically."""
+        self.run_dir = folder
         write_json(folder / FILE_NAME, asdict(self), durable=False)
 
     @classmethod
     def load(cls, folder: Path) -> SweepSummary | None:
         """Return the summary in a sweep's directory, None if there is none that can be read."""
         try:
-            return cls(**json.loads((folder / FILE_NAME).read_text(encoding="utf-8")))
+            stored = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+            summary = cls(**stored)
         except (OSError, ValueError, TypeError):
             return None
+        summary.run_dir = folder
+        return summary
 
 
 TESTED = "expt.tested"
@@ -176,13 +192,28 @@ def summarize(study: Study, n_trials: int, budget_bytes: int | None, storage: st
         duplicates=untrained.count(Outcome.duplicate),
         refused=untrained.count(Outcome.refused),
         running=sum(t.state is TrialState.RUNNING for t in trials),
-        seconds=sum(t.user_attrs.get("seconds") or 0.0 for t in finished),
+        seconds=wall_seconds(finished),
+        training_seconds=sum(t.user_attrs.get("seconds") or 0.0 for t in finished),
         budget_bytes=budget_bytes,
         storage=storage,
         best=None if best is None else describe(best, tested, metric),
         pareto=[describe(trial, tested, metric) for trial in pareto(trials, limited, metric)],
         metric=metric.as_dict(),
     )
+
+
+def wall_seconds(trials: Sequence[FrozenTrial]) -> float:
+    """Return how long some of the trials was under way, by the clock; pauses do not count."""
+    spans = sorted(
+        (t.datetime_start.timestamp(), t.datetime_complete.timestamp())
+        for t in trials
+        if t.datetime_start is not None and t.datetime_complete is not None
+    )
+    total, until = 0.0, -math.inf
+    for start, end in spans:
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
 
 
 def told_line(trial: FrozenTrial, is_best: bool, metric: Metric) -> str:

@@ -11,7 +11,6 @@ then counts as a line that says nothing.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import time
@@ -21,8 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from expt.errors import StorageError
 from expt.files import write_json
+from expt.locks import Lock as Lock
 
 JOURNAL = "tracking.jsonl"
 STATE = "tracking.json"
@@ -47,19 +46,22 @@ class State:
     run_id: str | None = None
     parent_run_id: str | None = None
     applied: int = 1
+    experiment_id: str | None = None
 
     @classmethod
     def load(cls, directory: Path) -> State | None:
         """Read ``tracking.json``; None while there is none, or none that can be read."""
         try:
             values = json.loads((directory / STATE).read_bytes())
-            return cls(**{name: values[name] for name in cls.__dataclass_fields__})
+            known = [name for name in cls.__dataclass_fields__ if name != "experiment_id"]
+            given = {name: values[name] for name in known}
+            return cls(**given, experiment_id=values.get("experiment_id"))
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def save(self, directory: Path) -> None:
         """Replace ``tracking.json`` in one step; raise StorageError if the disk refuses it."""
-        write_json(directory / STATE, asdict(self), durable=False)
+        write_json(directory / STATE, asdict(self), durable=False, private=True)
 
 
 def read_header(directory: Path) -> Record | None:
@@ -95,7 +97,7 @@ class Journal:
         if not self.resumed and self.path.exists():
             # No sender ever acted on a journal whose first line is not whole.
             os.replace(self.path, self.path.with_name(f"{JOURNAL}.unreadable"))
-        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             if self.resumed:
                 size = os.fstat(descriptor).st_size
@@ -179,45 +181,6 @@ class Reader:
     def position(self) -> int:
         """Bytes read so far."""
         return self._position
-
-
-class Lock:
-    """Exclusive use of a file's name between processes, and between threads of one."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._descriptor: int | None = None
-
-    def acquire(self, wait: bool = False, required: bool = False) -> bool:
-        """Take the lock; False if another holder has it and we do not wait.
-
-        Raises:
-            StorageError: the file system has no locks, and one is `required`; else it is done
-                without.
-
-        """
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            os.close(descriptor)
-            return False
-        except OSError as error:
-            if required:
-                os.close(descriptor)
-                raise StorageError(
-                    f"{self._path.parent} is on a file system without locks ({error.strerror}), "
-                    "and several workers would not see each other; give a folder elsewhere as "
-                    "hydra.sweep.dir=FOLDER"
-                ) from error
-        self._descriptor = descriptor
-        return True
-
-    def release(self) -> None:
-        """Give the lock back; also done by the end of the process, however it ends."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
 
 
 def _parse(line: bytes) -> Record | None:

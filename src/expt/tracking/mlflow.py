@@ -82,6 +82,11 @@ class MlflowTracker:
         return self._sender.state.run_id if self._sender.state else None
 
     @property
+    def experiment_id(self) -> str | None:
+        """The store's id of the experiment, once it is known."""
+        return self._sender.state.experiment_id if self._sender.state else None
+
+    @property
     def parent_run_id(self) -> str | None:
         """The parent run's id, once it is known."""
         return self._sender.state.parent_run_id if self._sender.state else None

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from expt.errors import StorageError
+from expt.locks import Lock
 from expt.tracking.journal import (
     JOURNAL,
     LOCK,
     Line,
-    Lock,
     Reader,
     Record,
     State,
@@ -233,7 +233,12 @@ class Sender:
             )
             self._save()
         try:
-            store.resume(state.run_id, record.get("parameters") or {}, tags)
+            parameters = record.get("parameters") or {}
+            state.experiment_id = store.resume(state.run_id, parameters, tags) or None
+            if "data.name" in tags:
+                store.dataset(
+                    state.run_id, tags["data.name"], tags["data.fingerprint"], tags["data.source"]
+                )
         except RefusedError as error:
             self._skipped("start", error)
 

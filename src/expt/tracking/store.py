@@ -6,6 +6,7 @@ that is not finite needs no care: MLflow's SQL stores mark NaN and clip the infi
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from expt.tracking.journal import Lock
+from expt.locks import Lock
 from expt.uri import sqlite_path, without_password
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 METRICS_PER_CALL = 1000
 _NAME_LENGTH = 250
 _PARAMETER_LENGTH = 6000
+_DIGEST_LENGTH = 36
 _TAG_LENGTH = 8000
 
 _ENVIRONMENT = {
@@ -92,8 +94,8 @@ class MlflowStore:
             )
             return str(created.info.run_id)
 
-    def resume(self, run_id: str, parameters: Mapping[str, str], tags: Mapping[str, str]) -> None:
-        """Set the run RUNNING, add new parameters and tags.
+    def resume(self, run_id: str, parameters: Mapping[str, str], tags: Mapping[str, str]) -> str:
+        """Set the run RUNNING, add new parameters and tags; return its experiment's id.
 
         MLflow never changes a parameter: another value for one is kept as the tag
         ``expt.changed.<name>``.
@@ -116,6 +118,16 @@ class MlflowStore:
                 if known.get(name, value) != value
             }
         self.tags(run_id, {**tags, **changed})
+        return str(run.info.experiment_id)
+
+    def dataset(self, run_id: str, name: str, digest: str, source: str) -> None:
+        """Record what the run trains on as its input; the same is recorded once."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        data = Dataset(name, digest[:_DIGEST_LENGTH], "local", json.dumps({"uri": source}))
+        tags = [InputTag("mlflow.data.context", "training")]
+        with _mlflow_errors():
+            self._client.log_inputs(run_id, [DatasetInput(data, tags)])
 
     def metrics(self, run_id: str, points: Sequence[Point]) -> None:
         """Add points; one that is already there is not added twice."""

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from expt.config.schema import TrackingConfig
-
-if TYPE_CHECKING:
-    pass
 
 
 class Tracker(Protocol):
@@ -56,6 +53,7 @@ class OncePerStep:
     def __init__(self, tracker: Tracker) -> None:
         self._tracker = tracker
         self._recorded: dict[str, int] = {}
+        self._last: dict[str, float] = {}
 
     @property
     def uri(self) -> str | None:
@@ -80,8 +78,13 @@ class OncePerStep:
         """Record figures that are new at this step."""
         new = {name: value for name, value in values.items() if self._recorded.get(name, -1) < step}
         self._recorded |= dict.fromkeys(new, step)
+        self._last |= new
         if new:
             self._tracker.metrics(new, step)
+
+    def changed(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Return the figures whose last point has another value, or that have none."""
+        return {name: value for name, value in values.items() if self._last.get(name) != value}
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags."""

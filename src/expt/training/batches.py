@@ -14,7 +14,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -27,6 +27,7 @@ from expt.job import (
     Batch,
     DataSet,
     Exemplary,
+    Ordered,
     Resident,
     ResidentDataSet,
     Split,
@@ -34,6 +35,8 @@ from expt.job import (
     Weighted,
     is_resident,
 )
+from expt.training.loading import LoaderFigures, memory_of
+from expt.training.ranks import OneRank, SeveralRanks, Share
 from expt.training.reading import (
     MAX_REPLACEMENTS,
     Items,
@@ -44,6 +47,9 @@ from expt.training.reading import (
     become_worker,
     sample_name,
 )
+
+MEMORY_READ_AT = frozenset((5, 50, 500, 5000))
+"""Steps after which the workers' memory is looked at, beside the end of an epoch."""
 
 
 class StoppedWaitingError(LoaderError):
@@ -61,6 +67,9 @@ class Samples(Protocol):
 
     def weight(self) -> Tensor:
         """Return what their summed loss is divided by, a scalar on the device."""
+
+    def on_host(self) -> list[Tensor]:
+        """Return the tensors in host memory that hold them; none where they are on the device."""
 
     def batch(self) -> Batch:
         """Return them on the device: gathered there, or copied from the host."""
@@ -85,6 +94,10 @@ class ResidentSamples:
     def weight(self) -> Tensor:
         """Return the data set's weight of them."""
         return self.data.weight(self.split, self.indices)
+
+    def on_host(self) -> list[Tensor]:
+        """Return nothing."""
+        return []
 
     def batch(self) -> Batch:
         """Return them, gathered."""
@@ -119,9 +132,87 @@ class HostSamples:
         """Return the data set's weight of them, by default how many they are."""
         return batch_weight(self.data, self.host).to(self.device)
 
+    def on_host(self) -> list[Tensor]:
+        """Return the tensors of the batch."""
+        return [*self.host.inputs.values(), self.host.target]
+
     def batch(self) -> Batch:
         """Return them on the device; a copy from pinned memory does not wait."""
         return self.host.each(lambda value: value.to(self.device, non_blocking=value.is_pinned()))
+
+
+class NoSamples:
+    """Samples of which none could be read."""
+
+    def __len__(self) -> int:
+        """Return 0."""
+        return 0
+
+    def __getitem__(self, part: slice) -> Samples:
+        """Return none."""
+        return self
+
+    def weight(self) -> Tensor:
+        """Return 0."""
+        return torch.zeros(())
+
+    def on_host(self) -> list[Tensor]:
+        """Return nothing."""
+        return []
+
+    def batch(self) -> Batch:
+        """Raise DataError: a model has to be given something."""
+        raise DataError("none of the first samples of a split can be read by one of the processes")
+
+
+@dataclass
+class SharedSamples:
+    """A process's share of some samples, where several process them together.
+
+    As many as the largest share, for whoever asks how many a process has at once.
+    """
+
+    own: Samples
+    """One that is not to be counted, where there is none."""
+    share: Share
+    whole: Samples | None
+    """All of them, of data that every process has; None for streamed ones."""
+    total: Tensor | None = None
+    """The weight of all streamed samples."""
+
+    def __len__(self) -> int:
+        """Return how many they are in the largest share."""
+        return self.share.largest
+
+    def __getitem__(self, part: slice) -> Samples:
+        """Return some of this process's."""
+        return self.own[part]
+
+    def weight(self) -> Tensor:
+        """Return what the summed loss of all processes is divided by."""
+        if self.whole is not None:
+            return self.whole.weight()
+        assert self.total is not None, "evaluation asks for no weight"
+        return self.total
+
+    def on_host(self) -> list[Tensor]:
+        """Return the tensors in host memory that hold this process's."""
+        return self.own.on_host()
+
+    def batch(self) -> Batch:
+        """Return this process's on the device."""
+        return self.own.batch()
+
+    def parts(self, parts: int) -> Iterator[tuple[Samples, bool]]:
+        """Yield as many parts in every process, and whether they are to be counted."""
+        parts = min(parts, self.share.largest)
+        count = len(self.own) if self.share.counts else 0
+        size, longer = divmod(count, parts)
+        start = 0
+        for number in range(parts):
+            stop = start + size + (number < longer)
+            yield (self.own[start:stop], True) if stop > start else (self.own[:1], False)
+            start = stop
 
 
 def micro_batches(samples: Samples, parts: int) -> Iterator[Samples]:
@@ -133,6 +224,11 @@ def micro_batches(samples: Samples, parts: int) -> Iterator[Samples]:
         stop = start + size + (number < longer)
         yield samples[start:stop]
         start = stop
+
+
+def nbytes(batch: Batch) -> int:
+    """Return the bytes of a batch's tensors."""
+    return batch.target.nbytes + sum(value.nbytes for value in batch.inputs.values())
 
 
 def batch_weight(data: DataSet, batch: Batch) -> Tensor:
@@ -214,6 +310,8 @@ class Batches:
         seed: of the order, and of what a streamed sample draws.
         repeat_first_epoch: give the samples of epoch 0 in every epoch.
         stopped: tells whether a signal has asked the run to end.
+        ranks: the processes that share the samples; with several, what is returned are
+            `SharedSamples`, and of an evaluation as many at a time as all of them take at once.
 
     """
 
@@ -225,11 +323,14 @@ class Batches:
         seed: int,
         repeat_first_epoch: bool = False,
         stopped: Callable[[], bool] = lambda: False,
+        ranks: OneRank | None = None,
     ) -> None:
+        self.ranks = ranks or OneRank()
         self.data, self.device, self.settings = data, device, loader
         self.seed, self.repeat_first_epoch, self.stopped = seed, repeat_first_epoch, stopped
         self.waited_seconds = 0.0
         """For streamed samples, in all."""
+        self.figures = LoaderFigures()
         self.skipped: set[tuple[Split, int]] = set()
         """Samples that could not be read: split and index."""
         self._loader: DataLoader[Any] | None = None
@@ -243,16 +344,35 @@ class Batches:
     def training(self, epoch: int, first: int, last: int) -> Iterator[Samples]:
         """Return the steps `first` to `last` (exclusive) of an epoch."""
         epoch = 0 if self.repeat_first_epoch else epoch
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order = torch.randperm(self.data.size("train"), generator=generator)
+        order = self._order(epoch)
+        if isinstance(self.ranks, SeveralRanks):
+            return self._shared("train", order.split(self.data.batch_size)[first:last], epoch)
         if is_resident(self.data):
             steps = order.to(self.device).split(self.data.batch_size)[first:last]
             data = self.data
             return iter([ResidentSamples(data, "train", indices) for indices in steps])
         return self._streamed("train", order.split(self.data.batch_size)[first:last], epoch)
 
+    def _order(self, epoch: int) -> Tensor:
+        """Return the order of the training samples in an epoch, int64 [N]."""
+        count = self.data.size("train")
+        if not isinstance(self.data, Ordered):
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            return torch.randperm(count, generator=generator)
+        order = self.data.training_order(self.seed, epoch)
+        if not torch.equal(order.sort().values, torch.arange(count)):
+            raise DataError(
+                f"{type(self.data).__name__}.training_order(seed, epoch) must return every index "
+                f"from 0 to {count - 1} once, as int64; it returned {tuple(order.shape)} of "
+                f"{order.dtype}"
+            )
+        return order
+
     def evaluation(self, split: Split, count: int) -> Iterator[Samples]:
         """Return the first `count` samples of a split; streamed ones by `eval_batch_size`."""
+        if isinstance(self.ranks, SeveralRanks):
+            size = self.ranks.count * self.data.eval_batch_size
+            return self._shared(split, torch.arange(count).split(size), 0)
         if is_resident(self.data):
             indices = torch.arange(count, device=self.device)
             return iter([ResidentSamples(self.data, split, indices)])
@@ -264,12 +384,41 @@ class Batches:
             return ResidentSamples(self.data, "train", indices.to(self.device))
         return next(self._streamed("train", [indices], 0))
 
+    def share_skipped(self) -> None:
+        """Take over what the other processes could not read."""
+        self.skipped = set().union(*self.ranks.gathered(self.skipped))
+
     def close(self) -> None:
         """End the worker processes."""
         iterator = getattr(self._loader, "_iterator", None)
         if iterator is not None:
             iterator._shutdown_workers()
         self._loader = None
+
+    def _shared(
+        self, split: Split, rounds: Sequence[Tensor], epoch: int
+    ) -> Iterator[SharedSamples]:
+        """Return this process's share of the samples of steps, or of rounds of evaluation."""
+        ranks = cast(SeveralRanks, self.ranks)
+        shares = [ranks.share(len(indices)) for indices in rounds]
+        own = [one[share.start : share.stop] for one, share in zip(rounds, shares, strict=True)]
+        if is_resident(self.data):
+            data = self.data
+            for indices, part, share in zip(rounds, own, shares, strict=True):
+                whole = ResidentSamples(data, split, indices.to(self.device))
+                yield SharedSamples(
+                    ResidentSamples(data, split, part.to(self.device)), share, whole
+                )
+            return
+        before: Samples = NoSamples()
+        for samples, share in zip(self._streamed(split, own, epoch), shares, strict=True):
+            if not len(samples):  # none of them could be read: those before are done once more
+                samples, share = before[:1], replace(share, counts=False)
+            before, total = samples, None
+            if split == "train":
+                weight = samples.weight()
+                total = ranks.sum_(weight.clone() if share.counts else torch.zeros_like(weight))
+            yield SharedSamples(samples, share, None, total)
 
     def _streamed(self, split: Split, steps: Sequence[Tensor], epoch: int) -> Iterator[Samples]:
         keys: list[list[Key]] = [[(split, epoch, index) for index in s.tolist()] for s in steps]
@@ -281,11 +430,15 @@ class Batches:
         return self._read(results, keys)
 
     def _read(self, results: Iterator[Read], keys: list[list[Key]]) -> Iterator[Samples]:
-        for expected in keys:
+        for place, expected in enumerate(keys):
             started = time.monotonic()
             with self._alive(expected):
                 read = next(results)
-            self.waited_seconds += time.monotonic() - started
+            waited = time.monotonic() - started
+            self.waited_seconds += waited
+            training = expected[0][0] == "train"
+            if training and place == 0:
+                self.figures.starting_seconds += waited
             if read.error is not None:
                 raise DataError(read.error)
             if read.unreadable and self.settings.on_bad_sample is BadSample.fail:
@@ -294,9 +447,33 @@ class Batches:
                 )
             self.skipped |= {(key[0], key[2]) for key, _, _ in read.unreadable}
             if read.batch is not None:
+                handed = time.monotonic()
                 yield HostSamples(self.data, read.batch, self.device)
+                if training and place:
+                    self._note(read, waited, time.monotonic() - handed)
             elif expected[0][0] == "train":
                 raise DataError(f"no sample of a step can be read: {read.lines()}")
+            elif isinstance(self.ranks, SeveralRanks):  # they go on together
+                yield NoSamples()
+
+    def _note(self, read: Read, waited: float, worked: float) -> None:
+        """Take a step into the figures; the first of an epoch is left out, it waits for workers."""
+        figures = self.figures
+        assert read.batch is not None
+        figures.batch_bytes = max(figures.batch_bytes, nbytes(read.batch))
+        figures.steps += 1
+        figures.waited_seconds += waited
+        figures.step_seconds += worked
+        figures.read_seconds += read.seconds
+        if figures.steps in MEMORY_READ_AT:
+            self.note_memory()
+
+    def note_memory(self) -> None:
+        """Look at how much memory the workers take."""
+        workers = getattr(getattr(self._loader, "_iterator", None), "_workers", [])
+        taken = memory_of([worker.pid for worker in workers if worker.pid])
+        if taken:
+            self.figures.worker_bytes = max(self.figures.worker_bytes or 0, taken)
 
     @contextmanager
     def _alive(self, expected: Sequence[Key]) -> Iterator[None]:

@@ -23,12 +23,14 @@ def evaluate(
     max_batches: int | None = None,
     interrupted: Callable[[], bool] = lambda: False,
     recovery: Recovery | None = None,
+    accumulator: Callable[[], Accumulator] | None = None,
 ) -> Accumulator | None:
     """Return the metrics over every sample of `split`, none padded and none dropped.
 
     `max_batches` cuts it short for smoke tests; the figures are then of those batches only.
     None means that `interrupted` became true on the way. With `recovery`, a batch that runs out
-    of memory is done again with half the samples; nothing is counted twice.
+    of memory is done again with half the samples; nothing is counted twice. `accumulator` makes
+    another than the data set's own, like `Kept`.
 
     Raises:
         RecoveryError: not even a single sample can be evaluated.
@@ -39,10 +41,16 @@ def evaluate(
     count = data.size(split)
     if max_batches is not None:
         count = min(count, max_batches * data.eval_batch_size)
+    if batches.ranks.count > 1:
+        from expt.training.shared_evaluation import evaluate_together
+
+        found = (accumulator or data.accumulator)()
+        whole = evaluate_together(model, batches, split, count, meter, interrupted, recovery, found)
+        return found if whole else None
     model.eval()
     finished = False
     while not finished:
-        run = _Run(model, data)
+        run = _Run(model, data, (accumulator or data.accumulator)())
         try:
             finished = run.all_of(batches.evaluation(split, count), meter, interrupted, recovery)
         except StoppedWaitingError:
@@ -53,12 +61,35 @@ def evaluate(
     return run.accumulator
 
 
+class Kept:
+    """An `Accumulator` around the data set's `inner` that keeps the predictions, on the host."""
+
+    def __init__(self, inner: Accumulator) -> None:
+        self.inner = inner
+        self._parts: list[Tensor] = []
+
+    def update(self, prediction: Tensor, batch: Batch) -> None:
+        """Add a batch to the figures, and keep what was predicted [B, ...]."""
+        self.inner.update(prediction, batch)
+        kept = prediction.detach()
+        self._parts.append((kept.float() if kept.is_floating_point() else kept).cpu())
+
+    def compute(self) -> dict[str, float]:
+        """Return the figures."""
+        return self.inner.compute()
+
+    @property
+    def predictions(self) -> Tensor:
+        """All predictions, in the order of the samples."""
+        return torch.cat(self._parts)
+
+
 class _Run:
     """The figures so far, and how far the samples at hand are done."""
 
-    def __init__(self, model: nn.Module, data: DataSet) -> None:
+    def __init__(self, model: nn.Module, data: DataSet, accumulator: Accumulator) -> None:
         self.model, self.data = model, data
-        self.accumulator = data.accumulator()
+        self.accumulator = accumulator
         self.done = 0
         self.counting = False
 
@@ -72,6 +103,7 @@ class _Run:
         """Score every sample; return False if it was interrupted, or the sums are half changed."""
         for samples in batches:
             self.done = 0
+            meter.take_in(samples.on_host())
             while self.done < len(samples):
                 if interrupted():
                     return False

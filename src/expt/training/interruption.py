@@ -36,6 +36,10 @@ class Interruption:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def signalled(self) -> bool:
+        """Tell whether a signal came."""
+        return self.received is not None
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received == number:
             raise Stopped(number)

@@ -45,9 +45,16 @@ MOST_PENDING = 2
 
 
 class LossReader:
-    """Reads losses from `device`, in the order in which they were asked for."""
+    """Reads losses from `device`, in the order in which they were asked for.
 
-    def __init__(self, device: torch.device, fetch: Fetch | None = None) -> None:
+    With `in_step`, what is read after which step does not depend on how fast the device is, so
+    that several processes see the same.
+    """
+
+    def __init__(
+        self, device: torch.device, fetch: Fetch | None = None, in_step: bool = False
+    ) -> None:
+        self._in_step = in_step
         self._fetch = fetch or (fetch_from_cuda if device.type == "cuda" else fetch_at_once)
         self._pending: deque[tuple[int, Tensor, Arrival]] = deque()
 
@@ -67,7 +74,7 @@ class LossReader:
             step, copy, arrival = self._pending[0]
             if wait or len(self._pending) > MOST_PENDING:
                 arrival.synchronize()
-            elif not arrival.query():
+            elif self._in_step or not arrival.query():
                 break
             self._pending.popleft()
             loss, loss_sum = copy.tolist()

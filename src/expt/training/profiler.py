@@ -1,51 +1,61 @@
-"""`debug=profile`: a few training steps under torch's profiler, as a trace and a table."""
+"""What the training loop tells a profiler: the phase of a step, and what it is given.
+
+`expt.training.trace_profiler` has the one of `debug=profile`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
-from expt.files import write_text
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-TRACE, TABLE = "profile.json", "profile.txt"
-WAIT_STEPS, WARMUP_STEPS, ACTIVE_STEPS = 2, 1, 3
+from expt.config.schema import Compile
+from expt.memory.measuring.meter import MemoryMeter
+
+NOWHERE: AbstractContextManager[None] = nullcontext()
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What there is while a run trains."""
+
+    device: torch.device
+    model: nn.Module
+    optimizer: Optimizer
+    meter: MemoryMeter
+    averages: Callable[[], Iterable[Tensor]] = tuple
+    """Returns the averaged weights."""
+    resident: Callable[[], Iterable[Tensor]] = tuple
+    """Returns the data that stay on the device."""
 
 
 class StepProfiler:
     """Does nothing; what a run without profiling gets."""
+
+    files: Sequence[Path] = ()
+    """What was written."""
+
+    def compile(self, how: Compile, device: torch.device) -> Compile:
+        """Return how steps are to be taken, where `how` is asked for."""
+        return how
+
+    def begin(self, watched: Watched) -> None:
+        """Say that training begins."""
+
+    def take_in(self, tensors: Sequence[Tensor]) -> None:
+        """Say that a step begins, and what others made for it, such as samples from workers."""
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Say which phase of a step runs inside: one of `expt.memory.measuring.timeline.PHASES`."""
+        return NOWHERE
 
     def step(self) -> None:
         """Say that an optimizer step is over."""
 
     def stop(self) -> None:
         """Say that training is over."""
-
-
-class TraceProfiler(StepProfiler):
-    """Writes ``profile.json`` (open it in Perfetto or chrome://tracing) and ``profile.txt``."""
-
-    def __init__(self, run_dir: Path) -> None:
-        from torch import profiler
-
-        self.run_dir = run_dir
-        self._profiler = profiler.profile(
-            schedule=profiler.schedule(
-                wait=WAIT_STEPS, warmup=WARMUP_STEPS, active=ACTIVE_STEPS, repeat=1
-            ),
-            on_trace_ready=self._write,
-            profile_memory=True,
-            record_shapes=True,
-        )
-        self._profiler.start()
-
-    def step(self) -> None:
-        """Advance the profiler's schedule."""
-        self._profiler.step()
-
-    def stop(self) -> None:
-        """Close the profiler; a run shorter than the schedule writes nothing."""
-        self._profiler.stop()
-
-    def _write(self, finished: object) -> None:
-        self._profiler.export_chrome_trace(str(self.run_dir / TRACE))
-        table = self._profiler.key_averages().table(sort_by="self_cpu_memory_usage", row_limit=30)
-        write_text(self.run_dir / TABLE, table)

@@ -10,9 +10,10 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -34,6 +35,14 @@ Key = tuple[Split, int, int]
 """Split, epoch and index of a sample."""
 MAX_REPLACEMENTS = 100
 """Unreadable samples in a row after which training gives up looking for one to take their place."""
+
+
+@runtime_checkable
+class ByEpoch(Protocol):
+    """A streamed data set whose samples have other inputs in some epochs."""
+
+    def item_of(self, key: Key, generator: torch.Generator) -> Batch:
+        """Read one sample as its epoch has it; see `expt.job.StreamedDataSet.item`."""
 
 
 def sample_name(data: DataSet, key: Key) -> str:
@@ -60,6 +69,8 @@ class Read:
     batch: Batch | None
     unreadable: list[tuple[Key, str, str]]
     error: str | None = None
+    seconds: float = 0.0
+    """How long reading took."""
 
     def lines(self) -> str:
         """Return the samples that could not be read, and why."""
@@ -68,7 +79,7 @@ class Read:
     def pin_memory(self) -> Read:
         """Return the same in page-locked memory; the loader calls this."""
         batch = None if self.batch is None else self.batch.each(Tensor.pin_memory)
-        return Read(batch, self.unreadable, self.error)
+        return Read(batch, self.unreadable, self.error, self.seconds)
 
 
 @dataclass
@@ -111,6 +122,8 @@ class Reader:
             place = (index + offset) % size
             try:
                 generator = sample_generator(self.seed, epoch, place)
+                if isinstance(self.data, ByEpoch):
+                    return self.data.item_of((split, epoch, place), generator)
                 return self.data.item(split, place, generator)
             except Exception as error:
                 at = (split, epoch, place)
@@ -152,7 +165,10 @@ class Items(Dataset[Any]):
         self._read = Reader(data, seed, replace=on_bad_sample is BadSample.skip)
 
     def __getitem__(self, keys: Sequence[Key]) -> Read:
-        return self._read(keys)
+        started = time.perf_counter()
+        found = self._read(keys)
+        found.seconds = time.perf_counter() - started
+        return found
 
 
 class Order:

@@ -55,6 +55,8 @@ def limit_reached(
     if progress.epoch >= settings.epochs:
         return "epochs"
     patience = settings.early_stopping_patience
-    if patience is not None and progress.epoch - progress.best_epoch >= patience:
+    # A stage that no longer improves is not the end of those after it.
+    since = max([progress.best_epoch, *(stage.first_epoch for stage in settings.stages)])
+    if patience is not None and progress.epoch - since >= patience:
         return "early_stopping"
     return None

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -22,25 +23,37 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from expt.config.schema import LoaderConfig, TrainerConfig
+from expt.config.stages import unreached
 from expt.errors import BrokenStepError, DataError, LoaderError, RecoveryError
-from expt.job import DataSet, Described, monitored
+from expt.job import Batch, DataSet, Described, monitored
 from expt.memory.measuring.meter import MemoryMeter
-from expt.memory.recovery.attempt import Success, attempt
+from expt.memory.recovery.attempt import Failure, Success, attempt, release
 from expt.memory.recovery.recovery import Recovery
 from expt.memory.watching.manager import MemoryManager
 from expt.tracking.tracker import Tracker
 from expt.training import checkpoint, schedules
 from expt.training.average import average_for
-from expt.training.batches import Batches, Samples, StoppedWaitingError, micro_batches
+from expt.training.batches import (
+    Batches,
+    Samples,
+    StoppedWaitingError,
+    kept_on_device,
+    micro_batches,
+)
+from expt.training.callbacks import Callbacks
 from expt.training.checkpoint import Progress
-from expt.training.display import Display, ProgressFile
+from expt.training.display import Display, ProgressFile, epoch_line
 from expt.training.evaluate import evaluate
 from expt.training.interruption import Interruption
 from expt.training.losses import LossReader
-from expt.training.profiler import StepProfiler
+from expt.training.profiler import StepProfiler, Watched
+from expt.training.ranks import OneRank, SeveralRanks
+from expt.training.stages import Stages
 from expt.training.steps.choose import steps_for
+from expt.training.steps.eager import StepFunction
 from expt.training.stopping import Ending, StopReason, limit_reached
-from expt.units import format_bytes, format_seconds
+from expt.training.tuning import tuner_for
+from expt.units import with_gib
 
 
 @dataclass
@@ -63,8 +76,19 @@ class Trainer:
     interruption: Interruption
     profiler: StepProfiler
     run_dir: Path
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """How to build the model again; kept with the best weights."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
+    budget_bytes: int | None = None
+    predicted_peak_bytes: int | None = None
+    callbacks: Callbacks = field(default_factory=Callbacks)
     manager: MemoryManager = field(default_factory=lambda: MemoryManager(monitoring=False))
+    after_epoch: Callable[[int], Mapping[str, float]] = lambda epoch: {}
+    """Returns more figures ``GROUP/NAME`` of an epoch, counted from 0, for its row and tracker."""
+    on_stage: Callable[[int], None] = lambda number: None
+    """Told the number of the stage, from 0, when other weights are trained than before."""
+    ranks: OneRank = field(default_factory=OneRank)
+    """The processes that train together; all of them have a trainer, and the first writes."""
 
     def __post_init__(self) -> None:
         self.monitor = monitored(self.data.metrics, self.settings.monitor)
@@ -74,50 +98,101 @@ class Trainer:
             self.loader,
             self.settings.seed,
             self.settings.repeat_first_epoch,
-            stopped=lambda: self.interruption.received is not None,
+            stopped=self.interruption.signalled,
+            ranks=self.ranks,
         )
         self.progress = Progress()
         self.folder = self.run_dir / checkpoint.FOLDER
-        self.progress_file = ProgressFile(self.folder, f"val/{self.monitor.name}")
         batches = -(-self.data.size("train") // self.data.batch_size)
         self.steps_per_epoch = min(batches, self.settings.steps_per_epoch or batches)
         limit = self.settings.max_steps or float("inf")
         self.total_steps = int(min(limit, self.settings.epochs * self.steps_per_epoch))
-        self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
-        self._rate_factor = schedules.factor(
-            self.settings.schedule.value,
-            self.settings.warmup_fraction,
-            self.settings.step_milestones,
-            self.settings.step_factor,
+        self.progress_file = ProgressFile(
+            self.folder if self.ranks.first else None,
+            f"val/{self.monitor.name}",
+            {
+                "total_steps": self.total_steps,
+                "budget_bytes": self.budget_bytes,
+                "predicted_peak_bytes": self.predicted_peak_bytes,
+            },
         )
+        self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._begin_schedule()
         self.average = average_for(self.model, self.settings.ema_decay)
         self._scaler = getattr(self.fabric.strategy.precision, "scaler", None)
         self.recovery.attach(self.model, self.optimizer, self._scaler)
+        self.stages = Stages(self.model, self.optimizer, self.settings.stages)
+        if late := unreached(self.settings.trainable, self.settings.epochs):
+            starts = ", ".join(map(str, late))
+            print(
+                f"trainer.trainable: what begins with epoch {starts} is not reached, since "
+                f"trainer.epochs={self.settings.epochs}"
+            )
+        if self.stages.enter(0):
+            self.on_stage(0)
+        self._function = self._step_function()
         self.steps = steps_for(
-            self.settings.compile,
-            self.train_step,
+            self.profiler.compile(self.settings.compile, self.fabric.device),
+            self._function,
             self.model,
             self.optimizer,
             self.recovery,
             min(self.data.batch_size, self.data.size("train")),
             scaler=self._scaler,
-            processes=self.fabric.world_size,
+            processes=self.ranks.count,
             on_capture=self.meter.captured,
             streamed=self.batches.streamed,
         )
+        self.tuner = tuner_for(self.data, self.budget_bytes, self.steps.forget, self.ranks.count)
         self._waited_noted = 0.0
-        self._losses = LossReader(self.fabric.device)
+        self._losses = LossReader(self.fabric.device, in_step=self.ranks.count > 1)
         on_host = self.fabric.device.type == "cpu"
         self._read_loss_every = 1 if on_host else self.settings.log_every_steps
 
-    def resume(self) -> int:
-        """Restore the last checkpoint, if there is one; return the step to go on from."""
+    def _step_function(self) -> StepFunction:
+        """Return what does a step: this trainer, or its part of one that several do together."""
+        if not isinstance(self.ranks, SeveralRanks):
+            return self.train_step
+        from expt.training.steps.ranked import RankedStep
+
+        return RankedStep(
+            self.fabric, self.model, self.optimizer, self.data, self.recovery, self.ranks,
+            self.profiler, self._clip_gradients,
+        )  # fmt: skip
+
+    def _enter_stage(self) -> None:
+        """Train what the stage of this epoch trains; the rates go on as they were."""
+        if not self.stages.enter(self.progress.epoch):
+            return
+        self.steps.forget()
+        if hasattr(self._function, "regroup"):
+            self._function.regroup()
+        release(self.fabric.device)  # what the state that is gone had taken
+        self.meter.start_stage()
+        assert self.stages.current is not None
+        self.on_stage(self.stages.current)
+        print(self.stages.words(), flush=True)
+
+    def resume(self, extending: bool = False) -> int:
+        """Restore the last checkpoint, if there is one; return the step to go on from.
+
+        With `extending`, the run had come to its end, and goes on because its limits were raised.
+        """
         restored = self._load_last()
         if restored is not None:
             self.progress = restored
             self.batches.skipped |= {(split, index) for split, index in restored.skipped}
             self.recovery.restore(restored.recovery)
             self.meter.restore(restored.peak_allocated_bytes, restored.peak_reserved_bytes)
+            self.tuner.restore(restored, self.batches)
+            end = restored.schedule_end or (restored.step if extending else self.total_steps)
+            if end <= restored.step < self.total_steps:
+                restored.schedule_start = restored.step
+                more = self.total_steps - restored.step
+                print(schedules.extension_words(self.settings.schedule.value, more))
+            self._begin_schedule()
+            if extending:
+                self._save_last()  # a run that is killed now knows where its schedule begins
         return self.progress.step
 
     def fit(self) -> Ending:
@@ -128,11 +203,20 @@ class Trainer:
         self._started = time.monotonic() - self.progress.seconds
         if isinstance(self.data, Described):
             print(self.data.describe(), flush=True)
+        self.profiler.begin(
+            Watched(
+                self.fabric.device, self.model, self.optimizer, self.meter,
+                averages=lambda: self.average.state_dict().values(),
+                resident=lambda: kept_on_device(self.data),
+            )
+        )  # fmt: skip
         self.display.start(self.total_steps, self.progress.step)
+        self.callbacks.run_start(self)
         self.model.train()
         if self.recovery.limits.enabled and self.progress.step == 0:
             self._save_last()  # what a step that breaks before the first checkpoint goes back to
         recovery = self.recovery
+        outcome: Success[StopReason | None] | Failure | None
         try:
             while True:
                 # An epoch that is under way, or was when the run was killed, gets its validation.
@@ -140,7 +224,10 @@ class Trainer:
                 reason = None if under_way else limit_reached(self.progress, self.settings)
                 if reason is None:
                     try:
-                        outcome = attempt(self._epoch, recovery.classify, recovery.evidence)
+                        if self.ranks.count > 1:  # between two steps the others wait for this one
+                            outcome = Success(self._epoch())
+                        else:
+                            outcome = attempt(self._epoch, recovery.classify, recovery.evidence)
                     except BrokenStepError:
                         outcome = None
                     # Outside the handler, whose traceback holds what the step had made.
@@ -164,16 +251,26 @@ class Trainer:
         total = torch.zeros((), device=self.fabric.device)
         for part in micro_batches(samples, self.recovery.techniques.gradient_accumulation):
             self.recovery.phase = "forward"
-            batch = part.batch()
-            loss = self.data.loss(self.model(**batch.inputs), batch) / weight
+            with self.profiler.phase("batch"):
+                batch = part.batch()
+            loss = self._loss(batch, weight)
             self.recovery.phase = "backward"
-            self.fabric.backward(loss)
+            with self.profiler.phase("backward"):
+                self.fabric.backward(loss)
             total += loss.detach()
-        self._clip_gradients()
-        self.recovery.phase = "optimizer_step"
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        with self.profiler.phase("optimizer_step"):
+            self._clip_gradients()
+            self.recovery.phase = "optimizer_step"
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         return total, weight
+
+    def _loss(self, batch: Batch, weight: Tensor) -> Tensor:
+        """Return a micro-batch's part of the loss; what the model returned is not held on to."""
+        with self.profiler.phase("forward"):
+            outputs = self.model(**batch.inputs)
+        with self.profiler.phase("loss"):
+            return self.data.loss(outputs, batch) / weight
 
     def _go_back(self) -> None:
         """Go on from the last checkpoint: a step is broken, or memory ran out between two."""
@@ -186,6 +283,7 @@ class Trainer:
     def _epoch(self) -> StopReason | None:
         """Run the rest of the current epoch and validate; return why to stop, if so."""
         progress = self.progress
+        self._enter_stage()
         self.model.train()  # an evaluation may have broken off
         self.recovery.position = (progress.step, progress.epoch)
         place = (progress.epoch, progress.step_in_epoch, self.steps_per_epoch)
@@ -195,7 +293,8 @@ class Trainer:
         weight_sum = torch.full((), progress.epoch_weight, device=self.fabric.device)
         limit = limit_reached(progress, self.settings, before_validation=True)
         while progress.step_in_epoch < self.steps_per_epoch and limit is None:
-            self._set_rate(progress.step / self.total_steps)
+            start = progress.schedule_start
+            self._set_rate((progress.step - start) / (self.total_steps - start))
             self.recovery.position = (progress.step, progress.epoch)
             try:
                 samples = next(batches)
@@ -205,6 +304,8 @@ class Trainer:
                 self._stop_between(loss_sum, weight_sum)  # the run can go on from here
                 raise
             undo = not self.steps.replays(samples)
+            self.meter.take_in(samples.on_host())
+            self.profiler.take_in(samples.on_host())
             with self.meter.step():
                 loss, weight = self.recovery.step(self.steps.run, samples, len(samples), undo)
             self.average.update(progress.step)
@@ -242,7 +343,7 @@ class Trainer:
             and progress.step % settings.checkpoint_every_steps == 0
         )
         last = progress.step >= self.total_steps or progress.step_in_epoch == self.steps_per_epoch
-        signal = self.interruption.received is not None
+        signal = self._agree()
         now = due or last or signal
         if now or progress.step % self._read_loss_every == 0:
             self._losses.ask(progress.step, loss, loss_sum)
@@ -254,11 +355,12 @@ class Trainer:
                 return "non_finite_loss"
             if reading.step % settings.log_every_steps == 0:
                 self.tracker.metrics({"train/loss_step": seen}, reading.step)
-        self.manager.step()
+        if self.manager.step():
+            self.display.memory(self.manager.line())
         self.display.step(progress.step, seen)
         value = progress.history[-1]["val"] if progress.history else None
-        self.progress_file.write(progress.step, progress.epoch, value)
-        progress.seconds = time.monotonic() - self._started
+        memory = self.manager.now
+        self.progress_file.write(progress.step, progress.epoch, value, memory=memory)
         if due or signal:
             self._note_sums(loss_sum, weight_sum)
             self._save_last()
@@ -266,26 +368,30 @@ class Trainer:
             return "signal"
         return limit_reached(progress, settings, before_validation=True)
 
+    def _agree(self) -> bool:
+        """Note the time; return whether a signal came, here or in another process."""
+        elapsed = time.monotonic() - self._started
+        signal, self.progress.seconds = self.ranks.agree(
+            self.interruption.received is not None, elapsed
+        )
+        return signal
+
     def _validate(self, loss_sum: float, weight_sum: float) -> StopReason | None:
         """Close the epoch: validate, record, keep the best, save; return why to stop."""
         progress, monitor = self.progress, self.monitor
         self.recovery.position = (progress.step, progress.epoch)
-        with self.average.exchanged():
+        stop = self.interruption.signalled
+        with self.average.exchanged(), self.profiler.phase("evaluation"):
             metrics = evaluate(
-                self.model,
-                self.batches,
-                "val",
-                self.meter,
-                self.settings.eval_batches,
-                lambda: self.interruption.received is not None,
+                self.model, self.batches, "val", self.meter, self.settings.eval_batches, stop,
                 self.recovery,
-            )
-        progress.seconds = time.monotonic() - self._started
+            )  # fmt: skip
+        self._agree()
         if metrics is None:
             progress.epoch_loss, progress.epoch_weight = loss_sum, weight_sum
             self._save_last()
             return "signal"
-        figures = metrics.compute()
+        figures = self.ranks.from_first(metrics.compute)
         if monitor.name not in figures:
             raise DataError(
                 f"the data set monitors {monitor.name}, and its accumulator computes only "
@@ -294,10 +400,11 @@ class Trainer:
         value = figures[monitor.name]
         if not math.isfinite(value):
             return "non_finite_loss"
+        self.callbacks.evaluation_end(self, "val", figures)
         progress.epoch += 1
         progress.step_in_epoch = 0
         progress.epoch_loss = progress.epoch_weight = 0.0
-        memory = dict(self.meter.epoch())
+        memory = self.ranks.largest(self.meter.epoch())
         progress.peak_allocated_bytes = self.meter.peak_allocated_bytes()
         progress.peak_reserved_bytes = self.meter.peak_reserved_bytes()
         row = {
@@ -309,17 +416,22 @@ class Trainer:
             "rate": float(self.optimizer.param_groups[0]["lr"]),
             **({"data_seconds": progress.data_seconds} if self.batches.streamed else {}),
             **{name: float(count) for name, count in memory.items()},
+            **self.after_epoch(progress.epoch - 1),
         }
         progress.history.append(row)
         if monitor.better(value, progress.best):
             progress.best, progress.best_epoch = value, progress.epoch
             with self.average.exchanged():
-                checkpoint.save_best(self.folder, self.fabric, self.model, progress)
+                checkpoint.save_best(
+                    self.folder, self.fabric, self.model, progress, self.recipe, self.ranks
+                )
+        signal = self._agree()
+        limit = limit_reached(progress, self.settings)
+        if limit is None and not signal:
+            self.tuner.after_epoch(progress, self.batches, self.recovery)
         self._save_last()
         self._report(row, figures, memory)
-        if self.interruption.received is not None:
-            return "signal"
-        return limit_reached(progress, self.settings)
+        return "signal" if signal else limit
 
     def _report(
         self, row: dict[str, float], figures: dict[str, float], memory: dict[str, int]
@@ -331,21 +443,22 @@ class Trainer:
             "learning_rate": row["rate"],
             "epoch": row["epoch"],
             "seconds": row["seconds"],
-            **{name: row[name] for name in ("data_seconds",) if name in row},
-            f"best_val/{monitor.name}": cast(float, progress.best),
+            **{name: row[name] for name in row if name == "data_seconds" or "/" in name},
+            f"best/val/{monitor.name}": cast(float, progress.best),
             **{f"val/{name}": value for name, value in figures.items()},
             **{f"memory/{name}": float(count) for name, count in memory.items()},
         }
-        self.tracker.metrics(recorded, progress.step)
-        peak = progress.peak_allocated_bytes
-        line = (
-            f"epoch {progress.epoch:3d}  step {progress.step}  train loss {row['loss']:.3f}  "
-            f"val {monitor.name} {monitor.text(row['val'], unit=monitor.percent)}"
-            f"{' *' if progress.best_epoch == progress.epoch else '  '}"
-            f"  peak {format_bytes(peak)}  {format_seconds(progress.seconds)}"
-        )
+        self.tracker.metrics(with_gib(recorded), progress.step)
+        peak, is_best = progress.peak_allocated_bytes, progress.best_epoch == progress.epoch
+        line = epoch_line(row, monitor, is_best, peak)
         self.display.epoch(line, monitor.text(row["val"]), peak)
-        self.progress_file.write(progress.step, progress.epoch, row["val"], force=True)
+        self.progress_file.write(progress.step, progress.epoch, row["val"], True, self.manager.now)
+        self.callbacks.epoch_end(self, row)
+
+    def _begin_schedule(self) -> None:
+        """Let the rate go over the steps from where the schedule begins to the last."""
+        self.progress.schedule_end = self.total_steps
+        self._rate_factor = schedules.of(self.settings, self.progress.schedule_start > 0)
 
     def _set_rate(self, progress: float) -> None:
         factor = self._rate_factor(progress)
@@ -368,15 +481,18 @@ class Trainer:
             self.model,
             self.optimizer,
             self.average,
+            self.ranks,
         )
         self.steps.forget()
         self._losses.forget()
         return self.recovery.retry_once(load, "resume")
 
     def _save_last(self) -> None:
+        self.batches.share_skipped()
         self.progress.skipped = sorted([split, index] for split, index in self.batches.skipped)
         self.progress.run_id = self.tracker.run_id
         self.progress.recovery = self.recovery.state()
         checkpoint.save_last(
-            self.folder, self.fabric, self.model, self.optimizer, self.average, self.progress
-        )
+            self.folder, self.fabric, self.model, self.optimizer, self.average, self.progress,
+            self.ranks,
+        )  # fmt: skip

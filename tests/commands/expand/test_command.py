@@ -72,7 +72,7 @@ def written(home: Path) -> dict:
     return record
 
 
-def test_steps_are_run_on_top_of_what_was_kept(expt, home, processes) -> None:
+def test_steps_are_run_on_top_of_what_was_kept(expt, home, processes, drawn) -> None:
     code, out, err = expt(*STID, STEPS)
     assert code == 0, err
     record = written(home)
@@ -300,7 +300,7 @@ def test_a_folder_with_an_expansion_is_not_overwritten(expt, home, quick) -> Non
 def test_for_real_in_processes_of_their_own(expt, home) -> None:
     code, _, err = expt(
         "task=expand", "model=stid", "hydra.run.dir=run", "expand.probe_epochs=1",
-        "expand.probe_steps=2", "expand.steps=['data.batch_size=8']", "expand.tolerance=10",
+        "expand.probe_steps=2", "expand.steps=['data.batch_size=12']", "expand.tolerance=10",
         "tracking=mlflow", f"tracking.uri=sqlite:///{home}/mlflow.db",
         f"tracking.artifacts={home}/artifacts",
     )  # fmt: skip

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+
 import pytest
 
 from expt.commands.expand.figures import as_markdown, expansion_table, plot_expansion
@@ -49,3 +51,18 @@ def test_it_is_drawn_however_steps_ended(steps, tmp_path) -> None:
     assert len(plot_expansion(steps, MAE, 80 * MIB, tmp_path)) == 2
     assert len(plot_expansion(steps[:1], MAE, None, tmp_path)) == 2
     assert len(plot_expansion(steps[4:], MAE, None, tmp_path)) == 2, "nothing measured"
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_headings_are_whole_also_on_a_narrow_console(width) -> None:
+    from rich.console import Console
+
+    probe = Probe(Outcome.completed, 4.1, 3 * 2**30, 3 * 2**30, None, 1, 65.0)
+    why = "validation MAE 4.2 is 3.4 % worse than the best so far"
+    steps = [Step(1, "model.cross_stage_attention=true", (), probe, False, why)]
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(expansion_table(steps, Metric("val/mae", label="MAE")))
+    text = console.export_text()
+    for word in ("step", "change", "kept", "predicted", "measured", "validation", "MAE", "why"):
+        assert word in text
+    assert "…" not in text and "3.00 GiB" in text

@@ -130,7 +130,7 @@ def test_outputs_that_a_loop_keeps_are_in_the_interval_or_in_the_peak() -> None:
 
     logits = 256 * 4000 * 4
     unknown, held, dropped = (
-        plan(vocabulary, batch, SGD, loss, target="cpu", outputs_held=held)
+        plan(vocabulary, batch, SGD, loss, target="cpu", holds_outputs=held)
         for held in (None, True, False)
     )
     assert held.peak_bytes - dropped.peak_bytes == pytest.approx(logits, rel=0.01)

@@ -152,6 +152,31 @@ def test_an_operator_with_shapes_for_bf16_only_is_traced_in_fp32() -> None:
     assert (found.shape, found.dtype) == ((64, 8), torch.float32)
 
 
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda weights: torch.optim.SGD(weights, momentum=0.9, fused=True),
+        lambda weights: torch.optim.AdamW(weights, fused=True),
+        lambda weights: torch.optim.Adagrad(weights, fused=True),
+    ],
+)
+def test_a_fused_step_takes_no_real_tensors(made, monkeypatch) -> None:
+    from torch._subclasses import fake_tensor
+
+    def refuse(mode: object, func: object, *others: object) -> None:
+        raise AssertionError(f"{func} ran on real tensors")
+
+    monkeypatch.setattr(fake_tensor, "run_fallback_kernel", refuse)
+    mode = HybridFakeMode()
+    weight = torch.nn.Parameter(fake(mode, 1000, 300))
+    weight.grad = fake(mode, 1000, 300)
+    with mode:
+        optimizer = made([weight])
+        for _ in range(2):
+            optimizer.step()
+    assert any(isinstance(slot, FakeTensor) for slot in optimizer.state[weight].values())
+
+
 def test_a_library_is_told_from_the_users_code() -> None:
     assert is_library(torch.__file__)
     assert is_library(functools_file())

@@ -31,9 +31,9 @@ def test_the_order_down_to_the_last_rung():
         now = move.techniques
         taken.append(move.rung)
     halved = ["halve_micro_batch"] * 3
-    down = ["fused_attention", *halved, "activation_checkpointing", "saved_tensor_offload"]
-    assert taken == down
-    assert now == Techniques(8, True, "fused", saved_tensor_offload=True)
+    down = ["fused_attention", *halved, "activation_checkpointing"]
+    assert taken == [*down, "saved_tensor_offload", "weight_offload"]
+    assert now == Techniques(8, True, "fused", saved_tensor_offload=True, weight_offload=True)
     assert [skipped.rung for skipped in move.skipped] == [rung.name for rung in LADDER]
 
 
@@ -48,6 +48,7 @@ def test_the_order_down_to_the_last_rung():
         (Techniques(8, True), Situation(1, "cuda"), "activation_checkpointing", "already"),
         (Techniques(8, True), Situation(1, "cuda"), "lighter_optimizer", "adafactor"),
         (Techniques(8, True), Situation(1, "cpu"), "saved_tensor_offload", "cpu"),
+        (Techniques(8, True), Situation(1, "cpu"), "weight_offload", "cpu"),
     ],
 )
 def test_a_rung_that_does_not_apply_says_why(techniques, situation, rung, word):

@@ -104,7 +104,7 @@ def test_it_is_switched_on_and_off_between_steps():
     model = Stack()
     _, gradients, peak = one_step(model)
     model.zero_grad()
-    for mode in (True, "selective", True):
+    for mode in (True, "selective", "nested", True):
         assert checkpoint_activations(model, mode) == 6
     _, saved_gradients, saved_peak = one_step(model)
     assert saved_peak < 0.6 * peak
@@ -255,3 +255,32 @@ def test_a_block_does_not_write_over_its_own_input(mode):
     _, saved_gradients, _ = one_step(model)
     for one, other in zip(gradients, saved_gradients, strict=True):
         assert torch.equal(one, other)
+
+
+def test_nested_needs_less_where_one_block_is_most_of_the_peak():
+    from expt.jobs.clips.resnet import ResNet
+
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return ResNet(3, 50, 4, (3, 3, 3), (1, 1, 1), pool=False)
+
+    def step(model: nn.Module) -> tuple[float, list[torch.Tensor], int]:
+        x = torch.randn(4, 3, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+        with StorageLedger() as ledger:
+            loss = model(x).square().mean()
+            loss.backward()
+        return loss.item(), [weight.grad for weight in model.parameters()], ledger.peak_bytes
+
+    plain, outer, nested = made(), made(), made()
+    assert checkpoint_activations(outer, True) == checkpoint_activations(nested, "nested") == 16
+    results = [step(model) for model in (plain, outer, nested)]
+    for loss, gradients, _ in results[1:]:
+        assert loss == results[0][0]
+        for one, other in zip(results[0][1], gradients, strict=True):
+            assert torch.allclose(one, other, rtol=1e-4, atol=1e-7)
+    peaks = [peak for *_, peak in results]
+    assert peaks[2] < 0.9 * peaks[1] < 0.9 * peaks[0]
+    for one, other in zip(plain.buffers(), nested.buffers(), strict=True):
+        assert torch.allclose(one.float(), other.float(), rtol=1e-5)  # counted once
+    assert remove_checkpointing(nested) > 16
+    assert remove_checkpointing(nested) == 0

@@ -197,7 +197,8 @@ def test_every_technique_has_a_case() -> None:
         for part in fields(Techniques)
         if getattr(technique, part.name) != getattr(default, part.name)
     }
-    assert changed == {part.name for part in fields(Techniques)}
+    elsewhere = {"weight_offload"}  # for frozen weights: test_weight_offload.py
+    assert changed == {part.name for part in fields(Techniques)} - elsewhere
 
 
 @pytest.mark.parametrize(("model", "technique"), cases())

@@ -22,7 +22,7 @@ GIB = 1024**3
 class FakeCard:
     """A gauge whose figures the test sets, in GiB of 10."""
 
-    name = "cuda:0"
+    name = place = "cuda:0"
     total_bytes = 10 * GIB
 
     def __init__(self) -> None:

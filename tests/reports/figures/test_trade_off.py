@@ -68,3 +68,57 @@ def test_the_worst_are_where_the_edge_is(record, tmp_path) -> None:
     runs = [record(f"r{n}", 0.5 + n / 100, 1 + n) for n in range(12)]
     runs += [record("bad", -9.0, 1.0), record("p", None, 2.0, outcome=Outcome.pruned)]
     assert len(plot_trade_off(runs, ACCURACY, 3 * GIB, tmp_path)) == 2
+
+
+@pytest.fixture
+def figures(monkeypatch) -> list:
+    """The figures that are drawn, as objects."""
+    import expt.reports.figures.trade_off as module
+
+    kept = []
+    own = module.draw
+
+    def draw(folder, name, height, onto):
+        def seen(figure) -> None:
+            onto(figure)
+            kept.append(figure)
+
+        return own(folder, name, height, seen)
+
+    monkeypatch.setattr(module, "draw", draw)
+    return kept
+
+
+def test_labels_do_not_cover_each_other(record, tmp_path, figures) -> None:
+    runs = [record(f"run number {n}", 4 + n / 1000, 1 + n / 100) for n in range(6)]
+    plot_trade_off(runs, MAE, 3 * GIB, tmp_path)
+    (figure,) = figures
+    words = [text for text in figure.axes[0].texts if "run number" in text.get_text()]
+    assert len(words) >= 3 and words[0].get_text().startswith("best: ")
+    boxes = [word.get_window_extent() for word in words]
+    assert not [(a, b) for n, a in enumerate(boxes) for b in boxes[:n] if a.overlaps(b)]
+
+
+def test_a_trial_that_was_not_run_is_where_its_prediction_is_or_said_at_the_edge(
+    record, tmp_path, figures
+) -> None:
+    over = {"outcome": Outcome.predicted_over}
+    runs = [
+        record("a", 4.0, 1.0),
+        record("near", None, None, predicted_peak_bytes=4 * GIB, **over),
+        record("far", None, None, predicted_peak_bytes=20 * GIB, **over),
+        record("farther", None, None, predicted_peak_bytes=30 * GIB, **over),
+    ]
+    plot_trade_off(runs, MAE, 3 * GIB, tmp_path)
+    axes = figures[0].axes[0]
+    drawn = [
+        float(x)
+        for points in axes.collections
+        if points.get_label() == "predicted over, not run"
+        for x, _ in points.get_offsets()
+    ]
+    assert drawn == [4.0]
+    assert "2 predicted over, not run, up to 30.00 GiB →" in [
+        text.get_text() for text in axes.texts
+    ]
+    assert axes.get_xlim()[1] < 20

@@ -40,7 +40,13 @@ def expansion_table(steps: Sequence[Step], metric: Metric) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     for name in _columns(metric):
         right = name not in ("change", "kept", "why")
-        table.add_column(name, justify="right" if right else "left")
+        # A heading is never cut: on a narrow console the text beside it is folded.
+        table.add_column(
+            name.replace(" ", "\n"),
+            justify="right" if right else "left",
+            min_width=max(map(len, name.split())),
+            overflow="fold",
+        )
     for step in steps:
         table.add_row(*_cells(step, metric), style=None if step.kept else "dim")
     return table

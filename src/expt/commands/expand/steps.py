@@ -11,11 +11,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from expt.config.compose import CONFIG_NAME, key
+from expt.config.schema import COMMAND_NODES
 from expt.config.validate import validated
 from expt.errors import ConfigError, nearest
 
 NO_STEPS = (
-    "task", "expand", "report", "search", "tracking", "hydra", "trainer.resume", "trainer.monitor",
+    *sorted(COMMAND_NODES), "task", "search", "tracking", "hydra", "trainer.resume",
+    "trainer.monitor",
 )  # fmt: skip
 """Keys, and beginnings of keys, that are not part of what is trained, or say how it is judged."""
 CHOICES = ("model", "optimizer")

@@ -32,7 +32,13 @@ from expt.jobs.traffic.metrics import MaskedErrors, check_shape, error_metrics
 from expt.jobs.traffic.reading import read_series
 from expt.jobs.traffic.series import Series
 from expt.jobs.traffic.source import named
-from expt.jobs.traffic.windows import describe, deviations, split_windows, window_starts
+from expt.jobs.traffic.windows import (
+    describe,
+    deviations,
+    for_forecasts,
+    split_windows,
+    window_starts,
+)
 
 SHIPPED = "expt://"
 """Prefix of a path that means a file shipped inside the package."""
@@ -40,6 +46,8 @@ SHIPPED = "expt://"
 
 class TrafficData:
     """Forecasting samples from one speed series; implements `expt.job.ResidentDataSet`.
+
+    Also `Transformed` and `Predicted`: a trained model forecasts other series of its sensors.
 
     Args:
         path: the series: npz, HDF5, csv or parquet; ``expt://NAME`` is a shipped file.
@@ -58,12 +66,16 @@ class TrafficData:
             of a column of a table.
         start: time of the first step, of a file without times.
         step_minutes: minutes from one step to the next, of a file without times.
+        transforms: what `transforms` of the training's data returned, to predict with its model:
+            all windows are then for the test, and the last of them end with the series.
 
     Raises:
         DataError: the file is absent or not what it should be, or too short for one window
             in every split.
 
     """
+
+    prediction_formats = ("npz", "parquet")
 
     def __init__(
         self,
@@ -82,6 +94,7 @@ class TrafficData:
         channel: int | str | None = None,
         start: str | None = None,
         step_minutes: float | None = None,
+        transforms: Mapping[str, Any] | None = None,
     ) -> None:
         self.unit, self.fractions = unit, (train_fraction, test_fraction)
         self.choice = Choice(key, channel, start, step_minutes)
@@ -101,17 +114,12 @@ class TrafficData:
                 f"{source}: found {num_sensors} sensors, data.expected_sensors={expected_sensors}; "
                 "set data.expected_sensors=null to take any number"
             )
-        starts = window_starts(self.series, input_steps + horizon)
-        self.split_starts = split_windows(
-            starts, train_fraction, test_fraction, source, deviations(self.series)
-        )
-        with named(source):
-            _ = self.series.steps_per_day  # refused here, before anything is built for it
-            self.mean, self.std = self._scaling()
+        self._whole: Tensor | None = None  # [W], whether all of a window's target is in the series
+        self.split_starts, self.mean, self.std = self._windows(source, transforms)
         self.metrics = error_metrics(horizon, self.series.step_seconds, unit)
         self._on_device(torch.device("cpu"))
         for split, observed in self._observed_targets.items():
-            if not observed.any():
+            if transforms is None and not observed.any():
                 raise DataError(
                     f"{source}: every target reading of the {split} part is missing, so there is "
                     "nothing to compare a forecast with"
@@ -210,7 +218,10 @@ class TrafficData:
             "time_of_day": self._time_of_day[past],
             "day_of_week": self._day_of_week[past],
         }
-        return Batch(inputs, self._speed[future])
+        target = self._speed[future]
+        if self._whole is not None:  # to predict: what lies beyond the series or a gap is unknown
+            target = torch.where(self._whole[indices, None, None], target, 0.0)
+        return Batch(inputs, target)
 
     def weight(self, split: Split, indices: Tensor) -> Tensor:
         """Return how many target readings of these windows were observed, at least 1."""
@@ -226,10 +237,38 @@ class TrafficData:
         """Return an accumulator in `unit`, per horizon."""
         return MaskedErrors(self.to_speed, self.horizon, self.series.step_seconds)
 
+    def transforms(self) -> Mapping[str, Any]:
+        """Return what a forecast needs of the training part; see `expt.job.Transformed`."""
+        return {
+            "mean": self.mean,
+            "std": self.std,
+            "unit": self.unit,
+            "sensor_ids": list(self.series.sensor_ids),
+            "step_seconds": self.series.step_seconds,
+        }
+
+    def write_predictions(
+        self, split: Split, predictions: Tensor, indices: Tensor, path: Path
+    ) -> None:
+        """Write forecasts [W, P, N] of a split's windows in `unit`, with their times."""
+        from expt.jobs.traffic.forecasts import Forecasts
+
+        first = self.split_starts[split][indices.numpy()] + self.input_steps - 1
+        Forecasts(
+            self.to_speed(predictions).numpy(),
+            self.series.timestamps[first],
+            self.series.step_seconds,
+            self.series.sensor_ids,
+            self.unit,
+        ).write(path)
+
     def plots(
         self, predict: Callable[[Batch], Tensor], metrics: MaskedErrors, folder: Path
     ) -> list[Path]:
-        """Draw one day of the test part for a few sensors, and the error of every step."""
+        """Draw one day of the test part for a few sensors, and the error of every step.
+
+        Of what is only forecast there is no error.
+        """
         from expt.jobs.traffic.figures import plot_day, plot_horizon
 
         count = min(self.series.steps_per_day, self.size("test"))
@@ -239,10 +278,11 @@ class TrafficData:
             for chunk in windows.split(self.eval_batch_size)
         ]
         first = self.split_starts["test"][:count] + self.input_steps
-        return [
-            plot_day(torch.cat(forecasts).cpu().numpy(), self.series, first, folder, self.unit),
-            plot_horizon(metrics.by_step(), self.series.step_seconds, folder, self.unit),
-        ]
+        day = plot_day(torch.cat(forecasts).cpu().numpy(), self.series, first, folder, self.unit)
+        if not self._observed_targets["test"].any():
+            return [day]
+        errors = metrics.by_step()
+        return [day, plot_horizon(errors, self.series.step_seconds, folder, self.unit)]
 
     def to_speed(self, prediction: Tensor) -> Tensor:
         """Undo the scaling of a prediction; the result is in `unit`."""
@@ -252,6 +292,8 @@ class TrafficData:
         """Return a line of facts about the series, and one line per warning."""
         sizes = {split: len(starts) for split, starts in self.split_starts.items()}
         possible = len(self.series.values) - (self.input_steps + self.horizon) + 1
+        if self._whole is not None:
+            del sizes["train"], sizes["val"]
         return describe(self.series, sizes, possible, self.unit)
 
     def fingerprint(self) -> str:
@@ -259,9 +301,27 @@ class TrafficData:
         told = f"{self.series.fingerprint()} {self.horizon} {self.fractions} {self.unit}"
         return hashlib.sha256(told.encode()).hexdigest()[:16]
 
-    def _scaling(self) -> tuple[float, float]:
+    def _windows(
+        self, source: str, transforms: Mapping[str, Any] | None
+    ) -> tuple[dict[Split, np.ndarray], float, float]:
+        """Return where the windows of each split begin, and mean and deviation to scale by."""
+        if transforms is not None:
+            with named(source):
+                self.series, starts, whole = for_forecasts(
+                    self.series, transforms, self.input_steps, self.horizon
+                )
+                self._whole = torch.from_numpy(whole)
+                splits: dict[Split, np.ndarray] = dict.fromkeys(("train", "val"), starts[:0])
+                return splits | {"test": starts}, transforms["mean"], transforms["std"]
+        starts = window_starts(self.series, self.input_steps + self.horizon)
+        splits = split_windows(starts, *self.fractions, source, deviations(self.series))
+        with named(source):
+            _ = self.series.steps_per_day  # refused here, before anything is built for it
+            return splits, *self._scaling(splits["train"])
+
+    def _scaling(self, train: np.ndarray) -> tuple[float, float]:
         """Mean and standard deviation of the observed readings of the training part."""
-        last = int(self.split_starts["train"][-1]) + self.input_steps
+        last = int(train[-1]) + self.input_steps
         observed = self.series.values[:last]
         observed = observed[observed > 0].astype(np.float64)
         if observed.size == 0 or observed.std() == 0:
@@ -289,3 +349,6 @@ class TrafficData:
             - observed_before[starts + self.input_steps]
             for split, starts in self._starts.items()
         }
+        if self._whole is not None:
+            self._whole = self._whole.to(device)
+            self._observed_targets["test"] *= self._whole

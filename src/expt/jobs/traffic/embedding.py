@@ -17,6 +17,28 @@ DAYS_PER_WEEK = 7
 READING_FEATURES = 2  # the normalised speed and whether it was observed
 
 
+PLAIN_FEATURES = 3  # speed, time of day and day of week as fractions
+
+
+def plain_features(
+    speed: Tensor,
+    observed: Tensor,
+    time_of_day: Tensor,
+    day_of_week: Tensor,
+    steps_per_day: int,
+    missing_value: float,
+) -> Tensor:
+    """Return the inputs of published models, [B, T, N, 3]: a missing reading is the zero it is.
+
+    From speed [B,T,N], observed [B,T,N] bool, time and day [B,T] int64; `missing_value` is that
+    zero, normalised.
+    """
+    readings = torch.where(observed, speed, missing_value)
+    when = torch.stack((time_of_day / steps_per_day, day_of_week / DAYS_PER_WEEK), dim=-1)
+    spread = when.to(speed.dtype).unsqueeze(2).expand(-1, -1, speed.shape[2], -1)
+    return torch.cat((readings.unsqueeze(-1), spread), dim=-1)
+
+
 class WindowEmbedding(nn.Module):
     """Sum of reading, time of day, day of week and a learned table [T, N, D].
 

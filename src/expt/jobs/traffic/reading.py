@@ -11,20 +11,36 @@ from collections.abc import Callable
 from pathlib import Path
 
 from expt.errors import DataError
-from expt.jobs.traffic.adjacency import read_adjacency
 from expt.jobs.traffic.arrays import made_times, read_npz, to_seconds
 from expt.jobs.traffic.choice import Arrays, Choice
-from expt.jobs.traffic.hdf5 import read_hdf5
 from expt.jobs.traffic.series import Series
 from expt.jobs.traffic.source import checked_suffix, named
-from expt.jobs.traffic.tables import read_csv, read_parquet
+
+
+def _read_hdf5(path: Path, choice: Choice) -> Arrays:
+    from expt.jobs.traffic.hdf5 import read_hdf5
+
+    return read_hdf5(path, choice)
+
+
+def _read_csv(path: Path, choice: Choice) -> Arrays:
+    from expt.jobs.traffic.tables import read_csv
+
+    return read_csv(path, choice)
+
+
+def _read_parquet(path: Path, choice: Choice) -> Arrays:
+    from expt.jobs.traffic.tables import read_parquet
+
+    return read_parquet(path, choice)
+
 
 _READERS: dict[str, Callable[[Path, Choice], Arrays]] = {
     ".npz": read_npz,
-    ".h5": read_hdf5,
-    ".hdf5": read_hdf5,
-    ".csv": read_csv,
-    ".parquet": read_parquet,
+    ".h5": _read_hdf5,
+    ".hdf5": _read_hdf5,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
 }
 
 
@@ -48,6 +64,8 @@ def read_series(
         series = _to_series(arrays, choice)
     if adjacency_path is None:
         return series
+
+    from expt.jobs.traffic.adjacency import read_adjacency
 
     adjacency, graph_ids = read_adjacency(adjacency_path)
     with named(adjacency_path):

@@ -18,9 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from expt.errors import ConfigError
-from expt.jobs.traffic.embedding import DAYS_PER_WEEK
-
-INPUT_FEATURES = 3  # speed, time of day and day of week as fractions
+from expt.jobs.traffic.embedding import DAYS_PER_WEEK, PLAIN_FEATURES, plain_features
 
 
 class STID(nn.Module):
@@ -60,7 +58,7 @@ class STID(nn.Module):
             raise ConfigError(problems)
         self.steps_per_day = steps_per_day
         self.missing_value = missing_value
-        self.window = nn.Linear(input_steps * INPUT_FEATURES, embed_dim)
+        self.window = nn.Linear(input_steps * PLAIN_FEATURES, embed_dim)
         self.sensor = nn.Parameter(torch.empty(num_sensors, embed_dim))
         self.time_of_day = nn.Parameter(torch.empty(steps_per_day, embed_dim))
         self.day_of_week = nn.Parameter(torch.empty(DAYS_PER_WEEK, embed_dim))
@@ -88,11 +86,8 @@ class STID(nn.Module):
     ) -> Tensor:
         """Forecast from speed [B,T,N], observed [B,T,N] bool, time [B,T], day [B,T] (int64)."""
         batch, _, sensors = speed.shape
-        readings = torch.where(observed, speed, self.missing_value)
-        when = torch.stack((time_of_day / self.steps_per_day, day_of_week / DAYS_PER_WEEK), dim=-1)
-        features = torch.cat(
-            (readings.unsqueeze(-1), when.to(speed.dtype).unsqueeze(2).expand(-1, -1, sensors, -1)),
-            dim=-1,
+        features = plain_features(
+            speed, observed, time_of_day, day_of_week, self.steps_per_day, self.missing_value
         )  # [B, T, N, 3]
         parts = (
             self.window(features.transpose(1, 2).flatten(2)),

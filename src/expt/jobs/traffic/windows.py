@@ -5,7 +5,9 @@ Letters: `W` windows.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -55,6 +57,72 @@ def split_windows(
         "val": starts[num_train : num_train + num_val],
         "test": starts[num_train + num_val :],
     }
+
+
+def for_forecasts(
+    series: Series, transforms: Mapping[str, Any], input_steps: int, horizon: int
+) -> tuple[Series, np.ndarray, np.ndarray]:
+    """Return a series to forecast, its windows [W], and whether all of a window's target is known.
+
+    A window needs only its input without a gap. The series gets the sensors of the training, in
+    their order, and `horizon` empty steps at its end, which the last window forecasts.
+
+    Args:
+        series: as it was read.
+        transforms: of the training's data: `sensor_ids`, `step_seconds`.
+        input_steps: steps that a model sees.
+        horizon: steps that it forecasts.
+
+    Raises:
+        DataError: a sensor is not there, the interval is another, or no window is whole.
+
+    """
+    series = _with_sensors(series, list(transforms["sensor_ids"]))
+    if series.step_seconds != transforms["step_seconds"]:
+        raise DataError(
+            f"a reading every {interval(series.step_seconds)}, and the model was trained on one "
+            f"every {interval(transforms['step_seconds'])}; resample to that"
+        )
+    starts = window_starts(series, input_steps)
+    if not starts.size:
+        raise DataError(
+            f"no {input_steps} readings without a gap, of {counted(len(series.values), 'step')}; "
+            "a forecast needs as many as the model was trained on"
+        )
+    whole = np.isin(starts, window_starts(series, input_steps + horizon))
+    after = np.arange(1, horizon + 1) * np.timedelta64(series.step_seconds, "s")
+    empty = np.zeros((horizon, series.values.shape[1]), np.float32)
+    longer = dataclasses.replace(
+        series,
+        values=np.concatenate([series.values, empty]),
+        timestamps=np.concatenate([series.timestamps, series.timestamps[-1] + after]),
+    )
+    return longer, starts, whole
+
+
+def _with_sensors(series: Series, wanted: list[str]) -> Series:
+    """Return the series with these sensors in this order; numbers stand for any of as many."""
+    found = list(series.sensor_ids)
+    if found == wanted:
+        return series
+    numbers = [str(number) for number in range(len(found))]
+    if len(found) == len(wanted) and numbers in (found, wanted):
+        return series
+    absent = [name for name in wanted if name not in found]
+    if absent:
+        raise DataError(
+            f"{len(absent)} of the {len(wanted)} sensors that the model was trained on are not in "
+            f"it: {', '.join(absent[:NAMED])}{', …' if absent[NAMED:] else ''}; it has "
+            f"{', '.join(found[:NAMED])}{', …' if found[NAMED:] else ''}"
+        )
+    order = [found.index(name) for name in wanted]
+    return dataclasses.replace(
+        series,
+        values=np.ascontiguousarray(series.values[:, order]),
+        sensor_ids=tuple(wanted),
+        adjacency=None if series.adjacency is None else series.adjacency[np.ix_(order, order)],
+        locations=None if series.locations is None else series.locations[order],
+    )
 
 
 LARGE_SHARE = 0.1

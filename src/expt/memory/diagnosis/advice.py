@@ -26,8 +26,11 @@ REMEDIES = (
     "weights; memory then grows with the length, not with its square",
     "Freeze parts of the model (requires_grad_(False)): frozen weights need no gradient and no "
     "optimizer state",
-    "Offload to the CPU what is seldom used: frozen encoders, optimizer state",
+    "Offload to the CPU what is seldom used: frozen weights (memory.weight_offload=true), "
+    "optimizer state; or keep what a frozen part makes of a sample (memory.feature_cache=prefix)",
     "Model parallelism: share the model over several cards",
+    "Where the optimizer's step is the peak, a fused one (optimizer=adamw; AdamW(fused=True) of "
+    "torch): a step by foreach makes copies as large as all weights",
     "A smaller model: memory=lite, memory=minimal",
 )
 LEAK = (

@@ -68,6 +68,16 @@ class Budget:
             )
         return cls(count, text)
 
+    def of_ranks(self, count: int, device: torch.device) -> Budget:
+        """Return the budget of each of several processes.
+
+        A card is one process's, and so is an amount; a share of the host's memory is for all.
+        """
+        shared = self.text.lower() == "auto" or parse_percent(self.text) is not None
+        if device.type == "cuda" or not shared:
+            return self
+        return Budget(self.bytes // count, self.text)
+
     @contextmanager
     def enforce(self, device: torch.device) -> Iterator[BudgetLedger | None]:
         """Let tensors on `device` take no more than this inside; what held before holds after.

@@ -10,6 +10,7 @@ that also wrote in place has done so when it is refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Any
 
 import torch
@@ -31,6 +32,18 @@ class BudgetLedger(StorageLedger):
         super().__init__()
         self.limit_bytes = limit_bytes
         self.refusals = 0
+        self._high_bytes: float = inf
+        self._on_high: Callable[[], bool] | None = None
+        self._was_above = False
+
+    def tell_above(self, count: int, tell: Callable[[], bool]) -> None:
+        """Call `tell` in the operator that takes the live bytes above `count`, until it is True."""
+        self._high_bytes, self._on_high, self._was_above = count, tell, False
+
+    def was_above(self) -> bool:
+        """Return whether an operator took the live bytes above that count since this was asked."""
+        was, self._was_above = self._was_above, self.allocated_bytes > self._high_bytes
+        return was or self._was_above
 
     def __torch_dispatch__(
         self,
@@ -42,12 +55,18 @@ class BudgetLedger(StorageLedger):
         """Run the operator; refuse its result if the limit does not admit it."""
         before, peak = self.allocated_bytes, self.peak_bytes
         result = super().__torch_dispatch__(func, types, args, kwargs)
+        if result is NotImplemented:
+            return result
         if self.allocated_bytes > self.limit_bytes and self.allocated_bytes > before:
             requested = self.allocated_bytes - before
             del result
             self.peak_bytes = max(peak, min(before, self.limit_bytes))
             self.refusals += 1
             raise torch.OutOfMemoryError(self._message(requested, before))
+        if self.allocated_bytes > self._high_bytes:
+            self._was_above = True
+            if self._on_high is not None and self._on_high():
+                self._on_high = None
         return result
 
     def _message(self, requested: int, allocated: int) -> str:

@@ -58,10 +58,10 @@ def free_bytes(device: torch.device) -> int:
     return min([host_bytes(), *_available()])
 
 
-def host_bytes(proc: Path | None = None, cgroup: Path | None = None) -> int:
-    """Return the machine's memory, or the container's limit where that is lower."""
+def host_bytes(proc: Path | None = None, cgroup: Path | None = None, process: str = "self") -> int:
+    """Return the machine's memory, or the limit of a process's container where that is lower."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limits = (limit for limit, _ in _groups(proc or PROC, cgroup or CGROUP))
+    limits = (limit for limit, _ in _groups(proc or PROC, cgroup or CGROUP, process))
     return min([machine, *limits])
 
 
@@ -77,16 +77,18 @@ def _available() -> Iterator[int]:
             yield max(limit - int(usage.read_text()), 0)
 
 
-def _groups(proc: Path, cgroup: Path) -> Iterator[tuple[int, Path]]:
+def _groups(proc: Path, cgroup: Path, process: str = "self") -> Iterator[tuple[int, Path]]:
     """Yield limit in bytes and file of what is used, of every control group that has a limit.
 
     In a container the root is its own group. Elsewhere the whole hierarchy is there, and
-    ``self/cgroup`` says where this process stands in it (control groups version 2).
+    ``PROCESS/cgroup`` says where the process stands in it (control groups version 2); the groups
+    above it limit it too, as a batch system's job does its steps.
     """
     folders = [cgroup]
     with suppress(OSError):
-        own = (proc / "self/cgroup").read_text().strip().rpartition("::/")[2]
-        folders += [cgroup / own] if own else []
+        own = (proc / process / "cgroup").read_text().strip().rpartition("::/")[2]
+        parts = Path(own).parts
+        folders += [cgroup.joinpath(*parts[: count + 1]) for count in range(len(parts))]
     pairs = [(folder / "memory.max", folder / "memory.current") for folder in folders]
     first = cgroup / "memory"
     pairs.append((first / "memory.limit_in_bytes", first / "memory.usage_in_bytes"))

@@ -9,9 +9,11 @@ torch works differently while it is watched is allowed for (`expt.memory.measuri
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -20,6 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from expt.memory.measuring.in_place_sums import InPlaceSums
+
+SHARDING, SHARED_OUT = "expt.memory.techniques.sharding", "DTensor"
+"""The module that shares weights out among processes, imported where it does, and their class."""
 
 
 class StorageLedger(TorchDispatchMode):
@@ -31,6 +36,22 @@ class StorageLedger(TorchDispatchMode):
         self.peak_bytes = 0
         self._live: dict[int, int] = {}  # bytes by storage
         self._in_place_sums = InPlaceSums()
+        self._contexts: list[ExitStack] = []
+
+    def __enter__(self) -> Self:
+        """Begin to count."""
+        self._contexts.append(ExitStack())
+        if SHARDING in sys.modules:
+            from expt.memory.measuring.sharded import watching_sharded
+
+            self._contexts[-1].enter_context(watching_sharded(self._resized))
+        found: Self = super().__enter__()  # type: ignore[no-untyped-call]
+        return found
+
+    def __exit__(self, *error: Any) -> None:
+        """Count no more."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._contexts.pop().close()
 
     def __torch_dispatch__(
         self,
@@ -40,6 +61,8 @@ class StorageLedger(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run the operator and enter the storages it read and made."""
+        if has_shared_out(types):
+            return NotImplemented  # and come back with their local parts
         kwargs = kwargs or {}
         self.add(args, kwargs)
         in_place = self._in_place_sums.has(func, args)
@@ -60,7 +83,15 @@ class StorageLedger(TorchDispatchMode):
         """Begin a new peak at what is allocated now."""
         self.peak_bytes = self.allocated_bytes
 
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self._live:
+            count = storage.nbytes()
+            self.allocated_bytes += count - self._live[storage._cdata]
+            self._live[storage._cdata] = count
+            self.peak_bytes = max(self.peak_bytes, self.allocated_bytes)
+
     def _add_storage(self, tensor: Tensor) -> None:
+        tensor = local(tensor)
         if tensor.layout is not torch.strided:
             for part in dense_parts(tensor):
                 self._add_storage(part)
@@ -83,11 +114,28 @@ class StorageLedger(TorchDispatchMode):
         self.allocated_bytes -= self._live.pop(key)
 
 
+def has_shared_out(types: Sequence[type]) -> bool:
+    """Tell whether an operator is on tensors of which this process has parts only.
+
+    It becomes operators on the parts, which a mode sees if it declines the first.
+    """
+    return any(kind.__name__ == SHARED_OUT for kind in types)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return what this process has of a tensor, which says it has the size of the whole."""
+    if type(tensor).__name__ != SHARED_OUT:
+        return tensor
+    part: Tensor = tensor._local_tensor  # type: ignore[attr-defined]
+    return part
+
+
 def dense_parts(tensor: Tensor) -> list[Tensor]:
     """Return the strided tensors that a tensor is made of: itself, or a sparse one's parts.
 
     Opaque layouts have none.
     """
+    tensor = local(tensor)
     if tensor.layout is torch.strided:
         return [tensor]
     if tensor.layout is torch.sparse_coo:

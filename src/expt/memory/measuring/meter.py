@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from expt.memory.measuring.allocations import Allocations, can_be_watched
 from expt.memory.measuring.ledger import StorageLedger
@@ -29,6 +30,12 @@ class MemoryMeter(Protocol):
     name: str
     """How it is measured; written to `memory.meter` in the record."""
 
+    def take_in(self, tensors: Sequence[Tensor]) -> None:
+        """Note what others made for the step or batch to come, such as samples read by workers."""
+
+    def held_bytes(self) -> int:
+        """Return what is allocated now, as far as it was seen."""
+
     def step(self) -> AbstractContextManager[object]:
         """Watch one optimizer step."""
 
@@ -37,6 +44,9 @@ class MemoryMeter(Protocol):
 
     def captured(self, captured: bool) -> None:
         """Note that a step keeps its memory to itself from now on, or no more."""
+
+    def start_stage(self) -> None:
+        """Begin anew: other weights are trained from now on than before."""
 
     def start_epoch(self) -> None:
         """Begin a new peak for the epoch."""
@@ -59,6 +69,9 @@ class LedgerMeter:
 
     What a kernel takes inside is invisible to a ledger. The last step and the last batch run
     without it, and the allocator's own events say how much was taken on top of what it had counted.
+
+    With `helped`, threads that are not watched (gloo's) give back some of it: what seems to be left
+    after a step was given back at a time that is not known, and is not counted.
     """
 
     name = (
@@ -66,12 +79,23 @@ class LedgerMeter:
         "evaluation batches, with what kernels hold inside"
     )
 
-    def __init__(self) -> None:
+    def __init__(self, helped: bool = False) -> None:
+        self._helped = helped
         self._ledger = StorageLedger()
         self._steps_left = LEDGER_STEPS
         self._evaluations_left = LEDGER_EVALUATIONS
         self._before = 0
         self._with_kernels = 0
+        self._stages = 0  # that began after the first
+
+    def take_in(self, tensors: Sequence[Tensor]) -> None:
+        """Count them for as long as they live, if they are seen at all."""
+        if self._steps_left or self._evaluations_left:
+            self._ledger.add(list(tensors))
+
+    def held_bytes(self) -> int:
+        """Return what is alive of all that was seen."""
+        return self._ledger.allocated_bytes
 
     def step(self) -> AbstractContextManager[object]:
         """Watch one optimizer step, if it is one of the first."""
@@ -90,12 +114,24 @@ class LedgerMeter:
     def captured(self, captured: bool) -> None:
         """Do nothing: only CUDA's work is captured."""
 
+    def start_stage(self) -> None:
+        """Watch as many steps again; the peak of the run so far is kept."""
+        self._before = self.peak_allocated_bytes() or 0
+        self._ledger.reset_peak()
+        self._with_kernels = 0
+        self._steps_left, self._evaluations_left = LEDGER_STEPS, LEDGER_EVALUATIONS
+        self._stages += 1
+
     def start_epoch(self) -> None:
         """Do nothing: the ledger watches a few steps of the run, not every epoch."""
 
     def epoch(self) -> Mapping[str, int]:
-        """Return the peak so far, and the process's own (which includes code and libraries)."""
-        peak = self.peak_allocated_bytes()
+        """Return the peak so far, of the stage where there are several, and the process's own.
+
+        The process's includes code and libraries.
+        """
+        own = max(self._ledger.peak_bytes, self._with_kernels)
+        peak = own if self._stages and own else self.peak_allocated_bytes()
         measured = {} if peak is None else {"peak_allocated_bytes": peak}
         return {**measured, "process_peak_bytes": process_peak_bytes()}
 
@@ -120,7 +156,8 @@ class LedgerMeter:
         held = self._ledger.allocated_bytes
         with Allocations() as allocations:
             yield
-        self._with_kernels = max(self._with_kernels, held + allocations.highest_bytes)
+        unseen = max(allocations.left_bytes, 0) if self._helped else 0
+        self._with_kernels = max(self._with_kernels, held + allocations.highest_bytes - unseen)
 
 
 class BudgetMeter(LedgerMeter):
@@ -129,10 +166,14 @@ class BudgetMeter(LedgerMeter):
     What kernels hold inside is not in the budget; `name` says how much more that was at most.
     """
 
-    def __init__(self, ledger: StorageLedger) -> None:
-        super().__init__()
+    def __init__(self, ledger: StorageLedger, helped: bool = False) -> None:
+        super().__init__(helped)
         self._ledger = ledger
         self._unseen = 0
+
+    def take_in(self, tensors: Sequence[Tensor]) -> None:
+        """Count them for as long as they live."""
+        self._ledger.add(list(tensors))
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -154,18 +195,22 @@ class BudgetMeter(LedgerMeter):
             with Allocations() as allocations:
                 yield
             unseen = held + allocations.highest_bytes - ledger.peak_bytes
+            unseen -= max(allocations.left_bytes, 0) if self._helped else 0
             self._unseen = max(unseen, self._unseen)
         finally:
             ledger.peak_bytes = max(peak, ledger.peak_bytes)
 
 
 def meter_for(
-    device: torch.device, enforcing: StorageLedger | None = None
+    device: torch.device, enforcing: StorageLedger | None = None, helped: bool = False
 ) -> CudaMeter | LedgerMeter:
-    """Return the meter for a device, where `enforcing` may be a ledger that is on already."""
+    """Return the meter for a device, where `enforcing` may be a ledger that is on already.
+
+    `helped`: see `LedgerMeter`.
+    """
     if device.type == "cuda":
         return CudaMeter(device)
-    return LedgerMeter() if enforcing is None else BudgetMeter(enforcing)
+    return LedgerMeter(helped) if enforcing is None else BudgetMeter(enforcing, helped)
 
 
 def process_peak_bytes() -> int:
@@ -186,6 +231,13 @@ class CudaMeter:
         self._captured = 0
         torch.cuda.reset_peak_memory_stats(device)
 
+    def take_in(self, tensors: Sequence[Tensor]) -> None:
+        """Do nothing: samples on the host take none of the device's memory."""
+
+    def held_bytes(self) -> int:
+        """Return what is allocated now."""
+        return torch.cuda.memory_allocated(self.device)
+
     def step(self) -> AbstractContextManager[object]:
         """Watch one optimizer step; the allocator watches by itself."""
         return nullcontext()
@@ -198,6 +250,9 @@ class CudaMeter:
         """Note a captured step: replays take what it took, and count as nothing allocated."""
         self._note()
         self._captured = torch.cuda.max_memory_allocated(self.device) if captured else 0
+
+    def start_stage(self) -> None:
+        """Do nothing: every epoch has a peak of its own."""
 
     def start_epoch(self) -> None:
         """Begin a new peak for the epoch."""

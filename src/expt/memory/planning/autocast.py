@@ -98,6 +98,9 @@ def target_rules(target: str) -> Any:
     """Trace inside as on `target` ("cuda" or "cpu")."""
     with ExitStack() as stack:
         if target == "cuda":
+            from expt.memory.planning.cuda_kernels import FusedDropout
+
+            stack.enter_context(FusedDropout())
             stack.enter_context(FusedAttention())
             stack.enter_context(CudaCasting())  # the code may have an autocast region of its own
             stack.enter_context(cuda_names())

@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from expt.memory.planning.allocator import CachingAllocator, rounded
 from expt.memory.planning.differences import Differences, Kept
 from expt.memory.planning.plan import CATEGORIES, Plan, Target
 from expt.memory.planning.trace import Storage, StorageTrace, find_peak, running_sums
 from expt.units import format_bytes
 
+if TYPE_CHECKING:
+    from expt.memory.planning.blocks import Blocks
+
 INTERVALS: Mapping[Target, tuple[float, float]] = {"cpu": (0.95, 1.05), "cuda": (0.95, 1.08)}
 """The bounds over the predicted peak. For the CPU: every row of benchmarks/prediction.py lies
-inside. For CUDA: an assumption until benchmarks/gpu_memory.py has been run on a card."""
+inside. For CUDA: that of what is allocated, which nobody published; what is reserved has bounds
+from measurements, see `card`."""
 SLACK: Mapping[Target, int] = {"cpu": 2**18, "cuda": 64 * 2**20}
 """Bytes added to the upper bound: packing in matrix products; larger library workspaces."""
+HELD = "a loop that keeps the last outputs, loss and batch in variables, as most do"
 CUBLAS_WORKSPACE = 8519680
 """cuBLAS's default, CUBLAS_WORKSPACE_CONFIG=:4096:2:16:8 (32 MiB on Hopper is in the slack)."""
-CUBLAS_SEGMENT = 20 * 2**20
 NOTES: Mapping[Target, tuple[str, ...]] = {
     "cpu": (),
     "cuda": (
-        "block rounding to 512 bytes, a fused attention kernel without a dropout mask, and "
-        "CUDA's autocast rules are in the trace; recurrent layers are traced without cuDNN",
+        "block rounding to 512 bytes, fused attention, dropout's masks of one byte, and CUDA's "
+        "autocast rules are in the trace; recurrent layers are traced without cuDNN",
     ),
 }
-LASTING = ("parameters", "optimizer_state")
-STEP_PHASES = ("forward", "backward", "optimizer_step")
-"""Phases of a training step, which is what a CUDA graph captures."""
 LEAST_SHARE = 0.01
 """Share of the peak from which on the breakdown names a module apart from what it is part of."""
 WARM_UP = 3
@@ -44,31 +45,24 @@ class Reading:
 
     target: Target
     depth: int | None = None
-    outputs_held: bool | None = None
+    holds_outputs: bool | None = None
+    lengths_vary: bool | None = None
+    limit_bytes: int | None = None
+    blocks: bool = False
 
     def of(self, trace: StorageTrace, differences: Differences) -> Plan:
-        """Turn a trace into a plan."""
-        return read(
-            trace, differences, self.target, depth=self.depth, outputs_held=self.outputs_held
-        )
+        """Turn a trace into the plan of its steps, from the first forward pass on."""
+        return read(trace, differences, self)
 
 
-def read(
-    trace: StorageTrace,
-    differences: Differences,
-    target: Target,
-    *,
-    depth: int | None = None,
-    outputs_held: bool | None = None,
-) -> Plan:
-    """Turn a trace into the plan of its steps, from the first forward pass on.
-
-    `depth` is how many levels of a module's name to keep; without it the largest are split.
-    `outputs_held` tells whether the loop keeps the last outputs; None: that is not known.
-    """
-    if outputs_held:
-        hold_outputs(trace, differences.outputs)
-    size = rounded if target == "cuda" else int
+def read(trace: StorageTrace, differences: Differences, reading: Reading) -> Plan:
+    """Turn a trace into a plan, read as `reading` says."""
+    target, depth = reading.target, reading.depth
+    size = _sizes(target)
+    known = reading.holds_outputs is not None
+    more = 0 if known else _more_if_held(trace, differences, size)
+    if reading.holds_outputs or (not known and target == "cuda"):
+        hold_outputs(trace, differences)
     start = next(
         (i for i, event in enumerate(trace.events) if trace.phases[event[2]] == "forward"), 0
     )
@@ -81,14 +75,15 @@ def read(
         modules[storage.module or f"({storage.category or storage.phase})"] += count
     by_module = cut_by_bytes(modules) if depth is None else cut_by_level(modules, depth)
     corrections = dict(peak.scratch)
-    reserved = captured = None
+    card = None
     if target == "cuda":
-        allocator = _served(trace)
+        from expt.memory.planning.card import on_card
+
+        inside = sum(peak.scratch.values())
+        card = on_card(trace, differences, inside, reading.limit_bytes, reading.lengths_vary)
         exact = sum(peak.alive.values())
-        corrections["blocks not split"] = max(0, allocator.peak_allocated_bytes - exact)
+        corrections["blocks not split"] = max(0, card.allocated_bytes - exact)
         corrections["cuBLAS workspace"] = CUBLAS_WORKSPACE
-        reserved = allocator.peak_reserved_bytes + CUBLAS_SEGMENT + sum(peak.scratch.values())
-        captured = _captured_bytes(trace)
     by_category["workspaces"] = sum(corrections.values())
     total = sum(by_category.values())
     interval, notes = _interval(trace, differences, target, total, size, start)
@@ -102,12 +97,12 @@ def read(
             f"of the batch, {format_bytes(alone)} are there only because a variable "
             "of the loop holds it; a loop that does not hold it takes so much less",
         )
-    if outputs_held is None:
-        interval, notes = _with_outputs(trace, differences, target, total, interval, notes)
+    if more > NEGLIGIBLE * total:
+        interval, notes = _with_outputs(target, more, interval, notes)
     return Plan(
         target=target,
         peak_bytes=total,
-        reserved_bytes=reserved,
+        reserved_bytes=card.reserved_bytes if card else None,
         interval_bytes=interval,
         phase=peak.phase,
         by_category=by_category,
@@ -116,8 +111,27 @@ def read(
         method="trace",
         seconds=0.0,
         notes=(*NOTES[target], *notes),
-        captured_reserved_bytes=captured,
+        captured_reserved_bytes=card.captured_bytes if card else None,
+        reserved_interval_bytes=card.interval_bytes if card else None,
+        requests=card.requests if card else None,
+        blocks=_blocks(trace, size, start) if reading.blocks else None,
     )
+
+
+def _blocks(trace: StorageTrace, size: Callable[[int], int], start: int) -> Blocks:
+    from expt.memory.planning.blocks import Blocks
+
+    return Blocks.of(trace, size, start)
+
+
+def _sizes(target: Target) -> Callable[[int], int]:
+    """Return what an allocator takes for a request of so many bytes."""
+    if target == "cpu":
+        return int
+    # Where it is needed: a training on the CPU imports nothing of CUDA's allocator.
+    from expt.memory.planning.allocator import rounded
+
+    return rounded
 
 
 def _category(storage: Storage) -> str:
@@ -136,7 +150,8 @@ def _interval(
 ) -> tuple[tuple[int, int | None], tuple[str, ...]]:
     """Return the bounds of the peak, wider where steps differ, and what to say about it."""
     low, high = INTERVALS[target]
-    same = (int(total * low), int(total * high) + SLACK[target])
+    slack = SLACK[target] + (trace.workspace_bytes if target == "cuda" else 0)
+    same = (int(total * low), int(total * high) + slack)
     if differences.count < 3:
         return same, ()
     peaks = [
@@ -159,37 +174,49 @@ def _interval(
         return (int(smallest * low), same[1]), (f"{words}; the last are alike",)
     why = ("batches have other shapes", "random numbers decide in the forward pass")
     found = [word for word, true in zip(why, differences.reasons, strict=True) if true]
-    widest = int((total + largest - smallest) * high) + SLACK[target]
+    widest = int((total + largest - smallest) * high) + slack
     return (int(smallest * low), widest), ("; ".join([words, *found]),)
 
 
-def _with_outputs(
-    trace: StorageTrace,
-    differences: Differences,
-    target: Target,
-    total: int,
-    interval: tuple[int, int | None],
-    notes: tuple[str, ...],
-) -> tuple[tuple[int, int | None], tuple[str, ...]]:
-    """Widen the bounds by what a loop holds that keeps the last outputs in a variable."""
-    size = rounded if target == "cuda" else int
+def _more_if_held(trace: StorageTrace, differences: Differences, size: Callable[[int], int]) -> int:
+    """Return by how much the peak is higher if the loop keeps the last outputs in variables."""
     held = [trace.events[index] for index in _held_order(trace, differences.outputs)]
     sums = running_sums(held, size)
-    more = max(sums, default=0) - max(running_sums(trace.events, size), default=0)
-    if more <= NEGLIGIBLE * total or interval[1] is None:
+    return max(sums, default=0) - max(running_sums(trace.events, size), default=0)
+
+
+def _with_outputs(
+    target: Target, more: int, interval: tuple[int, int | None], notes: tuple[str, ...]
+) -> tuple[tuple[int, int | None], tuple[str, ...]]:
+    """Widen the bounds by what the loop may hold, where that is not known, and say so."""
+    low, high = interval
+    if target == "cuda":
+        words = (
+            f"assumed is {HELD}; that is {format_bytes(more)} of the peak, and not there with "
+            "holds_outputs=False"
+        )
+        return (max(low - more, 0), high), (*notes, words)
+    if high is None:
         return interval, notes
     words = (
-        f"a loop that keeps the last outputs, loss and batch in variables, as most do, takes up "
-        f"to {format_bytes(more)} more; it is in the interval, and in the peak with "
-        "outputs_held=True"
+        f"{HELD}, takes up to {format_bytes(more)} more; it is in the interval, and in the peak "
+        "with holds_outputs=True"
     )
-    return (interval[0], interval[1] + more), (*notes, words)
+    return (low, high + more), (*notes, words)
 
 
-def hold_outputs(trace: StorageTrace, outputs: Sequence[Kept]) -> None:
+def hold_outputs(trace: StorageTrace, differences: Differences) -> None:
     """Let outputs live until the next ones are made."""
-    order = _held_order(trace, outputs)
+    order = _held_order(trace, differences.outputs)
     place = {before: now for now, before in enumerate(order)}
+
+    def begins(event: int) -> int:
+        """Return where the first is that stayed in place, of those from an event on."""
+        later = range(event, len(order))
+        return next((place[at] for at in later if place[at] <= at), len(order))
+
+    for step in differences.steps:
+        step.first_event, step.last_event = begins(step.first_event), begins(step.last_event)
     trace.events = [trace.events[index] for index in order]
     trace.scratch = [(place.get(at, at), count, name) for at, count, name in trace.scratch]
     trace.calls = [(place.get(at, at), call) for at, call in trace.calls]
@@ -212,7 +239,7 @@ def _held_order(trace: StorageTrace, outputs: Sequence[Kept]) -> list[int]:
             moved[held_until[number]].append(index)
         else:
             order.append(index)
-    return order
+    return [*order, *(index for late in moved.values() for index in late)]
 
 
 def cut_by_level(modules: Mapping[str, int], depth: int) -> dict[str, int]:
@@ -243,34 +270,3 @@ def _prefixes(name: str) -> list[str]:
         return [name]
     parts = name.split(".")
     return [".".join(parts[: count + 1]) for count in range(len(parts))]
-
-
-def _captured_bytes(trace: StorageTrace) -> int:
-    """Return what is reserved with the training step in a CUDA graph's private pool.
-
-    What a step makes is served from the pool, and what lives throughout or is made by evaluation
-    from outside of it; there are two cuBLAS workspaces, since captures have a stream of their own.
-    """
-    made = {
-        number
-        for number, storage in enumerate(trace.storages)
-        if storage.made and storage.phase in STEP_PHASES and storage.category not in LASTING
-    }
-    others = set(range(len(trace.storages))) - made
-    pools = [_served(trace, chosen).peak_reserved_bytes for chosen in (made, others)]
-    return sum(pools) + 2 * CUBLAS_SEGMENT
-
-
-def _served(trace: StorageTrace, chosen: Set[int] | None = None) -> CachingAllocator:
-    """Return the caching allocator after it served the requests for all, or `chosen`, storages."""
-    allocator = CachingAllocator()
-    live: dict[int, int] = defaultdict(int)
-    for number, change, _ in trace.events:
-        if chosen is not None and number not in chosen:
-            continue
-        if live[number]:
-            allocator.free(number)
-        live[number] += change
-        if live[number]:
-            allocator.allocate(number, live[number])
-    return allocator

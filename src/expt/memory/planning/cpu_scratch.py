@@ -33,6 +33,10 @@ SAMPLED_STEPS = 16
 Found = tuple[str, int] | None
 
 
+GLOO_COPIES = {"c10d::_allgather_base_": 0, "c10d::_reduce_scatter_base_": 1}
+"""Arguments that gloo makes a copy of while it sends (ProcessGroupGloo.cpp)."""
+
+
 def cpu_scratch(func: Any, args: tuple[Any, ...], result: Any) -> Found:
     """Return (name, bytes) of what `func` holds inside at its highest point, or None."""
     if func is aten.convolution.default:
@@ -48,6 +52,8 @@ def cpu_scratch(func: Any, args: tuple[Any, ...], result: Any) -> Found:
     if func is ATTENTION_BACKWARD:
         gradient = args[0].transpose(1, 2)
         return None if gradient.is_contiguous() else ("attention layout", _bytes(gradient))
+    if func.namespace == "c10d" and (place := GLOO_COPIES.get(func.name())) is not None:
+        return "gloo's copy", _bytes(args[place])
     if torch.Tag.pointwise in getattr(func, "tags", ()):
         count = _promotion(func, args, result)
         return ("type promotion", count) if count else None

@@ -56,6 +56,7 @@ class Differences:
     outputs: list[Kept] = field(default_factory=list)
     batch_bytes: int = 0
     only_held_bytes: int = 0  # of a batch, what the backward pass does not need
+    sequences: int = 0  # rows of integers in a batch: lines of tokens, whose length may vary
     draws: bool = False  # random numbers were drawn by code that may have decided on them
     batches_differ: bool = False
     _looked: bool = False
@@ -74,6 +75,13 @@ class Differences:
             if holders(tensor) == same
         }
         self.only_held_bytes = max(self.only_held_bytes, sum(alone.values()))
+
+    def note_sequences(self, tensors: Iterable[Tensor]) -> None:
+        """Note how many sequences of tokens a batch has."""
+        for tensor in tensors:
+            integers = not (tensor.is_floating_point() or tensor.is_complex())
+            if integers and tensor.dim() == 2 and tensor.shape[1] > 1:
+                self.sequences = max(self.sequences, tensor.shape[0])
 
     @property
     def count(self) -> int:

@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from expt.memory.measuring.ledger import dense_parts
+from expt.memory.planning.shape_cache import ShapeCache
 
 aten = torch.ops.aten
 
@@ -52,6 +53,8 @@ INDICES: Mapping[Any, int] = {
     aten.multinomial.default: 0,
 }
 """Operators that find indices, by the position of these in what is returned."""
+FUSED_STEPS = "aten::_fused_"
+"""How the names of fused optimizers' kernels begin."""
 UNIQUE = (aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default)
 QUESTIONS = frozenset(
     {ITEM, aten.equal.default, aten.nonzero.default, aten.masked_select.default,
@@ -66,7 +69,11 @@ SPARSE_PRODUCTS = {
 """Products of a matrix that may be sparse, and its position; fakes know few sparse layouts."""
 UNSAFE_VIEWS = (aten._unsafe_view.default, aten.lift.default, aten._reshape_alias.default)
 """Views that do not say so."""
+SHAPES = ShapeCache()
 INDEXING = (aten.index.Tensor, aten._unsafe_index.Tensor)
+
+VALUED = frozenset({*QUESTIONS, *INDEXING, SPARSE_OF_PARTS, aten.lift_fresh.default})
+"""Operators whose results do not follow from shapes."""
 
 
 class StorageSet:
@@ -168,11 +175,22 @@ class HybridFakeMode(FakeTensorMode):
         """Compute shapes; what this makes on the way is fake too.
 
         Some operators have kernels for fp32 and shapes for bf16 only (`_grouped_mm`): these are
-        asked again for bf16.
+        asked again for bf16. Fused optimizers only write into what they are given, and one without
+        shapes of its own (`_fused_sgd_`) would run on real tensors as large as the model.
         """
+        if func._schema.name.startswith(FUSED_STEPS) and not func._schema.returns:
+            return None
+        key = None if func in VALUED or _written(func) else SHAPES.key(func, args, kwargs)
+        if key is not None:
+            known, result = SHAPES.find(self, key, args)
+            if known:
+                return result
         self.building = True
         try:
-            return super().dispatch(func, types, args, kwargs)
+            result = super().dispatch(func, types, args, kwargs)
+            if key is not None:
+                SHAPES.keep(key, func, args, result)
+            return result
         except RuntimeError as error:
             if _aliases(func) or "BF16" not in str(error).upper().replace("BFLOAT", "BF"):
                 raise

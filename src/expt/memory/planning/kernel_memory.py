@@ -27,13 +27,18 @@ from expt.memory.measuring.ledger import dense_parts
 
 aten = torch.ops.aten
 
-MAX_SECONDS = 0.5
-"""No further kernel is begun after this."""
+MAX_SECONDS = 20.0
+"""No further kernel is begun after this, on a machine that is far slower than it should be."""
+MAX_WORK = 6e10
+"""No further kernel is begun after so many multiplications in all: a second or two of a core.
+
+Counted, not timed, so that a plan does not depend on what else a machine of usual speed does.
+"""
 MAX_CALLS = 40
 MAX_BYTES = 2**28
 """Operands of a kernel that is run take no more."""
-MAX_OPERATIONS = 2e9
-"""Multiplications of a kernel that is run, roughly: some tenths of a second on one core."""
+MAX_OPERATIONS = 1e10
+"""Multiplications of a kernel that is run, roughly: less than half a second on one core."""
 SLOW = ("linalg", "svd", "eig", "cholesky", "lu_", "qr", "solve", "inverse")
 """In the names of kernels that take the cube of a matrix's width, and many times that."""
 FEW = (2, 3)
@@ -137,13 +142,13 @@ class Kernels:
 
     def __init__(self) -> None:
         self._known: dict[str, int | None] = {}
-        self._seconds = 0.0
+        self._seconds = self._work = 0.0
 
     @property
     def exhausted(self) -> bool:
         """Tell whether no more kernels are run."""
-        spent = self._seconds > MAX_SECONDS or len(self._known) > MAX_CALLS
-        return spent or not can_be_watched()
+        spent = self._work > MAX_WORK or len(self._known) > MAX_CALLS
+        return spent or self._seconds > MAX_SECONDS or not can_be_watched()
 
     def inside(self, call: Call) -> int | None:
         """Return the bytes that a kernel holds beside operands and result, None if not known."""
@@ -153,6 +158,7 @@ class Kernels:
             started = time.perf_counter()
             self._known[call.key] = _measured(call)
             self._seconds += time.perf_counter() - started
+            self._work += sum(map(_operations, _asked(call)))
         return self._known[call.key]
 
 
@@ -171,13 +177,25 @@ def bound(call: Call) -> int:
     return 3 * operands + unfolded * inputs.dtype.itemsize
 
 
+def _asked(call: Call) -> list[Call]:
+    """Return what is run to measure a kernel: itself, with few samples instead, or nothing."""
+    taken = sum(shape.bytes for shape in _shapes(call))
+    if taken <= MAX_BYTES and _operations(call) <= MAX_OPERATIONS:
+        return [call]
+    if call.func not in CONVOLUTIONS or _convolution(call)[0].shape[0] < max(FEW):
+        return []
+    small = [_with_batch(call, count) for count in FEW]
+    return [] if any(_operations(part) > MAX_OPERATIONS for part in small) else small
+
+
 def _measured(call: Call) -> int | None:
-    shapes = _shapes(call)
-    if sum(shape.bytes for shape in shapes) > MAX_BYTES or _operations(call) > MAX_OPERATIONS:
-        highest = _extrapolated(call)
-    else:
-        highest = _run(call)
-    return None if highest is None else max(highest - call.results, 0)
+    """Return what a kernel holds inside; what a convolution holds is linear in its samples."""
+    found = [_run(asked) for asked in _asked(call)]
+    known = [highest for highest in found if highest is not None]
+    if not known or len(known) < len(found):
+        return None
+    more = (_convolution(call)[0].shape[0] - FEW[0]) * (known[1] - known[0]) if known[1:] else 0
+    return max(known[0] + more - call.results, 0)
 
 
 def _run(call: Call) -> int | None:
@@ -197,20 +215,6 @@ def _run(call: Call) -> int | None:
         except Exception:
             return None
     return found.highest_bytes
-
-
-def _extrapolated(call: Call) -> int | None:
-    """Ask a convolution with few samples, since what it holds is linear in them."""
-    if call.func not in CONVOLUTIONS:
-        return None
-    size = _convolution(call)[0].shape[0]
-    small = [_with_batch(call, count) for count in FEW]
-    if size < max(FEW) or any(_operations(part) > MAX_OPERATIONS for part in small):
-        return None
-    first, second = map(_run, small)
-    if first is None or second is None:
-        return None
-    return first + (size - FEW[0]) * (second - first)
 
 
 def _with_batch(call: Call, count: int) -> Call:

@@ -23,9 +23,10 @@ A loop of another form (several optimizers, a penalty on gradients, own accumula
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -35,6 +36,9 @@ from expt.memory.planning.estimate import Traced, instead_of_trace, reason, trac
 from expt.memory.planning.fake import any_left, clear_leftovers, gc_frozen
 from expt.memory.planning.plan import Plan, Precision, Target
 from expt.memory.planning.traced_step import Step, StepFn
+
+if TYPE_CHECKING:
+    from expt.memory.planning.shared import Shared
 
 LEFT = (
     "{count} tensors without values are still held by code outside the model, a cache of its own "
@@ -59,8 +63,14 @@ def plan(
     resident: Iterable[Tensor] = (),
     averaged: bool = False,
     step_fn: StepFn | None = None,
-    outputs_held: bool | None = None,
+    holds_outputs: bool | None = None,
+    lengths_vary: bool | None = None,
+    limit_bytes: int | None = None,
     depth: int | None = None,
+    blocks: bool = False,
+    last_backward: Callable[[], AbstractContextManager[object]] = nullcontext,
+    shared: Shared | None = None,
+    keys: tuple[Hashable, Hashable] = ((), ()),
 ) -> Plan:
     """Predict the peak of training steps, and of an evaluation batch if one is given.
 
@@ -86,9 +96,20 @@ def plan(
         averaged: an average of the weights is kept beside them.
         step_fn: takes one step of any form, given the model, what `optimizer_fn` made, and a
             batch; then `loss_fn`, `micro_batches` and `clip_norm` are not used.
-        outputs_held: whether the training loop keeps the outputs of a step in a variable until
-            the next one; None: not known, and the interval covers both.
+        holds_outputs: whether the training loop keeps outputs, loss and batch of a step in
+            variables until the next ones, as a script does that never deletes them. None: not
+            known; the interval covers both, and the peak on CUDA assumes that it does.
+        lengths_vary: whether batches of token sequences have other lengths, which leaves CUDA's
+            allocator with blocks that do not fit. None: not known; assumed for few sequences.
+        limit_bytes: what the card has for the allocator, which gives free segments back before it
+            fails; None: more than enough.
         depth: levels of modules' names in `by_module`; None: large ones are split further.
+        blocks: also keep what each block takes over time, for `Plan.blocks.split`.
+        last_backward: makes a context for the last backward pass of a step, in which several
+            processes sum gradients.
+        shared: parts of other plans of this loop, which are taken over where their `keys` are the
+            same. Not for a loop that holds outputs.
+        keys: what the training steps depend on, and what evaluation does.
 
     Raises:
         UserError: a function returns what it should not, or the model refuses its arguments.
@@ -102,8 +123,9 @@ def plan(
         model_fn, batch_fn, optimizer_fn, loss_fn, target=target, precision=precision,
         micro_batches=micro_batches, clip_norm=clip_norm, evaluation_fn=evaluation_fn,
         prepare=prepare, resident=tuple(resident), averaged=averaged, step_fn=step_fn,
+        last_backward=last_backward, shared=shared, keys=keys,
     )  # fmt: skip
-    reading = Reading(target, depth, outputs_held)
+    reading = Reading(target, depth, holds_outputs, lengths_vary, limit_bytes, blocks)
     with gc_frozen():
         found, failed = _traced(step, reading)
         # Outside the handler, whose traceback holds what the trace had made.

@@ -27,15 +27,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from expt.memory.measuring.in_place_sums import InPlaceSums
-from expt.memory.measuring.ledger import dense_parts
+from expt.memory.measuring.ledger import dense_parts, has_shared_out, local
 from expt.memory.planning.cpu_scratch import lstm_workspace, whole_result
 from expt.memory.planning.kernel_memory import Call, Kernels, bound, call_of, settle
 
 DEVICE_OF = torch.ops.prim.device.default
 """Asked for by most Python code that touches a tensor; answered without dispatching further."""
 
+CONVOLUTION_COPIES = 3
+"""cuDNN's workspaces over operands of the largest convolution, at most: see `card`."""
+CONVOLUTION = torch.ops.aten.convolution.default
 SPARSE_OF_PARTS = torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors.default
 ITEM_OF = torch.ops.aten._local_scalar_dense.default
+
+SENDING = ("c10d", "fsdp")
+"""Namespaces of operators that send to other processes, or make ready to."""
 
 FAR = 1000.0
 """What an optimizer reads from its own state: steps taken, far enough for what it only does later.
@@ -66,6 +72,7 @@ class StorageTrace(TorchDispatchMode):
         self,
         scratch_of: Callable[[Any, tuple[Any, ...], Any], tuple[str, int] | None] | None = None,
         runs_kernels: bool = False,
+        result_of: Callable[[Any, tuple[Any, ...], Any], Any] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.storages: list[Storage] = []
@@ -74,7 +81,7 @@ class StorageTrace(TorchDispatchMode):
         self.scratch: list[tuple[int, int, str]] = []  # (event, bytes, name)
         self.runs_kernels = runs_kernels
         self.kernels = Kernels()
-        self._scratch_of = scratch_of
+        self._scratch_of, self._result_of = scratch_of, result_of
         self._in_place_sums = InPlaceSums()
         self._numbers: dict[int, int] = {}  # storage's address -> number
         self._holders: dict[int, int] = {}  # addresses by number, where there is more than one
@@ -85,6 +92,7 @@ class StorageTrace(TorchDispatchMode):
         self._automatic = False
         self._paused = False
         self.calls: list[tuple[int, Call]] = []  # operators that may hold something, by event
+        self.convolution_bytes = 0  # operands and result of the largest convolution
 
     def __torch_dispatch__(
         self,
@@ -96,11 +104,13 @@ class StorageTrace(TorchDispatchMode):
         """Compute shapes and enter the storages that were read and made."""
         if func is DEVICE_OF and hasattr(args[0], "fake_device"):
             return args[0].fake_device
+        if has_shared_out(types):
+            return NotImplemented  # and come back with their local parts
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunction():  # shapes are computed by code that modes would see
             return self._record(func, args, kwargs)
 
-    def _record(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _record(self, func: Any, args: Any, kwargs: Any) -> Any:
         if self._paused:
             return func(*args, **kwargs)
         name = func.name() if hasattr(func, "name") else str(func)
@@ -110,9 +120,19 @@ class StorageTrace(TorchDispatchMode):
         if func is ITEM_OF and self._asks_for_count(args[0]):
             return FAR  # a count of steps, or what follows from one
         in_place = self._in_place_sums.has(func, args)
-        result = lstm_workspace(func, args, func(*args, **kwargs))
+        if func.namespace in SENDING:
+            from expt.memory.measuring.sharded import sent
+
+            result = sent(func, args, kwargs)
+        else:
+            result = lstm_workspace(func, args, func(*args, **kwargs))
         if self.runs_kernels:
             result = whole_result(func, args, result)
+        if self._result_of is not None:
+            result = self._result_of(func, args, result)
+        if func is CONVOLUTION:
+            operands = sum(tensor.nbytes for tensor in (*args[:2], result))
+            self.convolution_bytes = max(self.convolution_bytes, operands)
         if func is SPARSE_OF_PARTS:  # its parts are the operands, which had to be made again
             for part in tree_iter(args[3:5]):
                 self._hand_over(part)
@@ -124,6 +144,15 @@ class StorageTrace(TorchDispatchMode):
         if self._scratch_of is not None:
             self._note_scratch(func, args, kwargs, result)
         return result
+
+    def like(self) -> StorageTrace:
+        """Return an empty trace for the same target."""
+        return StorageTrace(self._scratch_of, self.runs_kernels, self._result_of)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What cuDNN may take for workspaces, where there is room."""
+        return CONVOLUTION_COPIES * self.convolution_bytes
 
     def _note_scratch(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         assert self._scratch_of is not None
@@ -269,9 +298,11 @@ class StorageTrace(TorchDispatchMode):
         return settle(live, calls, formulas, self.kernels, floor)
 
     def _enter_all(self, tree: Any, operator: str, made: bool) -> None:
-        for value in tree_iter(tree):
-            if isinstance(value, Tensor):
-                self._enter(value, operator, made)
+        if isinstance(tree, Tensor):
+            self._enter(tree, operator, made)
+        elif isinstance(tree, list | tuple | dict):
+            for part in tree.values() if isinstance(tree, dict) else tree:
+                self._enter_all(part, operator, made)
 
     def _hand_over(self, tensor: Tensor) -> None:
         """End a storage whose place the result of an in-place sum takes."""
@@ -293,7 +324,15 @@ class StorageTrace(TorchDispatchMode):
                 self._holders[number] = self._holders.get(number, 1) + 1
                 weakref.finalize(storage, self._leave, storage._cdata, number).atexit = False
 
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """Enter that a storage has another size now."""
+        number, count = self._numbers.get(storage._cdata), storage.nbytes()
+        if number is not None and count != self.storages[number].bytes:
+            self.events.append((number, count - self.storages[number].bytes, len(self.phases) - 1))
+            self.storages[number].bytes = count
+
     def _enter(self, tensor: Tensor, operator: str, made: bool) -> None:
+        tensor = local(tensor)
         if tensor.layout is not torch.strided:
             for part in dense_parts(tensor):
                 self._enter(part, operator, made)

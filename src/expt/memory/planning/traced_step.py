@@ -15,11 +15,11 @@ import sys
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import GeneratorType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map
 
 from expt.errors import UserError
+from expt.memory.measuring.ledger import SHARDING
 from expt.memory.planning.autocast import autocast, target_rules
 from expt.memory.planning.cpu_scratch import cpu_scratch, operand_copies
 from expt.memory.planning.differences import Differences, holders
@@ -38,7 +39,11 @@ from expt.memory.planning.trace import StorageTrace
 from expt.memory.planning.unwatched import backward
 from expt.memory.recovery.undo import RandomState
 from expt.memory.techniques.batch_norm import running_statistics
+from expt.memory.techniques.freezing import ever_trained
 from expt.memory.techniques.optimizer_in_backward import stepping
+
+if TYPE_CHECKING:
+    from expt.memory.planning.shared import Shared
 
 Limit = Callable[[], AbstractContextManager[object]]
 """Makes the context that real tensors are made in."""
@@ -71,6 +76,9 @@ class Step:
     resident: tuple[Tensor, ...]
     averaged: bool
     step_fn: StepFn | None = None
+    last_backward: Callable[[], AbstractContextManager[object]] = nullcontext
+    shared: Shared | None = None
+    keys: tuple[Hashable, Hashable] = ((), ())  # what steps and evaluation depend on, of `shared`
 
     @contextmanager
     def prepared(
@@ -81,8 +89,7 @@ class Step:
         On fake tensors, under `fake` if it is given; on real ones inside what `real` makes.
         """
         fake = fake or HybridFakeMode()
-        on_cpu = self.target == "cpu"
-        trace = StorageTrace(cpu_scratch if on_cpu else operand_copies, runs_kernels=on_cpu)
+        trace = self._trace()
         with _alone():
             if real:
                 model = build_real(self.model_fn, self._warm)
@@ -92,6 +99,7 @@ class Step:
             try:
                 with (
                     target_rules(self.target),
+                    _resizes_told(trace),
                     real() if real else fake,
                     trace,
                     trace.naming(model),
@@ -100,13 +108,23 @@ class Step:
             finally:
                 fake.forget()
 
+    def _trace(self) -> StorageTrace:
+        if self.target == "cpu":
+            return StorageTrace(cpu_scratch, runs_kernels=True)
+        # Where it is needed: a training on the CPU imports nothing of it.
+        from expt.memory.planning.cuda_kernels import attention_results
+
+        return StorageTrace(operand_copies, result_of=attention_results)
+
     def _prepare(self, trace: StorageTrace, model: nn.Module, fake: HybridFakeMode) -> PreparedStep:
         """Enter what lives throughout: parameters, buffers, averages, data."""
         homes = _homes(model)
         parameters = list(model.parameters())
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         trace.enter(self.resident, "inputs")
-        tracked = [*trained, *running_statistics(model).values()] if self.averaged else []
+        ever = ever_trained(model) if self.averaged else ()
+        averaged = [weight for name, weight in model.named_parameters() if name in ever]
+        tracked = [*averaged, *running_statistics(model).values()] if self.averaged else []
         averages = {value: torch.empty_like(value) for value in tracked}
         for value, average in averages.items():
             trace.enter([average], "parameters", homes.get(id(value), ""))
@@ -204,8 +222,9 @@ class PreparedStep:
         elif all(_needs_closure(optimizer) for optimizer in self.optimizers):
             self._step(self._closure)
         else:
-            for _ in range(min(self.step.micro_batches, 2)):  # the second finds the first's
-                self._backward()
+            for left in reversed(range(min(self.step.micro_batches, 2))):
+                with nullcontext() if left else self.step.last_backward():
+                    self._backward()  # the second finds the first's gradients
             self._step(None)
         self._variables.clear()
         self.enter_held()
@@ -223,7 +242,9 @@ class PreparedStep:
                 batch = self.step.batch()
             finally:
                 self.fake.in_batch = False
-            self.trace.enter(_tensors(batch), "inputs")
+            tensors = _tensors(batch)
+            self.trace.enter(tensors, "inputs")
+        self.differences.note_sequences(tensors)
         return batch
 
     def _backward(self) -> Tensor:
@@ -291,17 +312,29 @@ def trace_step(
         torch.OutOfMemoryError: from the limit that `real` makes.
 
     """
+    shared = None if real else step.shared
     with step.prepared(real, fake) as prepared:
-        trace, model = prepared.trace, prepared.model
-        differences = _take_steps(step, prepared)
-        if step.evaluation_fn is not None:
-            model.eval()
-            with trace.phase("evaluation"), torch.no_grad():
-                step.evaluation_fn(at_precision(model, step.precision))
-    return trace, differences
+        trace, differences = prepared.trace, prepared.differences
+        if shared is None or not shared.has_steps(step.keys[0]):
+            _take_steps(step, prepared)
+        begin = len(trace.events)
+        if shared is None or not shared.has_evaluation(step.keys[1]):
+            _evaluate(step, prepared)
+        end = len(trace.events)
+    if shared is None:
+        return trace, differences
+    keep = not prepared.fake.questions  # answers may be others next time
+    return shared.joined(step.keys, trace, differences, begin, end, keep)
 
 
-def _take_steps(step: Step, prepared: PreparedStep) -> Differences:
+def _evaluate(step: Step, prepared: PreparedStep) -> None:
+    if step.evaluation_fn is not None:
+        prepared.model.eval()
+        with prepared.trace.phase("evaluation"), torch.no_grad():
+            step.evaluation_fn(at_precision(prepared.model, step.precision))
+
+
+def _take_steps(step: Step, prepared: PreparedStep) -> None:
     """Take two steps, and more for as long as they differ."""
     differences = prepared.differences
     if step.step_fn is not None and step.precision != "fp32":
@@ -328,7 +361,6 @@ def _take_steps(step: Step, prepared: PreparedStep) -> Differences:
             f"step_fn called no optimizer's step() in {differences.count} batches; it gets "
             "(model, optimizer, batch) and must take one"
         )
-    return differences
 
 
 def held_throughout(step: Step) -> dict[str, int]:
@@ -393,6 +425,15 @@ def at_precision(model: Callable[..., Any], precision: str) -> Callable[..., Any
         return outputs if precision == "fp32" else tree_map(_full_precision, outputs)
 
     return forward
+
+
+def _resizes_told(trace: StorageTrace) -> AbstractContextManager[object]:
+    """Tell a trace of storages that change their size, which only FSDP's do."""
+    if SHARDING not in sys.modules:
+        return nullcontext()
+    from expt.memory.measuring.sharded import watching_sharded
+
+    return watching_sharded(trace.resized)
 
 
 def _full_precision(value: Any) -> Any:

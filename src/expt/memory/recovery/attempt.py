@@ -19,6 +19,7 @@ import torch
 
 from expt.memory.diagnosis.oom import classify_oom
 from expt.memory.diagnosis.oom_figures import likely_cause, read_figures
+from expt.memory.recovery.peers import PeerShortageError
 
 
 class OomFigures(Protocol):
@@ -48,6 +49,8 @@ class Shortage:
 
 def shortage(error: BaseException) -> OomFigures | None:
     """Return the figures of an out-of-memory error of torch, Python or a library, else None."""
+    if isinstance(error, PeerShortageError):
+        return Shortage("unknown", None, None)  # whoever met it knows more
     if not isinstance(error, torch.OutOfMemoryError | MemoryError):
         # Libraries and the host's allocator raise what could be anything but for its words.
         return classify_oom(error) if isinstance(error, RuntimeError) else None
@@ -70,10 +73,16 @@ class Success(Generic[T]):
 
 @dataclass(frozen=True)
 class Failure:
-    """Memory ran out: the error's figures, and files that show what was held then."""
+    """Memory ran out: the error's figures, and files that show what was held then.
+
+    Where several processes train together: the `rank` of the one that it happened in, and the
+    `phase` that it was in.
+    """
 
     figures: OomFigures
     evidence: tuple[Path, ...] = ()
+    rank: int | None = None
+    phase: str | None = None
 
 
 def attempt(

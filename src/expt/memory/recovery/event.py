@@ -49,7 +49,8 @@ class OomEvent:
     `step` and `epoch` are those that were under way, counted from 0. `rung` is None where nothing
     was left to try; `replayed` says that the run went back to its last checkpoint. `exact` says
     that the step is the same in other words, to rounding; it is false where the batch was cut and
-    the model normalises over it, then over `samples_per_statistic` at a time.
+    the model normalises over it, then over `samples_per_statistic` at a time. `rank` is of the
+    process that it happened in, where several train together.
     """
 
     phase: str
@@ -67,6 +68,7 @@ class OomEvent:
     evidence: list[str] = field(default_factory=list)
     exact: bool = True
     samples_per_statistic: int | None = None
+    rank: int | None = None
 
     @classmethod
     def of(
@@ -103,6 +105,7 @@ class OomEvent:
             [str(path) for path in failure.evidence],
             samples_per_statistic is None,
             samples_per_statistic,
+            failure.rank,
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -129,4 +132,5 @@ class OomEvent:
                 f"; batch normalisation is now over {self.samples_per_statistic} samples, so the "
                 "result is not the same (memory.batch_norm=group or frozen keeps it)"
             )
-        return f"out of memory {where} at step {self.step}{asked}: {then}"
+        at = f"step {self.step}" if self.rank is None else f"step {self.step} on rank {self.rank}"
+        return f"out of memory {where} at {at}{asked}: {then}"

@@ -114,6 +114,17 @@ def offload_activations(techniques: Techniques, situation: Situation) -> Techniq
     return replace(techniques, saved_tensor_offload=True)
 
 
+def offload_weights(techniques: Techniques, situation: Situation) -> Techniques | str:
+    """Let frozen weights wait in host memory while their block does not run."""
+    if situation.device != "cuda":
+        return f"a run on {situation.device} has its weights in host memory already"
+    if techniques.weight_offload:
+        return "frozen weights are offloaded already"
+    if techniques.activation_checkpointing == "nested":
+        return "memory.activation_checkpointing=nested runs parts of blocks alone"
+    return replace(techniques, weight_offload=True)
+
+
 def chunk_evaluation(techniques: Techniques, situation: Situation) -> Techniques | str:
     """Evaluate a batch in twice as many slices."""
     return replace(techniques, forward_chunks=2 * techniques.forward_chunks)
@@ -125,6 +136,7 @@ LADDER = (
     Rung("activation_checkpointing", checkpoint_blocks),
     Rung("lighter_optimizer", lighten_optimizer),
     Rung("saved_tensor_offload", offload_activations),
+    Rung("weight_offload", offload_weights),
 )
 PLANNED_LADDER = (*LADDER, Rung("forward_chunks", chunk_evaluation))
 """Before a run: recovery makes evaluation smaller by itself, but a plan has to say so."""
@@ -279,6 +291,15 @@ class LadderState:
         self.techniques = techniques or self.techniques
         self._apply(self.techniques)  # what was refused or not worth it may have been tried on
         return Move(rung, techniques, (*skipped, *move.skipped))
+
+    def follow(self, move: Move) -> None:
+        """Make the move that `down` returned in another process."""
+        if move.techniques is None:
+            return
+        self.techniques = move.techniques
+        self._apply(self.techniques)
+        if move.rung == "one_by_one":
+            self._step_one_by_one()
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, as plain values."""

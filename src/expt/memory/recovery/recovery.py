@@ -10,6 +10,7 @@ random numbers, same effective batch. All of it happens after the `except` block
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ from expt.memory.recovery.attempt import (
 from expt.memory.recovery.event import PHASES, THRASHING, OomEvent
 from expt.memory.recovery.ladder import Apply, LadderState, Move, Predict
 from expt.memory.recovery.limits import ONCE, Attempts, Limits, Thrashing, retries
+from expt.memory.recovery.peers import Alone, Peers
 from expt.memory.recovery.undo import RandomState, StepUndo
 from expt.memory.techniques.batch_norm import batch_statistics
 from expt.memory.techniques.techniques import Techniques
@@ -86,7 +88,10 @@ class Recovery:
         """Optimizer step and epoch under way, for the record."""
         self.give_way: Callable[[], bool] = lambda: False
         """Gives back memory that only makes steps faster; returns whether there was any."""
-        self._over_the_batch = False
+        self.over_the_batch = False
+        """Whether layers normalise over the samples of a forward pass."""
+        self.peers: Peers = Alone()
+        """The processes that take every step together with this one."""
         self.classify = classify
         self._undo: StepUndo | None = None
         self._step_attempts, self._failed_step = Attempts(), -1
@@ -101,8 +106,12 @@ class Recovery:
     def attach(self, model: nn.Module, optimizer: Optimizer, scaler: Any = None) -> None:
         """Take charge of a model that has the techniques, its optimizer, and fp16's scaler."""
         self.ladder.attach(model, optimizer)
-        self._over_the_batch = bool(batch_statistics(model))
+        self.over_the_batch = bool(batch_statistics(model))
         self._undo = StepUndo(model, optimizer, self.device, scaler)
+
+    def set_parts(self, parts: int) -> None:
+        """Cut the batch of a step into another number of parts, from the next step on."""
+        self.ladder.techniques = replace(self.techniques, gradient_accumulation=parts)
 
     def step(self, work: Callable[[S], T], batch: S, samples: int, undo: bool = True) -> T:
         """Do one optimizer step, as often as it needs; return what `work` returns.
@@ -127,12 +136,15 @@ class Recovery:
         attempts = self._step_attempts
         while True:
             self.phase = "step"
+            self.peers.begin()
             outcome = attempt(partial(work, batch), self.classify, self.evidence)
+            outcome = self.peers.settle(outcome, self.phase)
             if isinstance(outcome, Success):
                 self._watch_thrashing(samples)
                 return outcome.value
             attempts.failures += 1
-            whole = undo and self._undo.undo(self.phase)
+            whole = self.peers.every(undo and self._undo.undo(self.phase))
+            self.phase = outcome.phase or self.phase
             release(self.device)
             self._failed_step = max(self._failed_step, self.position[0])
             self._go_down(outcome, attempts, samples, replayed=not whole)
@@ -271,9 +283,16 @@ class Recovery:
 
     def _go_down(self, failure: Failure, attempts: Attempts, samples: int, replayed: bool) -> None:
         """Go one rung down after a step failed, and enter it; raise RecoveryError if none is."""
-        reason = self.limits.forbid(attempts, self.events)
-        move = NOTHING if reason else self._down(samples, attempts)
-        cut = move.rung == "halve_micro_batch" and self._over_the_batch
+
+        def decide() -> tuple[str | None, Move]:
+            forbidden = self.limits.forbid(attempts, self.events)
+            return forbidden, NOTHING if forbidden else self._down(samples, attempts)
+
+        reason, move = self.peers.first(decide)
+        if move.techniques is not self.techniques:
+            self.ladder.follow(move)  # another process decided
+        attempts.releases += move.rung == "release"
+        cut = move.rung == "halve_micro_batch" and self.over_the_batch
         parts = self.techniques.gradient_accumulation
         self._record(failure, move, reason, replayed, -(-samples // parts) if cut else None)
 
@@ -281,9 +300,7 @@ class Recovery:
         """Give up what only makes steps faster, if there is any, or go one rung down."""
         if self.give_way():
             return Move("eager", self.techniques, ())
-        move = self.ladder.down(self.phase, samples, attempts.releases)
-        attempts.releases += move.rung == "release"
-        return move
+        return self.ladder.down(self.phase, samples, attempts.releases)
 
     def _record(
         self,
@@ -318,8 +335,8 @@ class Recovery:
 
     def _watch_thrashing(self, samples: int) -> None:
         """Go one rung down before memory runs out, if the allocator retries all the time."""
-        if self._thrashing is None or not self._thrashing.after_step():
-            return
+        if self._thrashing is None or not self.peers.alone or not self._thrashing.after_step():
+            return  # what one allocator sees is no reason for all processes to change
         if not self.limits.allow_thrashing(self.events):
             return
         self.phase = THRASHING

@@ -28,12 +28,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from expt.memory.techniques.optimizer_in_backward import stepping
-
-
-def bare_optimizer(optimizer: Optimizer) -> Optimizer:
-    """Return the optimizer itself, without the wrapper that Fabric puts around it."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return inner if isinstance(inner, Optimizer) else optimizer
+from expt.memory.techniques.wrapping import bare_optimizer
 
 
 class OneByOne:

@@ -6,7 +6,10 @@ running statistics are counted once.
 
 Modes: True, every block; n, every n-th block; ``"selective"``, every block, but the outputs of
 matrix products, convolutions and attention kernels are kept, so that what is computed again is
-cheap (element-wise work and normalisation).
+cheap (element-wise work and normalisation); ``"nested"``, every block, and inside it each of its
+parts that is made of modules, so that what one block needs while it is computed again is less, and
+its parts are computed a third time. It pays where a single block is most of the peak, like the
+first stage of a 3D ResNet with bottlenecks.
 """
 
 from __future__ import annotations
@@ -30,8 +33,8 @@ from expt.memory.techniques.block_randomness import Pair, next_pair
 from expt.memory.techniques.repeated_blocks import repeated_blocks
 from expt.memory.techniques.wrapping import layer_of, unwrap, wrap
 
-Checkpointing = bool | int | Literal["selective"]
-"""False: none; True: every block; n >= 2: every n-th block; "selective": see above."""
+Checkpointing = bool | int | Literal["selective", "nested"]
+"""False: none; True: every block; n >= 2: every n-th block; the others: see above."""
 
 NAME = "activation_checkpointing"
 KEPT = frozenset(
@@ -60,6 +63,9 @@ def checkpoint_activations(model: nn.Module, mode: Checkpointing = True) -> int:
     remove_checkpointing(model)
     chosen = chosen_blocks(model, mode)
     for block in chosen:
+        if mode == "nested":
+            for part in _parts(block):
+                wrap(part, NAME, Checkpointed(part, selective=False))
         wrap(block, NAME, Checkpointed(block, selective=mode == "selective"))
     return len(chosen)
 
@@ -80,10 +86,16 @@ def chosen_blocks(model: nn.Module, mode: Checkpointing) -> list[nn.Module]:
     if mode is False:
         return []
     blocks = repeated_blocks(model)
-    if mode is True or mode == "selective":
+    if mode is True or mode in ("selective", "nested"):
         return blocks
     assert isinstance(mode, int)
     return blocks[mode - 1 :: mode]
+
+
+def _parts(block: nn.Module) -> list[nn.Module]:
+    """Return a block's parts that hold modules, each of which can be called by itself."""
+    parts = [part for part in block.children() if any(True for _ in part.children())]
+    return [part for part in parts if not isinstance(part, nn.ModuleList | nn.ModuleDict)]
 
 
 class Checkpointed:

@@ -9,6 +9,7 @@ beyond rounding and the numbers that dropout draws, except where its own documen
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ class Techniques:
         attention_window: tokens to either side, for the kernel sliding_window.
         attention_top_k: keys per query, for the kernel top_k.
         saved_tensor_offload: keep what backward needs in host memory.
+        weight_offload: keep frozen weights in host memory while their block does not run.
         optimizer_in_backward: step each weight as its gradient is done; the optimizer's work,
             `expt.memory.techniques.optimizer_in_backward`, not `apply`'s.
         forward_chunks: slices of the batch that a forward pass takes one after the other.
@@ -49,6 +51,7 @@ class Techniques:
     optimizer_in_backward: bool = False
     forward_chunks: int = 1
     forward_chunks_in_training: bool = False
+    weight_offload: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,14 +74,14 @@ def apply(model: nn.Module, techniques: Techniques) -> Applied:
     """
     from expt.memory.techniques.attention_kernel import set_attention_kernel
     from expt.memory.techniques.checkpointing import checkpoint_activations
-    from expt.memory.techniques.chunking import chunk_forward, remove_chunking
-    from expt.memory.techniques.offload import offload_saved_tensors, remove_offload
-    from expt.memory.techniques.wrapping import bare
+    from expt.memory.techniques.wrapping import bare, unwrap
 
     found = problems(model, techniques)
     if found:
         raise ConfigError(found)
     model = bare(model)
+    # Inside of checkpointing, which runs a block's forward again.
+    offloaded = _offload(model, techniques.weight_offload)
     blocks = checkpoint_activations(model, techniques.activation_checkpointing)
     attentions = set_attention_kernel(
         model,
@@ -86,16 +89,21 @@ def apply(model: nn.Module, techniques: Techniques) -> Applied:
         techniques.attention_window,
         techniques.attention_top_k,
     )
-    remove_offload(model)
-    remove_chunking(model)
+    for name in ("saved_tensor_offload", "forward_chunks"):  # the layers have the settings' names
+        unwrap(model, name)
     if techniques.saved_tensor_offload:
+        from expt.memory.techniques.offload import offload_saved_tensors
+
         offload_saved_tensors(model)
     if techniques.forward_chunks > 1:
+        from expt.memory.techniques.chunking import chunk_forward
+
         # Outermost: each slice is a whole forward pass.
         chunk_forward(model, techniques.forward_chunks, techniques.forward_chunks_in_training)
     counts = {
         "activation_checkpointing": blocks,
         "attention_kernel": attentions,
+        "weight_offload": offloaded,
         "saved_tensor_offload": int(techniques.saved_tensor_offload),
         "forward_chunks": int(techniques.forward_chunks > 1),
     }
@@ -128,6 +136,17 @@ def problems(model: nn.Module, techniques: Techniques) -> list[str]:
             f"memory.attention_kernel={techniques.attention_kernel}: no module of {name} has a "
             "choice (an attribute attention_kernel); set it to null"
         )
+    if techniques.weight_offload and not _offloadable(model):
+        found.append(
+            f"memory.weight_offload=true: {name} has no repeated block with frozen weights "
+            "(trainer.trainable freezes all but some), so that none can wait in host memory; set "
+            "it to false"
+        )
+    if techniques.weight_offload and mode == "nested":
+        found.append(
+            "memory.weight_offload=true brings weights for a whole block, and "
+            "memory.activation_checkpointing=nested runs its parts alone; use true"
+        )
     if techniques.forward_chunks_in_training and (parts := batch_statistics(model)):
         found.append(
             f"memory.forward_chunks_in_training=true: {name} normalises over the batch "
@@ -135,6 +154,25 @@ def problems(model: nn.Module, techniques: Techniques) -> list[str]:
             "set it to false, or memory.batch_norm=group or frozen"
         )
     return found
+
+
+def _offload(model: nn.Module, wanted: bool) -> int:
+    """Offload the frozen weights of blocks, or bring them back; return how many blocks."""
+    name = "expt.memory.techniques.weight_offload"
+    if not wanted and name not in sys.modules:
+        return 0  # so nothing is offloaded
+    from expt.memory.techniques.weight_offload import keep_weights, offload_weights
+
+    if wanted:
+        return offload_weights(model)
+    keep_weights(model)
+    return 0
+
+
+def _offloadable(model: nn.Module) -> bool:
+    from expt.memory.techniques.weight_offload import offloadable
+
+    return bool(offloadable(model))
 
 
 def techniques_from(stored: Mapping[str, Any]) -> Techniques:

@@ -11,6 +11,7 @@ from types import MethodType
 from typing import Any, Protocol
 
 from torch import nn
+from torch.optim import Optimizer
 
 
 class Layer(Protocol):
@@ -75,6 +76,12 @@ def bare(model: nn.Module) -> nn.Module:
     from lightning_fabric.wrappers import is_wrapped
 
     return model.module if is_wrapped(model) else model  # type: ignore[return-value]
+
+
+def bare_optimizer(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer itself, without the wrapper that Fabric puts around it."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner if isinstance(inner, Optimizer) else optimizer
 
 
 def _is_own(forward: Callable[..., Any], module: nn.Module) -> bool:

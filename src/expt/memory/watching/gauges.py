@@ -5,29 +5,33 @@ A gauge is cheap (tens of microseconds) and never allocates on the device.
 
 from __future__ import annotations
 
-import logging
 import os
 import resource
 import sys
-from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from expt.memory.diagnosis.trend import Reading
 from expt.memory.measuring.device_memory import CGROUP, PROC, host_bytes
-from expt.units import format_bytes
 
 if TYPE_CHECKING:
     import torch
 
-log = logging.getLogger(__name__)
+    from expt.memory.measuring.budget_ledger import BudgetLedger
+
+
+BUDGET_NAME = "budget"
+"""Of the gauge of a run's budget, in its files and its lines."""
 
 
 class Gauge(Protocol):
     """Reads one device."""
 
     name: str
+    place: str
+    """Where its tensors are, in torch's words."""
     total_bytes: int
 
     def read(self, step: float) -> Reading:
@@ -49,7 +53,7 @@ class CudaGauge:
 
         self._device = device
         self._cuda = torch.cuda
-        self.name = str(device)
+        self.name = self.place = str(device)
         self.total_bytes = int(torch.cuda.mem_get_info(device)[1])
 
     def read(self, step: float) -> Reading:
@@ -75,7 +79,7 @@ class CudaGauge:
 class HostGauge:
     """The host's memory: this process's resident set against the machine's or container's limit."""
 
-    name = "host"
+    name, place = "host", "cpu"
 
     def __init__(self, proc: Path = PROC, cgroup: Path = CGROUP) -> None:
         self._page_bytes = resource.getpagesize()
@@ -103,6 +107,41 @@ class HostGauge:
             os.close(self._statm)  # type: ignore[arg-type]
 
 
+class BudgetGauge:
+    """What a run's budget limits: bytes that CUDA's allocator reserves, or a ledger's on the host.
+
+    Args:
+        limit_bytes: the budget.
+        device: whose tensors it limits.
+        ledger: what enforces it; None on CUDA, where the allocator does.
+
+    """
+
+    name = BUDGET_NAME
+
+    def __init__(
+        self, limit_bytes: int, device: torch.device, ledger: BudgetLedger | None = None
+    ) -> None:
+        self.place = str(device)
+        self.total_bytes = limit_bytes
+        self.ledger = ledger
+        self._card = CudaGauge(device) if ledger is None else None
+
+    def read(self, step: float) -> Reading:
+        """Return what counts towards the budget now."""
+        if self._card is not None:
+            card = self._card.read(step)
+            return replace(card, other_bytes=None, total_bytes=self.total_bytes)
+        assert self.ledger is not None
+        held, peak = self.ledger.allocated_bytes, self.ledger.peak_bytes
+        return Reading(step, held, peak_bytes=peak, total_bytes=self.total_bytes)
+
+    def used_fraction(self, reading: Reading) -> float:
+        """Return the part of the budget that is taken, 0 to 1."""
+        held = reading.reserved_bytes
+        return (reading.allocated_bytes if held is None else held) / self.total_bytes
+
+
 def gauge_for(device: torch.device | str | None = None) -> Gauge:
     """Return the gauge of a device; without one, CUDA's current device if there is any.
 
@@ -124,29 +163,3 @@ def gauge_for(device: torch.device | str | None = None) -> Gauge:
     if not torch.cuda.is_available():
         raise ValueError(f"device={device}: torch sees no CUDA device; give cpu or None")
     return CudaGauge(device)
-
-
-class Alarm:
-    """Warns when a device becomes fuller than a part of it; again only after it was emptier.
-
-    Args:
-        part: of the device's memory, 0 to 1.
-        callback: also called then, with the device's name and the part in use.
-
-    """
-
-    def __init__(self, part: float, callback: Callable[[str, float], object] | None = None) -> None:
-        self._part = part
-        self._callback = callback
-        self._ringing: set[str] = set()
-
-    def hear(self, gauge: Gauge, used: float) -> None:
-        """Take note of how full a device is."""
-        if used <= self._part:
-            self._ringing.discard(gauge.name)
-        elif gauge.name not in self._ringing:
-            self._ringing.add(gauge.name)
-            total = format_bytes(gauge.total_bytes)
-            log.warning("memory of %s: %.0f %% of %s in use", gauge.name, 100 * used, total)
-            if self._callback is not None:
-                self._callback(gauge.name, used)

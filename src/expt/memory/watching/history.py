@@ -9,6 +9,8 @@ from contextlib import suppress
 
 from expt.memory.diagnosis.trend import Reading
 
+READINGS_NAME = "memory.csv"
+"""In a run's directory."""
 COLUMNS = ("allocated_bytes", "reserved_bytes", "other_bytes", "peak_bytes", "total_bytes")
 
 
@@ -54,11 +56,14 @@ class History:
         }
 
 
-def to_csv(*parts: Mapping[str, Sequence[Reading]]) -> str:
-    """Return a table of devices' readings, of one part of a run after the other."""
+def to_csv(*parts: Mapping[str, Sequence[Reading]], clock: str = "step") -> str:
+    """Return a table of devices' readings, of one part of a run after the other.
+
+    `clock` names what `Reading.step` counts.
+    """
     buffer = io.StringIO()
     table = csv.writer(buffer, lineterminator="\n")
-    table.writerow(("step", "device", *COLUMNS))
+    table.writerow((clock, "device", *COLUMNS))
     for device, readings in (item for part in parts for item in part.items()):
         for reading in readings:
             # Ten digits: six would make one step of many in a long run.

@@ -19,21 +19,27 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import wraps
+from functools import cached_property, wraps
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from expt.errors import UserError
 from expt.files import write_text
-from expt.memory.diagnosis.advice import suggest
 from expt.memory.diagnosis.trend import Forecast, Reading, Trend, forecast, judge
+from expt.memory.watching.alarms import Alarm, AlarmRecord
 from expt.memory.watching.cleaning import Cleaner, Cleanup
-from expt.memory.watching.gauges import Alarm, Gauge, HostGauge, gauge_for
+from expt.memory.watching.gauges import BUDGET_NAME, BudgetGauge, Gauge, HostGauge, gauge_for
 from expt.memory.watching.history import History, from_csv, to_csv
+from expt.memory.watching.largest import Names
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from expt.memory.measuring.budget_ledger import BudgetLedger
+    from expt.memory.watching.outlook import LiveLine
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -49,8 +55,11 @@ class MemoryManager:
         cpu_threshold: the same of the host's (or container's) memory held by this process.
         interval: seconds between two cleanups for a threshold; doubles while they do not help.
         force_cleanup_every: steps between cleanups in any case; None is never.
-        alarm: part of a device's memory above which a warning is logged, once each time.
+        alarm: part of a device's memory, or of the budget (`limit`), above which a warning is
+            logged, once each time, with the largest live tensors.
         on_alarm: also called then, with the device's name and the part in use.
+        alarm_file: a JSON file that keeps the alarms.
+        warn: False keeps alarms in the file and tells `on_alarm`, without a warning.
         reading_seconds: shortest time between two readings.
         history: readings kept of each device, spread over the whole run.
         monitoring: False takes no readings; forced cleanups still happen.
@@ -71,6 +80,8 @@ class MemoryManager:
         force_cleanup_every: int | None = None,
         alarm: float = 0.90,
         on_alarm: Callable[[str, float], object] | None = None,
+        alarm_file: Path | None = None,
+        warn: bool = True,
         reading_seconds: float = 1.0,
         history: int = 512,
         monitoring: bool = True,
@@ -93,7 +104,9 @@ class MemoryManager:
         self._earlier: dict[str, list[Reading]] = {}
         self._cleaner = Cleaner(self._gauges, interval)
         self._force_every = force_cleanup_every
-        self._alarm = Alarm(alarm, on_alarm)
+        self._names = Names()
+        self._alarm = Alarm(alarm, on_alarm, self._names, alarm_file, warn)
+        self._history = history
         self._reading_seconds = reading_seconds if monitoring else float("inf")
         self._next_reading = 0.0 if monitoring else float("inf")
 
@@ -101,6 +114,17 @@ class MemoryManager:
     def cleanups(self) -> list[Cleanup]:
         """Every tidying up so far."""
         return self._cleaner.done
+
+    @cached_property
+    def _live_line(self) -> LiveLine:
+        from expt.memory.watching.outlook import LiveLine
+
+        return LiveLine()
+
+    @property
+    def alarms(self) -> list[AlarmRecord]:
+        """The last alarms, each with the tensors that were largest then."""
+        return self._alarm.rung
 
     @property
     def seconds(self) -> float:
@@ -119,20 +143,92 @@ class MemoryManager:
         if error is None and self._next_reading != float("inf"):
             self._read()
 
-    def step(self) -> None:
-        """Count a step; read, warn and tidy up if it is time to."""
+    def limit(
+        self, budget_bytes: int, device: torch.device, ledger: BudgetLedger | None = None
+    ) -> None:
+        """Also watch a budget, by the name ``budget``.
+
+        Args:
+            budget_bytes: the limit of what this process's tensors take.
+            device: where they are.
+            ledger: what enforces the budget where there is no caching allocator; it rings in the
+                operator that comes too near, when the tensors of the step are all there.
+
+        """
+        if self._next_reading == float("inf"):
+            return
+        gauge = BudgetGauge(budget_bytes, device, ledger)
+        self._gauges = [*(g for g in self._gauges if g.name != gauge.name), gauge]
+        self._thresholds[gauge.name] = 1.0  # tidying up is for devices
+        self.histories.setdefault(gauge.name, History(self._history))
+
+        self._alarm.parts.pop(gauge.name, None)
+        self._listen(gauge)
+
+    def expect(self, peak_bytes: int | None) -> None:
+        """Let the budget's alarm ring only above what is expected, if that is more of it.
+
+        Args:
+            peak_bytes: what the training may take of the budget when all goes as planned; as
+                much as the budget, or None, is no expectation.
+
+        """
+        for gauge in self._gauges:
+            if gauge.name == BUDGET_NAME:
+                used = (peak_bytes or 0) / gauge.total_bytes
+                self._alarm.parts[gauge.name] = max(self._alarm.part, used if used < 1 else 0.0)
+                self._listen(gauge)
+
+    def _listen(self, gauge: Gauge) -> None:
+        """Let a budget's ledger ring in the operator that comes too near."""
+        ledger = gauge.ledger if isinstance(gauge, BudgetGauge) else None
+        if ledger is None:
+            return
+
+        def tell() -> bool:
+            if self._alarm.is_ringing(gauge):
+                return True
+            if sys.exception() is not None:
+                return False
+            reading = gauge.read(self.steps)
+            return self._alarm.ring(
+                gauge, gauge.used_fraction(reading), reading, "while a tensor was made"
+            )
+
+        ledger.tell_above(int(self._alarm.above(gauge) * gauge.total_bytes), tell)
+
+    def knows(
+        self,
+        model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        data: object | None = None,
+    ) -> None:
+        """Let alarms say what a tensor is of, and keep none of these alive.
+
+        Args:
+            model: its weights, buffers and gradients are told by name.
+            optimizer: its state is told by the name of the weight.
+            data: any object; tensors that are its attributes are told by theirs.
+
+        """
+        self._names.know(model, optimizer, data)
+
+    def step(self) -> bool:
+        """Count a step; read, warn and tidy up if it is time to; return whether it was read."""
         self.steps += 1
         every = self._force_every
         if every is not None and self.steps % every == 0:
             self.cleanup(f"every {every} steps")
         pending = self._cleaner.pending
         if time.monotonic() < self._next_reading and pending is None:
-            return
+            return False
         if pending is not None and sys.exception() is None:
             self.cleanup(pending)
         if time.monotonic() >= self._next_reading:
             self._read()
             self._next_reading = time.monotonic() + self._reading_seconds
+            return True
+        return False
 
     def watch(self, function: Callable[P, R]) -> Callable[P, R]:
         """Decorate a training step: `step` is called after it, unless it raised."""
@@ -183,6 +279,19 @@ class MemoryManager:
             "devices": {name: found.statistics() for name, found in self.histories.items()},
         }
 
+    def now(self) -> dict[str, dict[str, float]]:
+        """Return the last reading of every device, by name, for JSON."""
+        return {
+            name: {key: value for key, value in vars(one.last).items() if value is not None}
+            for name, one in self.histories.items()
+            if one.last is not None
+        }
+
+    def line(self) -> str:
+        """Return what is in use of the budget or the first device, and when that will be full."""
+        gauge = next((g for g in self._gauges if isinstance(g, BudgetGauge)), self._gauges[0])
+        return self._live_line.words(self.histories[gauge.name], gauge.total_bytes)
+
     def suggestions(self) -> list[str]:
         """Return what to change, the most urgent first; empty when all is well."""
         fractions = {
@@ -191,6 +300,8 @@ class MemoryManager:
             if (last := self.histories[gauge.name].last) is not None
         }
         peak = self._first.statistics().get("peak_allocated_bytes")
+        from expt.memory.diagnosis.advice import suggest
+
         return suggest(
             self.leak(),
             self.risk(),
@@ -225,11 +336,23 @@ class MemoryManager:
             reading = gauge.read(self.steps)
             self.histories[gauge.name].add(reading)
             used = gauge.used_fraction(reading)
-            self._alarm.hear(gauge, used)
+            self._hear(gauge, used, reading)
             if used > self._thresholds[gauge.name]:
                 tight = f"{gauge.name} at {used:.0%}"
         self._seconds += time.monotonic() - began
         self._cleaner.when_tight(self.steps, tight)
+
+    def _hear(self, gauge: Gauge, used: float, reading: Reading) -> None:
+        """Ring if it is too full; a budget's alarm ends with a time in which no operator was above.
+
+        After a step its tensors are gone: what is held then does not say that use came down.
+        """
+        ledger = gauge.ledger if isinstance(gauge, BudgetGauge) else None
+        eased = ledger is None or not ledger.was_above()
+        was_ringing = self._alarm.is_ringing(gauge)
+        self._alarm.hear(gauge, used, reading, eased)
+        if was_ringing and not self._alarm.is_ringing(gauge):
+            self._listen(gauge)
 
 
 def _check_parts(**values: float) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
 
 BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
 """Told apart by everybody (Okabe and Ito, Color Universal Design, 2008)."""
@@ -159,12 +160,12 @@ def label_direct(
     at: tuple[float, float],
     offset: tuple[float, float] = (6, 5),
     **more: Any,
-) -> None:
+) -> Annotation:
     """Write a word beside a point, in points of distance, with a halo so that lines may cross."""
     from matplotlib.patheffects import withStroke
 
     halo = [withStroke(linewidth=2.5, foreground="white")]
-    axes.annotate(
+    return axes.annotate(
         text,
         at,
         textcoords="offset points",

@@ -25,6 +25,7 @@ from expt.reports.figures.style import (
 )
 from expt.reports.records import RunRecord, labels, metric_text
 from expt.result import Outcome
+from expt.units import format_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,6 +37,8 @@ WIDE = 12.0
 """Ratio of the largest to the smallest peak from which on the axis is logarithmic."""
 MOSTLY_RIGHT = 0.6
 """Part of the axis from which on a word is written to the left of its point."""
+HEIGHTS = (5, -13, 16, -24, 27)
+"""Points above its run at which a word is tried to be written."""
 ENDED_BADLY = {
     Outcome.out_of_memory: (RED, "x", "out of memory"),
     Outcome.predicted_over: (ORANGE, "+", "predicted over, not run"),
@@ -79,9 +82,9 @@ def plot_trade_off(
         return []
     others = [r for r in records if r.outcome in ENDED_BADLY and _peak(r) is not None]
     measured = [r.demand_bytes for r in known if r.demand_bytes is not None]
-    # What is far beyond all that can be had is drawn at the edge.
+    # What is far beyond all that can be had is said at the edge.
     edge = int(1.6 * max(*measured, budget_bytes or 0))
-    peaks = [*measured, *(min(_peak(r) or 0, edge) for r in others)]
+    peaks = [*measured, *(peak for r in others if (peak := _peak(r) or 0) <= edge)]
     unit, factor = byte_unit([*peaks, budget_bytes])
 
     def onto(figure: Figure) -> None:
@@ -107,22 +110,23 @@ def plot_trade_off(
         if budget_bytes is not None:
             _budget(axes, budget_bytes, unit, factor)
         best = best_run(known, metric, budget_bytes)
-        for record, name in zip(known, labels(known), strict=True):
-            if record is best:
-                best_name = name
-            elif len(known) <= MOST_LABELS:
-                _beside(axes, record, factor, name, 5, color=GREY)
-        if best is not None:
-            axes.scatter(
-                *_at(best, factor), marker="*", s=170, color=GREEN, edgecolor="white", zorder=5
-            )
-            text = f"best: {best_name}, {metric_text(metric, best.value)}"
-            _beside(axes, best, factor, text, -13, color=GREEN, fontweight="bold")
         reserved = any(r.peak_reserved_bytes is not None for r in known)
         axes.set_xlabel(f"peak memory, {'reserved' if reserved else 'allocated'} ({unit})")
         metric_axis(axes, metric)
         axes.grid(True)
         legend_above(axes)
+        figure.draw_without_rendering()  # words are placed where the limits are final
+        names = dict(zip(map(id, known), labels(known), strict=True))
+        written: list[Any] = []
+        if best is not None:
+            axes.scatter(
+                *_at(best, factor), marker="*", s=170, color=GREEN, edgecolor="white", zorder=5
+            )
+            text = f"best: {names[id(best)]}, {metric_text(metric, best.value)}"
+            _beside(axes, best, factor, text, written, color=GREEN, fontweight="bold")
+        for record in known if len(known) <= MOST_LABELS else ():
+            if record is not best:
+                _beside(axes, record, factor, names[id(record)], written, color=GREY)
 
     return draw(folder, "trade_off", 4.0, onto)
 
@@ -156,8 +160,18 @@ def _bounds(axes: Axes, known: Sequence[RunRecord], metric: Metric) -> None:
 def _worst_edge(
     axes: Axes, records: Sequence[RunRecord], edge_bytes: int, factor: int, height: float
 ) -> None:
+    lower = -0.05 if height > 0.5 else 0.05
     for outcome, (colour, marker, label) in ENDED_BADLY.items():
-        peaks = [min(_peak(r) or 0, edge_bytes) for r in records if r.outcome is outcome]
+        known = [_peak(r) or 0 for r in records if r.outcome is outcome]
+        beyond = [peak for peak in known if peak > edge_bytes]
+        if beyond:
+            largest = format_bytes(max(beyond))
+            axes.annotate(
+                f"{len(beyond)} {label}, up to {largest} →", (1, height), ha="right", va="center",
+                xycoords="axes fraction", fontsize=7.5, color=colour, zorder=4,
+            )  # fmt: skip
+            height += lower
+        peaks = [peak for peak in known if peak <= edge_bytes]
         if peaks:
             axes.scatter(
                 [peak / factor for peak in peaks],
@@ -179,13 +193,31 @@ def _budget(axes: Axes, budget_bytes: int, unit: str, factor: int) -> None:
     )  # fmt: skip
 
 
-def _beside(axes: Axes, record: RunRecord, factor: int, text: str, up: float, **look: Any) -> None:
-    """Write beside a run, on the side where there is more room."""
+def _beside(
+    axes: Axes, record: RunRecord, factor: int, text: str, written: list[Any], **look: Any
+) -> None:
+    """Write beside a run where no word is yet, on the side where there is more room.
+
+    Args:
+        axes: whose limits are final.
+        record: the run.
+        factor: bytes in a unit of the axis.
+        text: what to write; where there is no place for it, nothing is.
+        written: boxes of the words so far; this one's is added.
+        look: of the text.
+
+    """
     at = _at(record, factor)
     place, _ = axes.transAxes.inverted().transform(axes.transData.transform(at))
     right = place > MOSTLY_RIGHT
-    side = {"ha": "right"} if right else {"ha": "left"}
-    label_direct(axes, text, at, offset=(-7 if right else 7, up), **side, **look)
+    for up in HEIGHTS:
+        side = {"ha": "right"} if right else {"ha": "left"}
+        word = label_direct(axes, text, at, offset=(-7 if right else 7, up), **side, **look)
+        box = word.get_window_extent()
+        if not any(box.overlaps(other) for other in written):
+            written.append(box)
+            return
+        word.remove()
 
 
 def _at(record: RunRecord, factor: int) -> tuple[float, float]:

@@ -123,6 +123,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
         cwd=cwd,
         run_id=result.tracking.get("run_id"),
         detail=detail_of(result),
+        partial=result.partial,
     )
 
 

@@ -89,7 +89,7 @@ def as_record(run: StoredRun) -> RunRecord:
     result = as_result(run)
     kind = run.tags.get("trial.kind")
     outcome = result.outcome if run.status in STATUSES else Outcome.unfinished
-    metrics = {name: value for name, value in run.metrics.items() if math.isfinite(value)}
+    metrics = {name: value for name, value in metrics_of(run).items() if math.isfinite(value)}
     number = run.tags.get("trial.number", "")
     preset = run.tags.get("preset")
 
@@ -118,7 +118,23 @@ def as_record(run: StoredRun) -> RunRecord:
         run_id=run.run_id,
         trial=int(number) if number.isdigit() else None,
         detail=detail_of(result) if run.status in STATUSES else "",
+        partial={
+            s: run.tags[f"partial.{s}"] for s in ("val", "test") if f"partial.{s}" in run.tags
+        },
     )
+
+
+BEST = ("best/val/", "best_val/")
+"""How names of best validations begin, now and in runs of earlier versions."""
+
+
+def metrics_of(run: StoredRun) -> dict[str, float]:
+    """Return a run's figures, those of validation as ``result.json`` has them: the best."""
+    found = {name: v for name, v in run.metrics.items() if not name.startswith(BEST)}
+    for name, value in run.metrics.items():
+        if name.startswith(BEST):
+            found[f"val/{name.rpartition('/')[2]}"] = value
+    return {name: value for name, value in found.items() if not name.endswith("_gib")}
 
 
 def as_result(run: StoredRun) -> RunResult:
@@ -128,7 +144,7 @@ def as_result(run: StoredRun) -> RunResult:
     """
     result = RunResult(STATUSES.get(run.status, "failed"), run.tags.get("stop_reason", ""))
     result.unit = run.parameters.get("data.unit", result.unit)
-    result.metrics = dict(run.metrics)
+    result.metrics = {**metrics_of(run)}
     with suppress(KeyError, ValueError):
         result.metrics_meta = json.loads(run.tags["metrics"])
     result.monitor = run.tags.get("monitor", result.monitor)

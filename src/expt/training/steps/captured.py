@@ -23,9 +23,10 @@ from torch.optim import Optimizer
 from expt.errors import UserError, first_line
 from expt.memory.recovery.attempt import release, shortage
 from expt.memory.recovery.recovery import Recovery
-from expt.memory.recovery.undo import RandomState, bare_optimizer
+from expt.memory.recovery.undo import RandomState
 from expt.memory.techniques.block_randomness import BlockCounter, block_randomness
 from expt.memory.techniques.techniques import Techniques
+from expt.memory.techniques.wrapping import bare_optimizer
 from expt.training.batches import ResidentSamples, Samples
 from expt.training.steps.cuda_graph import why_not_captured
 from expt.training.steps.eager import StepFunction, Steps

@@ -22,9 +22,9 @@ from torch.optim import Optimizer
 
 from expt.errors import UserError
 from expt.memory.recovery.attempt import release
-from expt.memory.recovery.undo import bare_optimizer
 from expt.memory.techniques.block_randomness import BlockRandomness, block_randomness
 from expt.memory.techniques.techniques import Techniques
+from expt.memory.techniques.wrapping import bare_optimizer
 
 SYNCHRONISING = "synchronizing CUDA operation"
 """What torch's warning says in ``set_sync_debug_mode("warn")``."""
@@ -188,6 +188,8 @@ def why_not_captured(
         return "memory.optimizer_in_backward=true steps from hooks of the backward pass"
     if techniques.saved_tensor_offload:
         return "memory.saved_tensor_offload=true copies to host memory made in every step"
+    if techniques.weight_offload:
+        return "memory.weight_offload=true brings weights from host memory in every step"
     if type(bare) not in CAPTURABLE or not all(group.get("fused") for group in bare.param_groups):
         return (
             f"{name} reads its learning rate on the host; torch's Adam, AdamW and SGD with "

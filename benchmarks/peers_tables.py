@@ -1,0 +1,146 @@
+"""What `peers.py` writes: a table for each series, and the picture of errors over memory."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from common import RESULTS, markdown, source_line
+from peers_rows import MINUTES, PEERS
+
+MIB = 2**20
+COLUMNS = (
+    "model", "parameters", "batch", "predicted, CPU / CUDA", "measured", "CPU ms a step",
+    "15 / 30 / 60 min", "test MAE", "val MAE", "steps (epochs)", "CPU min",
+)  # fmt: skip
+HORIZONS = ("test/mae_15min", "test/mae_30min", "test/mae_60min")
+
+
+def tables(record: Mapping[str, Any]) -> str:
+    """Return the page's tables, of every series that has rows."""
+    parts = []
+    for data, costs in record["costs"].items():
+        if not costs:
+            continue
+        sensors = next(iter(costs.values()))["sensors"]
+        lines = [line(record, data, name) for name in PEERS if name in costs]
+        parts.append(f"`{data}`, {sensors} sensors:\n\n" + markdown(COLUMNS, lines))
+        waiting = [name for name in PEERS if name not in costs]
+        if waiting:
+            parts.append(f"Not measured yet: {', '.join(waiting)}.\n")
+    note = (
+        f"Every seed is trained for {MINUTES:g} minutes of CPU time (one thread) or until its own "
+        "settings end it, with the sizes, batches and rates of its paper, or of "
+        "`experiment=accuracy` for ours; the schedule of the rate is laid over the steps that "
+        "fit. Errors are masked MAE in mph over the whole set; a test figure is that of the best "
+        "weights by validation, once a seed is finished, and the mean over finished seeds. Peaks "
+        "are of a training step or an evaluation batch, the higher one, predicted beforehand and "
+        "measured on the CPU; the CUDA figure is predicted only.\n\n"
+    )
+    return "\n".join(parts) + "\n" + note + source_line(record, "peers")
+
+
+def line(record: Mapping[str, Any], data: str, name: str) -> tuple[str, ...]:
+    """Return a model's line."""
+    cost = record["costs"][data][name]
+    runs = [run for run in record["rows"][data].values() if run["model"] == name]
+    done = [run for run in runs if run["finished"]]
+    seeds = PEERS[name].seeds
+    return (
+        name,
+        count(cost["parameters"]),
+        str(cost["batch_size"]),
+        f"{cost['predicted_bytes'] / MIB:.1f} / {cost['predicted_cuda_bytes'] / MIB:.1f} MiB",
+        f"{cost['measured_bytes'] / MIB:.1f} MiB",
+        milliseconds(cost["step_seconds"]),
+        " / ".join(f"{mean(done, key):.2f}" for key in HORIZONS) if done else "-",
+        tested(done, len(seeds)),
+        validated(runs),
+        ", ".join(map(progress, runs)) or "-",
+        "/".join(f"{run['cpu_seconds'] / 60:.1f}" for run in runs) or "-",
+    )
+
+
+def tested(done: Sequence[Mapping[str, Any]], seeds: int) -> str:
+    """Return the test error of the seeds that are finished, and how many are not."""
+    if not done:
+        return "unfinished"
+    values = [run["metrics"]["test/mae"] for run in done]
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    left = f" ({len(done)} of {seeds} seeds)" if len(done) < seeds else ""
+    return f"{statistics.mean(values):.3f}{spread}{left}"
+
+
+def validated(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Return the best validation errors so far, of seeds that have validated."""
+    values = [run["metrics"]["val/mae"] for run in runs if run.get("metrics")]
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    so_far = "" if all(run["finished"] for run in runs) else " so far"
+    return f"{statistics.mean(known):.3f}{so_far}"
+
+
+def progress(run: Mapping[str, Any]) -> str:
+    """Return how far a seed is: its steps, of how many if it goes on, and its epochs."""
+    left = "" if run["finished"] else f" of {run['steps_planned']:,}"
+    return f"{run.get('steps', 0):,}{left} ({run.get('epochs', 0)})"
+
+
+def mean(runs: Sequence[Mapping[str, Any]], key: str) -> float:
+    return statistics.mean(run["metrics"][key] for run in runs)
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:,.0f}" if seconds >= 0.01 else f"{1000 * seconds:.1f}"
+
+
+def count(parameters: int) -> str:
+    return f"{parameters / 1e3:,.0f} K" if parameters >= 1000 else str(parameters)
+
+
+def plot(record: Mapping[str, Any], data: str = "metr_la_29") -> None:
+    """Draw test error over measured peak of what is finished; the others are ticks below."""
+    from matplotlib.figure import Figure
+
+    from expt.files import replace_atomically
+    from expt.reports.figures.style import BLUE, GREY, ORANGE, label_direct, look, plain_log
+
+    costs = record["costs"][data]
+    finished = [run for run in record["rows"][data].values() if run["finished"]]
+
+    def has_test(name: str) -> bool:
+        return any(run["model"] == name for run in finished)
+
+    with look():
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        axes = figure.subplots()
+        plain_log(axes, "x")
+        for name, cost in costs.items():
+            peak, colour = cost["measured_bytes"] / MIB, BLUE if PEERS[name].ours else ORANGE
+            if has_test(name):
+                error = mean([run for run in finished if run["model"] == name], "test/mae")
+                axes.plot(peak, error, "o", color=colour)
+                label_direct(axes, name, (peak, error), color=colour)
+            else:
+                across = axes.get_xaxis_transform()
+                axes.plot(peak, 0.02, "|", color=colour, transform=across, markersize=9)
+                axes.annotate(
+                    f"{name}, unfinished", (peak, 0.05), xycoords=across, rotation=60,
+                    fontsize=7, color=GREY, ha="left", va="bottom",
+                )  # fmt: skip
+        axes.margins(x=0.12, y=0.15)
+        if not all(map(has_test, costs)):  # room for their names, below the points
+            low, high = axes.get_ylim()
+            axes.set_ylim(low - 0.6 * (high - low), high)
+        axes.set(
+            xlabel="measured peak on the CPU (MiB)",
+            ylabel="test MAE (mph)",
+            title=f"{data}: error over memory, ours in blue, the field's in orange",
+        )
+        axes.grid(axis="y")
+        replace_atomically(
+            RESULTS / "peers.png",
+            lambda temporary: figure.savefig(temporary, format="png", dpi=120),
+        )

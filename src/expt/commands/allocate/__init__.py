@@ -1,0 +1,1 @@
+"""`task=allocate`: a memory budget divided, and what fits into it."""

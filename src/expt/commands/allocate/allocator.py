@@ -1,0 +1,179 @@
+"""The search for what fits: sizes, then how a step is computed, then what is given up.
+
+`task=allocate` asks it about one budget, and `task=cards` about one after the other; a plan is made
+once, whatever the budget. Nothing is made smaller while something fits. Among what fits, the least
+arithmetic per sample is first, and then the largest micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from expt.commands.allocate.measures import Measure, emergency
+from expt.commands.allocate.scales import Level, levels, scales
+from expt.commands.allocate.variants import Changes, Variants
+from expt.config.settings import Settings
+from expt.errors import ConfigError
+from expt.memory.planning.predict import Plan
+from expt.run.allocation import Choice, first_that_fits, least
+from expt.run.batch_size import Limit
+from expt.run.planner import arithmetic
+
+
+@dataclass(frozen=True)
+class Given:
+    """Something that was given up, or tried in vain, where nothing fits.
+
+    `planned` is with it and everything given up before; `refused` says why there is no plan.
+    """
+
+    measure: Measure
+    kept: bool = False
+    saved_bytes: int = 0
+    planned: Plan | None = None
+    refused: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        if self.planned is None:
+            return self.measure.as_dict() | {"refused": self.refused}
+        return self.measure.as_dict() | {
+            "peak_bytes": self.planned.peak_bytes,
+            "saved_bytes": self.saved_bytes,
+            "kept": self.kept,
+        }
+
+
+@dataclass(frozen=True)
+class Found:
+    """What fits a limit, or comes nearest, and what was given up for it."""
+
+    choice: Choice[Changes]
+    given_up: tuple[Given, ...] = ()
+
+
+class Allocator:
+    """Looks for what fits a limit.
+
+    Args:
+        variants: of the command line.
+        settings: as they are configured.
+
+    """
+
+    def __init__(self, variants: Variants, settings: Settings) -> None:
+        self.variants, self.settings = variants, settings
+        self.dimensions = scales(settings)
+
+    def find(self, limit: Limit) -> Found:
+        """Return what fits a limit, giving up what must be.
+
+        Raises:
+            ConfigError: the configuration itself cannot be planned.
+
+        """
+        choice = self.largest(limit)
+        return Found(choice) if choice.fits else self._give_up(choice, limit)
+
+    def plan(self, way: Changes, micro_batch: int) -> Plan:
+        """Return the plan of a way, with the nearest micro-batch that its batch is made of."""
+        variant = self.variants(way)
+        if micro_batch not in variant.parts:
+            micro_batch = max(
+                (n for n in variant.parts if n <= micro_batch), default=min(variant.parts)
+            )
+        return variant.plan(micro_batch)
+
+    def command(self, choice: Choice[Changes]) -> list[str]:
+        """Return the settings to add to the command line for a choice."""
+        parts = self.variants(choice.way).parts.get(choice.micro_batch)
+        more = [] if parts is None else [f"memory.gradient_accumulation={parts}"]
+        return [*choice.way, *more]
+
+    def largest(self, limit: Limit) -> Choice[Changes]:
+        """Return the first way of the largest sizes that fits, or the one that takes least.
+
+        Raises:
+            ConfigError: the configuration itself cannot be planned.
+
+        """
+        self.variants().plan()
+        every = levels(self.dimensions)
+        level = first_level(every, lambda level: self._fits(level, limit))
+        if level is not None:
+            ways = list(self._ways(level.changes))
+            found = first_that_fits(ways, list(self.variants(ways[0]).parts), self.plan, limit)
+            if found.fits:
+                return found
+        smallest = next(ways for level in reversed(every) if (ways := [*self._ways(level.changes)]))
+        return least(smallest, min(self.variants(smallest[0]).parts), self.plan, limit)
+
+    def _fits(self, level: Level, limit: Limit) -> bool:
+        """Tell whether any way fits at a level, sample by sample; most arithmetic needs least."""
+        return any(
+            limit.allows(self.plan(way, min(self.variants(way).parts)))
+            for way in self._ways(level.changes, most_first=True)
+        )
+
+    def _ways(self, level: Changes, most_first: bool = False) -> Iterator[Changes]:
+        """Yield the ways to compute a step at a level, by their arithmetic, the least first."""
+        memory = self.settings.memory
+        ways: list[Changes] = [()]
+        if arithmetic(memory.precision, self.variants.target) == "fp32":
+            ways.append(("memory.precision=bf16",))
+        if memory.activation_checkpointing is False:
+            ways += [(*way, "memory.activation_checkpointing=true") for way in ways]
+        for way in reversed(ways) if most_first else ways:
+            if self._possible((*level, *way)):
+                yield (*level, *way)
+
+    def _possible(self, way: Changes) -> bool:
+        try:
+            variant = self.variants(way)
+            variant.plan(min(variant.parts))
+        except ConfigError:
+            if not way:
+                raise
+            return False
+        return True
+
+    def _give_up(self, nearest: Choice[Changes], limit: Limit) -> Found:
+        """Give up one thing after the other until it fits."""
+        choice = nearest
+        steps: list[Given] = []
+        for measure in emergency(self.variants(choice.way)):
+            way = (*choice.way, *measure.changes)
+            try:
+                micro_batch = min(self.variants(way).parts)
+                planned = self.plan(way, micro_batch)
+            except Exception as error:  # not for this model; the reason is kept
+                refused = " ".join(str(error).split())[:300]
+                steps.append(Given(measure, refused=refused))
+                continue
+            saved = limit.taken(choice.planned) - limit.taken(planned)
+            steps.append(Given(measure, saved > 0, saved, planned))
+            if saved > 0:
+                choice = Choice(way, micro_batch, planned, limit.allows(planned))
+            if choice.fits:
+                break
+        return Found(choice, tuple(steps))
+
+
+def first_level(every: Sequence[Level], fits: Callable[[Level], bool]) -> Level | None:
+    """Return the first level that fits, if smaller sizes never take more.
+
+    Args:
+        every: the ones wanted most first.
+        fits: tells whether a level does; asked about few of them.
+
+    """
+    best, left = None, list(every)
+    while left:
+        level = left[len(left) // 2]
+        if fits(level):
+            best, left = level, left[: len(left) // 2]
+        else:
+            left = [other for other in left if not other.is_within(level)]
+    return best

@@ -1,0 +1,1 @@
+"""Clips of frames, read from video files: what the jobs on video and on deepfakes share."""

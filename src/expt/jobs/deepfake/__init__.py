@@ -1,0 +1,1 @@
+"""Telling tampered videos from genuine ones, frame by frame and over time."""

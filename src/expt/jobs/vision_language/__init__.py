@@ -1,0 +1,1 @@
+"""Vision-language models of transformers, trained on what is said about pictures."""
