@@ -26,7 +26,8 @@ from rival_loops import now
 
 from expt.memory.measuring.meter import LEDGER_STEPS
 from expt.run.guard import manager_for
-from expt.run.planner import plan_training, target_of
+from expt.run.planner import plan_training
+from expt.run.target import target_of
 from expt.tracking.mlflow import MlflowTracker
 from expt.training.display import BarDisplay
 

@@ -13,7 +13,7 @@ import torch
 from expt.commands import plan as module
 from expt.config.validate import validated
 from expt.memory.planning.plan import CATEGORIES
-from expt.run import planner
+from expt.run import planner, savings
 from expt.run.build import build
 from expt.tracking.tracker import NullTracker
 from expt.units import format_bytes
@@ -35,7 +35,7 @@ def written(home: Path) -> dict[str, Any]:
 @pytest.fixture
 def without_advice(monkeypatch) -> None:
     """Leave the changes out that would save most: each takes as long as the plan."""
-    monkeypatch.setattr(planner.Planner, "_changes", lambda self: [])
+    monkeypatch.setattr(savings, "_changes", lambda planner: [])
 
 
 @pytest.mark.parametrize(("part", "lines"), [(0.9, 1), (0.999, 0)])
@@ -46,8 +46,8 @@ def test_what_saves_next_to_nothing_is_not_told(composed, monkeypatch, part, lin
     then = replace(planned, peak_bytes=int(part * planned.peak_bytes))
     monkeypatch.setattr(planner, "plan_training", lambda *arguments, **more: then)
     change = ("a=b", planner.Techniques(forward_chunks=7), None)
-    monkeypatch.setattr(planner.Planner, "_changes", lambda self: [change])
-    assert len(planner.Planner(settings, data, planned.target, planned).savings()) == lines
+    monkeypatch.setattr(savings, "_changes", lambda planner: [change])
+    assert len(savings.savings(planner.Planner(settings, data, planned.target, planned))) == lines
 
 
 def test_a_batch_is_never_larger_than_the_training_part(composed, monkeypatch) -> None:

@@ -17,7 +17,9 @@ from expt.memory.techniques.techniques import apply
 from expt.run.build import build, build_model, build_optimizer, techniques_of
 from expt.run.feature_plans import FeaturePlans
 from expt.run.features import check, reduce
-from expt.run.planner import Planner, arithmetic, kept_on_device, plan_training
+from expt.run.planner import Planner, kept_on_device, plan_training
+from expt.run.savings import savings
+from expt.run.target import arithmetic
 from expt.training.batches import Examples
 from expt.training.device import make_fabric
 from expt.training.features.feature import computed
@@ -142,7 +144,7 @@ def test_a_plan_writes_and_reads_nothing(given, home) -> None:
     features.Pictures.reads = 0
     planner = Planner(settings, data, "cpu")
     planner.plan()
-    planner.savings()
+    savings(planner)
     assert features.Pictures.reads <= 2  # one for its shapes, one to evaluate on
     assert not (home / "outputs").exists()
 

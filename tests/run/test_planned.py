@@ -15,10 +15,11 @@ from expt.errors import ConfigError
 from expt.memory.planning.plan import Plan
 from expt.result import load_result
 from expt.run import overflow as module
-from expt.run import planner
+from expt.run import planner, savings
 from expt.run.build import build
 from expt.run.overflow import _inside
-from expt.run.planner import Saving, plan_training
+from expt.run.planner import plan_training
+from expt.run.savings import Saving
 from expt.units import MIB, format_bytes, parse_bytes
 
 MODEL = """
@@ -192,7 +193,7 @@ def test_a_card_without_a_budget_raises_by_itself(composed, recover, fallback, t
 def test_a_card_that_nothing_recovers_on_is_refused(composed, monkeypatch) -> None:
     settings = validated(composed("memory.recover=false"))
     planned = ON_A_CARD
-    monkeypatch.setattr(module.Planner, "_single_changes", lambda self: [])
+    monkeypatch.setattr(savings, "single_changes", lambda planner: [])
     monkeypatch.setattr(module, "_descend", lambda *arguments: None)
     least = format_bytes(planned.demand_bytes)
     with pytest.raises(ConfigError, match=f"the least they reach is {re.escape(least)}"):
@@ -212,7 +213,7 @@ def test_adapting_is_offered_where_it_would_do(composed, monkeypatch) -> None:
     limit = module.Limit(30 * MIB, "30MiB", "cpu")
     monkeypatch.setattr(module, "_descend", lambda *arguments: None)
     ways = [Saving("memory.precision=bf16", 25 * MIB, 25 * MIB)]
-    monkeypatch.setattr(module.Planner, "_single_changes", lambda self: iter(ways))
+    monkeypatch.setattr(savings, "single_changes", lambda planner: iter(ways))
     message = module.refusal(settings, None, planned, limit)
     assert (
         "What would fit: memory.precision=bf16 (25.0 MiB); or memory.on_overflow=train" in message
@@ -355,7 +356,7 @@ def test_what_would_fit_is_told_by_what_the_budget_counts(composed, monkeypatch)
     found = plan_training(settings, data, "cuda")
     large = replace(found, peak_bytes=12 * MIB, reserved_bytes=20 * MIB)
     ways = [Saving("too=much", 4 * MIB, 12 * MIB), Saving("enough=true", 5 * MIB, 9 * MIB)]
-    monkeypatch.setattr(module.Planner, "_single_changes", lambda self: iter(ways))
+    monkeypatch.setattr(savings, "single_changes", lambda planner: iter(ways))
     message = module.refusal(settings, data, large, module.Limit(10 * MIB, "10MiB", "cuda"))
     assert "bytes reserved by the allocator, which are 20.0 MiB" in message
     assert "What would fit: enough=true (9.0 MiB)" in message

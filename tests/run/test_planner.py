@@ -17,16 +17,10 @@ from expt.config.validate import validated
 from expt.errors import ConfigError
 from expt.memory.planning.predict import Plan
 from expt.memory.techniques.techniques import Techniques
-from expt.run import planner
+from expt.run import savings
 from expt.run.build import assemble, build, techniques_of
-from expt.run.planner import (
-    Planner,
-    arithmetic,
-    budget_bytes,
-    plan_training,
-    target_of,
-    target_remark,
-)
+from expt.run.planner import Planner, plan_training
+from expt.run.target import arithmetic, budget_bytes, target_of, target_remark
 from expt.training.device import make_fabric
 
 SMALL = ("+memory=minimal", "model=stid", "trainer.device=cpu")
@@ -143,8 +137,8 @@ def test_a_technique_that_does_not_apply_is_refused(given: Given) -> None:
 def test_the_best_savings_come_first_and_are_traced(given: Given) -> None:
     settings, data = given(*SMALL, "data.batch_size=256")
     planned = plan_training(settings, data, "cpu")
-    found = Planner(settings, data, planned.target, planned).savings()
-    assert 0 < len(found) <= planner.MAX_SAVINGS
+    found = savings.savings(Planner(settings, data, planned.target, planned))
+    assert 0 < len(found) <= savings.MAX_SAVINGS
     counts = [saving.peak_bytes for saving in found]
     assert counts == sorted(counts)
     assert counts[-1] < planned.peak_bytes
@@ -157,7 +151,7 @@ def test_advice_leaves_out_what_is_in_force_or_not_possible(given: Given) -> Non
         *SMALL, "data.batch_size=3", "memory.precision=bf16", "memory.forward_chunks=2"
     )
     assert techniques_of(settings.memory).forward_chunks == 2
-    changes = [s.change for s in Planner(settings, data, "cpu").savings()]
+    changes = [s.change for s in savings.savings(Planner(settings, data, "cpu"))]
     assert not [c for c in changes if "accumulation" in c or "precision" in c or "chunks" in c]
 
 
@@ -166,17 +160,17 @@ def test_a_fused_optimizer_is_advised_where_its_step_is_the_peak(given: Given) -
     settings, data = given(*own)
     foreach = Planner(settings, data, "cuda")
     assert foreach.plan().phase == "optimizer_step"
-    (found,) = [saving for saving in foreach.savings() if saving.change == planner.FUSED]
+    (found,) = [saving for saving in savings.savings(foreach) if saving.change == savings.FUSED]
     fused = peaks(given, *own[2:], "optimizer=adamw", target="cuda")
     assert found.peak_bytes == fused.peak_bytes < foreach.plan().peak_bytes
-    assert foreach.first_that_fits(found.demand_bytes).change == planner.FUSED
+    assert savings.first_that_fits(foreach, found.demand_bytes).change == savings.FUSED
     for others in (("optimizer=adamw",), ("data.batch_size=256",)):
         changed = [
             *own[:2],
             *(one for one in own[2:] if one.split("=")[0] != others[0].split("=")[0]),
         ]
-        changes = [s.change for s in Planner(*given(*changed, *others), "cuda").savings()]
-        assert planner.FUSED not in changes
+        changes = [s.change for s in savings.savings(Planner(*given(*changed, *others), "cuda"))]
+        assert savings.FUSED not in changes
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from expt.result import load_result
 
 TOLERANCE = 1e-5
 OF_WEIGHTS = 1e-4
-"""Of the largest weight: an Adam step divides by a gradient's own size, and so enlarges rounding."""
+"""Of the largest weight: an Adam step divides by a gradient's own size and enlarges rounding."""
 PROGRAM = """
 import os
 import signal

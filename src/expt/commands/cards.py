@@ -24,7 +24,7 @@ from expt.config.validate import validated
 from expt.files import write_json, write_text
 from expt.memory.planning.plan import CUDA_FAILURES
 from expt.run.batch_size import MARGINS, Limit
-from expt.run.planner import arithmetic
+from expt.run.target import arithmetic
 from expt.tables import markdown_table, print_table
 from expt.tracking.tracker import open_tracker
 from expt.units import GIB, format_bytes

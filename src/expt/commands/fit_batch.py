@@ -34,7 +34,7 @@ from expt.memory.recovery.recovery import Recovery
 from expt.run.batch_size import Fit, Limit, fit, with_batch_size
 from expt.run.build import assemble, build, techniques_of
 from expt.run.overflow import too_small_for_weights
-from expt.run.planner import arithmetic, budget_bytes, target_of, target_remark
+from expt.run.target import arithmetic, budget_bytes, target_of, target_remark
 from expt.tables import print_table
 from expt.tracking.tracker import NullTracker, open_tracker
 from expt.training.batches import place

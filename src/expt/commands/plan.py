@@ -23,16 +23,10 @@ from expt.memory.planning.predict import Plan
 from expt.result import PLAN_NAME
 from expt.run.build import build
 from expt.run.gotchas import gotchas
-from expt.run.planner import (
-    Planner,
-    Saving,
-    budget_bytes,
-    card_bytes,
-    spelled_out,
-    target_of,
-    target_remark,
-)
+from expt.run.planner import Planner, spelled_out
+from expt.run.savings import Saving, savings
 from expt.run.stages import stage_lines
+from expt.run.target import budget_bytes, card_bytes, target_of, target_remark
 from expt.tables import markdown_table, print_table
 from expt.tracking.tracker import open_tracker
 from expt.units import format_bytes
@@ -142,7 +136,7 @@ def run(cfg: DictConfig, context: RunContext) -> PlanResult:
     planner = Planner(settings, data, target)
     planned = planner.plan()
     card = card_bytes(settings.memory.card, target)
-    record = as_record(settings, planned, budget, planner.savings(), card)
+    record = as_record(settings, planned, budget, savings(planner), card)
     told = gotchas(planner)
     record["gotchas"] = [gotcha.as_dict() for gotcha in told]
     print_table(plan_table(record))

@@ -296,10 +296,12 @@ def _nothing_fits(settings: Settings, data: DataSet, smallest: Plan, limit: Limi
                 f", or memory.forward_chunks={found[0]} ({format_bytes(limit.taken(found[1]))})"
             )
         return message
+    from expt.run.savings import savings
+
     alone = replace(settings, memory=replace(settings.memory, gradient_accumulation=1))
     one = copy.copy(data)
     one.batch_size = 1
-    helping = Planner(alone, one, smallest.target, smallest).savings()
+    helping = savings(Planner(alone, one, smallest.target, smallest))
     ways = [f"{way.change} ({format_bytes(way.demand_bytes)})" for way in helping]
     ways.append(smaller_sizes(settings.memory))
     return f"{message}. What would help: {', '.join(ways)}"

@@ -20,7 +20,7 @@ from expt.config.schema import Strategy
 from expt.job import Batch, Split
 from expt.memory.planning.plan import Plan
 from expt.memory.techniques.repeated_blocks import repeated_blocks
-from expt.run.planner import FUSED, Planner
+from expt.run.planner import Planner
 from expt.units import MIB, format_bytes
 
 log = logging.getLogger(__name__)
@@ -173,7 +173,11 @@ def whole_model_everywhere(planner: Planner, planned: Plan) -> Gotcha | None:
 
 def foreach_step(planner: Planner, planned: Plan) -> Gotcha | None:
     """Find an optimizer whose copies of all weights are the peak."""
-    for saving in planner.fused_optimizer():
+    if planned.phase != "optimizer_step":
+        return None
+    from expt.run.savings import FUSED, fused_optimizer
+
+    for saving in fused_optimizer(planner):
         saved = planned.peak_bytes - saving.peak_bytes
         return _of(
             planned, "foreach_step", saved, FUSED,

@@ -20,8 +20,8 @@ from expt.memory.techniques.techniques import apply
 from expt.memory.watching.alarms import ALARMS_NAME
 from expt.memory.watching.manager import MemoryManager
 from expt.run.build import smaller_sizes, techniques_of
-from expt.run.planner import arithmetic
 from expt.run.record import Recorder
+from expt.run.target import arithmetic
 
 ELSEWHERE = "What would help: another device"
 

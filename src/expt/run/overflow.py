@@ -23,13 +23,10 @@ from expt.memory.recovery.ladder import PLANNED_LADDER, adapt, changes
 from expt.memory.techniques.techniques import Techniques
 from expt.run.build import build, smaller_sizes, techniques_of
 from expt.run.gotchas import gotchas
-from expt.run.planner import FUSED, Planner, plan_training, spelled_out
+from expt.run.planner import Planner, plan_training, spelled_out
 from expt.units import format_bytes
 
 log = logging.getLogger(__name__)
-
-NO_TECHNIQUES = ("memory.precision=", FUSED)
-"""Changes that are not on the ladder: other arithmetic, another optimizer."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +148,9 @@ def peak_words(planned: Plan) -> str:
 
 def _suggestions(planner: Planner, limit_bytes: int) -> _Suggestions:
     """Return what would make a run fit: one change, or else what the ladder comes to."""
-    change = planner.first_that_fits(limit_bytes)
+    from expt.run.savings import NO_TECHNIQUES, first_that_fits
+
+    change = first_that_fits(planner, limit_bytes)
     words = None if change is None else f"{change.change} ({format_bytes(change.demand_bytes)})"
     if change is not None and not change.change.startswith(NO_TECHNIQUES):
         return _Suggestions(words, True, change.demand_bytes)

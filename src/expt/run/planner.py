@@ -1,36 +1,31 @@
 """The plan of a configured training: what `task=plan` prints and every training checks first.
 
-Joins settings, data and model to `expt.memory.plan`, which knows none of them. A change to the
-memory settings is predicted like the settings themselves, so that advice is never a rule of
-thumb.
+Joins settings, data and model to `expt.memory.plan`, which knows none of them.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from expt.config.schema import Device, MemoryConfig, Precision, TrainerConfig
+from expt.config.schema import Precision, TrainerConfig
 from expt.config.settings import Settings
 from expt.errors import ConfigError, ExptError, ModelError
 from expt.job import Batch, DataSet, is_resident
-from expt.memory.measuring.budget import Budget
-from expt.memory.measuring.device_memory import total_bytes
 from expt.memory.planning.predict import Plan, Target, plan
 from expt.memory.techniques.freezing import train_only
 from expt.memory.techniques.techniques import Techniques, apply
 from expt.run.build import build, build_model, build_optimizer, rank_problems, techniques_of
+from expt.run.target import allocator_limit, arithmetic
 from expt.training.batches import Examples, kept_on_device
-from expt.units import CONTEXT_BYTES, format_bytes, parse_bytes
+from expt.units import format_bytes
 
 if TYPE_CHECKING:
     from expt.memory.planning.blocks import Blocks
@@ -39,21 +34,6 @@ if TYPE_CHECKING:
     from expt.run.feature_plans import FeaturePlans
 
 log = logging.getLogger(__name__)
-
-FUSED = "optimizer.fused=true"
-"""A change that is no technique: the step of all weights in one kernel, without copies of them."""
-MAX_SAVINGS = 3
-MIN_SAVING = 0.01
-"""Part of the peak that a change must save to be worth a line."""
-
-
-@dataclass(frozen=True)
-class Saving:
-    """A change to the command line, the peak it is predicted to have, and `Plan.demand_bytes`."""
-
-    change: str
-    peak_bytes: int
-    demand_bytes: int
 
 
 def plan_training(
@@ -268,67 +248,6 @@ def _keys(
         optimizer_in_backward=False,
     )
     return (precision, steps, stage), (precision, evaluation)
-
-
-def arithmetic(precision: Precision, target: Target) -> Literal["fp32", "bf16", "fp16"]:
-    """Return the arithmetic that a precision means on a device."""
-    if precision is Precision.auto:
-        return "bf16" if target == "cuda" else "fp32"
-    return cast(Literal["fp32", "bf16", "fp16"], precision.value)
-
-
-def target_of(trainer: TrainerConfig, asked: str | None) -> Target:
-    """Return the device to plan for: the one asked for, the run's, or else CUDA."""
-    if asked is not None:
-        return cast(Target, asked)
-    return "cpu" if trainer.device in (Device.cpu, Device.mps) else "cuda"
-
-
-def target_remark(trainer: TrainerConfig, asked: str | None) -> str | None:
-    """Return that a plan is for a card that nobody named and that is not here, if so."""
-    if asked is None and trainer.device is Device.auto and not torch.cuda.is_available():
-        return "planned for cuda, which is not here; memory.target=cpu plans for this machine"
-    return None
-
-
-def budget_bytes(value: object, target: Target) -> int | None:
-    """Return the bytes of a budget on a device that need not be here.
-
-    Raises:
-        ConfigError: a share or `auto` of a card that is not here.
-
-    """
-    if value is None:
-        return None
-    if target == "cpu" or torch.cuda.is_available():
-        return Budget.parse(value, torch.device(target)).bytes
-    try:
-        return parse_bytes(value)
-    except ValueError as error:
-        raise ConfigError(
-            f"memory.budget={value} depends on the card, and there is none here; give an amount, "
-            "like memory.budget=24GiB, or memory.target=cpu"
-        ) from error
-
-
-def card_bytes(card: object, target: Target) -> int | None:
-    """Return what CUDA's allocator has on a card: the one named, or here; None: not known."""
-    if target != "cuda":
-        return None
-    if card is not None:
-        return parse_bytes(card) - CONTEXT_BYTES
-    return total_bytes(torch.device("cuda")) - CONTEXT_BYTES if torch.cuda.is_available() else None
-
-
-def allocator_limit(memory: MemoryConfig, target: Target) -> int | None:
-    """Return what the allocator gives free segments back for: the budget, or the card."""
-    limits = [card_bytes(memory.card, target)]
-    if target == "cuda" and memory.budget is not None:
-        try:
-            limits.append(budget_bytes(memory.budget, target))
-        except ConfigError:
-            log.info("the budget's bytes are not known", exc_info=True)
-    return min((limit for limit in limits if limit is not None), default=None)
 
 
 class Planner:
@@ -554,68 +473,6 @@ class Planner:
         own = [found for (*_, stage), found in self._plans.items() if stage == self.stage]
         plans = [found for found in own if isinstance(found, Plan)]
         return min((p.demand_bytes for p in plans if p.interval_bytes[1] is not None), default=None)
-
-    def savings(self) -> list[Saving]:
-        """Return the single changes that would save most."""
-        planned = self.plan()
-        worth = (1 - MIN_SAVING) * planned.peak_bytes
-        found = [saving for saving in self._single_changes() if saving.peak_bytes < worth]
-        return sorted(found, key=lambda saving: saving.peak_bytes)[:MAX_SAVINGS]
-
-    def first_that_fits(self, limit_bytes: int) -> Saving | None:
-        """Return the cheapest single change that fits; dearer ones are not even planned."""
-        return next((s for s in self._single_changes() if s.demand_bytes <= limit_bytes), None)
-
-    def _single_changes(self) -> Iterator[Saving]:
-        yield from self.fused_optimizer()
-        for change, techniques, precision in self._changes():
-            try:
-                then = self.plan(techniques, precision)
-            except Exception:  # the model may have nothing to apply it to, or not work with it
-                log.info("no prediction for %s", change, exc_info=True)
-                continue
-            yield Saving(change, then.peak_bytes, then.demand_bytes)
-
-    def fused_optimizer(self) -> Iterator[Saving]:
-        """Yield a fused optimizer, where copies that an unfused step makes are the peak."""
-        own = self.settings.arguments["optimizer"]
-        known = inspect.signature(self.settings.target("optimizer")).parameters
-        if self.target != "cuda" or own.get("fused") or "fused" not in known:
-            return
-        if self.plan().phase != "optimizer_step":
-            return
-        optimizer = {**own, "fused": True, **({"foreach": None} if "foreach" in own else {})}
-        other = self.like(optimizer=optimizer)
-        try:
-            then = other.plan()
-        except Exception:
-            log.info("no prediction for %s", FUSED, exc_info=True)
-            return
-        yield Saving(FUSED, then.peak_bytes, then.demand_bytes)
-
-    def _changes(self) -> Iterator[tuple[str, Techniques | None, Precision | None]]:
-        """Yield single changes, the one that costs least time first."""
-        now, memory = self.now, self.settings.memory
-        if now.attention_kernel == "math":
-            yield "memory.attention_kernel=fused", replace(now, attention_kernel="fused"), None
-        parts = 4 * now.gradient_accumulation
-        if (
-            parts * self.settings.trainer.devices <= self.data.batch_size
-            and not now.optimizer_in_backward
-        ):
-            change = f"memory.gradient_accumulation={parts}"
-            yield change, replace(now, gradient_accumulation=parts), None
-        if now.activation_checkpointing is not True:
-            change = "memory.activation_checkpointing=true"
-            yield change, replace(now, activation_checkpointing=True), None
-        if now.forward_chunks == 1 and not self.settings.trainer.sharded:
-            change = "memory.forward_chunks=4"
-            yield change, replace(now, forward_chunks=4), None
-        if not (now.weight_offload or self.settings.trainer.sharded) and self.target == "cuda":
-            # Refused at once where no block has frozen weights.
-            yield "memory.weight_offload=true", replace(now, weight_offload=True), None
-        if arithmetic(memory.precision, self.target) == "fp32":
-            yield "memory.precision=bf16", None, Precision.bf16  # other results, so the last
 
 
 def spelled_out(record: Mapping[str, Any]) -> str:

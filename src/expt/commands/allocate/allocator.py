@@ -19,7 +19,7 @@ from expt.errors import ConfigError
 from expt.memory.planning.predict import Plan
 from expt.run.allocation import Choice, first_that_fits, least
 from expt.run.batch_size import Limit
-from expt.run.planner import arithmetic
+from expt.run.target import arithmetic
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from expt.errors import ConfigError
 from expt.files import write_json, write_text
 from expt.memory.planning.predict import Plan, Target
 from expt.run.batch_size import Limit
-from expt.run.planner import arithmetic, budget_bytes, card_bytes, target_of, target_remark
+from expt.run.target import arithmetic, budget_bytes, card_bytes, target_of, target_remark
 from expt.tracking.tracker import open_tracker
 from expt.units import format_bytes
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from expt.commands.allocate.variants import Changes, Variant
-from expt.run.planner import arithmetic
+from expt.run.target import arithmetic
 
 
 @dataclass(frozen=True)
