@@ -7,7 +7,6 @@ and ends with the winner: tested once, drawn, and told as a command line.
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -20,12 +19,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from optuna.samplers import GridSampler
 from optuna.study import Study
 
+from expt.commands.report import write_page
 from expt.config.command_line import Job, run_command
 from expt.config.compose import key
 from expt.config.schema import TrackingConfig
 from expt.config.search_node import Pruner, SearchConfig
 from expt.errors import ConfigError, ExptError
-from expt.job import Metric
 from expt.reports.figures.progress import plot_progress
 from expt.reports.figures.trade_off import plot_trade_off
 from expt.reports.records import RunSet, ranked_by
@@ -37,25 +36,23 @@ from expt.search.candidates import (
     check_presets,
     checker,
     learn_metric,
-    preset_values,
 )
 from expt.search.exhaustion import smallest_seen
 from expt.search.launcher import PRUNED_LATE, UNLIMITED, LauncherRunner
 from expt.search.loop import Search
 from expt.search.metric import metric_of, objectives_of
+from expt.search.opening import open_search
+from expt.search.parallel import side_by_side
 from expt.search.records import Records
-from expt.search.request import Request, fixed_settings, given_points, request_of
-from expt.search.reservation import Reservations
+from expt.search.request import Request, request_of
 from expt.search.runner import ProcessRunner, Runner
-from expt.search.samplers import make_pruner, make_sampler, seed_of
+from expt.search.samplers import make_sampler
 from expt.search.space import Space
 from expt.search.study import (
     absolute_storage,
     answering,
-    claim,
     default_storage,
     open_storage,
-    open_study,
 )
 from expt.search.winner import SweepSummary, best_trial, run_test
 from expt.units import format_bytes
@@ -96,6 +93,16 @@ def search(
     text = node.storage or default_storage(tracking.uri)
     storage = open_storage(text)
     facts = _facts(request)
+    launcher = _launcher_name(config)
+    on_cpu = request.cfg.trainer.device.value in ("cpu", "mps")
+    devices = [] if on_cpu or launcher is not None else visible_devices()
+    beside = side_by_side(
+        node.n_jobs, devices, request.cfg.trainer.device.value != "mps",
+        facts["budget_bytes"], launcher,
+    )  # fmt: skip
+    node.n_jobs = beside.n_jobs
+    if beside.note is not None:
+        print(beside.note)
     jobs = TrialJobs(
         request.given,
         request.own,
@@ -103,16 +110,17 @@ def search(
         facts["budget_bytes"],
         bool(request.cfg.memory.plan),
         node.plan_time_limit_seconds,
+        Worker(beside.threads),  # what a kernel takes inside depends on the number of threads
     )
     metric = learn_metric(request, space, jobs.worker)
     node.objectives = objectives_of(node.objectives, metric)
-    reservations = _open(request, space, storage, made, jobs, metric)
+    reservations = open_search(request, space, storage, made, jobs, metric)
     if isinstance(made, GridSampler) and space.size is not None:
         node.n_trials = reservations.n_trials = min(node.n_trials, space.size)
     study = reservations.study
     metric = metric_of(study)
     records = Records(tracking, request.folder, node.study, metric)
-    runner = _runner(request, config, hydra_context, task_function)
+    runner = _runner(request, config, hydra_context, task_function, devices, beside.threads)
     seeds = range(request.cfg.trainer.seed, request.cfg.trainer.seed + node.repeats)
     shown = without_password(absolute_storage(text))
     loop = Search(
@@ -147,10 +155,10 @@ def search(
         jobs.worker.close()
         summary = SweepSummary.load(request.folder) or SweepSummary(node.study, node.n_trials)
         try:
-            with answering(node.study), reservations.locked():
-                _draw(study, jobs.budget_bytes, request.folder)
             with answering(node.study):
                 summary = loop.summary()
+            with answering(node.study), reservations.locked():
+                _draw(study, jobs.budget_bytes, request.folder, status == "FINISHED")
         finally:  # also without the storage: the parent's run is not left open
             _conclude(summary, request, space, seen)
             records.close(status, summary)
@@ -160,8 +168,18 @@ def search(
     return summary
 
 
-def _draw(study: Study, budget_bytes: int | None, folder: Path) -> None:
-    """Draw the search over time, and its metric against peak memory, as a report has them."""
+def _draw(study: Study, budget_bytes: int | None, folder: Path, whole_page: bool = False) -> None:
+    """Draw the search over time, and its metric against peak memory, as a report has them.
+
+    With `whole_page`, which takes seconds, the report itself.
+    """
+    if whole_page:
+        command = shlex.join(["python", "-m", "expt", "task=report", f"report.runs={folder}"])
+        try:
+            print(f"page: {write_page(folder, command)}")
+            return
+        except Exception as error:  # the search is over and well; its page is not worth a fault
+            print(f"note: there is no page of this search ({type(error).__name__}: {error})")
     try:
         runs = joined(RunSet((), study.study_name), study, budget_bytes, folder)
     except StudyError:
@@ -191,79 +209,25 @@ def _facts(request: Request) -> dict[str, Any]:
     return cast(dict[str, Any], found)
 
 
-def _open(
-    request: Request, space: Space, storage: Any, sampler: Any, jobs: TrialJobs, metric: Metric
-) -> Reservations:
-    """Open the study, and put first what is to be tried first."""
-    node = request.config
-    request.folder.mkdir(parents=True, exist_ok=True)
-    budget = request.cfg.memory.budget
-    pruner = make_pruner(node.pruner, request.cfg.trainer.epochs)
-    enqueued = given_points(node, space)
-    reservations = Reservations(None, space, node.n_trials, request.folder, node.seed)  # type: ignore[arg-type]
-    with reservations.locked():
-        study = open_study(
-            node.study,
-            storage,
-            sampler,
-            pruner,
-            node.objectives,
-            metric,
-            {"space": space.as_json(), "memory.budget": None if budget is None else str(budget),
-             "repeats": node.repeats, "setting": fixed_settings(request.cfg, space)},
-        )  # fmt: skip
-        claim(study, request.folder)
-        worker = int(study.user_attrs.get(WORKERS, 0))
-        study.set_user_attr(WORKERS, worker + 1)
-        seed = seed_of(sampler, node.seed, worker)
-        study.sampler = make_sampler(request.sampler, space, seed, len(node.objectives))
-        reservations.study, reservations.seed = study, seed
-        # `auto` and shares are what they were when the study was begun.
-        known = study.user_attrs.get("expt.budget_bytes")
-        if known is None and jobs.budget_bytes is not None:
-            study.set_user_attr("expt.budget_bytes", jobs.budget_bytes)
-        elif known is not None:
-            jobs.budget_bytes = known
-        if not study.user_attrs.get(ENQUEUED) and not isinstance(sampler, GridSampler):
-            for point in [*_preset_points(request, space, jobs), *enqueued]:
-                study.enqueue_trial(point, skip_if_exists=True)
-            study.set_user_attr(ENQUEUED, True)
-    return reservations
-
-
-def _preset_points(request: Request, space: Space, jobs: TrialJobs) -> list[dict[str, Any]]:
-    """Return the points of presets.
-
-    Raises:
-        ConfigError: one does not go with the other settings.
-
-    """
-    node = request.config
-    found = []
-    for preset in node.presets:
-        try:
-            values = jobs.worker.call(
-                preset_values, preset, list(space.distributions), request.given, request.own,
-                seconds=node.plan_time_limit_seconds,
-            )  # fmt: skip
-        except WorkerError as error:
-            said = " ".join(str(error).split())[:300]
-            raise ConfigError(
-                f"search.presets: {preset} does not go with these settings ({said}); leave it out "
-                "with search.presets=[]"
-            ) from error
-        found.append(space.point(values))
-    return [point for point in found if point]
+def _launcher_name(config: DictConfig) -> str | None:
+    """Return the Hydra launcher that trials go to, None where they are processes of ours."""
+    if str(config.hydra.launcher._target_).endswith(".BasicLauncher"):
+        return None
+    return str(config.hydra.runtime.choices.get("hydra/launcher"))
 
 
 def _runner(
-    request: Request, config: DictConfig, hydra_context: HydraContext, task_function: TaskFunction
+    request: Request,
+    config: DictConfig,
+    hydra_context: HydraContext,
+    task_function: TaskFunction,
+    devices: Sequence[str] = (),
+    threads: int | None = None,
 ) -> Runner:
     """Return what starts trials: processes here, or the launcher that was chosen."""
-    target = str(config.hydra.launcher._target_)
     node = request.config
-    if not target.endswith(".BasicLauncher"):
-        name = config.hydra.runtime.choices.get("hydra/launcher")
+    name = _launcher_name(config)
+    if name is not None:
         if node.pruner is not Pruner.none:
             print(PRUNED_LATE.format(launcher=name, pruner=node.pruner.value))
         if node.trial_time_limit_seconds is not None:
@@ -275,11 +239,6 @@ def _runner(
             config=config, hydra_context=hydra_context, task_function=task_function
         )
         return LauncherRunner(launcher, request.folder)
-    on_cpu = request.cfg.trainer.device.value in ("cpu", "mps")
-    devices = [] if on_cpu else visible_devices()
-    threads = None
-    if node.n_jobs > 1 and not devices and "OMP_NUM_THREADS" not in os.environ:
-        threads = max(1, (os.cpu_count() or 1) // node.n_jobs)
     arguments = [f"--config-dir={request.own}"] if request.own else []
     return ProcessRunner(run_command, arguments, devices, threads)
 

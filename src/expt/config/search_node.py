@@ -17,6 +17,8 @@ VALIDATION, PEAK = "val", "peak_memory"
 """What trials are compared by: validation, in the metric that is monitored, and the peak memory."""
 OBJECTIVE = re.compile(rf"{VALIDATION}(/[\w.\-]+)?")
 STUDY_NAME = re.compile(r"[\w.\-]+")
+AUTO = "auto"
+"""`search.n_jobs`: one trial for each device or core; see `expt.search.parallel`."""
 
 
 class Pruner(Enum):
@@ -35,7 +37,7 @@ class SearchConfig:
     study: str = "search"  # its name; running it again does what is left of n_trials
     space: dict[str, str] = field(default_factory=dict)  # setting -> distribution
     n_trials: int = 40  # trained trials in all, over every run and worker of the study
-    n_jobs: int = 1  # trained at the same time by this process
+    n_jobs: Any = 1  # trained at the same time by this process; auto: one per GPU, or per core
     storage: str | None = None  # a URL, a FILE.journal; None: optuna.db beside the tracking store
     seed: int = 0  # of the sampler
     pruner: Pruner = Pruner.none
@@ -43,23 +45,38 @@ class SearchConfig:
     objectives: list[str] = field(default_factory=lambda: [VALIDATION])  # or [val, peak_memory]
     presets: list[str] = field(default_factory=list)  # memory presets that are tried first
     enqueue: list[dict[str, Any]] = field(default_factory=list)  # points that are tried first
+    warm_start: Any = None  # earlier studies whose trials the sampler knows: a name, or a list
     retry: int = 0  # how often a trial that crashed, was killed or hung is started again
     trial_time_limit_seconds: float | None = None  # then it hangs, and is killed
     plan_time_limit_seconds: float = 120.0  # for the prediction of one trial
     test_winner: bool = True  # test the best trial's weights, once, at the end
     trial: int | None = None  # set by the sweeper in the trials it starts
 
+    @property
+    def earlier_studies(self) -> list[str]:
+        """The names in `warm_start`."""
+        if self.warm_start is None:
+            return []
+        return self.warm_start if isinstance(self.warm_start, list) else [self.warm_start]
+
     def problems(self) -> list[str]:
         """Return one message per value out of range, and per contradiction."""
         found = [
             f"search.{name} must be at least {least}, got {getattr(self, name)}"
-            for name, least in (("n_trials", 1), ("n_jobs", 1), ("repeats", 1), ("seed", 0))
+            for name, least in (("n_trials", 1), ("repeats", 1), ("seed", 0))
             if getattr(self, name) < least
         ]
+        whole = isinstance(self.n_jobs, int) and not isinstance(self.n_jobs, bool)
+        if self.n_jobs != AUTO and (not whole or self.n_jobs < 1):
+            found.append(f"search.n_jobs must be at least 1, or {AUTO}, got {self.n_jobs}")
         if not STUDY_NAME.fullmatch(self.study) or self.study.strip(".") == "":
             found.append(
                 f"search.study={self.study!r} names a folder too: letters, digits, dots, dashes "
                 "and underscores only"
+            )
+        if any(not isinstance(name, str) or not name for name in self.earlier_studies):
+            found.append(
+                f"search.warm_start must be a study's name or a list of them, got {self.warm_start}"
             )
         if self.retry not in (0, 1):
             found.append(f"search.retry must be 0 or 1, got {self.retry}")

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from expt.job import Metric
 from expt.reports.figures.claims import ABOUT_CLAIMS, Claim, claimed, plot_claims
+from expt.reports.figures.excluded import excluded, plot_excluded
 from expt.reports.figures.importance import Importance, importance, plot_importance
+from expt.reports.figures.over_time import plot_over_time
 from expt.reports.figures.prediction import accuracy, plot_prediction
 from expt.reports.figures.progress import plot_progress
 from expt.reports.figures.trade_off import best_run, front, plot_trade_off
@@ -97,6 +99,20 @@ def contents(runs: RunSet, wanted: Wanted, folder: Path) -> Contents:
         "How good the predictions were",
         plot_prediction(records, folder),
         (told.words() if told else "") + " The band holds half of the runs.",
+    )
+    add(
+        "How soon it was how good",
+        plot_over_time(largest.records, metric, budget, folder) if runs.study else [],
+        f"The best {metric_words(metric)} so far"
+        + (" inside the budget" if budget is not None else "")
+        + " against wall time; a point is a run at its end, and pauses do not count."
+        + of_largest,
+    )
+    left_out = excluded(largest.records, budget) if runs.study else None
+    add(
+        "What the budget excluded",
+        plot_excluded(left_out, folder),
+        "" if left_out is None else left_out.words() + of_largest,
     )
     add(
         "How the search went" if runs.study else "Run after run",

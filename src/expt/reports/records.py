@@ -25,8 +25,8 @@ class RunRecord:
     `value` is the figure that runs are ranked by (`ranked_by`), of what was trained to its end;
     `described` are the metrics by their bare names, and `monitor` is the one that decided which
     weights were best. `settings` are the flattened configuration as text, and `cwd` is where
-    relative paths in it start; `started` is in seconds since the epoch; `detail` says what went
-    wrong.
+    relative paths in it start; `started` and `ended` are in seconds since the epoch; `detail` says
+    what went wrong.
     """
 
     name: str
@@ -49,6 +49,7 @@ class RunRecord:
     seconds: float | None = None
     weights: int | None = None
     started: float = 0.0
+    ended: float | None = None
     run_dir: str | None = None
     cwd: str | None = None
     run_id: str | None = None

@@ -121,9 +121,15 @@ class WorkerError(Exception):
 
 
 class Worker:
-    """Calls functions in one process that is kept, and begun anew after a crash or a hang."""
+    """Calls functions in one process that is kept, and begun anew after a crash or a hang.
 
-    def __init__(self) -> None:
+    Args:
+        threads: of torch; None: as many as torch chooses.
+
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        self.threads = threads
         self._process: BaseProcess | None = None
         self._pipe: connection.Connection[Any, Any] | None = None
 
@@ -170,7 +176,7 @@ class Worker:
         self.close()
         self._pipe, theirs = forkserver().Pipe()
         self._process = forkserver().Process(
-            target=_serve, args=(theirs, dict(os.environ)), name="expt-worker"
+            target=_serve, args=(theirs, dict(os.environ), self.threads), name="expt-worker"
         )
         with main_left_alone():
             self._process.start()
@@ -217,20 +223,20 @@ def _run_line(
     os.close(log)
     write_json(Path(folder) / PROCESS_NAME, identity(), durable=False)
     have_environment(environment)
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
+    have_threads(threads)
     code = run(arguments)
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
 
 
-def _serve(pipe: connection.Connection[Any, Any], environment: dict[str, str]) -> None:
+def _serve(
+    pipe: connection.Connection[Any, Any], environment: dict[str, str], threads: int | None
+) -> None:
     """Be the process of a worker."""
     become_independent()
     have_environment(environment)
+    have_threads(threads)
     while True:
         try:
             function, arguments = pipe.recv()
@@ -247,6 +253,15 @@ def have_environment(environment: dict[str, str]) -> None:
     """Take these variables in the place of the server's, which are of when it started."""
     os.environ.clear()
     os.environ.update(environment)
+
+
+def have_threads(count: int | None) -> None:
+    """Let torch's kernels, here and in processes that are started from here, have so many."""
+    if count is not None:
+        import torch
+
+        os.environ["OMP_NUM_THREADS"] = str(count)
+        torch.set_num_threads(count)
 
 
 def become_independent() -> None:

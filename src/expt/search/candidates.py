@@ -59,6 +59,7 @@ class TrialJobs:
         budget_bytes: `memory.budget` in bytes, the same for all trials.
         plan: whether to predict at all.
         seconds: for one prediction.
+        worker: predicts; with the threads that trials have.
 
     """
 
@@ -230,6 +231,16 @@ def base_metric(given: list[str], own: str | None) -> dict[str, Any]:
         return {"metric": monitored(data.metrics, settings.trainer.monitor).as_dict()}
     except ConfigError as error:
         return {"problems": error.problems}
+
+
+def base_fingerprint(given: list[str], own: str | None) -> str | None:
+    """Return the fingerprint of the data of these settings, None where they cannot be made here."""
+    try:
+        settings = validated(compose_lines(given, own), {key(line) for line in given})
+        data: DataSet = build(settings, "data")
+    except (UserError, HydraException, OmegaConfBaseException):
+        return None
+    return data.fingerprint()
 
 
 def preset_values(

@@ -142,6 +142,8 @@ class Records:
             if figures:
                 self.parent.metrics(figures, summary.finished)
         self.parent.artifact(self.folder / FILE_NAME)
+        for page in self.folder.glob("report.html"):
+            self.parent.artifact(page)
         for plot in sorted(self.folder.glob("plots/*.png")):
             self.parent.artifact(plot, "plots")
         self.parent.finish(status)

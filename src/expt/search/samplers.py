@@ -28,7 +28,7 @@ from expt.config.search_node import Pruner
 from expt.errors import ConfigError, UserError
 from expt.result import Outcome
 from expt.search.space import Space, choices
-from expt.search.trial import CONSTRAINT, kind_of
+from expt.search.trial import CONSTRAINT, seen_kind
 from expt.units import GIB, MIB
 
 ALLOWED = ("hydra_plugins.hydra_optuna_sweeper.*", "optuna.samplers.*")
@@ -211,7 +211,7 @@ def _as_pruned(trial: FrozenTrial, first: FrozenTrial) -> FrozenTrial:
     repeats = first is not trial and trial.state is not TrialState.COMPLETE
     if not repeats and trial.state is not TrialState.FAIL:
         return trial
-    if kind_of(trial) is None:
+    if seen_kind(trial) is None:
         return trial
     shown = copy.copy(trial)
     pruned = first.state is TrialState.PRUNED
@@ -234,9 +234,9 @@ def _as_complete(
     sampler that ranks by the figures alone.
     """
     complete = trial.state is TrialState.COMPLETE
-    if not complete and (not trial.state.is_finished() or kind_of(trial) is None):
+    if not complete and (not trial.state.is_finished() or seen_kind(trial) is None):
         return trial
-    kind = kind_of(first)
+    kind = seen_kind(first)
     if not complete and kind is None:
         return trial  # it repeats what nobody here has seen the end of
     excess = trial.constraints.get(CONSTRAINT)

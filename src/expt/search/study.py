@@ -311,9 +311,7 @@ def _difference(name: str, key: str, known: Any, value: Any) -> str | None:
     What an earlier version did not have yet was as the default is now.
     """
     if isinstance(known, dict) and isinstance(value, dict):
-        changed = sorted(
-            part for part in known.keys() | value.keys() if _now(known, part) != _now(value, part)
-        )
+        changed = changed_settings(known, value)
         if not changed:
             return None
         what = f"another {key}: {', '.join(changed[:6])} {'differ' if changed[1:] else 'differs'}"
@@ -322,6 +320,12 @@ def _difference(name: str, key: str, known: Any, value: Any) -> str | None:
     else:
         what = f"{key}={known}, not {value}"
     return f"search.study={name} was begun with {what}; {_another(name)}"
+
+
+def changed_settings(known: Mapping[str, Any], value: Mapping[str, Any]) -> list[str]:
+    """Return the names of settings that are not what they were, by this version's names."""
+    names = known.keys() | value.keys()
+    return sorted(name for name in names if _now(known, name) != _now(value, name))
 
 
 def _now(settings: Mapping[str, Any], name: str) -> Any:

@@ -16,6 +16,11 @@ but the study; the same are tags of its run in the tracker, with the prefix ``tr
 ``worker``                which process sees to it
 ``values_by_seed``, ``spread``  with `search.repeats`: each seed's value and their deviation
 ``duplicate_of``          the number of the trial with the same values
+
+A trial that an earlier study trained (`expt.search.warm_start`) has no ``kind``; instead:
+
+``from``                  the earlier study's name and the trial's number there
+``from_kind``             how it ended there
 """
 
 from __future__ import annotations
@@ -36,12 +41,21 @@ from expt.units import GIB
 
 KIND, WORKER, STARTED, CONSTRAINT = "kind", "worker", "started", "peak_memory"
 PREDICTED = "predicted_peak_bytes"
+FROM, FROM_KIND = "from", "from_kind"
 
 
 def kind_of(trial: FrozenTrial | Trial) -> Outcome | None:
     """Return how a trial ended, None if it has not, or was ended by another hand."""
     kind = trial.user_attrs.get(KIND)
     return None if kind is None else Outcome.parse(kind)
+
+
+def seen_kind(trial: FrozenTrial) -> Outcome | None:
+    """Return how a trial ended, here or in the earlier study that it is from."""
+    kind = kind_of(trial)
+    if kind is None and FROM_KIND in trial.user_attrs:
+        return Outcome.parse(trial.user_attrs[FROM_KIND])
+    return kind
 
 
 def stored(study: Study, number: int) -> FrozenTrial:

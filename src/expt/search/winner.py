@@ -23,7 +23,7 @@ from expt.search.metric import EARLIER, metric_of
 from expt.search.reservation import Reservations, counts
 from expt.search.runner import Job, Runner
 from expt.search.space import typed
-from expt.search.trial import CONSTRAINT, KIND, TrialOutcome, kind_of
+from expt.search.trial import CONSTRAINT, FROM, KIND, TrialOutcome, kind_of
 from expt.tracking.journal import State
 from expt.training.interruption import Interruption, Stopped
 from expt.units import format_bytes
@@ -110,6 +110,8 @@ def feasible(trial: FrozenTrial, limited: bool) -> bool:
     """Tell whether a trial was trained to its end, and its peak is known to be in the budget."""
     if trial.state is not TrialState.COMPLETE or kind_of(trial) is Outcome.duplicate:
         return False
+    if FROM in trial.user_attrs:
+        return False  # another search trained it
     if not math.isfinite(trial.values[0]):
         return False
     excess = trial.constraints.get(CONSTRAINT)

@@ -119,6 +119,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
         seconds=result.seconds,
         weights=result.parameters,
         started=started,
+        ended=(folder / FILE_NAME).stat().st_mtime,
         run_dir=str(folder),
         cwd=cwd,
         run_id=result.tracking.get("run_id"),

@@ -11,7 +11,7 @@ from expt.job import Metric
 from expt.reports.records import RunRecord, RunSet
 from expt.result import Outcome
 from expt.search.metric import metric_of
-from expt.search.trial import kind_of
+from expt.search.trial import FROM, kind_of
 from expt.search.winner import FILE_NAME, SweepSummary
 from expt.uri import HIDDEN
 
@@ -60,7 +60,7 @@ def joined(runs: RunSet, study: Study, budget_bytes: int | None, folder: Path) -
     space: dict[str, Any] = {}
     parameters: dict[int, dict[str, Any]] = {}
     for trial in study.get_trials(deepcopy=False):
-        if kind_of(trial) is Outcome.duplicate:
+        if kind_of(trial) is Outcome.duplicate or FROM in trial.user_attrs:
             continue
         run_dir = trial.user_attrs.get("run_dir")
         run = by_folder.get(str(Path(run_dir).resolve())) if run_dir else None
@@ -152,6 +152,7 @@ def _record(
         budget_bytes=attributes.get("budget_bytes", budget_bytes),
         seconds=attributes.get("seconds", base.seconds),
         started=started,
+        ended=trial.datetime_complete.timestamp() if trial.datetime_complete else base.ended,
         run_id=attributes.get("run_id", base.run_id),
         trial=trial.number,
         detail=attributes.get("error") or ("" if outcome is Outcome.completed else outcome.words),

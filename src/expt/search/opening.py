@@ -1,0 +1,119 @@
+"""Opens the study of a search: as its first worker, with what is to be tried first, or as another.
+
+What is tried first are the best points of earlier studies (`search.warm_start`), what presets give
+to the space (`search.presets`), and the points of `search.enqueue`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+from optuna.samplers import BaseSampler, GridSampler
+from optuna.storages import BaseStorage
+
+from expt.errors import ConfigError
+from expt.job import Metric
+from expt.run.process import WorkerError
+from expt.search.candidates import TrialJobs, base_fingerprint, preset_values
+from expt.search.request import Request, fixed_settings, given_points
+from expt.search.reservation import Reservations
+from expt.search.samplers import make_pruner, make_sampler, seed_of
+from expt.search.space import Space
+from expt.search.study import claim, open_study
+from expt.search.warm_start import Task, begin_warm, open_earlier
+
+ENQUEUED, WORKERS = "expt.enqueued", "expt.workers"
+
+
+def open_search(
+    request: Request,
+    space: Space,
+    storage: BaseStorage,
+    sampler: BaseSampler,
+    jobs: TrialJobs,
+    metric: Metric,
+) -> Reservations:
+    """Open the study, and put first what is to be tried first.
+
+    Raises:
+        ConfigError: it is another search, or a point, preset or earlier study is not what it
+            should be; no study is left behind then.
+
+    """
+    node = request.config
+    request.folder.mkdir(parents=True, exist_ok=True)
+    budget = request.cfg.memory.budget
+    pruner = make_pruner(node.pruner, request.cfg.trainer.epochs)
+    enqueued, fixed = given_points(node, space), fixed_settings(request.cfg, space)
+    data = _fingerprint(request, jobs) if node.earlier_studies else None
+    task = Task(node.study, space, fixed, metric, node.objectives, data=data)
+    earlier = [open_earlier(name, storage, task) for name in node.earlier_studies]
+    reservations = Reservations(None, space, node.n_trials, request.folder, node.seed)  # type: ignore[arg-type]
+    with reservations.locked():
+        study = open_study(
+            node.study,
+            storage,
+            sampler,
+            pruner,
+            node.objectives,
+            metric,
+            {"space": space.as_json(), "memory.budget": None if budget is None else str(budget),
+             "repeats": node.repeats, "setting": fixed},
+        )  # fmt: skip
+        claim(study, request.folder)
+        worker = int(study.user_attrs.get(WORKERS, 0))
+        study.set_user_attr(WORKERS, worker + 1)
+        seed = seed_of(sampler, node.seed, worker)
+        study.sampler = make_sampler(request.sampler, space, seed, len(node.objectives))
+        reservations.study, reservations.seed = study, seed
+        # `auto` and shares are what they were when the study was begun.
+        known = study.user_attrs.get("expt.budget_bytes")
+        if known is None and jobs.budget_bytes is not None:
+            study.set_user_attr("expt.budget_bytes", jobs.budget_bytes)
+        elif known is not None:
+            jobs.budget_bytes = known
+        for line in begin_warm(study, replace(task, budget_bytes=jobs.budget_bytes), earlier):
+            print(line)
+        if not study.user_attrs.get(ENQUEUED) and not isinstance(sampler, GridSampler):
+            for point in [*_preset_points(request, space, jobs), *enqueued]:
+                study.enqueue_trial(point, skip_if_exists=True)
+            study.set_user_attr(ENQUEUED, True)
+    return reservations
+
+
+def _fingerprint(request: Request, jobs: TrialJobs) -> str | None:
+    """Return the fingerprint of the data that all trials share; None where it is not known."""
+    try:
+        found = jobs.worker.call(
+            base_fingerprint, request.given, request.own,
+            seconds=request.config.plan_time_limit_seconds,
+        )  # fmt: skip
+    except WorkerError:
+        return None
+    return cast("str | None", found)
+
+
+def _preset_points(request: Request, space: Space, jobs: TrialJobs) -> list[dict[str, Any]]:
+    """Return the points of presets.
+
+    Raises:
+        ConfigError: one does not go with the other settings.
+
+    """
+    node = request.config
+    found = []
+    for preset in node.presets:
+        try:
+            values = jobs.worker.call(
+                preset_values, preset, list(space.distributions), request.given, request.own,
+                seconds=node.plan_time_limit_seconds,
+            )  # fmt: skip
+        except WorkerError as error:
+            said = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"search.presets: {preset} does not go with these settings ({said}); leave it out "
+                "with search.presets=[]"
+            ) from error
+        found.append(space.point(values))
+    return [point for point in found if point]

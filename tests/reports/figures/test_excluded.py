@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from expt.reports.figures.excluded import excluded, plot_excluded
+from expt.result import Outcome
+
+GIB = 2**30
+
+
+def test_every_suggestion_is_in_one_row(record, tmp_path) -> None:
+    over = {"outcome": Outcome.predicted_over, "predicted_peak_bytes": 4 * GIB}
+    runs = [
+        record("a", 5.0, 1.0),
+        record("b", 4.0, 3.0),  # trained to its end, above the budget
+        record("c", None, None, outcome=Outcome.out_of_memory, predicted_peak_bytes=GIB),
+        record("d", None, None, **over),
+        record("e", None, None, **over),
+        record("f", None, None, outcome=Outcome.failed),
+        record("g", None, None, outcome=Outcome.predicted_over),  # no peak is known of it
+    ]
+    found = excluded(runs, 2 * GIB)
+    assert {label: [r.name for r in own] for label, own in found.rows.items()} == {
+        "trained inside": ["a"],
+        "trained, over": ["b"],
+        "out of memory": ["c"],
+        "not started: predicted over": ["d", "e"],
+    }
+    assert "Of 3 runs that were started, 2 did not fit." in found.words()
+    assert len(plot_excluded(found, tmp_path)) == 2
+
+
+def test_without_a_budget_or_an_excluded_run_there_is_nothing_to_say(record, tmp_path) -> None:
+    assert excluded([record("a", 5.0)], None) is None
+    assert excluded([record("a", 5.0)], 2 * GIB) is None
+    assert plot_excluded(None, tmp_path) == []
