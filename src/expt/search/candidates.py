@@ -22,18 +22,16 @@ from expt.config.compose import compose_lines, conf_dir, groups, key
 from expt.config.explain import first_lines
 from expt.config.schema import OPEN_GROUPS
 from expt.config.search_node import VALIDATION
-from expt.config.settings import Settings
 from expt.config.validate import argument_problems, validated
 from expt.errors import ConfigError, UserError, nearest
 from expt.job import DataSet, Metric, monitored
 from expt.memory.measuring.budget import Budget
 from expt.memory.measuring.device_memory import planned_type
-from expt.memory.planning.predict import Plan, Target
 from expt.run.build import build
-from expt.run.overflow import what_fits
-from expt.run.planner import plan_training
 from expt.run.process import Worker, WorkerError
 from expt.search.metric import EARLIER, metric_of_trials
+from expt.search.plan_cache import FOLDER
+from expt.search.predicting import advise, predict
 from expt.search.request import Request
 from expt.search.runner import setting
 from expt.search.space import Space, plain
@@ -90,16 +88,23 @@ class TrialJobs:
         """Return what a plan says, None if none can be made."""
         if not self.plan:
             return None
-        try:
-            found = self.worker.call(predict, list(lines), self.own, seconds=self.seconds)
-        except WorkerError as error:
-            found = str(error)
+        found = self._predicted(lines, self.folder / FOLDER)
+        if isinstance(found, Prediction) and found.recalled and found.exceeds(self.budget_bytes):
+            # No point is left out but by a plan of its own.
+            found = self._predicted(lines, None)
         if isinstance(found, str):
             if not self._said:
                 self._said = True
                 print(f"note: the peak of a trial cannot be predicted ({found}); it is measured")
             return None
-        return cast(Prediction, found)
+        return found
+
+    def _predicted(self, lines: Sequence[str], known: Path | None) -> Prediction | str:
+        try:
+            found = self.worker.call(predict, list(lines), self.own, known, seconds=self.seconds)
+        except WorkerError as error:
+            return str(error)
+        return cast("Prediction | str", found)
 
     def advise(self, lines: Sequence[str]) -> str | None:
         """Return the changes that would make a trial fit, None if there are none."""
@@ -255,43 +260,6 @@ def preset_values(
         if OmegaConf.select(cfg, dotted, default=None) is not None:
             values[name] = plain(OmegaConf.select(cfg, dotted))
     return values
-
-
-def predict(lines: list[str], own: str | None) -> Prediction | str:
-    """Return the plan of a trial, a refusal of its settings, or why neither can be had."""
-    try:
-        settings, data, target = _composed(lines, own)
-        plan = plan_training(settings, data, target)
-    except UserError as error:
-        return Prediction(refusal=" ".join(str(error).split()))
-    except (HydraException, OmegaConfBaseException) as error:
-        return Prediction(refusal=first_lines(error))
-    except Exception as error:  # whatever a user's model does under fake tensors
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return _prediction(plan)
-
-
-def advise(lines: list[str], own: str | None, budget_bytes: int) -> str | None:
-    """Return the changes to a trial that are predicted to fit, None if none are."""
-    settings, data, target = _composed(lines, own)
-    return what_fits(settings, data, plan_training(settings, data, target), budget_bytes)
-
-
-def _composed(lines: list[str], own: str | None) -> tuple[Settings, DataSet, Target]:
-    cfg = compose_lines(lines, own)
-    settings = validated(cfg, {key(line) for line in lines})
-    return settings, build(settings, "data"), planned_type(settings.trainer.device.value)
-
-
-def _prediction(plan: Plan) -> Prediction:
-    low, high = plan.interval_bytes
-    beyond = plan.demand_bytes - plan.peak_bytes  # what the allocator reserves besides
-    return Prediction(
-        peak_bytes=plan.peak_bytes,
-        demand_bytes=plan.demand_bytes,
-        interval_bytes=(low + beyond, None if high is None else high + beyond),
-        plan=plan.as_dict(),
-    )
 
 
 def _options(group: str, own: str | None) -> list[str]:

@@ -69,7 +69,8 @@ class Prediction:
 
     `interval_bytes` is about `demand_bytes`, what the budget has to allow; its upper end may be
     None. `plan` is the content of ``plan.json``; `refusal` says why the settings contradict each
-    other, and then the rest is None.
+    other, and then the rest is None. `recalled` says that it was made for another trial that the
+    peak cannot tell from this one (`expt.search.plan_cache`).
     """
 
     peak_bytes: int | None = None
@@ -78,6 +79,7 @@ class Prediction:
     plan: dict[str, Any] | None = None
     refusal: str | None = None
     advice: str | None = None
+    recalled: bool = False
 
     def exceeds(self, budget_bytes: int | None) -> bool:
         """Tell whether the peak is over the budget by more than the interval leaves open."""
