@@ -59,12 +59,7 @@ from expt.units import format_bytes
 from expt.uri import shown_lines, without_password
 
 ENQUEUED, WORKERS = "expt.enqueued", "expt.workers"
-PRELOADED = (
-    "expt.config.command_line",
-    "expt.commands.train",
-    "expt.search.candidates",
-    "hydra.main",
-)
+PRELOADED = ("expt.config.command_line", "expt.commands.search_process")
 PRELOADED_FOR_TRACKING = ("mlflow", "mlflow.store.tracking.sqlalchemy_store")
 
 

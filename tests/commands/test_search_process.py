@@ -1,0 +1,47 @@
+"""What the server of a search's processes has done before it forks them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+PROGRAM = """
+import json, os, sys, threading
+sys.path.insert(0, os.getcwd())
+import expt.commands.search_process
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+from hydra.core.singleton import Singleton
+before = set(sys.modules)
+print("FOUND", json.dumps({
+    "threads": [thread.name for thread in threading.enumerate()],
+    "cuda": torch.cuda.is_initialized(),
+    "plugins": Plugins in Singleton._instances,
+    "hydra": GlobalHydra.instance().is_initialized(),
+    "users": "model_of_a_user" in sys.modules,
+}))
+from expt.config.command_line import run_command
+code = run_command(["debug=smoke", "memory=minimal", "tracking=none", "trainer.progress=false"])
+print("FOUND", json.dumps({"code": code, "imported": sorted(set(sys.modules) - before)}))
+"""
+
+
+def test_it_leaves_nothing_that_a_forked_process_would_have_half_of(tmp_path):
+    (tmp_path / "model_of_a_user.py").write_text("")
+    ran = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=tmp_path, capture_output=True, text=True, check=True,
+        timeout=120,
+    )  # fmt: skip
+    lines = [line for line in ran.stdout.splitlines() if line.startswith("FOUND")]
+    before, after = (json.loads(line.removeprefix("FOUND ")) for line in lines)
+    assert before == {
+        "threads": ["MainThread"], "cuda": False, "plugins": False, "hydra": False, "users": False,
+    }  # fmt: skip
+    assert after["code"] == 0
+    big = {name.partition(".")[0] for name in after["imported"]} & {
+        "torch", "scipy", "matplotlib", "pydantic", "numpy", "lightning_fabric",
+    }  # fmt: skip
+    few = [name for name in after["imported"] if name.partition(".")[0] in big]
+    assert len(few) < 40, f"a trial would import these each time: {few}"
