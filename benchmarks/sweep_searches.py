@@ -12,10 +12,11 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import optuna
@@ -34,6 +35,7 @@ SPACE = {
     "data.batch_size": "choice(8,16,32,64)",
     "memory.activation_checkpointing": "choice(false,true)",
 }
+NOTHING: Mapping[str, str] = MappingProxyType({})
 MOST_STOCK = 4
 """The stock sweeper is given up on after so many times the trials asked for."""
 
@@ -49,15 +51,15 @@ def run_ours(folder: Path, lines: Sequence[str], trials: int, seed: int) -> dict
     command = ["-m", "expt", f"--config-dir={folder / 'own'}", "-m", "search=benchmark", *lines]
     study = folder / "outputs" / "optuna.db"
     if not _finished(folder, "ours"):
-        with _Clock(folder, "ours") as clock:
+        with Clock(folder, "ours") as clock:
             clock.run(command, folder)
-    told = _trials(study, "ours")
+    told = trials_of(study, "ours")
     started = [trial for trial in told if trial.user_attrs.get(STARTED)]
-    spans = _spans(folder, "ours")
+    spans = spans_of(folder, "ours")
     return {
         "not_started": sum(kind_of(trial) is Outcome.predicted_over for trial in told),
         "rows": [
-            _row(trial, trial.user_attrs[KIND], trial.user_attrs.get("peak_bytes"), spans)
+            row_of(trial, trial.user_attrs[KIND], trial.user_attrs.get("peak_bytes"), spans)
             for trial in started
         ],
     }
@@ -78,24 +80,24 @@ def run_stock(folder: Path, lines: Sequence[str], trials: int, seed: int) -> dic
     most = MOST_STOCK * trials
 
     def left() -> int:
-        states = _states(database)
+        states = states_of(database)
         done = len(states) - states.count("RUNNING")
         return 0 if states.count("COMPLETE") >= trials else max(most - done, 0)
 
     while (count := left()) > 0:
-        start = len(_states(database))  # it would overwrite the folders of an earlier run
-        with _Clock(folder, "stock") as clock:
+        start = len(states_of(database))  # it would overwrite the folders of an earlier run
+        with Clock(folder, "stock") as clock:
             clock.run(
                 [*command, f"hydra.sweeper.n_trials={count}",
                  f"hydra.sweep.dir='{folder / f'stock_{start:03d}'}'"],
                 folder, until=lambda: left() == 0,
             )  # fmt: skip
-    spans = _spans(folder, "stock")
-    told = [trial for trial in _trials(database, "stock") if trial.state.is_finished()]
-    return {"rows": [_row(trial, *_stock_kind(folder, trial), spans) for trial in told]}
+    spans = spans_of(folder, "stock")
+    told = [trial for trial in trials_of(database, "stock") if trial.state.is_finished()]
+    return {"rows": [row_of(trial, *stock_kind(folder, trial), spans) for trial in told]}
 
 
-class _Clock:
+class Clock:
     """Notes from when to when a search ran, so that a stop in between does not count."""
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -103,7 +105,7 @@ class _Clock:
         self.begun = time.time()
         self.ended = 0.0
 
-    def __enter__(self) -> _Clock:
+    def __enter__(self) -> Clock:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -111,13 +113,18 @@ class _Clock:
         write_json(self.path, [*spans, [self.begun, time.time()]])
 
     def run(
-        self, command: Sequence[str], folder: Path, until: Callable[[], bool] = lambda: False
+        self,
+        command: Sequence[str],
+        folder: Path,
+        until: Callable[[], bool] = lambda: False,
+        variables: Mapping[str, str] = NOTHING,
     ) -> None:
-        """Run Python until it ends, or `until` says so."""
+        """Run Python until it ends, or `until` says so; with these variables besides ours."""
         with (folder / "output.log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, *command], cwd=folder, stdout=log, stderr=log, env=environment()
-            )
+                [sys.executable, *command], cwd=folder, stdout=log, stderr=log,
+                env={**environment(), **variables},
+            )  # fmt: skip
         try:
             while process.poll() is None and not until():
                 time.sleep(0.5)
@@ -142,7 +149,7 @@ def _finished(folder: Path, name: str) -> bool:
     return bool(summary["finished"] >= summary["n_trials"])
 
 
-def _trials(database: Path, study: str) -> list[FrozenTrial]:
+def trials_of(database: Path, study: str) -> list[FrozenTrial]:
     if not database.exists():
         return []
     try:
@@ -151,7 +158,7 @@ def _trials(database: Path, study: str) -> list[FrozenTrial]:
         return []
 
 
-def _states(database: Path) -> list[str]:
+def states_of(database: Path) -> list[str]:
     """Return the trials' states, without what Optuna does to a file that it opens."""
     try:
         with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
@@ -160,12 +167,12 @@ def _states(database: Path) -> list[str]:
         return []
 
 
-def _spans(folder: Path, name: str) -> list[list[float]]:
+def spans_of(folder: Path, name: str) -> list[list[float]]:
     spans: list[list[float]] = json.loads((folder / f"{name}_spans.json").read_text())
     return spans
 
 
-def _row(
+def row_of(
     trial: FrozenTrial, kind: str, peak: int | None, spans: Sequence[Sequence[float]]
 ) -> dict[str, Any]:
     assert trial.datetime_complete is not None
@@ -182,7 +189,7 @@ def _row(
     }
 
 
-def _stock_kind(folder: Path, trial: FrozenTrial) -> tuple[str, int | None]:
+def stock_kind(folder: Path, trial: FrozenTrial) -> tuple[str, int | None]:
     """Say what became of a stock trial, by the result in its folder."""
     parts = sorted(folder.glob("stock_[0-9]*"), key=lambda path: int(path.name[6:]))
     first = [path for path in parts if int(path.name[6:]) <= trial.number][-1]

@@ -97,16 +97,16 @@ def test_a_result_that_is_stored_is_kept_unless_asked_for_again(
 
 
 def test_a_stop_in_between_takes_no_time(tmp_path: Path) -> None:
-    from sweep_searches import _row
+    from sweep_searches import row_of
 
     now = time.time()
     spans = [[now - 1000, now - 900], [now - 50, now]]
     done = SimpleNamespace(number=3, value=5.0, params={}, datetime_complete=_moment(now - 10))
-    assert _row(done, "complete", 1, spans)["at_seconds"] == pytest.approx(140, abs=0.2)
+    assert row_of(done, "complete", 1, spans)["at_seconds"] == pytest.approx(140, abs=0.2)
 
 
 def test_a_stock_trial_is_known_by_its_result(tmp_path: Path) -> None:
-    from sweep_searches import _states, _stock_kind
+    from sweep_searches import states_of, stock_kind
 
     for folder, reason in (("stock_000/1", "out_of_memory"), ("stock_003/1", "epochs")):
         (tmp_path / folder).mkdir(parents=True)
@@ -114,14 +114,14 @@ def test_a_stock_trial_is_known_by_its_result(tmp_path: Path) -> None:
         result.memory["peak_allocated_bytes"] = 7
         result.save(tmp_path / folder)
     (tmp_path / "stock_spans.json").write_text(json.dumps([]))
-    kinds = [_stock_kind(tmp_path, SimpleNamespace(number=number)) for number in (0, 1, 4)]
+    kinds = [stock_kind(tmp_path, SimpleNamespace(number=number)) for number in (0, 1, 4)]
     assert kinds == [("failed", None), ("out_of_memory", None), ("completed", 7)]
     database = tmp_path / "stock.db"
-    assert _states(database) == []
+    assert states_of(database) == []
     study = optuna.create_study(study_name="stock", storage=f"sqlite:///{database}")
     study.tell(study.ask(), 1.0)
     study.ask()
-    assert _states(database) == ["COMPLETE", "RUNNING"]
+    assert states_of(database) == ["COMPLETE", "RUNNING"]
     study._storage._backend.engine.dispose()
 
 
