@@ -49,7 +49,11 @@ SIZES = {
 OURS_SEARCH: dict[str, Any] = {
     "n_jobs": "auto", "presets": ["lite", "minimal"], "pruner": "median",
 }  # fmt: skip
-OURS_SAMPLER = ("hydra.sweeper.sampler.multivariate=true",)
+OURS_SAMPLER = (
+    "hydra.sweeper.sampler.multivariate=true", "hydra.sweeper.sampler.constant_liar=true",
+    "hydra.sweeper.sampler.n_startup_trials=5",
+)  # fmt: skip
+"""Two trials run side by side, so that each is to know where the other is."""
 BAD_VALUE = "100"
 """What the patch returns; no error in mph is as large."""
 NO_END = 100_000

@@ -188,6 +188,31 @@ def test_starting_it_again_does_what_is_left_and_no_more(searched, expt, capfd):
     assert code == 0, err
 
 
+def test_a_search_starts_from_an_earlier_one(searched, expt):
+    home, _ = searched
+    os.chdir(home)  # the fixture of `expt` brings us back
+    lines = [
+        "-m", "search=debug", "search.study=second", "memory.budget=44MiB", "search.n_trials=1",
+        "model.num_stages=1", "model.num_heads=2", "search.n_jobs=auto", "tracking=none",
+        "model.embed_dim=choice(8,16,48,64)", "data.batch_size=choice(2,4,16,64)",
+        "search.presets=[]", "search.test_winner=false",
+    ]  # fmt: skip
+    code, _, err = expt(*lines, "search.warm_start=debg", small=False)
+    assert code == 2
+    assert "search.warm_start=debg: there is no such study" in err
+    assert "did you mean 'debug'" in err
+    assert not (home / "outputs/sweeps/second/sweep.json").exists()
+    code, out, err = expt(*lines, "search.warm_start=debug", small=False)
+    assert code == 0, err
+    assert "warm start from debug: the sampler knows " in out
+    first, second = (SweepSummary.load(home / f"outputs/sweeps/{n}") for n in ("debug", "second"))
+    assert second.finished == 1, "what was shown is none of its own trials"
+    assert second.best["params"] == first.best["params"], "the best that fits is trained first"
+    assert second.best["trial"] > 0
+    page = (home / "outputs/sweeps/second/report.html").read_text()
+    assert page.count("<tr") == 2, "a head and one run"
+
+
 def test_a_budget_under_which_nothing_fits_ends_with_what_would(expt, home):
     code, out, err = expt(
         *SEARCH, "memory.budget=5MiB", "model.num_stages=1", "optimizer.lr=0.001",

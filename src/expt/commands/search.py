@@ -29,7 +29,7 @@ from expt.reports.figures.progress import plot_progress
 from expt.reports.figures.trade_off import plot_trade_off
 from expt.reports.records import RunSet, ranked_by
 from expt.reports.sources.studies import StudyError, joined
-from expt.run.process import Worker, WorkerError, prepare_server, visible_devices
+from expt.run.process import Worker, WorkerError, visible_devices
 from expt.search.candidates import (
     TrialJobs,
     base_facts,
@@ -59,8 +59,6 @@ from expt.units import format_bytes
 from expt.uri import shown_lines, without_password
 
 ENQUEUED, WORKERS = "expt.enqueued", "expt.workers"
-PRELOADED = ("expt.config.command_line", "expt.commands.search_process")
-PRELOADED_FOR_TRACKING = ("mlflow", "mlflow.store.tracking.sqlalchemy_store")
 
 
 def search(
@@ -81,7 +79,6 @@ def search(
     request = request_of(config, arguments, sampler, hydra_context)
     node = request.config
     tracking = cast(TrackingConfig, OmegaConf.to_object(request.cfg.tracking))
-    prepare_server(PRELOADED + (PRELOADED_FOR_TRACKING if tracking.uri else ()))
     space = Space.parse(request.space, checker(request.cfg, request.own))
     made = make_sampler(request.sampler, space, node.seed, len(node.objectives))
     check_presets(node.presets, request.own)

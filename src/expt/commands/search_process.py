@@ -1,6 +1,6 @@
 """What the server of a search has done before it forks, so that no trial spends seconds on it.
 
-`expt.run.process.prepare_server` names this module; importing it is all. Nothing in here makes a
+`expt.run.process.start_server` is given this module; importing it is all. Nothing in here makes a
 tensor, a thread or a CUDA context, of which a forked process would inherit a half. Nothing of the
 user's own is imported either: a trial reads that code as it is when the trial starts.
 """

@@ -81,11 +81,25 @@ def contents(runs: RunSet, wanted: Wanted, folder: Path) -> Contents:
         figures.extend(files)
         pictures.extend(Picture(title, path, words) for path in files if path.suffix == ".png")
 
+    add(
+        "How soon it was how good",
+        plot_over_time(largest.records, metric, budget, folder) if runs.study else [],
+        f"The best {metric_words(metric)} so far"
+        + (" inside the budget" if budget is not None else "")
+        + " against wall time; a point is a run at its end, and pauses do not count."
+        + of_largest,
+    )
     best_of_all = front([r for r in largest.records if r.outcome.trained], metric)
     add(
         _against_memory(metric),
         plot_trade_off(largest.records, metric, budget, folder),
         _front_words(best_of_all, metric, budget) + of_largest,
+    )
+    left_out = excluded(largest.records, budget) if runs.study else None
+    add(
+        "What the budget excluded",
+        plot_excluded(left_out, folder),
+        "" if left_out is None else left_out.words() + of_largest,
     )
     about = claimed(records, wanted.claims)
     add(
@@ -99,20 +113,6 @@ def contents(runs: RunSet, wanted: Wanted, folder: Path) -> Contents:
         "How good the predictions were",
         plot_prediction(records, folder),
         (told.words() if told else "") + " The band holds half of the runs.",
-    )
-    add(
-        "How soon it was how good",
-        plot_over_time(largest.records, metric, budget, folder) if runs.study else [],
-        f"The best {metric_words(metric)} so far"
-        + (" inside the budget" if budget is not None else "")
-        + " against wall time; a point is a run at its end, and pauses do not count."
-        + of_largest,
-    )
-    left_out = excluded(largest.records, budget) if runs.study else None
-    add(
-        "What the budget excluded",
-        plot_excluded(left_out, folder),
-        "" if left_out is None else left_out.words() + of_largest,
     )
     add(
         "How the search went" if runs.study else "Run after run",

@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection
+from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,15 @@ RunLine = Callable[[Sequence[str]], int]
 def prepare_server(modules: Sequence[str]) -> None:
     """Name what the server imports before it forks; once it runs, this changes nothing."""
     forkserver().set_forkserver_preload(list(modules))
+
+
+def start_server(modules: Sequence[str]) -> None:
+    """Let the server begin to import what it has before it forks; once it runs, nothing changes.
+
+    It does so beside what this process imports in the meantime.
+    """
+    prepare_server(modules)
+    ensure_running()
 
 
 class TrialProcess:

@@ -3,7 +3,9 @@
 A peak does not depend on every setting: the learning rate, the seed, the rate of a dropout. Which
 ones do is not a list of names. A plan is a function of
 
-- the data set's arguments, the memory settings and the loader's, all of them as they are;
+- the data: the set's arguments, its fingerprint, the sizes of its splits, the shapes of a sample
+  and of what stays on the device;
+- the memory settings and the loader's, all of them as they are;
 - the settings of `trainer` that were read while it was made: `Noted` writes them down. A plan that
   would read the same values again would be the same plan, so that what is never read (the seed, the
   schedule) does not matter;
@@ -48,7 +50,9 @@ import expt
 from expt.config.schema import TrainerConfig
 from expt.config.settings import Settings
 from expt.files import write_json
+from expt.job import DataSet
 from expt.search.trial import Prediction
+from expt.training.batches import Examples, kept_on_device
 
 FOLDER = "predictions"
 DROPOUTS = (
@@ -81,11 +85,19 @@ def noted(trainer: TrainerConfig) -> tuple[TrainerConfig, set[str]]:
     return found, read
 
 
-def key_of(settings: Settings, target: str, model: Callable[[], nn.Module]) -> str:
+def key_of(
+    settings: Settings,
+    data: DataSet,
+    examples: Examples,
+    target: str,
+    model: Callable[[], nn.Module],
+) -> str:
     """Return what names all plans of the same data, model, optimizer, memory settings and program.
 
     Args:
         settings: of the trial.
+        data: its data set.
+        examples: of that.
         target: the kind of device that is planned for.
         model: builds the model; called on the device ``meta``.
 
@@ -102,7 +114,7 @@ def key_of(settings: Settings, target: str, model: Callable[[], nn.Module]) -> s
         shape = plain(arguments["model"])
     told = {
         "target": target,
-        "data": plain(arguments["data"]),
+        "data": [plain(arguments["data"]), *_told_by(data, examples)],
         "loader": plain(asdict(settings.loader)),
         "memory": plain(asdict(settings.memory)),
         "optimizer": signs(arguments["optimizer"]),
@@ -111,6 +123,19 @@ def key_of(settings: Settings, target: str, model: Callable[[], nn.Module]) -> s
     }
     text = json.dumps(told, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _told_by(data: DataSet, examples: Examples) -> list[Any]:
+    """Return what a plan may see of a data set."""
+    sample = examples.batch("train", 1)
+    tensors = {**sample.inputs, "target of the loss": sample.target}
+    return [
+        data.fingerprint(),
+        data.size("train"),
+        data.size("val"),
+        {name: [list(one.shape), str(one.dtype)] for name, one in tensors.items()},
+        [[list(one.shape), str(one.dtype)] for one in kept_on_device(data)],
+    ]
 
 
 def tree(model: nn.Module) -> list[Any]:

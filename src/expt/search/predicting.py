@@ -124,7 +124,9 @@ def _recalled(settings: Settings, data: DataSet, target: Target, known: Path) ->
     examples = Examples(data)
     inputs = examples.input_names()
     try:
-        key = plan_cache.key_of(settings, target, lambda: build_model(settings, data, inputs))
+        key = plan_cache.key_of(
+            settings, data, examples, target, lambda: build_model(settings, data, inputs)
+        )
     except Exception:  # whatever a user's model does on the device `meta`; the plan says it, if
         return _prediction(plan_training(settings, data, target, examples=examples))
     found = plan_cache.find(known, key, settings.trainer)

@@ -10,6 +10,10 @@ from omegaconf import DictConfig
 
 from . import config as config
 
+PRELOADED = ("expt.config.command_line", "expt.commands.search_process")
+PRELOADED_FOR_TRACKING = ("mlflow", "mlflow.store.tracking.sqlalchemy_store")
+"""What the server of the search's processes imports, once for all of them."""
+
 
 class ExptSweeper(Sweeper):
     """Searches for the best error inside the memory budget; chosen by the files of `conf/search`.
@@ -30,7 +34,11 @@ class ExptSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run the search; `arguments` are the command line's settings."""
-        from expt.commands.search import search
+        from expt.run.process import start_server
 
         assert self.config is not None and self.hydra_context is not None
+        tracked = self.config.tracking.uri is not None
+        start_server(PRELOADED + (PRELOADED_FOR_TRACKING if tracked else ()))
+        from expt.commands.search import search  # seconds, in which the server does its imports
+
         return search(self.config, arguments, self.sampler, self.hydra_context, self.task_function)

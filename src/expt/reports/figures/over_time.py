@@ -116,7 +116,7 @@ def plot_over_time(
         axes.grid(True)
         legend_above(axes)
         label_direct(
-            axes, metric_text(metric, y[-1]), (last / factor, y[-1]), (-4, -12), ha="right",
+            axes, metric_text(metric, y[-1]), (last / factor, y[-1]), (-4, 5), ha="right",
             color=GREEN, fontweight="bold",
         )  # fmt: skip
 
