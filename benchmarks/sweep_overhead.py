@@ -31,7 +31,7 @@ from expt.search.space import Space
 from expt.search.trial import KIND
 
 NAME = "sweep_overhead"
-TRIALS, TOLD, ASKED = 10, 10_000, 5
+TRIALS, TOLD, ASKED = 24, 10_000, 5
 
 
 def per_trial(folder: Path) -> dict[str, Any]:
@@ -46,23 +46,32 @@ def per_trial(folder: Path) -> dict[str, Any]:
     )  # fmt: skip
     url = f"sqlite:///{folder}/outputs/optuna.db"
     trials = optuna.load_study(study_name="debug", storage=url).trials
-    added, starting, training = [], [], []
+    added: dict[bool, list[float]] = {True: [], False: []}
+    starting, training = [], []
     for before, trial in pairwise(trials):
         assert before.datetime_complete is not None and trial.datetime_complete is not None
         between = (trial.datetime_complete - before.datetime_complete).total_seconds()
         process = trial.user_attrs["seconds"]
         result = load_result(Path(trial.user_attrs["run_dir"]))
         assert result is not None
-        added.append(between - process)
+        added[bool(trial.user_attrs.get("recalled"))].append(between - process)
         starting.append(process - result.seconds)
         training.append(result.seconds)
+    every = [*added[True], *added[False]]
     return {
-        "trials": len(added),
-        "search_adds_seconds": round(statistics.median(added), 3),
-        "search_adds_seconds_worst": round(max(added), 3),
+        "trials": len(every),
+        "search_adds_seconds": round(statistics.median(every), 3),
+        "search_adds_seconds_worst": round(max(every), 3),
+        "predictions_kept": len(added[True]),
+        "search_adds_seconds_where_kept": _median(added[True]),
+        "search_adds_seconds_where_made": _median(added[False]),
         "process_beside_training_seconds": round(statistics.median(starting), 3),
         "training_seconds": round(statistics.median(training), 3),
     }
+
+
+def _median(seconds: list[float]) -> float | None:
+    return round(statistics.median(seconds), 3) if seconds else None
 
 
 def per_suggestion(folder: Path) -> dict[str, Any]:
@@ -121,6 +130,11 @@ def main() -> None:
         ["the search adds to a trial, beside its process", f"{trial['search_adds_seconds']:.2f} s"],
         ["… the most, of {trials} trials".format(**trial),
          f"{trial['search_adds_seconds_worst']:.2f} s"],
+        ["… where its peak was predicted, {} trials".format(
+            trial["trials"] - trial["predictions_kept"]),
+         f"{trial['search_adds_seconds_where_made'] or 0:.2f} s"],
+        ["… where the prediction was kept from another, {predictions_kept} trials".format(**trial),
+         f"{trial['search_adds_seconds_where_kept'] or 0:.2f} s"],
         ["a trial's process, beside its training",
          f"{trial['process_beside_training_seconds']:.2f} s"],
         [f"a suggestion after {TOLD:,} trials, Optuna alone",

@@ -16,7 +16,7 @@ from expt.search.samplers import seen
 from expt.search.space import Space
 from expt.search.trial import CONSTRAINT, FROM, KIND
 from expt.search.warm_start import Task, begin_warm, look_back, open_earlier
-from expt.search.winner import best_trial, summarize
+from expt.search.winner import SweepSummary, best_trial, summarize
 from expt.units import GIB, MIB
 
 MAE = Metric("mae")
@@ -155,3 +155,18 @@ def test_another_metric_or_other_data_are_refused(storage, tmp_path):
     assert open_earlier("d", storage, replace(TASK, data="abc")).study_name == "d"
     with pytest.raises(ConfigError, match="its data are others"):
         open_earlier("d", storage, replace(TASK, data="xyz"))
+
+
+def test_the_folder_of_a_search_names_its_study_and_its_storage(tmp_path, storage, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    url = f"sqlite:///{tmp_path}/elsewhere.db"
+    elsewhere = optuna.storages.RDBStorage(url)
+    study_of(elsewhere, *TRIALS, name="there")
+    folder = tmp_path / "outputs/sweeps/there"
+    folder.mkdir(parents=True)
+    SweepSummary("there", 6, storage=url).save(folder)
+    for name in ("there", str(folder), "outputs/sweeps/there"):
+        found = open_earlier(name, storage, TASK)
+        assert (found.study_name, len(found.trials)) == ("there", len(TRIALS))
+        found._storage._backend.engine.dispose()
+    elsewhere.engine.dispose()

@@ -31,7 +31,7 @@ USED_BY_A_TRIAL = (
 
 def rehearse() -> None:
     """Compose and judge a configuration of our own: the grammar and the types are then read."""
-    validated(compose_lines(["tracking=none"]))
+    validated(compose_lines(["tracking=none", "trainer.device=cpu"]))  # CUDA is not asked for
     # Plugins are looked for again by each process, which may have a folder more to look in.
     Singleton._instances.pop(Plugins, None)
 

@@ -6,7 +6,8 @@ but the study; the same are tags of its run in the tracker, with the prefix ``tr
 ``kind``                  an `expt.result.Outcome`
 ``peak_bytes``            measured peak of tensors, None where none was measured
 ``demand_bytes``          what the budget was compared with: reserved bytes where there are any
-``predicted_peak_bytes``  of the plan, and ``interval_bytes``, [low, high]
+``predicted_peak_bytes``  of the plan, and ``interval_bytes``, [low, high]; ``recalled`` if the plan
+                          is that of an earlier trial, which the peak cannot tell from this one
 ``budget_bytes``          the limit, None without one
 ``seconds``               of training
 ``run_dir``, ``run_id``   its folder and its run in the tracker
@@ -203,6 +204,7 @@ def _set_attributes(
         known[PREDICTED] = prediction.peak_bytes
         interval = prediction.interval_bytes
         known["interval_bytes"] = None if interval is None else list(interval)
+        known["recalled"] = prediction.recalled or None
     for name, value in known.items():
         if value is not None and trial.user_attrs.get(name) != value:
             trial.set_user_attr(name, value)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ class Task:
 
 
 def open_earlier(name: str, storage: BaseStorage, task: Task) -> Study:
-    """Open a study by the folder of its search, or by its name in the storage of the new one.
+    """Open a study by its name in the storage of the new one, or by the folder of its search.
 
     Raises:
         ConfigError: there is none, or it is the same study, compared another metric, or was on
@@ -112,23 +113,21 @@ def open_earlier(name: str, storage: BaseStorage, task: Task) -> Study:
 
 
 def _opened(name: str, storage: BaseStorage) -> Study:
-    for folder in (Path(name), Path("outputs/sweeps") / name):
-        summary = SweepSummary.load(folder) if (folder / FILE_NAME).exists() else None
-        if summary is not None and summary.storage is not None:
-            try:
-                return optuna.load_study(
-                    study_name=summary.study, storage=open_storage(summary.storage)
-                )
-            except KeyError:
-                continue
     try:
         return optuna.load_study(study_name=name, storage=storage)
     except KeyError:
-        known = optuna.get_all_study_names(storage)
-        raise ConfigError(
-            f"search.warm_start={name}: there is no such study in search.storage, and no search's "
-            f"folder of this name; {nearest(name, known) if known else 'the storage holds none'}"
-        ) from None
+        pass
+    for folder in (Path(name), Path("outputs/sweeps") / name):
+        summary = SweepSummary.load(folder) if (folder / FILE_NAME).exists() else None
+        if summary is not None and summary.storage is not None:
+            with suppress(KeyError):
+                own = open_storage(summary.storage)
+                return optuna.load_study(study_name=summary.study, storage=own)
+    known = optuna.get_all_study_names(storage)
+    raise ConfigError(
+        f"search.warm_start={name}: there is no such study in search.storage, and no search's "
+        f"folder of this name; {nearest(name, known) if known else 'the storage holds none'}"
+    )
 
 
 def look_back(earlier: Study, task: Task) -> Earlier:
