@@ -74,58 +74,9 @@ def contents(runs: RunSet, wanted: Wanted, folder: Path) -> Contents:
     shares = importance(replace(runs, records=largest.records))
     on_data = f" Only runs on {largest.name}, {len(largest.records)} of {len(records)}."
     of_largest = on_data if several else ""
-    figures: list[Path] = []
-    pictures: list[Picture] = []
-
-    def add(title: str, files: Sequence[Path], words: str) -> None:
-        figures.extend(files)
-        pictures.extend(Picture(title, path, words) for path in files if path.suffix == ".png")
-
-    add(
-        "How soon it was how good",
-        plot_over_time(largest.records, metric, budget, folder) if runs.study else [],
-        f"The best {metric_words(metric)} so far"
-        + (" inside the budget" if budget is not None else "")
-        + " against wall time; a point is a run at its end, and pauses do not count."
-        + of_largest,
-    )
     best_of_all = front([r for r in largest.records if r.outcome.trained], metric)
-    add(
-        _against_memory(metric),
-        plot_trade_off(largest.records, metric, budget, folder),
-        _front_words(best_of_all, metric, budget) + of_largest,
-    )
-    left_out = excluded(largest.records, budget) if runs.study else None
-    add(
-        "What the budget excluded",
-        plot_excluded(left_out, folder),
-        "" if left_out is None else left_out.words() + of_largest,
-    )
-    about = claimed(records, wanted.claims)
-    add(
-        "Claimed, predicted, measured",
-        plot_claims(about, folder),
-        "Peak memory by preset: what was claimed, what was predicted for these runs, and what was "
-        f"measured. {ABOUT_CLAIMS}",
-    )
-    told = accuracy(records)
-    add(
-        "How good the predictions were",
-        plot_prediction(records, folder),
-        (told.words() if told else "") + " The band holds half of the runs.",
-    )
-    add(
-        "How the search went" if runs.study else "Run after run",
-        plot_progress(largest.records, metric, budget, folder),
-        f"The {metric_words(metric)} of every run in the order of starting, and the best so far"
-        + (" inside the budget." if budget is not None else ".")
-        + of_largest,
-    )
-    add(
-        "What mattered",
-        plot_importance(shares, folder),
-        f"Importance of each setting for being among the best tenth of {shares.runs} finished "
-        "runs (PED-ANOVA)" + (f"; the study {runs.study}." if runs.study else ".") + of_largest,
+    drawn = _drawn(
+        replace(runs, records=largest.records), records, wanted, folder, shares, of_largest
     )
     rows = [record for group in groups for record in ordered(group.records, metric, budget)]
     data = {id(r): group.name for group in groups for r in group.records} if several else {}
@@ -141,18 +92,102 @@ def contents(runs: RunSet, wanted: Wanted, folder: Path) -> Contents:
         lead=SEVERAL_DATA.format(len(groups)) if several else _lead(records, best, metric, budget),
         by_data=_by_data(groups, best_of, metric),
         cards=_cards(records, best, metric, budget, largest.name if several else ""),
-        pictures=pictures,
+        pictures=[picture for own in drawn for picture in own.pictures()],
         table=run_table(shown, metric, wanted.claims, columns, data),
         table_words=_table_words(len(shown), len(rows), metric, several),
         marked=[n for n, record in enumerate(shown) if id(record) in winners],
         dimmed=[n for n, record in enumerate(shown) if not record.fits(budget)],
-        missing=_missing(runs, shares, bool(told), of_largest),
+        missing=_missing(runs, shares, accuracy(records) is not None, of_largest),
         problems=_problems(records),
         footer=_footer(records),
         command=wanted.command,
     )
     table = run_table(rows, metric, wanted.claims, columns, data)
-    return Contents(page, figures, table, best, best_of_all, shares, groups, best_of)
+    files = [path for own in drawn for path in own.files]
+    return Contents(page, files, table, best, best_of_all, shares, groups, best_of)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure's files, none where there is nothing to be seen, with its title and its words."""
+
+    title: str
+    files: Sequence[Path]
+    words: str
+
+    def pictures(self) -> list[Picture]:
+        """Return what of it goes into the page."""
+        return [
+            Picture(self.title, path, self.words) for path in self.files if path.suffix == ".png"
+        ]
+
+
+def _drawn(
+    compared: RunSet,
+    every: Sequence[RunRecord],
+    wanted: Wanted,
+    folder: Path,
+    shares: Importance,
+    of_whom: str,
+) -> list[Drawn]:
+    """Draw all figures, in the order of the page.
+
+    Args:
+        compared: the runs on the same data.
+        every: all runs, whose predictions may be compared.
+        wanted: budget and claims.
+        folder: where the figures go.
+        shares: of the settings.
+        of_whom: a sentence that says which runs are compared, empty where it is all of them.
+
+    """
+    records, metric, budget = compared.records, compared.metric, wanted.budget_bytes
+    is_search = compared.study is not None
+    inside = " inside the budget" if budget is not None else ""
+    left_out = excluded(records, budget) if is_search else None
+    told = accuracy(every)
+    return [
+        Drawn(
+            "How soon it was how good",
+            plot_over_time(records, metric, budget, folder) if is_search else [],
+            f"The best {metric_words(metric)} so far{inside} against wall time; a point is a run "
+            f"at its end, and pauses do not count.{of_whom}",
+        ),
+        Drawn(
+            _against_memory(metric),
+            plot_trade_off(records, metric, budget, folder),
+            _front_words(front([r for r in records if r.outcome.trained], metric), metric, budget)
+            + of_whom,
+        ),
+        Drawn(
+            "What the budget excluded",
+            plot_excluded(left_out, folder),
+            "" if left_out is None else left_out.words() + of_whom,
+        ),
+        Drawn(
+            "What mattered",
+            plot_importance(shares, folder),
+            f"Importance of each setting for being among the best tenth of {shares.runs} finished "
+            f"runs (PED-ANOVA){f'; the study {compared.study}' if is_search else ''}.{of_whom}",
+        ),
+        Drawn(
+            "Claimed, predicted, measured",
+            plot_claims(claimed(every, wanted.claims), folder),
+            "Peak memory by preset: what was claimed, what was predicted for these runs, and what "
+            f"was measured. {ABOUT_CLAIMS}",
+        ),
+        Drawn(
+            "How good the predictions were",
+            plot_prediction(every, folder),
+            (told.words() if told else "") + " The band holds half of the runs.",
+        ),
+        Drawn(
+            "How the search went" if is_search else "Run after run",
+            plot_progress(records, metric, budget, folder),
+            f"The {metric_words(metric)} of every run in the order of starting, and the best so far"
+            f"{inside}.{of_whom}",
+        ),
+    ]
 
 
 def _by_data(
