@@ -105,6 +105,11 @@ def test_a_damaged_file_is_a_plan_to_be_made(home):
     assert found(home / "known").recalled
 
 
+def test_a_disk_that_is_full_costs_no_prediction(home):
+    (home / "known").write_text("a file where the folder should be")
+    assert found(home / "known").peak_bytes > 0
+
+
 class Odd(nn.Module):
     def __init__(self, **attributes):
         super().__init__()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from expt.config.compose import compose_lines, key, prepare_arguments
 from expt.config.explain import first_lines
 from expt.config.settings import Settings
 from expt.config.validate import validated
-from expt.errors import UserError
+from expt.errors import StorageError, UserError
 from expt.job import DataSet
 from expt.memory.measuring.device_memory import planned_type
 from expt.memory.planning.predict import Plan, Target
@@ -134,7 +135,8 @@ def _recalled(settings: Settings, data: DataSet, target: Target, known: Path) ->
         trainer, read = plan_cache.noted(settings.trainer)
         plan = plan_training(replace(settings, trainer=trainer), data, target, examples=examples)
         found = _prediction(plan)
-        plan_cache.keep(known, key, settings.trainer, read, found)
+        with suppress(OSError, StorageError):  # it is then made again, and that is all
+            plan_cache.keep(known, key, settings.trainer, read, found)
     return found
 
 
