@@ -80,6 +80,24 @@ def test_where_nothing_fits_the_smallest_sizes_and_what_is_given_up_are_said(exp
     assert peaks == sorted(peaks, reverse=True)
 
 
+def test_what_a_later_step_makes_needless_is_taken_back_and_sizes_grow_again(expt, home) -> None:
+    line = ("model.embed_dim=32", "+model.scale={model.embed_dim:[32,31]}")
+    steps = allocated(expt, home, *line, "memory.budget=1MiB", code=1)["emergency"]
+    tried = [step for step in steps if "peak_bytes" in step]
+    number = next(n for n, step in enumerate(tried) if step["changes"] == ["optimizer=adafactor"])
+    before = min(step["peak_bytes"] for step in tried[:number])
+    budget = (before + tried[number]["peak_bytes"]) // 2
+    record = allocated(expt, home, *line, f"memory.budget={budget}", "fit.margin=1")
+    changes = record["chosen"]["changes"]
+    assert "optimizer=adafactor" in changes
+    assert not [one for one in changes if "embed_dim" in one], "the configured size fits again"
+    back = [step for step in record["emergency"] if step.get("taken_back")]
+    assert back and not [step for step in back if step["kept"]]
+    assert not {line for step in back for line in step["changes"]} & set(changes)
+    peak = planned_peak(expt, home, "model.embed_dim=32", *changes)
+    assert peak == record["chosen"]["peak_bytes"] <= budget
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

@@ -2,13 +2,14 @@
 
 `task=allocate` asks it about one budget, and `task=cards` about one after the other; a plan is made
 once, whatever the budget. Nothing is made smaller while something fits. Among what fits, the least
-arithmetic per sample is first, and then the largest micro-batch.
+arithmetic per sample is first, and then the largest micro-batch. What was given up on the way to
+the first that fits, and is not needed there, is taken back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from expt.commands.allocate.measures import Measure, emergency
@@ -27,6 +28,7 @@ class Given:
     """Something that was given up, or tried in vain, where nothing fits.
 
     `planned` is with it and everything given up before; `refused` says why there is no plan.
+    `taken_back` is what a later step made needless.
     """
 
     measure: Measure
@@ -34,6 +36,7 @@ class Given:
     saved_bytes: int = 0
     planned: Plan | None = None
     refused: str | None = None
+    taken_back: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as plain values."""
@@ -43,6 +46,7 @@ class Given:
             "peak_bytes": self.planned.peak_bytes,
             "saved_bytes": self.saved_bytes,
             "kept": self.kept,
+            "taken_back": self.taken_back,
         }
 
 
@@ -75,7 +79,10 @@ class Allocator:
 
         """
         choice = self.largest(limit)
-        return Found(choice) if choice.fits else self._give_up(choice, limit)
+        if choice.fits:
+            return Found(choice)
+        found = self._give_up(choice, limit)
+        return self._take_back(choice, found, limit) if found.choice.fits else found
 
     def plan(self, way: Changes, micro_batch: int) -> Plan:
         """Return the plan of a way, with the nearest micro-batch that its batch is made of."""
@@ -92,8 +99,12 @@ class Allocator:
         more = [] if parts is None else [f"memory.gradient_accumulation={parts}"]
         return [*choice.way, *more]
 
-    def largest(self, limit: Limit) -> Choice[Changes]:
+    def largest(self, limit: Limit, given_up: Changes = ()) -> Choice[Changes]:
         """Return the first way of the largest sizes that fits, or the one that takes least.
+
+        Args:
+            limit: what may be taken.
+            given_up: changes that all ways have.
 
         Raises:
             ConfigError: the configuration itself cannot be planned.
@@ -101,23 +112,27 @@ class Allocator:
         """
         self.variants().plan()
         every = levels(self.dimensions)
-        level = first_level(every, lambda level: self._fits(level, limit))
+        level = first_level(every, lambda level: self._fits(level, given_up, limit))
         if level is not None:
-            ways = list(self._ways(level.changes))
+            ways = list(self._ways(level.changes, given_up))
             found = first_that_fits(ways, list(self.variants(ways[0]).parts), self.plan, limit)
             if found.fits:
                 return found
-        smallest = next(ways for level in reversed(every) if (ways := [*self._ways(level.changes)]))
+        smallest = next(
+            ways for level in reversed(every) if (ways := [*self._ways(level.changes, given_up)])
+        )
         return least(smallest, min(self.variants(smallest[0]).parts), self.plan, limit)
 
-    def _fits(self, level: Level, limit: Limit) -> bool:
+    def _fits(self, level: Level, given_up: Changes, limit: Limit) -> bool:
         """Tell whether any way fits at a level, sample by sample; most arithmetic needs least."""
         return any(
             limit.allows(self.plan(way, min(self.variants(way).parts)))
-            for way in self._ways(level.changes, most_first=True)
+            for way in self._ways(level.changes, given_up, most_first=True)
         )
 
-    def _ways(self, level: Changes, most_first: bool = False) -> Iterator[Changes]:
+    def _ways(
+        self, level: Changes, given_up: Changes = (), most_first: bool = False
+    ) -> Iterator[Changes]:
         """Yield the ways to compute a step at a level, by their arithmetic, the least first."""
         memory = self.settings.memory
         ways: list[Changes] = [()]
@@ -125,9 +140,10 @@ class Allocator:
             ways.append(("memory.precision=bf16",))
         if memory.activation_checkpointing is False:
             ways += [(*way, "memory.activation_checkpointing=true") for way in ways]
+        ways = list(dict.fromkeys(tuple(one for one in way if one not in given_up) for way in ways))
         for way in reversed(ways) if most_first else ways:
-            if self._possible((*level, *way)):
-                yield (*level, *way)
+            if self._possible((*level, *way, *given_up)):
+                yield (*level, *way, *given_up)
 
     def _possible(self, way: Changes) -> bool:
         try:
@@ -159,6 +175,32 @@ class Allocator:
             if choice.fits:
                 break
         return Found(choice, tuple(steps))
+
+    def _take_back(self, nearest: Choice[Changes], found: Found, limit: Limit) -> Found:
+        """Take back what is not needed, and then make sizes as large as they can be."""
+        needed = [given for given in found.given_up if given.kept]
+        for given in list(needed):
+            rest = [other for other in needed if other is not given]
+            if self._allowed((*nearest.way, *_changes(rest)), limit):
+                needed = rest
+        steps = tuple(
+            replace(given, kept=False, taken_back=True)
+            if given.kept and given not in needed
+            else given
+            for given in found.given_up
+        )
+        larger = self.largest(limit, _changes(needed))
+        return Found(larger, steps) if larger.fits else found
+
+    def _allowed(self, way: Changes, limit: Limit) -> bool:
+        """Tell whether a way fits, sample by sample."""
+        if not self._possible(way):
+            return False
+        return limit.allows(self.plan(way, min(self.variants(way).parts)))
+
+
+def _changes(given: Sequence[Given]) -> Changes:
+    return tuple(line for one in given for line in one.measure.changes)
 
 
 def first_level(every: Sequence[Level], fits: Callable[[Level], bool]) -> Level | None:

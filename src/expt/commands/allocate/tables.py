@@ -85,7 +85,7 @@ def _parts(record: Mapping[str, Any]) -> list[tuple[str, tuple[str, ...], Rows]]
             (
                 step["about"],
                 " ".join(step["changes"]),
-                format_bytes(step["saved_bytes"]) if "saved_bytes" in step else "-",
+                _saved(step),
                 format_bytes(step["peak_bytes"]) if "peak_bytes" in step else "not possible here",
             )
             for step in record["emergency"]
@@ -115,6 +115,14 @@ def _parts(record: Mapping[str, Any]) -> list[tuple[str, tuple[str, ...], Rows]]
             )
         )
     return found
+
+
+def _saved(step: Mapping[str, Any]) -> str:
+    """Return what a step saved when it was tried, and that it is not needed after all if so."""
+    if "saved_bytes" not in step:
+        return "-"
+    words = format_bytes(step["saved_bytes"])
+    return f"{words}, taken back" if step["taken_back"] else words
 
 
 def _way(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
