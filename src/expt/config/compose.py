@@ -49,7 +49,9 @@ def groups() -> list[str]:
 
 def register() -> None:
     """Make the schema and the resolvers known to Hydra; may be called again."""
-    ConfigStore.instance().store(name="schema", node=Config, replace=True)
+    known = ConfigStore.instance()
+    if "schema.yaml" not in known.repo:  # made of the dataclasses, it takes a fifth of composing
+        known.store(name="schema", node=Config)
     OmegaConf.register_resolver("by_preset", by_preset, replace=True)
     OmegaConf.register_resolver(
         "unique", lambda: uuid.uuid4().hex[:6], replace=True, use_cache=True

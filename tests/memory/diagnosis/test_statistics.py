@@ -54,6 +54,19 @@ def test_a_constant_series_does_not_rise() -> None:
     assert rising_probability(np.arange(2.0), np.arange(2.0)) == 1
 
 
+def test_the_slope_is_scipys_also_where_steps_or_readings_repeat() -> None:
+    from scipy.stats import theilslopes
+
+    rng = np.random.default_rng(2)
+    for n in (2, 3, 17, 40):
+        for x in (np.arange(float(n)), np.arange(float(n)) // 2):
+            if np.ptp(x) == 0:
+                continue
+            for y in (rng.normal(size=n) * 1e9, rng.integers(0, 20, n) * 1.0):
+                assert sen_slope(x, y) == theilslopes(y, x).slope
+    assert sen_slope(np.zeros(5), np.arange(5.0)) == 0
+
+
 def test_the_slope_ignores_a_few_wild_readings() -> None:
     x = np.arange(50.0)
     y = 3 * x + 5

@@ -162,12 +162,12 @@ class _Rise:
     @property
     def accelerating(self) -> bool:
         """Whether the slope itself rises, significantly and by at least a quarter."""
-        from scipy.stats import t
-
         n = len(self.values)
         if n <= 7:
             rates = np.diff(self.values) / np.diff(self.steps)
             return n >= 3 and bool(np.all(np.diff(rates) > 0)) and bool(rates[-1] > 1.5 * rates[0])
+        from scipy.stats import t
+
         early, late = slice(0, n // 2 + 1), slice(n // 2, n)
         before = sen_slope(self.steps[early], self.values[early])
         after = sen_slope(self.steps[late], self.values[late])
@@ -270,11 +270,11 @@ def forecast(
         window: readings that count.
 
     """
-    from scipy.stats import t
-
     last = list(readings)[-window:]
     if len(last) < FEWEST:
         return None
+    from scipy.stats import t
+
     x = np.array([reading.step for reading in last], dtype=float)
     y = np.array([reading.allocated_bytes for reading in last], dtype=float)
     spread = float(((x - x.mean()) ** 2).sum())
