@@ -40,7 +40,7 @@ def test_the_wheel_runs_outside_the_repository(tmp_path):
     program = "from expt.__main__ import main; main()"
     (tmp_path / "elsewhere").mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", program, "+memory=minimal", "debug=smoke", "hydra.run.dir=run"],
+        [sys.executable, "-c", program, "model=stid", "debug=smoke", "hydra.run.dir=run"],
         cwd=tmp_path / "elsewhere",
         env=env_of(tmp_path),
         capture_output=True,
@@ -64,7 +64,7 @@ def test_the_wheel_runs_outside_the_repository(tmp_path):
     searched = subprocess.run(
         [
             sys.executable, "-c", program, "-m", "search=debug", "search.n_trials=1",
-            "search.test_winner=false", "tracking=none",
+            "search.test_winner=false", "search.presets=[]", "tracking=none", "model.num_stages=1",
         ],
         cwd=tmp_path / "elsewhere",
         env=env_of(tmp_path),

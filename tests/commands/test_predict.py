@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.resources import files
@@ -26,16 +27,27 @@ def cut(path: Path, steps: slice, **other: np.ndarray) -> Path:
     return path
 
 
-@pytest.fixture
-def trained(expt, home) -> Path:
-    """A run whose test part is the last of five weeks."""
-    cut(home / "five.npz", slice(0, 5 * WEEK))
-    code, _, err = expt(
-        "memory=minimal", "tracking=none", "trainer.progress=false", "data.path=five.npz",
+@pytest.fixture(scope="module")
+def kept(once, tmp_path_factory) -> Path:
+    """The folder of a run whose test part is the last of five weeks."""
+    five = cut(tmp_path_factory.mktemp("series") / "five.npz", slice(0, 5 * WEEK))
+    return once(
+        "memory=minimal", "tracking=none", "trainer.progress=false", f"data.path={five}",
         "trainer.max_steps=12", "trainer.eval_batches=2", "memory.plan=false", "trainer.test=false",
-        "hydra.run.dir=run", small=False,
+        "model.num_stages=1", "model.embed_dim=16", "hydra.run.dir=run",
     )  # fmt: skip
-    assert code == 0, err
+
+
+@pytest.fixture
+def trained(kept, home) -> Path:
+    """A copy of that run, begun in this test's folder with ``five.npz``, which is in it."""
+    shutil.copytree(kept / "run", home / "run")
+    launch = home / "run/launch.json"
+    started = json.loads(launch.read_text())
+    (series,) = [line for line in started["overrides"] if line.startswith("data.path=")]
+    shutil.copy(series.removeprefix("data.path="), home / "five.npz")
+    started["overrides"][started["overrides"].index(series)] = "data.path=five.npz"
+    launch.write_text(json.dumps({**started, "cwd": str(home)}))
     return home / "run"
 
 

@@ -364,13 +364,14 @@ def test_what_would_fit_is_told_by_what_the_budget_counts(composed, monkeypatch)
 
 
 def test_a_refusal_is_planned_no_longer_than_until_something_fits(composed, monkeypatch) -> None:
-    settings = validated(composed("+memory=lite", "memory.budget=100MiB"))
+    large = ("data.batch_size=256", "data.eval_batch_size=8", "model=stid")
+    settings = validated(composed("+memory=lite", "memory.budget=40MiB", *large))
     data, traces = build(settings, "data"), []
     monkeypatch.setattr(
         planner, "plan_training", lambda *a, **k: (traces.append(a), plan_training(*a, **k))[1]
     )
     planned = planner.plan_training(settings, data, "cpu")
-    message = module.refusal(settings, data, planned, module.Limit(100 * MIB, "100MiB", "cpu"))
+    message = module.refusal(settings, data, planned, module.Limit(40 * MIB, "40MiB", "cpu"))
     assert "What would fit: memory.gradient_accumulation=4" in message
     assert len(traces) == 2
     traces.clear()

@@ -118,7 +118,8 @@ def assert_the_same(found: Path, expected: Path) -> None:
 def test_two_processes_compute_what_one_does(expt, job, home, data) -> None:
     # 48 or 96 samples in steps of 7: the last is smaller, and halves are not equal.
     assert expt(*job(data, "one"), small=False)[0] == 0
-    two = ("trainer.devices=2", "memory.gradient_accumulation=2", "memory.plan=true")
+    planned = data == "clips"  # of the other, tensors are smaller than what is never counted
+    two = ("trainer.devices=2", "memory.gradient_accumulation=2", f"memory.plan={planned}")
     code, out, err = expt(*job(data, "two", *two), small=False)
     assert code == 0, err
     assert out.count("parameters, cpu") == 1, "only the first of them speaks"
@@ -133,7 +134,7 @@ def test_two_processes_compute_what_one_does(expt, job, home, data) -> None:
         peaks = [rank["peak_allocated_bytes"] for rank in ranks]
         memory = load_result(home / run).memory
         assert memory["peak_allocated_bytes"] == max(peaks) > 0
-        if data == "clips":  # of the other, tensors are smaller than what is never counted
+        if planned:
             assert abs(memory["prediction_error"]) < 0.02
     assert not list(home.glob("expt-rank-*"))
 

@@ -134,6 +134,7 @@ def test_smaller_runs_take_over_and_each_record_says_where_the_other_is(expt, ho
     settings = lacking(home, "lab_wide", "weights > 1_000_000", "Alternating")
     more = ("memory=full", "memory.fallback=preset", "trainer.epochs=1", "tracking=mlflow")
     settings += ("memory.plan=false",)  # the ladder without its predictions, which take long
+    settings += ("trainer.steps_per_epoch=2", "trainer.eval_batches=1")
     code, out, err = expt(*settings, *more)
     assert code == 0, err
     assert "lite takes over" in out
@@ -158,8 +159,9 @@ def test_smaller_runs_take_over_and_each_record_says_where_the_other_is(expt, ho
 def test_after_minimal_comes_the_model_phase1(expt, home):
     settings = lacking(home, "lab_large", "True")
     code, _, err = expt(
-        *settings, "model.dropout=0.2", "memory.fallback=preset", "memory.plan=false"
-    )
+        *settings, "model.dropout=0.2", "memory.fallback=preset", "memory.plan=false",
+        "trainer.epochs=1", "trainer.eval_batches=1",
+    )  # fmt: skip
     assert code == 0, err
     assert Path(load_result(home / "run").fallback_run) == home / "run-phase1"
     assert load_result(home / "run-phase1").status == "completed"
