@@ -166,7 +166,13 @@ ENFORCED: Mapping[str, tuple[tuple[str, ...], float]] = {
         ),
         0.5,
     ),
-    "VLA, state": (("experiment=vla", "+memory=lite", "data.eval_batch_size=4", ONCE), 0.6),
+    "frames, small": (
+        (
+            "experiment=deepfake", "+memory=lite", "memory.gradient_accumulation=1",
+            "memory.forward_chunks=1", "data.eval_batch_size=1",
+        ),
+        0.5,
+    ),
 }  # fmt: skip
 """Configurations, and the budget as a part of what each is predicted to take. All of it may be
 taken (`fit.margin=1`), so that what is one step larger is over it by the plan alone."""
