@@ -28,7 +28,7 @@ from expt.errors import ConfigError, ExptError
 from expt.reports.figures.progress import plot_progress
 from expt.reports.figures.trade_off import plot_trade_off
 from expt.reports.records import RunSet, ranked_by
-from expt.reports.sources.studies import StudyError, joined
+from expt.reports.sources.studies import joined
 from expt.run.process import Worker, WorkerError, visible_devices
 from expt.search.candidates import (
     TrialJobs,
@@ -48,6 +48,7 @@ from expt.search.request import Request, request_of
 from expt.search.runner import ProcessRunner, Runner
 from expt.search.samplers import make_sampler
 from expt.search.space import Space
+from expt.search.stored import StudyError
 from expt.search.study import (
     absolute_storage,
     answering,
@@ -57,8 +58,6 @@ from expt.search.study import (
 from expt.search.winner import SweepSummary, best_trial, run_test
 from expt.units import format_bytes
 from expt.uri import shown_lines, without_password
-
-ENQUEUED, WORKERS = "expt.enqueued", "expt.workers"
 
 
 def search(
@@ -106,7 +105,7 @@ def search(
     )
     metric = learn_metric(request, space, jobs.worker)
     node.objectives = objectives_of(node.objectives, metric)
-    reservations = open_search(request, space, storage, made, jobs, metric)
+    reservations = open_search(request, space, storage, made, jobs, metric, text, facts["device"])
     if isinstance(made, GridSampler) and space.size is not None:
         node.n_trials = reservations.n_trials = min(node.n_trials, space.size)
     study = reservations.study

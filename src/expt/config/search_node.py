@@ -45,7 +45,7 @@ class SearchConfig:
     objectives: list[str] = field(default_factory=lambda: [VALIDATION])  # or [val, peak_memory]
     presets: list[str] = field(default_factory=list)  # memory presets that are tried first
     enqueue: list[dict[str, Any]] = field(default_factory=list)  # points that are tried first
-    warm_start: Any = None  # earlier studies whose trials the sampler knows: a name, or a list
+    warm_start: Any = None  # earlier studies to begin with what they found: a name, or a list
     retry: int = 0  # how often a trial that crashed, was killed or hung is started again
     trial_time_limit_seconds: float | None = None  # then it hangs, and is killed
     plan_time_limit_seconds: float = 120.0  # for the prediction of one trial

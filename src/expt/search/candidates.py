@@ -26,7 +26,7 @@ from expt.config.validate import argument_problems, validated
 from expt.errors import ConfigError, UserError, nearest
 from expt.job import DataSet, Metric, monitored
 from expt.memory.measuring.budget import Budget
-from expt.memory.measuring.device_memory import planned_type
+from expt.memory.measuring.device_memory import device_type, planned_type
 from expt.run.build import build
 from expt.run.process import Worker, WorkerError
 from expt.search.metric import EARLIER, metric_of_trials
@@ -204,7 +204,9 @@ def check_presets(presets: Sequence[str], own: str | None = None) -> None:
 
 
 def base_facts(given: list[str], own: str | None) -> dict[str, Any]:
-    """Return what is wrong with the settings that all trials share, and their budget in bytes.
+    """Return what is wrong with the settings that all trials share, their budget and device.
+
+    ``budget_bytes`` is None without a budget; ``device`` is a kind, like ``cuda``.
 
     This may make a CUDA context.
     """
@@ -218,7 +220,8 @@ def base_facts(given: list[str], own: str | None) -> dict[str, Any]:
         return {"problems": error.problems}
     except (UserError, HydraException, OmegaConfBaseException) as error:
         return {"problems": [first_lines(error)]}
-    return {"problems": [], "budget_bytes": budget}
+    kind = device_type(settings.trainer.device.value)
+    return {"problems": [], "budget_bytes": budget, "device": kind}
 
 
 def base_metric(given: list[str], own: str | None) -> dict[str, Any]:

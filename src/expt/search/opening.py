@@ -16,14 +16,15 @@ from expt.errors import ConfigError
 from expt.job import Metric
 from expt.run.process import WorkerError
 from expt.search.candidates import TrialJobs, base_fingerprint, preset_values
-from expt.search.request import Request, fixed_settings, given_points
+from expt.search.request import Request, fixed_settings, given_points, resolved_settings
 from expt.search.reservation import Reservations
 from expt.search.samplers import make_pruner, make_sampler, seed_of
 from expt.search.space import Space
 from expt.search.study import claim, open_study
-from expt.search.warm_start import Task, begin_warm, open_earlier
+from expt.search.warm_start import Task, begin_warm, open_earlier, record_settings
 
 ENQUEUED, WORKERS = "expt.enqueued", "expt.workers"
+"""Attributes of a study: that its first points were put first; how many workers it has had."""
 
 
 def open_search(
@@ -33,8 +34,20 @@ def open_search(
     sampler: BaseSampler,
     jobs: TrialJobs,
     metric: Metric,
+    where: str,
+    device: str,
 ) -> Reservations:
     """Open the study, and put first what is to be tried first.
+
+    Args:
+        request: the search.
+        space: what it varies.
+        storage: of the study.
+        sampler: of its first worker.
+        jobs: its trials.
+        metric: that they are compared by.
+        where: `storage` as it was given.
+        device: the kind that trials run on, as far as they share one.
 
     Raises:
         ConfigError: it is another search, or a point, preset or earlier study is not what it
@@ -47,7 +60,10 @@ def open_search(
     pruner = make_pruner(node.pruner, request.cfg.trainer.epochs)
     enqueued, fixed = given_points(node, space), fixed_settings(request.cfg, space)
     data = _fingerprint(request, jobs) if node.earlier_studies else None
-    task = Task(node.study, space, fixed, metric, node.objectives, data=data)
+    task = Task(
+        node.study, where, space, resolved_settings(request.cfg, space, device), metric,
+        node.objectives, data=data, repeats=node.repeats,
+    )  # fmt: skip
     earlier = [open_earlier(name, storage, task) for name in node.earlier_studies]
     reservations = Reservations(None, space, node.n_trials, request.folder, node.seed)  # type: ignore[arg-type]
     with reservations.locked():
@@ -62,6 +78,7 @@ def open_search(
              "repeats": node.repeats, "setting": fixed},
         )  # fmt: skip
         claim(study, request.folder)
+        record_settings(study, task)
         worker = int(study.user_attrs.get(WORKERS, 0))
         study.set_user_attr(WORKERS, worker + 1)
         seed = seed_of(sampler, node.seed, worker)

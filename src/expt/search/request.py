@@ -5,7 +5,9 @@ request = request_of(config, ["search=debug", "memory.budget=1GiB"], sampler, hy
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Container, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,11 +15,12 @@ from typing import Any, cast
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from expt.config.compose import key
 from expt.config.search_node import SearchConfig
 from expt.errors import ConfigError
-from expt.search.space import Space
+from expt.search.space import Space, plain
 
 FIXED = ("model", "data", "optimizer", "trainer", "memory")
 """Groups whose settings all trials of a study share, but for those that are varied."""
@@ -31,6 +34,10 @@ MAY_DIFFER = {
         "fallback_settings")),
 }  # fmt: skip
 """Settings that may be others when a study is gone on with: they do not change what is found."""
+CHANGES_PEAKS = {"trainer.device", "trainer.compile", "memory.card", "memory.target"}
+"""Those of them by which peaks, and what is predicted of them, are others all the same."""
+SEVERAL = "several"
+"""In the place of a setting that workers or restarts of a study gave different values."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +108,62 @@ def fixed_settings(cfg: DictConfig, space: Space) -> dict[str, Any]:
 
     Interpolations stay: a path from the environment may be another one on another machine.
     """
+    return _flat(cfg, {key(name) for name in space.distributions} | MAY_DIFFER)
+
+
+def resolved_settings(cfg: DictConfig, space: Space, device: str) -> dict[str, Any]:
+    """Return the settings by which trials of two studies compare, interpolations as their values.
+
+    They are `fixed_settings` and `CHANGES_PEAKS`. An interpolation stays as it is written where it
+    depends on what is varied or on the environment, or has no value here.
+
+    Args:
+        cfg: the configuration that trials share.
+        space: what is varied.
+        device: the kind that `trainer.device` stands for here, such as ``cuda``.
+
+    """
     varied = {key(name) for name in space.distributions}
+    known = copy.deepcopy(cfg)
+    for name in varied:
+        with suppress(OmegaConfBaseException):
+            OmegaConf.update(known, name, "???")
+    found = resolved(_flat(cfg, varied | (MAY_DIFFER - CHANGES_PEAKS)), known)
+    return found | ({} if "trainer.device" in varied else {"trainer.device": device})
+
+
+def resolved(settings: Mapping[str, Any], cfg: DictConfig | None = None) -> dict[str, Any]:
+    """Return settings with the values of those that are interpolations, as far as these have any.
+
+    Args:
+        settings: by name.
+        cfg: what they refer to; None: each other.
+
+    """
+    if cfg is None:
+        cfg = OmegaConf.create()
+        for name, value in settings.items():
+            OmegaConf.update(cfg, name, value, force_add=True)
+    found = dict(settings)
+    for name, value in settings.items():
+        if is_interpolation(value) and "${oc.env" not in value:
+            # A resolver may raise anything, such as a KeyError for a variable that is not set.
+            with suppress(Exception):
+                found[name] = plain(OmegaConf.select(cfg, name, throw_on_missing=True))
+    return found
+
+
+def is_interpolation(value: object) -> bool:
+    """Tell whether a setting is written as a reference whose value is not known."""
+    return isinstance(value, str) and "${" in value
+
+
+def _flat(cfg: DictConfig, without: Container[str]) -> dict[str, Any]:
+    """Return the settings of `FIXED` by their names, as they are written."""
     found: dict[str, Any] = {}
 
     def add(name: str, value: Any) -> None:
-        if name in varied or name in MAY_DIFFER:
+        if name in without:
             return
         if isinstance(value, Mapping) and value:
             for part in value:

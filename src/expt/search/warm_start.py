@@ -4,19 +4,20 @@ A finished trial of an earlier study becomes a trial of the new one that was nev
 the sampler and the pruner see it, and it is none of `search.n_trials`, no duplicate, and never the
 best. Its excess over the budget is that of the new budget. Where the earlier study trained with
 other settings than the new one, beside what is varied (longer, say), its figures do not compare:
-the sampler is not shown them, and only its best points inside the new budget are tried first.
+the sampler is not shown them, and only its best points inside the new budget are tried first. The
+same holds for a sampler that learns from no trial but those that it suggested itself.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.samplers import GPSampler, GridSampler, TPESampler
 from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -25,20 +26,28 @@ from expt.config.compose import key
 from expt.config.search_node import PEAK
 from expt.errors import ConfigError, nearest
 from expt.job import Metric
-from expt.result import Outcome, load_result
+from expt.result import Outcome, RunResult, load_result
 from expt.search.metric import metric_of, mismatch
-from expt.search.request import MAY_DIFFER
+from expt.search.request import CHANGES_PEAKS, SEVERAL, is_interpolation, resolved
 from expt.search.space import Space, typed
-from expt.search.study import PREFIX, changed_settings, open_storage
+from expt.search.stored import StudyError, load
+from expt.search.study import PREFIX, absolute_storage, changed_settings
 from expt.search.trial import CONSTRAINT, FROM, FROM_KIND, PREDICTED, kind_of
 from expt.search.winner import FILE_NAME, SweepSummary
 from expt.units import GIB
+from expt.uri import HIDDEN, without_password
 
 SHOWN = f"{PREFIX}warm_start"
-"""Attribute of a study: the earlier studies that it was given."""
+"""Attribute of a study: the earlier studies that it was given, by `identity_of`."""
+RESOLVED = f"{PREFIX}resolved"
+"""Attribute of a study: what `expt.search.request.resolved_settings` returned."""
 MOST_FIRST = 3
-"""Points of a study whose figures do not compare, that are tried first."""
+"""Points of a study whose trials the sampler is not shown, that are tried first."""
 OUTSIDE, WITHOUT_FIGURES = "outside of the space", "without figures"
+NOT_RECORDED = ["its settings, which were not recorded"]
+READS_ADDED = (TPESampler, GPSampler)
+"""Samplers that learn from trials that were added to a study; the others keep books of their own,
+on what they suggested themselves, or learn nothing."""
 
 
 @dataclass
@@ -46,19 +55,24 @@ class Earlier:
     """What of one earlier study is of use to a new one.
 
     `shown` are trials for the sampler, `first` points to be tried first, `left_out` how many
-    trials are neither, by reason; `changed` the settings that differ, so that nothing is shown.
+    trials are neither, by reason; `changed` the settings that differ, so that nothing is shown;
+    `reads` says whether the sampler learns from trials that it did not suggest.
     """
 
     study: str
+    identity: str
     shown: list[FrozenTrial] = field(default_factory=list)
     first: list[dict[str, Any]] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     changed: Sequence[str] = ()
+    reads: bool = True
 
     def words(self) -> str:
         """Return one line about it."""
-        text = f"warm start from {self.study}: the sampler knows {len(self.shown)} of its trials; "
-        text += f"tried first: {len(self.first)}"
+        knows = f"the sampler knows {len(self.shown)} of its trials"
+        if not self.reads:
+            knows = "this sampler learns from no trials but its own"
+        text = f"warm start from {self.study}: {knows}; tried first: {len(self.first)}"
         if self.left_out:
             reasons = ", ".join(f"{count} {why}" for why, count in self.left_out.most_common())
             text += f"; left out: {reasons}"
@@ -74,22 +88,26 @@ class Task:
 
     Args:
         study: its name.
+        storage: where it is kept, as it was given.
         space: what is varied.
-        fixed: the other settings, by `expt.search.request.fixed_settings`.
+        fixed: the other settings, by `expt.search.request.resolved_settings`.
         metric: that trials are compared by.
         objectives: of the study.
         budget_bytes: the limit, None without one.
         data: the fingerprint of the data, None where it is not known.
+        repeats: how many seeds a figure is the mean of.
 
     """
 
     study: str
+    storage: str
     space: Space
     fixed: Mapping[str, Any]
     metric: Metric
     objectives: Sequence[str]
     budget_bytes: int | None = None
     data: str | None = None
+    repeats: int = 1
 
     @property
     def varies_data(self) -> bool:
@@ -97,7 +115,20 @@ class Task:
         return any(key(name).partition(".")[0] == "data" for name in self.space.distributions)
 
 
-def open_earlier(name: str, storage: BaseStorage, task: Task) -> Study:
+@dataclass(frozen=True)
+class Source:
+    """An earlier study that is open, and what tells it from all others, by `identity_of`."""
+
+    study: Study
+    identity: str
+
+
+def identity_of(storage: str, study: str) -> str:
+    """Return what tells a study from any other of its name: where it is kept, and its name."""
+    return f"{without_password(absolute_storage(storage)).replace(f':{HIDDEN}@', '@')} {study}"
+
+
+def open_earlier(name: str, storage: BaseStorage, task: Task) -> Source:
     """Open a study by its name in the storage of the new one, or by the folder of its search.
 
     Raises:
@@ -105,24 +136,26 @@ def open_earlier(name: str, storage: BaseStorage, task: Task) -> Study:
             other data.
 
     """
-    found = _opened(name, storage)
+    found = _opened(name, storage, task)
     problem = _problem(found, task)
     if problem is not None:
         raise ConfigError(f"search.warm_start={name}: {problem}")
     return found
 
 
-def _opened(name: str, storage: BaseStorage) -> Study:
+def _opened(name: str, storage: BaseStorage, task: Task) -> Source:
     try:
-        return optuna.load_study(study_name=name, storage=storage)
+        study = optuna.load_study(study_name=name, storage=storage)
+        return Source(study, identity_of(task.storage, name))
     except KeyError:
         pass
     for folder in (Path(name), Path("outputs/sweeps") / name):
         summary = SweepSummary.load(folder) if (folder / FILE_NAME).exists() else None
         if summary is not None and summary.storage is not None:
-            with suppress(KeyError):
-                own = open_storage(summary.storage)
-                return optuna.load_study(study_name=summary.study, storage=own)
+            try:
+                return Source(load(summary), identity_of(summary.storage, summary.study))
+            except StudyError as error:
+                raise ConfigError(f"search.warm_start={name}: {error}") from error
     known = optuna.get_all_study_names(storage)
     raise ConfigError(
         f"search.warm_start={name}: there is no such study in search.storage, and no search's "
@@ -130,10 +163,19 @@ def _opened(name: str, storage: BaseStorage) -> Study:
     )
 
 
-def look_back(earlier: Study, task: Task) -> Earlier:
-    """Return what of an earlier study a new one can use."""
-    then = dict(earlier.user_attrs.get(f"{PREFIX}setting") or {})
-    found = Earlier(earlier.study_name, changed=_changed(then, earlier, task))
+def look_back(source: Source, task: Task, reads: bool = True) -> Earlier:
+    """Return what of an earlier study a new one can use.
+
+    Args:
+        source: the earlier study.
+        task: of the new one.
+        reads: whether the new one's sampler learns from trials that it did not suggest.
+
+    """
+    earlier = source.study
+    then = settings_of(earlier)
+    changed = _changed(then, earlier, task)
+    found = Earlier(earlier.study_name, source.identity, changed=changed, reads=reads)
     usable: list[tuple[FrozenTrial, dict[str, Any]]] = []
     for trial in earlier.get_trials(deepcopy=False):
         kind = kind_of(trial)
@@ -151,11 +193,11 @@ def look_back(earlier: Study, task: Task) -> Earlier:
             usable.append((shown, point))
         if found.changed:
             found.left_out["with other settings"] += 1
-        else:
+        elif reads:
             found.shown.append(shown)
     usable.sort(key=lambda pair: task.metric.cost(pair[0].values[0]))
     # The winner is to be a run of this search, so that the best is trained here in any case.
-    count = MOST_FIRST if found.changed else 1
+    count = MOST_FIRST if found.changed or not reads else 1
     found.first = [point for _, point in usable[:count]]
     if found.changed:
         found.left_out["with other settings"] -= len(found.first)
@@ -163,25 +205,72 @@ def look_back(earlier: Study, task: Task) -> Earlier:
     return found
 
 
-def begin_warm(study: Study, task: Task, earlier: Sequence[Study]) -> list[str]:
+def begin_warm(study: Study, task: Task, earlier: Sequence[Source]) -> list[str]:
     """Give a study what earlier ones have, those that it was not given yet; say what, by study.
 
-    To be called under the folder's lock, before other points are put first.
+    To be called under the folder's lock, before other points are put first. A grid, which tries
+    every point in any case, is given nothing.
     """
+    if isinstance(study.sampler, GridSampler):
+        return ["warm start: a grid tries every point, so that it needs nothing of earlier studies"]
     known = list(study.user_attrs.get(SHOWN, []))
-    found = [look_back(one, task) for one in earlier if one.study_name not in known]
+    reads = isinstance(study.sampler, READS_ADDED)
+    # Earlier versions wrote down names alone.
+    new = [one for one in earlier if not {one.identity, one.study.study_name} & set(known)]
+    found = [look_back(one, task, reads) for one in new]
     for one in found:
         study.add_trials(one.shown)
         for point in one.first:
             study.enqueue_trial(point)
-        known.append(one.study)
+        known.append(one.identity)
         study.set_user_attr(SHOWN, known)
-    return [one.words() for one in found]
+    lines = [one.words() for one in found]
+    shown = sum(len(one.shown) for one in found)
+    startup = getattr(study.sampler, "_n_startup_trials", 0)
+    if reads and 0 < shown < startup:
+        lines.append(
+            f"warm start: {shown} trials are fewer than {startup} "
+            "(hydra.sweeper.sampler.n_startup_trials), up to which points are drawn at random"
+        )
+    return lines
 
 
-def _problem(earlier: Study, task: Task) -> str | None:
+def record_settings(study: Study, task: Task) -> None:
+    """Write down the settings by which a later study compares its own with this one.
+
+    One of `CHANGES_PEAKS` that a restart or another worker gives another value becomes `SEVERAL`.
+    """
+    known = study.user_attrs.get(RESOLVED)
+    if known is None:
+        if study.get_trials(deepcopy=False):
+            return  # it is of an earlier version, and what it was begun with is not known
+        study.set_user_attr(RESOLVED, dict(task.fixed))
+        return
+    others = [name for name in CHANGES_PEAKS & known.keys() if known[name] != task.fixed.get(name)]
+    mixed = {**known, **dict.fromkeys(others, SEVERAL)}
+    if mixed != known:
+        study.set_user_attr(RESOLVED, mixed)
+
+
+def settings_of(study: Study) -> dict[str, Any]:
+    """Return the settings that a study's trials shared, interpolations as far as they have values.
+
+    Of a study of an earlier version the device is that of its trials, "" if none says it.
+    """
+    known = study.user_attrs.get(RESOLVED)
+    if known is not None:
+        return dict(known)
+    written = study.user_attrs.get(f"{PREFIX}setting")
+    if not written:
+        return {}
+    device = next((result.device for result in _results(study) if result.device), "")
+    return {**resolved(written), "trainer.device": device.partition(" ")[0]}
+
+
+def _problem(source: Source, task: Task) -> str | None:
     """Say why a study is of no use at all."""
-    if earlier.study_name == task.study:
+    earlier = source.study
+    if source.identity == identity_of(task.storage, task.study):
         return "this is the study itself, which goes on from its own trials anyway"
     metric = metric_of(earlier)
     if (other := mismatch(metric, task.metric)) is not None:
@@ -197,10 +286,17 @@ def data_of(study: Study) -> str | None:
     trials = study.get_trials(deepcopy=False)
     if any(key(name).partition(".")[0] == "data" for trial in trials for name in trial.params):
         return None
-    folders = (trial.user_attrs.get("run_dir") for trial in trials)
-    results = (load_result(Path(folder)) for folder in folders if folder)
-    known = (result.data_fingerprint for result in results if result is not None)
+    known = (result.data_fingerprint for result in _results(study))
     return next((mark for mark in known if mark is not None), None)
+
+
+def _results(study: Study) -> Iterator[RunResult]:
+    """Yield the results of a study's trials, those that are still in their folders."""
+    for trial in study.get_trials(deepcopy=False):
+        folder = trial.user_attrs.get("run_dir")
+        result = load_result(Path(folder)) if folder else None
+        if result is not None:
+            yield result
 
 
 def point_of(
@@ -226,12 +322,20 @@ def point_of(
 def _changed(then: Mapping[str, Any], earlier: Study, task: Task) -> list[str]:
     """Return the settings, beside what is varied, in which the two studies differ."""
     if not then:
-        return ["its settings, which were not recorded"]
+        return NOT_RECORDED
     varied = {key(name) for name in task.space.distributions}
-    for trial in earlier.get_trials(deepcopy=False)[:1]:
-        varied |= {key(name) for name in trial.params}
-    differing = changed_settings(then, task.fixed)
-    return [name for name in differing if name not in varied and name not in MAY_DIFFER]
+    varied |= {key(name) for name in earlier.user_attrs.get(f"{PREFIX}space", {})}
+    found = [
+        name
+        for name in changed_settings(then, task.fixed)
+        if name not in varied
+        # One whose value is not known says nothing.
+        and not is_interpolation(then.get(name))
+        and not is_interpolation(task.fixed.get(name))
+    ]
+    if earlier.user_attrs.get(f"{PREFIX}repeats", 1) != task.repeats:
+        found.append("search.repeats")
+    return found
 
 
 def _shown(

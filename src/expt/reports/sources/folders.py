@@ -14,8 +14,9 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from expt.errors import ConfigError
 from expt.job import Metric
 from expt.reports.records import RunRecord, RunSet, flattened
-from expt.reports.sources.studies import StudyError, with_study
+from expt.reports.sources.studies import with_study
 from expt.result import FILE_NAME, LAUNCH_NAME, Outcome, RunResult, load_launch, load_result
+from expt.search.stored import StudyError
 from expt.search.winner import FILE_NAME as SWEEP_NAME
 
 CONFIG_NAME = "config.yaml"
