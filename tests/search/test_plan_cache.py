@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from expt.config.compose import compose_lines
-from expt.search import plan_cache
+from expt.search import plan_cache, program
 from expt.search.candidates import TrialJobs
 from expt.search.plan_cache import UnknownStateError, plain, signs, tree
 from expt.search.predicting import Composer, predict
@@ -20,6 +21,12 @@ SMALL = (
     "search=debug", "memory=minimal", "tracking=none", "data=metr_la_29", "model.embed_dim=8",
     "model.num_heads=2", "model.num_stages=1", "data.batch_size=4",
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def new_process(monkeypatch):
+    """Let no file of an earlier test count as seen."""
+    monkeypatch.setattr(program, "code", program.Code())
 
 
 def found(folder, *lines):
@@ -93,8 +100,67 @@ def test_another_worker_finds_it_and_refuses_only_what_it_planned_itself(home):
 
 def test_a_changed_program_finds_nothing(home, monkeypatch):
     found(home / "known")
-    monkeypatch.setattr(plan_cache, "_own_files", lambda: "another version")
+    monkeypatch.setattr(program, "installed", lambda: "another version of a package")
     assert not found(home / "known").recalled
+
+
+def test_what_the_allocator_may_take_is_part_of_the_key(home, monkeypatch):
+    found(home / "known")
+    monkeypatch.setattr(plan_cache, "allocator_limit", lambda memory, target: 2**30)
+    assert not found(home / "known").recalled
+
+
+MODEL = """
+from expt.jobs.traffic.alternating import Alternating
+
+class Mine(Alternating):
+    pass
+"""
+
+
+def test_a_file_that_changes_after_its_import_ends_the_keeping(home, monkeypatch):
+    """The process still runs what it imported; another one runs what is there now."""
+    monkeypatch.syspath_prepend(str(home))
+    path = home / "model_of_mine.py"
+    path.write_text(MODEL)
+    line = "model._target_=model_of_mine.Mine"
+    found(home / "known", line)
+    assert found(home / "known", line).recalled
+    (name,) = (home / "known").iterdir()
+    path.write_text(f"{MODEL}# another\n")
+    assert not found(home / "known", line).recalled
+    assert not found(home / "known", line, "data.batch_size=8").recalled
+    assert list((home / "known").iterdir()) == [name], "and nothing is kept"
+    monkeypatch.setattr(program, "code", program.Code())  # as in a new process
+    assert not found(home / "known", line).recalled
+    assert len(list((home / "known").iterdir())) == 2
+    sys.modules.pop("model_of_mine")
+
+
+def test_a_class_is_told_by_its_file_wherever_it_is_installed(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = tmp_path / "layers_of_another.py"
+    path.write_text("class Layer: pass")
+    import layers_of_another
+
+    first = program.hash_of_classes({layers_of_another.Layer, nn.Linear})
+    assert first == program.hash_of_classes({layers_of_another.Layer})
+    assert first != program.hash_of_classes({nn.Linear})
+    path.write_text("class Layer: x = 1")
+    with pytest.raises(program.ChangedCodeError):
+        program.hash_of_classes({layers_of_another.Layer})
+    monkeypatch.setattr(program, "code", program.Code())
+    assert program.hash_of_classes({layers_of_another.Layer}) != first
+    sys.modules.pop("layers_of_another")
+
+
+def test_a_setting_that_cannot_be_written_down_costs_no_prediction(home, monkeypatch):
+    def refuse(*given):
+        raise UnknownStateError("a set of objects")
+
+    monkeypatch.setattr(plan_cache, "find", refuse)
+    monkeypatch.setattr(plan_cache, "keep", refuse)
+    assert found(home / "known").peak_bytes > 0
 
 
 def test_a_damaged_file_is_a_plan_to_be_made(home):
@@ -166,3 +232,13 @@ def test_a_configuration_is_what_hydra_composes(home, lines):
     for _ in range(2):  # what was composed once stays as it is
         made = OmegaConf.to_container(composer.compose(lines, None), resolve=False)
         assert made == OmegaConf.to_container(compose_lines(lines, None), resolve=False)
+
+
+def test_a_file_that_changed_is_composed_anew(home):
+    own = home / "own/model/mine.yaml"
+    own.parent.mkdir(parents=True)
+    composer = Composer()
+    for width in (8, 1024):
+        own.write_text(f"defaults:\n  - alternating\nembed_dim: {width}\n")
+        lines = [*SMALL[:4], "model=mine", "optimizer.lr=0.02"]
+        assert composer.compose(lines, str(home / "own")).model.embed_dim == width

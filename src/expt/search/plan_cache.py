@@ -15,7 +15,9 @@ ones do is not a list of names. A plan is a function of
   take the place of the tree;
 - the optimizer's arguments. Of torch's own optimizers (`SCALING`) only the sign of ``lr`` and
   ``weight_decay`` counts: they are multiplied with, and compared with nothing but 0;
-- the program: this package, torch, the modules of the user's own, the machine, the threads.
+- what CUDA's allocator may take: the budget, or the card;
+- the program: this package, the user's own modules, those that the model's classes come from, the
+  versions of all that is installed, the machine, the threads (`expt.search.program`).
 
 What this rests on: that a model's forward follows from its modules and its input. A module that
 keeps an argument elsewhere (in a global) would break it, so `expt.search.candidates.TrialJobs`
@@ -30,15 +32,10 @@ import copy
 import hashlib
 import inspect
 import json
-import os
-import platform
-import site
 import sys
-import sysconfig
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from enum import Enum
-from functools import lru_cache
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -46,11 +43,13 @@ from typing import Any
 import torch
 from torch import nn
 
-import expt
 from expt.config.schema import TrainerConfig
 from expt.config.settings import Settings
 from expt.files import write_json
 from expt.job import DataSet
+from expt.memory.planning.predict import Target
+from expt.run.target import allocator_limit
+from expt.search.program import check_code, hash_of_classes, program
 from expt.search.trial import Prediction
 from expt.training.batches import Examples, kept_on_device
 
@@ -89,7 +88,7 @@ def key_of(
     settings: Settings,
     data: DataSet,
     examples: Examples,
-    target: str,
+    target: Target,
     model: Callable[[], nn.Module],
 ) -> str:
     """Return what names all plans of the same data, model, optimizer, memory settings and program.
@@ -102,7 +101,7 @@ def key_of(
         model: builds the model; called on the device ``meta``.
 
     Raises:
-        Exception: what building the model raises.
+        Exception: what building the model raises, and what `expt.search.program` does.
 
     """
     arguments = settings.arguments
@@ -119,7 +118,8 @@ def key_of(
         "memory": plain(asdict(settings.memory)),
         "optimizer": signs(arguments["optimizer"]),
         "model": [str(arguments["model"]["_target_"]), shape],
-        "program": program(),
+        "limit": allocator_limit(settings.memory, target),
+        "program": [*program(), hash_of_classes({*map(type, built.modules()), type(data)})],
     }
     text = json.dumps(told, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -241,40 +241,13 @@ def _signed(node: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-@lru_cache(maxsize=1)
-def _own_files() -> str:
-    """Return a hash of this package's code."""
-    whole = hashlib.sha256()
-    for path in sorted(Path(expt.__file__).parent.rglob("*.py")):
-        whole.update(path.read_bytes())
-    return whole.hexdigest()
-
-
-def program() -> list[Any]:
-    """Return what of the program and the machine a plan may depend on."""
-    return [
-        _own_files(), _users_files(), torch.__version__, platform.node(), platform.machine(),
-        torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS"),
-    ]  # fmt: skip
-
-
-def _users_files() -> str:
-    """Return a hash of the loaded modules that are neither installed nor of this package."""
-    installed = {*site.getsitepackages(), sysconfig.get_path("stdlib"), str(_package())}
-    whole = hashlib.sha256()
-    for path in sorted({str(getattr(one, "__file__", None)) for one in [*sys.modules.values()]}):
-        own = path.endswith(".py") and not any(path.startswith(f"{f}{os.sep}") for f in installed)
-        if own and Path(path).is_file():
-            whole.update(path.encode() + Path(path).read_bytes())
-    return whole.hexdigest()
-
-
-def _package() -> Path:
-    return Path(expt.__file__).parent
-
-
 def find(folder: Path, key: str, trainer: TrainerConfig) -> Prediction | None:
-    """Return a prediction that was made with this key, where all that it read is as it was."""
+    """Return a prediction that was made with this key, where all that it read is as it was.
+
+    Raises:
+        UnknownStateError: a setting that it read cannot be written down.
+
+    """
     for stored in _stored(folder / f"{key}.json"):
         if all(plain(getattr(trainer, name)) == was for name, was in stored["read"].items()):
             own = stored["prediction"]
@@ -284,7 +257,15 @@ def find(folder: Path, key: str, trainer: TrainerConfig) -> Prediction | None:
 
 
 def keep(folder: Path, key: str, trainer: TrainerConfig, read: set[str], made: Prediction) -> None:
-    """Keep a prediction; `read` are the settings of the trainer that it depends on."""
+    """Keep a prediction; `read` are the settings of the trainer that it depends on.
+
+    Raises:
+        UnknownStateError: one of these settings cannot be written down.
+        ChangedCodeError: the program's files were changed while it was made.
+        OSError, StorageError: it cannot be written.
+
+    """
+    check_code()
     path = folder / f"{key}.json"
     own = {part.name: getattr(made, part.name) for part in fields(made) if part.name != "recalled"}
     values = {name: plain(getattr(trainer, name)) for name in sorted(read)}

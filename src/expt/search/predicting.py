@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from expt.config.compose import compose_lines, key, prepare_arguments
+from expt.config.compose import compose_lines, conf_dir, key, prepare_arguments
 from expt.config.explain import first_lines
 from expt.config.settings import Settings
 from expt.config.validate import validated
@@ -32,6 +32,8 @@ from expt.run.build import build, build_model
 from expt.run.overflow import what_fits
 from expt.run.planner import plan_training
 from expt.search import plan_cache
+from expt.search.plan_cache import UnknownStateError
+from expt.search.program import ChangedCodeError
 from expt.search.trial import Prediction
 from expt.training.batches import Examples
 
@@ -40,14 +42,15 @@ class Composer:
     """Composes command lines that end alike: what comes before is composed once, by Hydra.
 
     The last settings of a line, as long as each only gives a known setting a value, are put in by
-    `OmegaConf.update`, as Hydra does it itself.
+    `OmegaConf.update`, as Hydra does it itself. What was composed is of the YAML files as they
+    were, and is composed anew once any of them is another.
     """
 
     MOST = 8
     """Configurations that are kept."""
 
     def __init__(self) -> None:
-        self._bases: OrderedDict[tuple[str | None, tuple[str, ...]], DictConfig] = OrderedDict()
+        self._bases: OrderedDict[Hashable, DictConfig] = OrderedDict()
 
     def compose(self, lines: Sequence[str], own: str | None) -> DictConfig:
         """Return what `compose_lines` returns.
@@ -61,7 +64,7 @@ class Composer:
         end = len(parsed)
         while end and _only_gives_a_value(parsed[end - 1]):
             end -= 1
-        place = (own, tuple(prepared[:end]))
+        place = (own, _files_of(own), tuple(prepared[:end]))
         if place not in self._bases:
             self._bases[place] = compose_lines(prepared[:end], own)
             while len(self._bases) > self.MOST:
@@ -74,6 +77,14 @@ class Composer:
         except OmegaConfBaseException:
             return compose_lines(lines, own)  # with Hydra's own words
         return found
+
+
+def _files_of(own: str | None) -> Hashable:
+    """Return what tells whether a YAML file, the user's or ours, is another than before."""
+    folders = [conf_dir(), *([Path(own)] if own else [])]
+    paths = [path for folder in folders for path in sorted(folder.rglob("*.yaml"))]
+    states = [(str(path), path.stat()) for path in paths if path.is_file()]
+    return tuple((path, state.st_mtime_ns, state.st_size) for path, state in states)
 
 
 def _only_gives_a_value(override: Override) -> bool:
@@ -130,12 +141,15 @@ def _recalled(settings: Settings, data: DataSet, target: Target, known: Path) ->
         )
     except Exception:  # whatever a user's model does on the device `meta`; the plan says it, if
         return _prediction(plan_training(settings, data, target, examples=examples))
-    found = plan_cache.find(known, key, settings.trainer)
+    found = None
+    with suppress(UnknownStateError):  # it is then as if none was kept
+        found = plan_cache.find(known, key, settings.trainer)
     if found is None:
         trainer, read = plan_cache.noted(settings.trainer)
         plan = plan_training(replace(settings, trainer=trainer), data, target, examples=examples)
         found = _prediction(plan)
-        with suppress(OSError, StorageError):  # it is then made again, and that is all
+        # What cannot be kept is made again, and that is all.
+        with suppress(OSError, StorageError, UnknownStateError, ChangedCodeError):
             plan_cache.keep(known, key, settings.trainer, read, found)
     return found
 
