@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import optuna
 import pytest
@@ -16,8 +19,10 @@ from optuna.trial import create_trial
 from expt.commands.search import Request, _conclude, _draw, _parameters, _runner
 from expt.config.search_node import SearchConfig
 from expt.job import Metric
+from expt.locks import Lock
 from expt.result import Outcome, load_result
 from expt.search.metric import ATTRIBUTE
+from expt.search.reservation import LOCK_NAME
 from expt.search.space import Space
 from expt.search.trial import KIND
 from expt.search.winner import SweepSummary
@@ -65,6 +70,17 @@ def test_a_mistake_is_one_message_before_anything_is_started(expt, home, lines, 
         assert message in err
     assert "Traceback" not in err
     assert not list(home.rglob("trial_*"))
+
+
+def test_a_refusal_leaves_no_process_behind_that_holds_the_output(home):
+    """The server would import for seconds more, and a pipe at our output end with it."""
+    given = [sys.executable, "-m", "expt", *SEARCH, "search.n_trials=0"]
+    with subprocess.Popen(given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as refused:
+        assert refused.wait(60) == 2
+        since = time.monotonic()
+        said = refused.stdout.read()
+        assert time.monotonic() - since < 0.5
+    assert b"search.n_trials must be at least 1" in said
 
 
 def test_a_search_without_m_is_refused(expt, home):
@@ -153,7 +169,7 @@ def test_study_and_tracker_agree_trial_by_trial(searched):
             assert run.data.metrics["best/val/mae"] == pytest.approx(trial.value)
 
 
-def test_starting_it_again_does_what_is_left_and_no_more(searched, expt, capfd):
+def test_starting_it_again_does_what_is_left_and_no_more(searched, expt, monkeypatch):
     import os
 
     home, _ = searched
@@ -164,8 +180,17 @@ def test_starting_it_again_does_what_is_left_and_no_more(searched, expt, capfd):
         "model.embed_dim=choice(8,16,48,64)", "data.batch_size=choice(2,4,16,64)",
     ]  # fmt: skip
     before = {path: path.stat().st_mtime_ns for path in home.rglob("trial_*/result.json")}
+    free = []
+
+    def page(runs, folder, command):
+        lock = Lock(folder / LOCK_NAME)
+        free.append(lock.acquire(wait=False))
+        lock.release()
+
+    monkeypatch.setattr("expt.commands.search.write_page", page)
     code, out, err = expt(*lines, small=False)
     assert code == 0, err
+    assert free == [True], "other workers do not wait for the page"
     assert "3 of 3 trials trained" in out
     again = next(line for line in out.splitlines() if line.startswith("again: "))
     assert "memory.budget=45MiB" in again
@@ -384,3 +409,13 @@ def test_of_one_trial_there_is_no_progress_and_of_none_nothing_to_draw(tmp_path)
     assert not (tmp_path / "plots").exists()
     _draw(study_of(1, Metric("mae")), None, tmp_path)
     assert {path.stem for path in (tmp_path / "plots").iterdir()} == {"trade_off"}
+
+
+def test_the_page_has_the_study_also_where_its_password_is_not_written_down(tmp_path, capsys):
+    hidden = "postgresql://me:***@no.such.host/d"
+    SweepSummary("mine", 12, storage=hidden).save(tmp_path)
+    _draw(study_of(12, Metric("mae")), 80 * MIB, tmp_path, whole_page=True)
+    assert capsys.readouterr().out == f"page: {tmp_path / 'report.html'}\n"
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["study"], report["runs"]) == ("mine", 12)
+    assert "cannot be read" not in " ".join(report["not_shown"])

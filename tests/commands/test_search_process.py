@@ -47,7 +47,8 @@ def test_it_leaves_nothing_that_a_forked_process_would_have_half_of(tmp_path):
     lines = [line for line in ran.stdout.splitlines() if line.startswith("FOUND")]
     before, after = (json.loads(line.removeprefix("FOUND ")) for line in lines)
     assert before == {
-        "threads": ["MainThread"], "native": 1, "cuda": [], "plugins": False, "hydra": False, "users": False,
+        "threads": ["MainThread"], "native": 1, "cuda": [],
+        "plugins": False, "hydra": False, "users": False,
     }  # fmt: skip
     assert after["code"] == 0
     big = {name.partition(".")[0] for name in after["imported"]} & {

@@ -249,3 +249,34 @@ def test_without_a_variable_it_is_all_devices(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert visible_devices({}) == ["0", "1"]
+
+
+HELD = """
+import os, signal, sys, time
+from multiprocessing import forkserver
+from expt.run.process import Worker, start_server, stop_server
+if __name__ == "__main__":
+    began = start_server(["slow_to_import"])
+    server = forkserver._forkserver._forkserver_pid
+    while not os.path.exists("begun"):
+        time.sleep(0.01)
+    os.kill(server, signal.SIGINT)  # as Ctrl-C at the terminal does
+    worker = Worker()
+    held = worker.call(signal.pthread_sigmask, signal.SIG_BLOCK, (), seconds=30)
+    print(began, start_server([]), worker.call(os.getppid, seconds=30) == server, held)
+    stop_server()
+    print(os.path.exists(f"/proc/{server}"), worker.call(os.getppid, seconds=30) == server)
+    worker.close()
+"""
+
+
+def test_ctrl_c_does_not_reach_the_server_while_it_imports(home):
+    (home / "slow_to_import.py").write_text("import time; open('begun', 'w'); time.sleep(0.3)")
+    (home / "asker.py").write_text(HELD)
+    ran = subprocess.run(
+        [sys.executable, "asker.py"], cwd=home, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert ran.stderr == ""
+    first, second = ran.stdout.splitlines()
+    assert first == "True False True set()", "its processes hear Ctrl-C"
+    assert second == "False False", "it is gone, and another one has begun"

@@ -17,22 +17,22 @@ def machine(monkeypatch):
     monkeypatch.setattr(parallel, "host_bytes", lambda: 16 * GIB)
 
 
-def asked(n_jobs, devices=(), on_cpu=True, budget=None, **more):
-    return side_by_side(n_jobs, devices, on_cpu, budget, environment=more.pop("env", {}), **more)
+def asked(n_jobs, devices=(), on_mps=False, budget=None, **more):
+    return side_by_side(n_jobs, devices, on_mps, budget, environment=more.pop("env", {}), **more)
 
 
 def test_a_number_is_taken_and_the_cores_are_shared():
     assert asked(1) == SideBySide(1, None)
     assert asked(2) == SideBySide(2, 4)
     assert asked(16) == SideBySide(16, 1)
-    assert asked(2, ["0", "1"], on_cpu=False) == SideBySide(2, None)
+    assert asked(2, ["0", "1"]) == SideBySide(2, None)
     assert asked(2, env={"OMP_NUM_THREADS": "3"}) == SideBySide(2, None), "what is given wins"
 
 
 def test_auto_is_one_for_each_core_or_gpu():
     assert asked("auto") == SideBySide(8, 1)
     assert asked("auto", ["0", "1", "2"]) == SideBySide(3, None)
-    assert asked("auto", on_cpu=False) == SideBySide(1, None), "MPS is one device"
+    assert asked("auto", on_mps=True) == SideBySide(1, None), "MPS is one device"
 
 
 def test_auto_leaves_each_trial_its_budget():

@@ -81,18 +81,16 @@ def run(cfg: DictConfig, context: RunContext) -> ReportResult:
     return ReportResult(record)
 
 
-def write_page(folder: Path, command: str) -> Path:
+def write_page(runs: RunSet, folder: Path, command: str) -> Path:
     """Write the page of a search into its folder, as this task would; return it.
 
     Args:
+        runs: of the search.
         folder: of the search.
         command: that makes the page again.
 
-    Raises:
-        ConfigError: there is no run in the folder.
-
     """
-    runs = ranked_by(runs_in_folders([str(folder)]), None)
+    runs = ranked_by(runs, None)
     wanted = Wanted(runs.budget_bytes, (), None, ReportConfig.rows, command)
     found = contents(runs, wanted, folder / "plots")
     _write(folder, runs, wanted, found, as_record(runs, wanted, found))

@@ -27,8 +27,8 @@ from expt.config.search_node import Pruner, SearchConfig
 from expt.errors import ConfigError, ExptError
 from expt.reports.figures.progress import plot_progress
 from expt.reports.figures.trade_off import plot_trade_off
-from expt.reports.records import RunSet, ranked_by
-from expt.reports.sources.studies import joined
+from expt.reports.records import ranked_by
+from expt.reports.sources.folders import runs_of_search
 from expt.run.process import Worker, WorkerError, visible_devices
 from expt.search.candidates import (
     TrialJobs,
@@ -88,8 +88,7 @@ def search(
     on_cpu = request.cfg.trainer.device.value in ("cpu", "mps")
     devices = [] if on_cpu or launcher is not None else visible_devices()
     beside = side_by_side(
-        node.n_jobs, devices, request.cfg.trainer.device.value != "mps",
-        facts["budget_bytes"], launcher,
+        node.n_jobs, devices, facts["device"] == "mps", facts["budget_bytes"], launcher
     )  # fmt: skip
     node.n_jobs = beside.n_jobs
     if beside.note is not None:
@@ -148,7 +147,7 @@ def search(
         try:
             with answering(node.study):
                 summary = loop.summary()
-            with answering(node.study), reservations.locked():
+            with answering(node.study):
                 _draw(study, jobs.budget_bytes, request.folder, status == "FINISHED")
         finally:  # also without the storage: the parent's run is not left open
             _conclude(summary, request, space, seen)
@@ -162,19 +161,20 @@ def search(
 def _draw(study: Study, budget_bytes: int | None, folder: Path, whole_page: bool = False) -> None:
     """Draw the search over time, and its metric against peak memory, as a report has them.
 
-    With `whole_page`, which takes seconds, the report itself.
+    With `whole_page`, which takes seconds, the report itself. The study is read as it is open here,
+    with the password that its summary does not hold.
     """
+    try:
+        runs = runs_of_search(study, budget_bytes, folder)
+    except StudyError:
+        return  # there is no trial to be drawn
     if whole_page:
         command = shlex.join(["python", "-m", "expt", "task=report", f"report.runs={folder}"])
         try:
-            print(f"page: {write_page(folder, command)}")
+            print(f"page: {write_page(runs, folder, command)}")
             return
         except Exception as error:  # the search is over and well; its page is not worth a fault
             print(f"note: there is no page of this search ({type(error).__name__}: {error})")
-    try:
-        runs = joined(RunSet((), study.study_name), study, budget_bytes, folder)
-    except StudyError:
-        return  # there is no trial to be drawn
     runs = ranked_by(runs, f"val/{metric_of(study).name}")
     for plot in (plot_trade_off, plot_progress):
         plot(runs.records, runs.metric, budget_bytes, folder / "plots")

@@ -25,8 +25,9 @@ class RunRecord:
     `value` is the figure that runs are ranked by (`ranked_by`), of what was trained to its end;
     `described` are the metrics by their bare names, and `monitor` is the one that decided which
     weights were best. `settings` are the flattened configuration as text, and `cwd` is where
-    relative paths in it start; `started` and `ended` are in seconds since the epoch; `detail` says
-    what went wrong.
+    relative paths in it start; `predicted_demand_bytes` is what was compared with the budget before
+    the run, with what an allocator reserves besides the peak; `started` and `ended` are in seconds
+    since the epoch; `detail` says what went wrong.
     """
 
     name: str
@@ -42,6 +43,7 @@ class RunRecord:
     precision: str | None = None
     meter: str | None = None
     predicted_peak_bytes: int | None = None
+    predicted_demand_bytes: int | None = None
     peak_allocated_bytes: int | None = None
     peak_reserved_bytes: int | None = None
     prediction_error: float | None = None

@@ -20,10 +20,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
+from multiprocessing import forkserver as forkserver_module
 from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -44,13 +45,45 @@ def prepare_server(modules: Sequence[str]) -> None:
     forkserver().set_forkserver_preload(list(modules))
 
 
-def start_server(modules: Sequence[str]) -> None:
-    """Let the server begin to import what it has before it forks; once it runs, nothing changes.
+def start_server(modules: Sequence[str]) -> bool:
+    """Let the server begin to import what it has before it forks; return whether it begins now.
 
-    It does so beside what this process imports in the meantime.
+    It does so beside what this process imports in the meantime. Once it runs, nothing changes.
     """
+    server: Any = forkserver_module._forkserver
+    before = server._forkserver_pid
     prepare_server(modules)
-    ensure_running()
+    with interrupts_held():
+        ensure_running()
+    return bool(server._forkserver_pid != before)
+
+
+def stop_server() -> None:
+    """End the server at once, also while it imports: it has this process's output as well.
+
+    The next process that is wanted starts another one.
+    """
+    server: Any = forkserver_module._forkserver  # it has no public way to be stopped
+    if server._forkserver_pid is not None:
+        with suppress(ProcessLookupError):
+            os.kill(server._forkserver_pid, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            server._stop()
+
+
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Hold SIGINT back, from this thread and for good from a server that is started meanwhile.
+
+    A Ctrl-C at the terminal reaches the server too, which would end with a traceback while it
+    imports. What it forks hears SIGINT again by `become_independent`.
+    """
+    resource_tracker.ensure_running()  # when it starts, it lets them through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class TrialProcess:
@@ -276,6 +309,7 @@ def have_threads(count: int | None) -> None:
 
 def become_independent() -> None:
     """Lead a session, and end with the process that asked for this one."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     gc.freeze()  # what the server imported is never garbage: every collection is spared it
     os.setsid()
     parent = multiprocessing.parent_process()
@@ -302,13 +336,17 @@ def forkserver() -> multiprocessing.context.ForkServerContext:
 
 @contextlib.contextmanager
 def main_left_alone() -> Any:
-    """Keep `multiprocessing` from running this program's main file again in the new process."""
+    """Keep `multiprocessing` from running this program's main file again in the new process.
+
+    SIGINT is held back, since this may start the server.
+    """
     main = sys.modules["__main__"]
     hidden = {name: main.__dict__.pop(name) for name in ("__file__",) if name in main.__dict__}
     spec = getattr(main, "__spec__", None)
     main.__spec__ = None
     try:
-        yield
+        with interrupts_held():
+            yield
     finally:
         main.__dict__.update(hidden)
         main.__spec__ = spec

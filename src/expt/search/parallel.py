@@ -31,7 +31,7 @@ class SideBySide:
 def side_by_side(
     asked: int | str,
     devices: Sequence[str],
-    on_cpu: bool,
+    on_mps: bool,
     budget_bytes: int | None,
     launcher: str | None = None,
     environment: Mapping[str, str] = os.environ,
@@ -41,7 +41,7 @@ def side_by_side(
     Args:
         asked: `search.n_jobs`.
         devices: names of the CUDA devices that trials may use.
-        on_cpu: whether trials train on the CPU.
+        on_mps: whether trials train on MPS, which is one device.
         budget_bytes: of each trial, None without a budget.
         launcher: the Hydra launcher that trials go to, None: processes of this machine.
         environment: where a number of threads that is given wins.
@@ -59,7 +59,7 @@ def side_by_side(
         return SideBySide(int(asked))
     if asked != AUTO:
         return SideBySide(int(asked), _threads(int(asked), devices, environment))
-    if devices or not on_cpu:
+    if devices or on_mps:
         return SideBySide(max(1, len(devices)))
     count, note = cores(), None
     if budget_bytes is not None:

@@ -34,11 +34,19 @@ class ExptSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run the search; `arguments` are the command line's settings."""
-        from expt.run.process import start_server
+        from expt.errors import UserError
+        from expt.run.process import start_server, stop_server
 
         assert self.config is not None and self.hydra_context is not None
         tracked = self.config.tracking.uri is not None
-        start_server(PRELOADED + (PRELOADED_FOR_TRACKING if tracked else ()))
+        started = start_server(PRELOADED + (PRELOADED_FOR_TRACKING if tracked else ()))
         from expt.commands.search import search  # seconds, in which the server does its imports
 
-        return search(self.config, arguments, self.sampler, self.hydra_context, self.task_function)
+        try:
+            return search(
+                self.config, arguments, self.sampler, self.hydra_context, self.task_function
+            )
+        except UserError:
+            if started:  # it may still import, with our output open
+                stop_server()
+            raise

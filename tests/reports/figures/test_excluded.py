@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-from expt.reports.figures.excluded import excluded, plot_excluded
+from expt.reports.figures.excluded import _peak, excluded, plot_excluded
 from expt.result import Outcome
 
 GIB = 2**30
 
 
-def test_every_suggestion_is_in_one_row(record, tmp_path) -> None:
+def test_every_suggestion_is_in_one_row_or_is_counted(record, tmp_path) -> None:
     over = {"outcome": Outcome.predicted_over, "predicted_peak_bytes": 4 * GIB}
     runs = [
         record("a", 5.0, 1.0),
@@ -24,8 +24,16 @@ def test_every_suggestion_is_in_one_row(record, tmp_path) -> None:
         "out of memory": ["c"],
         "not started: predicted over": ["d", "e"],
     }
-    assert "Of 3 runs that were started, 2 did not fit." in found.words()
+    assert "peak that is not known: 1 failed, 1 predicted over. Of 4 runs" in found.words()
+    assert "Of 4 runs that were started, 2 did not fit." in found.words()
     assert len(plot_excluded(found, tmp_path)) == 2
+
+
+def test_a_prediction_is_drawn_where_it_was_compared_with_the_budget(record) -> None:
+    """On CUDA an allocator reserves more than the peak of tensors."""
+    over = {"outcome": Outcome.predicted_over, "predicted_peak_bytes": GIB}
+    one = record("a", None, None, predicted_demand_bytes=3 * GIB, **over)
+    assert _peak(one) == 3 * GIB
 
 
 def test_without_a_budget_or_an_excluded_run_there_is_nothing_to_say(record, tmp_path) -> None:

@@ -89,6 +89,22 @@ def test_another_budget_is_compared_with_what_trials_demanded(swept, tmp_path) -
     assert not trained.fits(GIB // 4)
 
 
+def test_what_was_compared_before_a_run_is_the_budget_and_the_excess(swept, tmp_path) -> None:
+    study = optuna.load_study(study_name="tiny", storage=f"sqlite:///{tmp_path}/optuna.db")
+    attributes = {"predicted_peak_bytes": GIB // 2, "budget_bytes": GIB}
+    for kind in ("predicted_over", "pruned"):
+        study.add_trial(
+            optuna.create_trial(
+                state=TrialState.PRUNED,
+                user_attrs={"kind": kind, **attributes},
+                constraints={"peak_memory": 0.5},
+            )  # fmt: skip
+        )
+    *_, over, pruned = ranked([str(swept)]).records
+    assert over.predicted_demand_bytes == 3 * GIB // 2
+    assert pruned.predicted_demand_bytes is None, "its excess was measured"
+
+
 def test_runs_from_elsewhere_stay(swept, tmp_path, put_run) -> None:
     put_run(tmp_path / "alone", 2.0, started=1.0)
     runs = ranked([str(swept), str(tmp_path / "alone")])

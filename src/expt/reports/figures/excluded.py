@@ -1,7 +1,8 @@
-"""What the budget excluded: every suggestion by its end, at its peak beside the budget."""
+"""What the budget excluded: suggestions by their ends, at their peaks beside the budget."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,20 +33,28 @@ ENDS = {
 
 @dataclass(frozen=True)
 class Excluded:
-    """Suggestions by what became of them, in the order of `ROWS`; only rows that have any."""
+    """Suggestions by what became of them, in the order of `ROWS`; only rows that have any.
+
+    `others` counts those that are in no row, by their ends, and `started` all that were started.
+    """
 
     rows: Mapping[str, Sequence[RunRecord]]
     budget_bytes: int
+    others: Mapping[str, int]
+    started: int
 
     def words(self) -> str:
         """Return what the figure shows."""
         counts = "; ".join(f"{label}: {len(own)}" for label, own in self.rows.items())
-        text = f"Every suggestion at its peak beside the budget, {format_bytes(self.budget_bytes)} "
+        text = f"Suggestions at their peaks beside the budget, {format_bytes(self.budget_bytes)} "
         text += f"({counts}). A ring is what was predicted, a disc what was measured."
-        started = sum(len(own) for label, own in self.rows.items() if label != SPARED)
+        if self.others:
+            ends = ", ".join(f"{count} {end}" for end, count in self.others.items())
+            text += f" Not shown, as what ended otherwise, or at a peak that is not known: {ends}."
         wasted = sum(len(self.rows.get(label, ())) for label in (OVER, LOST))
-        if started:
-            text += f" Of {started} runs that were started, {wasted} did not fit."
+        wasted += self.others.get(Outcome.out_of_memory.words, 0)
+        if self.started:
+            text += f" Of {self.started} runs that were started, {wasted} did not fit."
         return text
 
 
@@ -54,14 +63,25 @@ def excluded(records: Sequence[RunRecord], budget_bytes: int | None) -> Excluded
     if budget_bytes is None:
         return None
     rows: dict[str, list[RunRecord]] = {label: [] for label in ROWS}
+    others: Counter[str] = Counter()
     for record in records:
         end = ENDS.get(record.outcome)
         if record.outcome.trained:
             end = INSIDE if record.fits(budget_bytes) else OVER
         if end is not None and _peak(record) is not None:
             rows[end].append(record)
+        else:
+            others[record.outcome.words] += 1
     known = {label: own for label, own in rows.items() if own}
-    return None if not known.keys() - {INSIDE} else Excluded(known, budget_bytes)
+    if not known.keys() - {INSIDE}:
+        return None
+    return Excluded(known, budget_bytes, others, sum(map(_was_started, records)))
+
+
+def _was_started(record: RunRecord) -> bool:
+    if record.outcome is Outcome.unfinished:
+        return record.started > 0  # else it waits
+    return record.outcome.columns.counts
 
 
 def plot_excluded(found: Excluded | None, folder: Path) -> list[Path]:
@@ -106,7 +126,10 @@ def plot_excluded(found: Excluded | None, folder: Path) -> list[Path]:
 
 
 def _peak(record: RunRecord) -> int | None:
-    """Return the measured peak of what came to its end, else the predicted one."""
+    """Return the measured peak of what came to its end, else the predicted one.
+
+    Both are what was compared with the budget: on CUDA, what the allocator reserves.
+    """
     if record.outcome.trained and record.demand_bytes is not None:
         return record.demand_bytes
-    return record.predicted_peak_bytes or record.demand_bytes
+    return record.predicted_demand_bytes or record.predicted_peak_bytes or record.demand_bytes

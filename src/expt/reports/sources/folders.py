@@ -6,6 +6,7 @@ import glob
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -14,10 +15,13 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from expt.errors import ConfigError
 from expt.job import Metric
 from expt.reports.records import RunRecord, RunSet, flattened
-from expt.reports.sources.studies import with_study
+from expt.reports.sources.studies import joined, with_study
 from expt.result import FILE_NAME, LAUNCH_NAME, Outcome, RunResult, load_launch, load_result
 from expt.search.stored import StudyError
 from expt.search.winner import FILE_NAME as SWEEP_NAME
+
+if TYPE_CHECKING:
+    from optuna.study import Study
 
 CONFIG_NAME = "config.yaml"
 KEY = "report.runs"
@@ -31,16 +35,12 @@ def runs_in_folders(patterns: Sequence[str]) -> RunSet:
 
     """
     folders = [folder for pattern in patterns for folder in matching(pattern)]
-    found = {path.resolve(): path for folder in folders for path in run_folders(folder)}
-    if not found:
+    runs = _plain_runs(folders, ", ".join(patterns))
+    if not runs.records:
         raise ConfigError(
             f"{KEY}: there is no run in {', '.join(patterns)}; a run's folder holds {LAUNCH_NAME} "
             f"and {FILE_NAME}. Give a run's, a multirun's or a search's folder"
         )
-    names = _names(list(found))
-    records = [read_run(folder, names[folder]) for folder in found]
-    records.sort(key=lambda record: (record.started, record.name))
-    runs = RunSet(tuple(records), ", ".join(patterns))
     summaries = {path for folder in folders for path in folder.rglob(SWEEP_NAME)}
     # The tracker's artifacts hold a copy of a summary, without the trials.
     studies = {path.parent for path in summaries if any(path.parent.glob("trial_*"))}
@@ -53,6 +53,24 @@ def runs_in_folders(patterns: Sequence[str]) -> RunSet:
         note = f"the runs are of {len(studies)} studies, whose trials are not told apart"
         return replace(runs, notes=(*runs.notes, note))
     return runs
+
+
+def runs_of_search(study: Study, budget_bytes: int | None, folder: Path) -> RunSet:
+    """Return the trials of a search whose study is open, with what its folder knows of them.
+
+    Raises:
+        StudyError: the study has no trials.
+
+    """
+    return joined(_plain_runs([folder], str(folder)), study, budget_bytes, folder)
+
+
+def _plain_runs(folders: Sequence[Path], source: str) -> RunSet:
+    """Return the runs in folders, as far as these know them."""
+    found = {path.resolve(): path for folder in folders for path in run_folders(folder)}
+    names = _names(list(found))
+    records = [read_run(folder, names[folder]) for folder in found]
+    return RunSet(tuple(sorted(records, key=lambda one: (one.started, one.name))), source)
 
 
 def matching(pattern: str) -> list[Path]:
@@ -157,8 +175,8 @@ def _settings(folder: Path) -> dict[str, str]:
 
 def _names(folders: Sequence[Path]) -> dict[Path, str]:
     """Return the shortest names that tell the folders apart."""
-    if len(folders) == 1:
-        return {folders[0]: folders[0].name}
+    if len(folders) <= 1:
+        return {folder: folder.name for folder in folders}
     depth = 1
     while True:
         names = {folder: "/".join(folder.parts[-depth:]) for folder in folders}

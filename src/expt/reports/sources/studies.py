@@ -12,8 +12,9 @@ from expt.reports.records import RunRecord, RunSet
 from expt.result import Outcome
 from expt.search.metric import metric_of
 from expt.search.stored import StudyError, load
-from expt.search.trial import FROM, kind_of
+from expt.search.trial import CONSTRAINT, FROM, kind_of
 from expt.search.winner import FILE_NAME, SweepSummary
+from expt.units import GIB
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -100,6 +101,7 @@ def _record(
         described={metric.name: metric, **base.described},
         settings={**base.settings, **settings},
         predicted_peak_bytes=attributes.get("predicted_peak_bytes", base.predicted_peak_bytes),
+        predicted_demand_bytes=_predicted_demand(trial, outcome),
         peak_allocated_bytes=base.peak_allocated_bytes if peak is None else peak,
         peak_reserved_bytes=reserved,
         budget_bytes=attributes.get("budget_bytes", budget_bytes),
@@ -110,3 +112,15 @@ def _record(
         trial=trial.number,
         detail=attributes.get("error") or ("" if outcome is Outcome.completed else outcome.words),
     )
+
+
+def _predicted_demand(trial: FrozenTrial, outcome: Outcome) -> int | None:
+    """Return the bytes that were compared with the budget, of a trial that never came to its end.
+
+    The study holds them as the excess over the budget.
+    """
+    budget, excess = trial.user_attrs.get("budget_bytes"), trial.constraints.get(CONSTRAINT)
+    unmeasured = outcome in (Outcome.predicted_over, Outcome.out_of_memory)
+    if not unmeasured or budget is None or excess is None:
+        return None
+    return int(budget) + round(excess * GIB)
