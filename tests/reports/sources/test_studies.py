@@ -98,7 +98,7 @@ def test_what_was_compared_before_a_run_is_the_budget_and_the_excess(swept, tmp_
                 state=TrialState.PRUNED,
                 user_attrs={"kind": kind, **attributes},
                 constraints={"peak_memory": 0.5},
-            )  # fmt: skip
+            )
         )
     *_, over, pruned = ranked([str(swept)]).records
     assert over.predicted_demand_bytes == 3 * GIB // 2
