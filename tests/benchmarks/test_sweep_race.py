@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,24 @@ def test_a_side_is_run_from_its_start_and_read_back(
     left = tmp_path / "seed_0" / "stock_patched"
     left.mkdir(parents=True)
     (left / "stock.db").write_text("cut")
-    sides = ["--sides", "ours", "stock, patched"]
+    names = ("ours", "stock, patched")
+    run = sweep_race.search
+    smoke = {**sweep_race.OURS_SEARCH, "n_jobs": 1, "presets": ["minimal"]}  # one trial, that fits
+    monkeypatch.setattr(sweep_race, "OURS_SEARCH", smoke)
+    lines = [*sweep_race.SHARED, *sweep_race.SIZES[True], f"memory.budget={sweep_race.BUDGET}"]
+    with ThreadPoolExecutor(2) as pool:  # each takes seconds to import what it needs
+        ran = {
+            side: pool.submit(run, side, left.parent / side.replace(", ", "_"), lines, 0, 2.0, True)
+            for side in names
+        }
+
+    def search(side: str, folder: Path, given: list[str], *rest: object) -> object:
+        assert folder == left.parent / side.replace(", ", "_")
+        assert given == lines
+        return ran[side].result()
+
+    monkeypatch.setattr(sweep_race, "search", search)
+    sides = ["--sides", *names]
     sweep_race.main(["--smoke", "--minutes", "2", "--folder", str(tmp_path), *sides])
     said = capsys.readouterr().out
     assert "seed 0, ours:" in said and "seed 0, stock, patched:" in said
