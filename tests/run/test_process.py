@@ -254,7 +254,8 @@ def test_without_a_variable_it_is_all_devices(monkeypatch):
 HELD = """
 import os, signal, sys, time
 from multiprocessing import forkserver
-from expt.run.process import Worker, start_server, stop_server
+from expt.run.process import Worker
+from expt.run.server import start_server, stop_server
 if __name__ == "__main__":
     began = start_server(["slow_to_import"])
     server = forkserver._forkserver._forkserver_pid

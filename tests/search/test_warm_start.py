@@ -129,6 +129,14 @@ def test_what_is_varied_in_one_of_the_two_only(storage):
     assert found.left_out == {"outside of the space": 5}
 
 
+def test_a_setting_whose_value_is_not_known_now_leaves_no_point_out(storage):
+    space = Space.parse({"model.width": "choice(8,16,32)"})
+    source = source_of(storage, *TRIALS)
+    for now, count in (("${oc.env:LR}", 5), (0.2, 1)):
+        task = replace(TASK, space=space, fixed={**FIXED, "optimizer.lr": now})
+        assert len(look_back(source, task).shown) == count
+
+
 def test_figures_of_other_settings_do_not_compare(storage):
     old = source_of(storage, *TRIALS, setting={**FIXED, "trainer.epochs": 1})
     found = look_back(old, TASK)

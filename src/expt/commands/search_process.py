@@ -1,6 +1,6 @@
 """What the server of a search has done before it forks, so that no trial spends seconds on it.
 
-`expt.run.process.start_server` is given this module; importing it is all. Nothing in here makes a
+`expt.run.server.start_server` is given this module; importing it is all. Nothing in here makes a
 tensor, a thread or a CUDA context, of which a forked process would inherit a half. (OpenBLAS, in
 numpy and scipy, has threads where it may have more than one; it ends them itself before a fork, and
 begins them anew.) Nothing of the user's own is imported either: a trial reads that code as it is

@@ -1,9 +1,8 @@
 """Processes of their own for what may crash, hang or fill a device: trials, and predictions.
 
-They are forked by a server process that has imported torch already and done nothing else with
-it (`multiprocessing`'s forkserver), so that one starts in a moment, with a CUDA context of its
-own. Each leads a session, so that all it starts can be killed with it, and ends itself when the
-process that asked for it is gone.
+They are forked by a server that has imported torch already (`expt.run.server`), and each has a CUDA
+context of its own. Each leads a session, so that all it starts can be killed with it, and ends
+itself when the process that asked for it is gone.
 """
 
 from __future__ import annotations
@@ -20,70 +19,23 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import connection, resource_tracker
-from multiprocessing import forkserver as forkserver_module
-from multiprocessing.forkserver import ensure_running
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from expt.config.command_line import run_command
 from expt.files import write_json
+from expt.run.server import forkserver, main_left_alone
 
 PROCESS_NAME, LOG_NAME = "process.json", "output.log"
 GRACE_SECONDS = 20.0
 """Between asking a process to stop and killing it."""
 RunLine = Callable[[Sequence[str]], int]
 """Runs one command line in this process; returns its exit code."""
-
-
-def prepare_server(modules: Sequence[str]) -> None:
-    """Name what the server imports before it forks; once it runs, this changes nothing."""
-    forkserver().set_forkserver_preload(list(modules))
-
-
-def start_server(modules: Sequence[str]) -> bool:
-    """Let the server begin to import what it has before it forks; return whether it begins now.
-
-    It does so beside what this process imports in the meantime. Once it runs, nothing changes.
-    """
-    server: Any = forkserver_module._forkserver
-    before = server._forkserver_pid
-    prepare_server(modules)
-    with interrupts_held():
-        ensure_running()
-    return bool(server._forkserver_pid != before)
-
-
-def stop_server() -> None:
-    """End the server at once, also while it imports: it has this process's output as well.
-
-    The next process that is wanted starts another one.
-    """
-    server: Any = forkserver_module._forkserver  # it has no public way to be stopped
-    if server._forkserver_pid is not None:
-        with suppress(ProcessLookupError):
-            os.kill(server._forkserver_pid, signal.SIGKILL)
-        with suppress(ChildProcessError):
-            server._stop()
-
-
-@contextlib.contextmanager
-def interrupts_held() -> Iterator[None]:
-    """Hold SIGINT back, from this thread and for good from a server that is started meanwhile.
-
-    A Ctrl-C at the terminal reaches the server too, which would end with a traceback while it
-    imports. What it forks hears SIGINT again by `become_independent`.
-    """
-    resource_tracker.ensure_running()  # when it starts, it lets them through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class TrialProcess:
@@ -327,29 +279,6 @@ def kill_group(pid: int | None) -> None:
     if pid is not None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)
-
-
-def forkserver() -> multiprocessing.context.ForkServerContext:
-    """Return what starts processes by forking a server that has imported torch already."""
-    return multiprocessing.get_context("forkserver")
-
-
-@contextlib.contextmanager
-def main_left_alone() -> Any:
-    """Keep `multiprocessing` from running this program's main file again in the new process.
-
-    SIGINT is held back, since this may start the server.
-    """
-    main = sys.modules["__main__"]
-    hidden = {name: main.__dict__.pop(name) for name in ("__file__",) if name in main.__dict__}
-    spec = getattr(main, "__spec__", None)
-    main.__spec__ = None
-    try:
-        with interrupts_held():
-            yield
-    finally:
-        main.__dict__.update(hidden)
-        main.__spec__ = spec
 
 
 POLL_SECONDS = 0.1

@@ -40,12 +40,10 @@ from expt.run.build import build
 from expt.run.process import (
     Ended,
     become_independent,
-    forkserver,
     have_environment,
     kill_group,
-    main_left_alone,
-    prepare_server,
 )
+from expt.run.server import forkserver, main_left_alone, prepare_server
 from expt.run.train import TrainJob
 from expt.training.device import make_fabric
 from expt.training.interruption import Interruption, Stopped

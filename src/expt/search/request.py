@@ -143,7 +143,8 @@ def resolved(settings: Mapping[str, Any], cfg: DictConfig | None = None) -> dict
     if cfg is None:
         cfg = OmegaConf.create()
         for name, value in settings.items():
-            OmegaConf.update(cfg, name, value, force_add=True)
+            with suppress(OmegaConfBaseException):
+                OmegaConf.update(cfg, name, value, force_add=True)
     found = dict(settings)
     for name, value in settings.items():
         if is_interpolation(value) and "${oc.env" not in value:

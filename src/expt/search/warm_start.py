@@ -313,9 +313,11 @@ def point_of(
     point = task.space.point({name: then[bare] for bare, name in names.items() if bare in then})
     if len(point) < len(names):
         return None
-    elsewhere = {bare: value for bare, value in own.items() if bare not in names}
-    if any(bare not in task.fixed or task.fixed[bare] != elsewhere[bare] for bare in elsewhere):
-        return None
+    for bare in own.keys() - names:
+        now = task.fixed.get(bare)
+        # One whose value is not known now says nothing.
+        if bare not in task.fixed or (now != own[bare] and not is_interpolation(now)):
+            return None
     return point
 
 

@@ -35,7 +35,7 @@ class ExptSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """Run the search; `arguments` are the command line's settings."""
         from expt.errors import UserError
-        from expt.run.process import start_server, stop_server
+        from expt.run.server import start_server, stop_server
 
         assert self.config is not None and self.hydra_context is not None
         tracked = self.config.tracking.uri is not None
