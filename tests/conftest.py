@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,12 @@ def draw_nothing(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr("matplotlib.figure.Figure.draw", lambda figure, renderer: None)
     patch.setattr(TrafficData, "plots", plots)
+
+
+def pytest_configure() -> None:
+    """Let processes that tests start hear SIGINT, which a shell's background job ignores."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
