@@ -131,7 +131,10 @@ def test_a_search_recommends_the_trial_with_the_highest_figure(here) -> None:
         for one in folder.glob("trial_*/result.json")
     }
     assert sorted(values.values()) == sorted(RIGHT.values())
-    assert {path.stem for path in (folder / "plots").iterdir()} == {"trade_off"}
+    # Three trials are too few for importances, and nothing was excluded.
+    assert {path.stem for path in (folder / "plots").iterdir()} == {"trade_off", "prediction"}
+    page = (folder / "report.html").read_text()
+    assert "validation accuracy 1.000" in page
 
 
 def test_started_again_it_says_the_best_in_the_metrics_words(here, expt, capfd) -> None:

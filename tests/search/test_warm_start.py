@@ -237,6 +237,7 @@ def test_a_grid_is_given_nothing(storage):
         "warm start: a grid tries every point, so that it needs nothing of earlier studies"
     ]
     assert new.get_trials() == []
+    assert begin_warm(new, TASK, []) == [], "nothing was asked for"
 
 
 def test_points_are_still_drawn_at_random_below_the_samplers_own_number(storage):

@@ -211,6 +211,8 @@ def begin_warm(study: Study, task: Task, earlier: Sequence[Source]) -> list[str]
     To be called under the folder's lock, before other points are put first. A grid, which tries
     every point in any case, is given nothing.
     """
+    if not earlier:
+        return []
     if isinstance(study.sampler, GridSampler):
         return ["warm start: a grid tries every point, so that it needs nothing of earlier studies"]
     known = list(study.user_attrs.get(SHOWN, []))
