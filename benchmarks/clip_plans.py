@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from common import make_trainer, markdown, run_expt, settings_for
-from prediction import error, measure
+from prediction import error, measure, peaks_table
 
-GIB, MIB = 2**30, 2**20
+GIB = 2**30
 CPU = ("trainer.device=cpu", "loader.num_workers=0")
 AT_224 = ("experiment=video", "model=r3d", "data.frames=16", "data.pixels=224", "data.batch_size=4")
 FACES_224 = ("experiment=deepfake", "model=frame_sequence", "data.pixels=224")
@@ -66,21 +66,11 @@ def prediction_table(rows: Mapping[str, Any]) -> str:
         row["interval_bytes"][0] <= row["measured_bytes"] <= row["interval_bytes"][1]
         for row in rows.values()
     )
-    body = [
-        (
-            name,
-            f"{row['predicted_bytes'] / MIB:.1f} MiB",
-            f"{row['measured_bytes'] / MIB:.1f} MiB",
-            f"{100 * error(row):+.2f} %",
-            row["phase"].replace("_", " "),
-        )
-        for name, row in rows.items()
-    ]
     return (
         f"Predicted against measured peak of the jobs on clips, on the CPU, over {len(gaps)} "
         f"configurations: median error {100 * statistics.median(gaps):.2f} %, worst "
         f"{100 * gaps[-1]:.2f} %; {inside} of {len(gaps)} inside the plan's interval.\n\n"
-    ) + markdown(("configuration", "predicted", "measured", "error", "phase"), body)
+    ) + peaks_table(rows)
 
 
 def guides() -> dict[str, Callable[[], dict[str, Any]]]:

@@ -15,7 +15,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import planned_steps
@@ -162,6 +162,21 @@ def profiled_peak(step: Callable[[], object], live: Callable[[], list[Tensor]]) 
     events = profiler.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     return before + max(itertools.accumulate((change for _, change in changes), initial=0))
+
+
+def peaks_table(rows: Mapping[str, Any]) -> str:
+    """Return predicted and measured peaks by configuration."""
+    body = [
+        (
+            name,
+            f"{row['predicted_bytes'] / 2**20:.1f} MiB",
+            f"{row['measured_bytes'] / 2**20:.1f} MiB",
+            f"{100 * error(row):+.2f} %",
+            row["phase"].replace("_", " "),
+        )
+        for name, row in rows.items()
+    ]
+    return markdown(("configuration", "predicted", "measured", "error", "phase"), body)
 
 
 def error(row: dict[str, Any]) -> float:

@@ -11,10 +11,10 @@ from typing import Any
 
 import planned_steps
 from common import ROOT, markdown, settings_for
-from prediction import as_row, error, measure, profiled_peak
+from prediction import as_row, error, measure, peaks_table, profiled_peak
 from vla_pictures import TWO_SIZES
 
-GB, MIB = 1e9, 2**20
+GB = 1e9
 PICTURES = ROOT / "outputs" / "demonstrations" / "benchmark"
 SMALL_QWEN = (
     "model.backbone={model_type:qwen2_5_vl,image_token_id:500,video_token_id:501,"
@@ -80,20 +80,10 @@ def two_sizes() -> dict[str, Any]:
 
 def prediction_table(rows: Mapping[str, Any]) -> str:
     gaps = sorted(abs(error(row)) for row in rows.values())
-    body = [
-        (
-            name,
-            f"{row['predicted_bytes'] / MIB:.1f} MiB",
-            f"{row['measured_bytes'] / MIB:.1f} MiB",
-            f"{100 * error(row):+.2f} %",
-            row["phase"].replace("_", " "),
-        )
-        for name, row in rows.items()
-    ]
     return (
         f"Predicted against measured peak on the CPU, over {len(gaps)} tiny configurations: median "
         f"error {100 * statistics.median(gaps):.2f} %, worst {100 * gaps[-1]:.2f} %.\n\n"
-    ) + markdown(("configuration", "predicted", "measured", "error", "phase"), body)
+    ) + peaks_table(rows)
 
 
 def guide() -> dict[str, Callable[[], dict[str, Any]]]:

@@ -103,6 +103,11 @@ def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
     return "known names: " + ", ".join(names[:MAX_NAMES]) + more
 
 
+def share_problems(name: str, value: float) -> list[str]:
+    """Return that a setting is no share below 1, if so."""
+    return [] if 0 <= value < 1 else [f"{name} must be in [0, 1), got {value}"]
+
+
 def first_line(error: BaseException) -> str:
     """Return an error's class and the first line of what it says."""
     lines = str(error).strip().splitlines()

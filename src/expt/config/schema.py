@@ -32,7 +32,7 @@ from expt.config.command_nodes import (
 )
 from expt.config.search_node import SearchConfig
 from expt.config.stages import Stage, stage_problems, stages_of
-from expt.errors import nearest
+from expt.errors import nearest, share_problems
 from expt.units import budget_problem, card_problem
 
 
@@ -332,8 +332,7 @@ class TrainerConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 found.append(f"trainer.{name} must be a positive number or null, got {value}")
-        if not 0 <= self.warmup_fraction < 1:
-            found.append(f"trainer.warmup_fraction must be in [0, 1), got {self.warmup_fraction}")
+        found += share_problems("trainer.warmup_fraction", self.warmup_fraction)
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             found.append(f"trainer.ema_decay must be in (0, 1) or null, got {self.ema_decay}")
         if any(not 0 < at < 1 for at in self.step_milestones):

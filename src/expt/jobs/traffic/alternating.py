@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expt.errors import ConfigError
+from expt.errors import ConfigError, share_problems
 from expt.jobs.attention import Attention, EncoderLayer
 from expt.jobs.traffic.embedding import WindowEmbedding
 
@@ -108,9 +108,7 @@ class Alternating(nn.Module):
             )
         found += patch_problems(arguments.get("patch_sizes"), arguments.get("input_steps"))
         for name in ("dropout", "sensor_dropout"):
-            share = arguments.get(name, 0.0)
-            if not 0 <= share < 1:
-                found.append(f"model.{name} must be in [0, 1), got {share}")
+            found += share_problems(f"model.{name}", arguments.get(name, 0.0))
         return found
 
     def forward(

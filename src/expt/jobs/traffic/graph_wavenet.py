@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from expt.errors import ConfigError
+from expt.errors import ConfigError, share_problems
 
 INPUT_FEATURES = 2  # speed, and time of day as a fraction
 
@@ -114,10 +114,7 @@ class GraphWaveNet(nn.Module):
             found.append(
                 f"model.dilations must be steps from 1 up, one a layer, got {list(dilations)}"
             )
-        dropout = arguments.get("dropout", 0.0)
-        if not 0 <= dropout < 1:
-            found.append(f"model.dropout must be in [0, 1), got {dropout}")
-        return found
+        return found + share_problems("model.dropout", arguments.get("dropout", 0.0))
 
     def forward(
         self, speed: Tensor, observed: Tensor, time_of_day: Tensor, **others: Tensor

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expt.errors import ConfigError
+from expt.errors import ConfigError, share_problems
 from expt.jobs.attention import EncoderLayer
 from expt.jobs.traffic.embedding import DAYS_PER_WEEK, PLAIN_FEATURES, plain_features
 
@@ -104,10 +104,7 @@ class STAEformer(nn.Module):
                     f"the width {width}, which is model.{' + model.'.join(WIDTHS)}, is not "
                     f"divisible by model.num_heads={heads}"
                 )
-        dropout = arguments.get("dropout", 0.0)
-        if not 0 <= dropout < 1:
-            found.append(f"model.dropout must be in [0, 1), got {dropout}")
-        return found
+        return found + share_problems("model.dropout", arguments.get("dropout", 0.0))
 
     def forward(
         self, speed: Tensor, observed: Tensor, time_of_day: Tensor, day_of_week: Tensor

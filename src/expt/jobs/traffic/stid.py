@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expt.errors import ConfigError
+from expt.errors import ConfigError, share_problems
 from expt.jobs.traffic.embedding import DAYS_PER_WEEK, PLAIN_FEATURES, plain_features
 
 
@@ -76,10 +76,7 @@ class STID(nn.Module):
             for name, least in (("embed_dim", 1), ("num_layers", 0))
             if arguments.get(name, least) < least
         ]
-        dropout = arguments.get("dropout", 0.0)
-        if not 0 <= dropout < 1:
-            found.append(f"model.dropout must be in [0, 1), got {dropout}")
-        return found
+        return found + share_problems("model.dropout", arguments.get("dropout", 0.0))
 
     def forward(
         self, speed: Tensor, observed: Tensor, time_of_day: Tensor, day_of_week: Tensor

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expt.errors import ConfigError, nearest
+from expt.errors import ConfigError, nearest, share_problems
 from expt.jobs.vla.backbone import Backbone
 from expt.jobs.vla.expert import Expert
 from expt.jobs.vla.lora import adapted, add_lora, cast_by_autocast
@@ -145,8 +145,7 @@ class VLA(nn.Module):
             value = arguments.get(name)
             if value is not None and value < least:
                 found.append(f"model.{name} must be at least {least}, got {value}")
-        if not 0 <= arguments.get("dropout", 0.0) < 1:
-            found.append(f"model.dropout must be in [0, 1), got {arguments['dropout']}")
+        found += share_problems("model.dropout", arguments.get("dropout", 0.0))
         if objective == "ddpm" and arguments.get("steps", 10) > 100:
             found.append(f"model.steps={arguments['steps']} is more than the 100 levels of ddpm")
         width, heads = arguments.get("expert_width", 512), arguments.get("expert_heads", 8)
