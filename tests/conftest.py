@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -49,6 +50,31 @@ def pytest_configure() -> None:
     """Let processes that tests start hear SIGINT, which a shell's background job ignores."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+_imported = 0
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Set aside what a test has imported, which every collection would look at again.
+
+    Runs collect garbage several times each, and torch and MLflow are a million objects.
+    """
+    global _imported
+    if len(sys.modules) > _imported:
+        _imported = len(sys.modules)
+        gc.collect()
+        gc.freeze()
+
+
+@pytest.fixture
+def unfrozen() -> Iterator[None]:
+    """Set nothing aside while a test runs that asks what the collector looks after."""
+    gc.unfreeze()
+    yield
+    gc.unfreeze()
+    gc.freeze()
 
 
 @pytest.fixture

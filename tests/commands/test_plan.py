@@ -35,7 +35,7 @@ def written(home: Path) -> dict[str, Any]:
 @pytest.fixture
 def without_advice(monkeypatch) -> None:
     """Leave the changes out that would save most: each takes as long as the plan."""
-    monkeypatch.setattr(savings, "_changes", lambda planner: [])
+    monkeypatch.setattr(savings, "_changes", lambda *_: [])
 
 
 @pytest.mark.parametrize(("part", "lines"), [(0.9, 1), (0.999, 0)])
@@ -46,7 +46,7 @@ def test_what_saves_next_to_nothing_is_not_told(composed, monkeypatch, part, lin
     then = replace(planned, peak_bytes=int(part * planned.peak_bytes))
     monkeypatch.setattr(planner, "plan_training", lambda *arguments, **more: then)
     change = ("a=b", planner.Techniques(forward_chunks=7), None)
-    monkeypatch.setattr(savings, "_changes", lambda planner: [change])
+    monkeypatch.setattr(savings, "_changes", lambda *_: [change])
     assert len(savings.savings(planner.Planner(settings, data, planned.target, planned))) == lines
 
 
@@ -59,6 +59,22 @@ def test_a_batch_is_never_larger_than_the_training_part(composed, monkeypatch) -
         for count in (24, 48, 5000)
     ]
     assert peaks[0] < peaks[1] == peaks[2]
+
+
+@pytest.mark.parametrize(("phase", "asked"), [("forward", False), ("evaluation", True)])
+def test_what_makes_only_evaluation_smaller_is_tried_where_that_is_the_peak(
+    composed, monkeypatch, phase, asked
+) -> None:
+    settings = validated(composed("+memory=full", "model=stid"))
+    planned = replace(planner.plan_training(settings, build(settings, "data"), "cpu"), phase=phase)
+    asking = planner.Planner(settings, None, "cpu", planned)
+    tried = []
+    monkeypatch.setattr(
+        planner, "plan_training", lambda *given, **more: (tried.append(given[3]), planned)[1]
+    )
+    savings.savings(asking)
+    assert any(techniques.forward_chunks > 1 for techniques in tried) is asked
+    assert tried
 
 
 def test_a_plan_for_this_machine_says_what_it_has(expt, without_advice, monkeypatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,12 +38,10 @@ PHASES = ("forward", "backward", *OPTIMIZER_POINTS)
 
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
-    """One thread, and no garbage collection of everything that was imported, at every release."""
+    """Run in one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    gc.freeze()
     yield
-    gc.unfreeze()
     torch.set_num_threads(threads)
 
 

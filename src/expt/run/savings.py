@@ -38,8 +38,9 @@ class Saving:
 def savings(planner: Planner) -> list[Saving]:
     """Return the single changes that would save most."""
     planned = planner.plan()
+    evaluates = planned.phase == "evaluation" or planner.now.forward_chunks_in_training
     worth = (1 - MIN_SAVING) * planned.peak_bytes
-    found = [saving for saving in single_changes(planner) if saving.peak_bytes < worth]
+    found = [saving for saving in single_changes(planner, evaluates) if saving.peak_bytes < worth]
     return sorted(found, key=lambda saving: saving.peak_bytes)[:MAX_SAVINGS]
 
 
@@ -48,10 +49,13 @@ def first_that_fits(planner: Planner, limit_bytes: int) -> Saving | None:
     return next((s for s in single_changes(planner) if s.demand_bytes <= limit_bytes), None)
 
 
-def single_changes(planner: Planner) -> Iterator[Saving]:
-    """Yield what every change by itself is predicted to come to, the cheapest change first."""
+def single_changes(planner: Planner, evaluates: bool = True) -> Iterator[Saving]:
+    """Yield what every change by itself is predicted to come to, the cheapest change first.
+
+    `evaluates`: also those that only make evaluation smaller.
+    """
     yield from fused_optimizer(planner)
-    for change, techniques, precision in _changes(planner):
+    for change, techniques, precision in _changes(planner, evaluates):
         try:
             then = planner.plan(techniques, precision)
         except Exception:  # the model may have nothing to apply it to, or not work with it
@@ -79,7 +83,7 @@ def fused_optimizer(planner: Planner) -> Iterator[Saving]:
 
 
 def _changes(
-    planner: Planner,
+    planner: Planner, evaluates: bool
 ) -> Iterator[tuple[str, Techniques | None, Precision | None]]:
     """Yield single changes, the one that costs least time first."""
     now, memory = planner.now, planner.settings.memory
@@ -95,7 +99,7 @@ def _changes(
     if now.activation_checkpointing is not True:
         change = "memory.activation_checkpointing=true"
         yield change, replace(now, activation_checkpointing=True), None
-    if now.forward_chunks == 1 and not planner.settings.trainer.sharded:
+    if evaluates and now.forward_chunks == 1 and not planner.settings.trainer.sharded:
         change = "memory.forward_chunks=4"
         yield change, replace(now, forward_chunks=4), None
     if not (now.weight_offload or planner.settings.trainer.sharded) and planner.target == "cuda":

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from expt.memory.planning.autocast import FusedAttention, autocast, target_rules
-from expt.memory.planning.unwatched import backward
+from expt.memory.planning.autocast import autocast, target_rules
+from expt.memory.planning.cuda_kernels import attention_rules
+from expt.memory.planning.function_rules import FunctionRules, backward
 from expt.memory.techniques.checkpointing import checkpoint_activations
 
 
@@ -89,7 +90,7 @@ def test_attention_with_dropout_keeps_no_mask_on_cuda(positional) -> None:
 
     scores = 2 * 64 * 64 * 4
     assert kept(attend, q) > 2 * scores  # the CPU's: weights and mask
-    with FusedAttention():
+    with FunctionRules(attention_rules()):
         assert kept(attend, q) < scores
     with target_rules("cuda"):
         assert kept(attend, q) < scores

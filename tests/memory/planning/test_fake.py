@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 
 import pytest
 import torch
@@ -138,6 +139,17 @@ class Lazy(nn.Module):
         return self.net(x)
 
 
+def test_a_callers_model_is_known_where_objects_are_frozen(unfrozen) -> None:
+    gc.freeze()  # as a server does
+    model = nn.Linear(4, 4)
+    plan(
+        lambda: model, lambda: torch.ones(2, 4), lambda weights: torch.optim.SGD(weights, 0.1),
+        lambda forward, x: forward(x).sum(), target="cpu",
+    )  # fmt: skip
+    assert not isinstance(model.weight, FakeTensor)
+    assert model.weight.grad is None
+
+
 def test_lazy_modules_get_their_weights_from_a_first_batch() -> None:
     found = planned(Lazy)
     assert found.method == "trace", found.notes
@@ -186,7 +198,7 @@ def planned(model_fn):
     )
 
 
-def test_a_function_cache_is_empty_after_a_plan():
+def test_a_function_cache_is_empty_after_a_plan(unfrozen):
     table.cache_clear()
     found = planned(Cached)
     assert not any("without values" in note for note in found.notes)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
 
 from expt.config.validate import validated
+from expt.memory import plan
 from expt.memory.planning.shared import Shared
 from expt.run.build import build, techniques_of
 from expt.run.planner import plan_training
@@ -38,7 +41,13 @@ def test_a_plan_of_shared_parts_is_the_plan(planned, target, monkeypatch) -> Non
     from expt.memory.planning import traced_step
 
     shared = Shared()
+    steps: list[int] = []
+    take = traced_step.PreparedStep.take
+    monkeypatch.setattr(
+        traced_step.PreparedStep, "take", lambda prepared: (steps.append(1), take(prepared))[1]
+    )
     planned(target, shared)
+    assert len(steps) == 2 and shared.steps_alike
     took: list[str] = []
     for name in ("_take_steps", "_evaluate"):
         part = getattr(traced_step, name)
@@ -49,19 +58,51 @@ def test_a_plan_of_shared_parts_is_the_plan(planned, target, monkeypatch) -> Non
         CHANGES, ("_take_steps", "_take_steps", "_evaluate", ""), strict=True
     ):
         took.clear()
+        steps.clear()
         short = planned(target, shared, **changes)
         assert took == [traced] * bool(traced)
+        assert len(steps) == (traced == "_take_steps"), "the second of two equal steps is not run"
         whole = planned(target, None, **changes)
         for name in ("peak_bytes", "reserved_bytes", "phase", "by_category", "interval_bytes"):
             assert getattr(short, name) == getattr(whole, name), (changes, name)
 
 
+class Growing(nn.Module):
+    """Keeps what it was given last, of every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+        self.kept: list[torch.Tensor] = []
+
+    def forward(self, x):
+        found = self.linear(x)
+        self.kept.append(found.detach().clone())
+        return found
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_step_that_differs_from_the_last_is_run(alike) -> None:
+    shared, calls = Shared(), []
+
+    def batch() -> torch.Tensor:
+        calls.append(1)
+        return torch.ones(32, 64)
+
+    for key in ("one", "other"):
+        calls.clear()
+        plan(
+            (lambda: nn.Linear(64, 64)) if alike else Growing, batch,
+            lambda weights: torch.optim.Adam(weights), lambda model, x: model(x).sum(),
+            target="cpu", shared=shared, keys=(key, key),
+        )  # fmt: skip
+        if key == "one":
+            assert len(calls) > 2
+    assert shared.steps_alike is alike
+    assert (len(calls) == 1) is alike
+
+
 def test_what_decides_on_values_is_not_kept() -> None:
-    import torch
-    from torch import nn
-
-    from expt.memory import plan
-
     class Deciding(nn.Linear):
         def forward(self, x):
             return super().forward(x) * (2 if (self.weight.sum() > 0).item() else 1)

@@ -87,7 +87,7 @@ OTHER = {
     "prod": {"_to_copy", "copy_", "div", "eq", "item", "_local_scalar_dense", "mul", "sum"},
     "prod of all": {"_to_copy", "as_strided_", "copy_", "div", "eq", "mul", "nonzero"},
 }
-"""Other formulas, which `Unwatched` has of its own."""
+"""Other formulas, which `unwatched_rules` has of its own."""
 NO_MATTER = {
     "_reshape_alias", "as_strided", "conj", "detach", "empty", "expand", "fill_", "new_empty",
     "new_zeros", "resize_", "resolve_conj", "to", "zero_", "zeros",
@@ -152,14 +152,14 @@ def test_the_plan_is_of_what_runs_unwatched(measured, name: str) -> None:
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 def test_the_values_of_a_derivative_are_torchs(target) -> None:
-    from expt.memory.planning.unwatched import Unwatched
+    from expt.memory.planning.autocast import target_rules
 
     for name in OTHER:
         found = []
         for watching in (False, True):
             weight = torch.linspace(0.5, 1.5, 12).view(3, 4).requires_grad_()
             if watching:
-                with Unwatched(target):
+                with target_rules(target):
                     FUNCTIONS[name](weight).square().sum().backward()
             else:
                 FUNCTIONS[name](weight).square().sum().backward()

@@ -3,7 +3,6 @@ from __future__ import annotations
 import collections
 import copy
 import gc
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,14 +18,6 @@ from expt.memory.recovery.limits import Limits
 from expt.memory.techniques.techniques import Techniques
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    """No garbage collection of everything that was imported, at every release."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def net() -> nn.Sequential:

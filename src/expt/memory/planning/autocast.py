@@ -10,18 +10,18 @@ which keeps a seed; the CPU's kernel would fall back to materialised weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from expt.memory.planning.cuda_names import cuda_names
-from expt.memory.planning.unwatched import Unwatched
+from expt.memory.planning.cuda_names import cuda_idle
+from expt.memory.planning.function_rules import FunctionRules, Rule
+from expt.memory.planning.unwatched import unwatched_rules
 
 FP32_NAMES = (
     "__pow__", "__rdiv__", "__rpow__", "acos", "asin", "binary_cross_entropy_with_logits", "cdist",
@@ -34,8 +34,6 @@ FP32_NAMES = (
     "smooth_l1_loss", "soft_margin_loss", "softmax", "softmin", "softplus", "sum", "tan",
     "triplet_margin_loss", "upsample", "vector_norm",
 )  # fmt: skip
-DROPOUT = 10
-"""Its position in the arguments of F.multi_head_attention_forward, where nn passes it."""
 
 
 def _fp32_functions() -> set[Any]:
@@ -44,48 +42,27 @@ def _fp32_functions() -> set[Any]:
     return found - {None}
 
 
-class CudaCasting(TorchFunctionMode):
-    """Casts the inputs of CUDA's fp32 list to fp32 while autocast is on."""
+def casting(rules: Mapping[Callable[..., Any], Rule]) -> dict[Callable[..., Any], Rule]:
+    """Return rules, and with them one for every function of CUDA's fp32 list.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._fp32 = _fp32_functions()
+    The inputs of these are cast to fp32 while autocast is on.
+    """
+    cast = {func: _casting(rules.get(func, _call)) for func in _fp32_functions()}
+    return {**rules, **cast}
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Call `func` as CUDA's autocast would."""
-        kwargs = kwargs or {}
-        if func not in self._fp32 or not torch.is_autocast_enabled("cpu"):
-            return func(*args, **kwargs)
+
+def _casting(rule: Rule) -> Rule:
+    def call(func: Any, args: Any, kwargs: Any) -> Any:
+        if not torch.is_autocast_enabled("cpu"):
+            return rule(func, args, kwargs)
         with torch.autocast("cpu", enabled=False):
-            return func(*tree_map(_to_fp32, args), **tree_map(_to_fp32, kwargs))
+            return rule(func, tree_map(_to_fp32, args), tree_map(_to_fp32, kwargs))
+
+    return call
 
 
-class FusedAttention(TorchFunctionMode):
-    """Traces attention as a fused CUDA kernel: its dropout keeps no mask."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Call `func`, attention without its dropout."""
-        kwargs = dict(kwargs or {})
-        if func is F.scaled_dot_product_attention:
-            if len(args) > 4:
-                args = (*args[:4], 0.0, *args[5:])
-            kwargs.pop("dropout_p", None)
-        if func is F.multi_head_attention_forward and not kwargs.get("need_weights", True):
-            # What it calls is not seen: a mode is off while it handles a call.
-            args = (*args[:DROPOUT], 0.0, *args[DROPOUT + 1 :])
-        return func(*args, **kwargs)
+def _call(func: Any, args: Any, kwargs: Any) -> Any:
+    return func(*args, **kwargs)
 
 
 def _to_fp32(value: Any) -> Any:
@@ -94,17 +71,17 @@ def _to_fp32(value: Any) -> Any:
 
 
 @contextmanager
-def target_rules(target: str) -> Any:
+def target_rules(target: str) -> Iterator[None]:
     """Trace inside as on `target` ("cuda" or "cpu")."""
-    with ExitStack() as stack:
-        if target == "cuda":
-            from expt.memory.planning.cuda_kernels import FusedDropout
+    rules, cuda = unwatched_rules(target), None
+    idle: AbstractContextManager[None] = nullcontext()
+    if target == "cuda":
+        from expt.memory.planning.cuda_kernels import attention_rules, dropout_rules
 
-            stack.enter_context(FusedDropout())
-            stack.enter_context(FusedAttention())
-            stack.enter_context(CudaCasting())  # the code may have an autocast region of its own
-            stack.enter_context(cuda_names())
-        stack.enter_context(Unwatched(target))
+        rules = casting({**rules, **dropout_rules(), **attention_rules()})
+        idle = cuda_idle()  # the code may have an autocast region of its own
+        cuda = torch.device("cpu")
+    with idle, FunctionRules(rules, cuda):
         yield
 
 

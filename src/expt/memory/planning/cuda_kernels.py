@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
@@ -18,37 +18,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
-from torch.overrides import TorchFunctionMode
+
+from expt.memory.planning.function_rules import Rule
 
 aten = torch.ops.aten
 ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu.default
 ALIGNED_QUERIES = 32
 """The memory-efficient kernel's log-sum-exp has a multiple of these."""
 DROPOUT = F.dropout
+DROPOUT_AT = 10
+"""Its position in the arguments of F.multi_head_attention_forward, where nn passes it."""
 RENAMED = {"train": "training"}
 """Arguments of `torch.dropout` that `F.dropout` calls by another name."""
-WITH_DROPOUT = frozenset({F.multi_head_attention_forward})
-"""Python functions that call dropout inside, where a mode that handles them does not see it."""
 
 
-class FusedDropout(TorchFunctionMode):
-    """Traces dropout as CUDA's kernel, which keeps a mask of one byte an element."""
+def dropout_rules() -> dict[Callable[..., Any], Rule]:
+    """Return rules that trace dropout as CUDA's kernel, which keeps a mask of one byte."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Call `func`, or the fused kernel where CUDA would take it."""
-        kwargs = kwargs or {}
-        if func in WITH_DROPOUT:
-            with patch.object(F, "dropout", fused_dropout):
-                return func(*args, **kwargs)
-        if func is torch.dropout:
-            return fused_dropout(*args, **{RENAMED.get(key, key): v for key, v in kwargs.items()})
-        return (fused_dropout if func is DROPOUT else func)(*args, **kwargs)
+    def drop_out(func: Any, args: Any, kwargs: Any) -> Any:
+        return fused_dropout(*args, **{RENAMED.get(key, key): v for key, v in kwargs.items()})
+
+    return {DROPOUT: drop_out, torch.dropout: drop_out}
 
 
 def fused_dropout(
@@ -58,6 +48,28 @@ def fused_dropout(
     if not training or inplace or not 0 < p < 1 or not input.numel():
         return DROPOUT(input, p, training, inplace)
     return torch.native_dropout(input, p, True)[0]
+
+
+def attention_rules() -> dict[Callable[..., Any], Rule]:
+    """Return rules that trace attention as a fused kernel, whose dropout keeps no mask."""
+    return {
+        F.scaled_dot_product_attention: _attend,
+        F.multi_head_attention_forward: _attend_with_heads,
+    }
+
+
+def _attend(func: Any, args: Any, kwargs: Any) -> Any:
+    if len(args) > 4:
+        args = (*args[:4], 0.0, *args[5:])
+    return func(*args, **{name: value for name, value in kwargs.items() if name != "dropout_p"})
+
+
+def _attend_with_heads(func: Any, args: Any, kwargs: Any) -> Any:
+    """Call the Python function, of which a mode does not see what it calls."""
+    if not kwargs.get("need_weights", True):
+        args = (*args[:DROPOUT_AT], 0.0, *args[DROPOUT_AT + 1 :])
+    with patch.object(F, "dropout", fused_dropout):
+        return func(*args, **kwargs)
 
 
 def attention_results(func: Any, args: tuple[Any, ...], result: Any) -> Any:

@@ -35,23 +35,42 @@ class CudaNames(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Call `func` with the other device."""
-        kwargs = kwargs or {}
-        if func is torch.device:  # a name alone is harmless
-            return func(*args, **kwargs)
-        if func is Tensor.cuda:
-            return args[0].to(self._device)
-        if func is Tensor.pin_memory:
-            return args[0]
-        if any(map(_names_cuda, args)):
-            args = tuple(self._device if _names_cuda(value) else value for value in args)
-        if _names_cuda(kwargs.get("device")):
-            kwargs = {**kwargs, "device": self._device}
+        func, args, kwargs = renamed(self._device, func, args, kwargs or {})
         return func(*args, **kwargs)
+
+
+def renamed(device: torch.device, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+    """Return a call (function, arguments, arguments by name) with `device` instead of `cuda`."""
+    if func is torch.device:  # a name alone is harmless
+        return func, args, kwargs
+    if func is Tensor.cuda:
+        return Tensor.to, (args[0], device), {}
+    if func is Tensor.pin_memory:
+        return _itself, args[:1], {}
+    for value in args:
+        kind = type(value)
+        if (kind is str or kind is torch.device) and _names_cuda(value):
+            args = tuple(device if _names_cuda(value) else value for value in args)
+            break
+    if kwargs and _names_cuda(kwargs.get("device")):
+        kwargs = {**kwargs, "device": device}
+    return func, args, kwargs
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 @contextmanager
 def cuda_names(device: str = "cpu") -> Iterator[None]:
     """Let `cuda` mean `device` inside."""
+    with cuda_idle(), CudaNames(device):
+        yield
+
+
+@contextmanager
+def cuda_idle() -> Iterator[None]:
+    """Let autocast regions of `cuda` be the CPU's inside, and nothing wait for a device."""
     begin = torch.amp.autocast_mode.autocast.__init__
 
     def on_cpu(autocast: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
@@ -62,7 +81,6 @@ def cuda_names(device: str = "cpu") -> Iterator[None]:
         stack.enter_context(patch.object(torch.amp.autocast_mode.autocast, "__init__", on_cpu))
         for name in () if torch.cuda.is_available() else IDLE:
             stack.enter_context(patch.object(torch.cuda, name, _idle(name)))
-        stack.enter_context(CudaNames(device))
         yield
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -96,6 +96,31 @@ class Differences:
         last = len(self.trace.events)
         self.steps.append(TakenStep(first, last, self._made(first, last), self.trace.live_bytes()))
 
+    def repeat_step(self, storage: int) -> bool:
+        """Enter the last step once more without taking it; tell whether that can be.
+
+        `storage` is the number of the first that it made.
+        """
+        first, last = self.steps[-1].first_event, len(self.trace.events)
+        numbers = self.trace.repeat(first, storage)
+        if numbers is None:
+            return False
+        for kept in [kept for kept in self.outputs if kept.event >= first]:
+            again = [numbers.get(number, number) for number in kept.numbers]
+            before = sum(
+                1 for event in self.trace.events[first : kept.event] if event[0] in numbers
+            )
+            self.outputs.append(Kept(kept.kind, last + before, again))
+        self.steps.append(
+            replace(self.steps[-1], first_event=last, last_event=len(self.trace.events))
+        )
+        return True
+
+    @property
+    def alike(self) -> bool:
+        """Tell whether two steps were all that had to be taken, since they are the same."""
+        return self._looked and self.count == 2 and not self._differ
+
     @contextmanager
     def forward(self) -> Iterator[None]:
         """Note whether the code inside may decide on random numbers."""
@@ -106,10 +131,14 @@ class Differences:
 
     def found(self, batch_fn: Callable[[], Any]) -> bool:
         """Tell whether the last two steps differ, or the next may."""
-        before, last = self.steps[-2:]
         if not self._looked:
             self._looked = True
             self._look(batch_fn)
+        return self._differ
+
+    @property
+    def _differ(self) -> bool:
+        before, last = self.steps[-2:]
         return (
             self.draws
             or self.batches_differ

@@ -52,6 +52,7 @@ def build_fake(
         Exception: what `model_fn` raises, also without `meta`.
 
     """
+    before = _collected()
     try:
         with cuda_names("meta"), torch.device("meta"):
             model = _checked(model_fn())
@@ -66,7 +67,7 @@ def build_fake(
         with cuda_names():
             model = _checked(model_fn())
             _warm(model, warm)
-    if not _fresh(model):
+    if not _fresh(model, before):
         return _fake_copy(model, mode)
     make_fake(model, mode)
     return model
@@ -74,9 +75,10 @@ def build_fake(
 
 def build_real(model_fn: Callable[[], nn.Module], warm: Warm | None = None) -> nn.Module:
     """Build a model for real; one that somebody else holds is copied."""
+    before = _collected()
     with cuda_names():
         model = _checked(model_fn())
-        if not _fresh(model):
+        if not _fresh(model, before):
             model = _copy(model, {})
         _warm(model, warm)
     return model
@@ -97,12 +99,17 @@ def _tensors(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
-def _fresh(model: nn.Module) -> bool:
+def _collected() -> set[int]:
+    """Return what the collector looks after, by `id`; little inside `gc_frozen`."""
+    return {id(found) for found in gc.get_objects()}
+
+
+def _fresh(model: nn.Module, before: set[int]) -> bool:
     """Tell whether a model is the plan's own: none of its modules was there before.
 
-    What was there before is not among the collector's objects inside `gc_frozen`.
+    What was frozen before is not among the collector's objects, then or now.
     """
-    young = {id(found) for found in gc.get_objects() if isinstance(type(found), type)}
+    young = _collected() - before
     return all(id(module) in young for module in model.modules())
 
 

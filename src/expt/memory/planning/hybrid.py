@@ -67,6 +67,8 @@ SPARSE_PRODUCTS = {
     aten._sparse_mm.default: 0,
 }  # fmt: skip
 """Products of a matrix that may be sparse, and its position; fakes know few sparse layouts."""
+ANSWERED = frozenset({*QUESTIONS, SPARSE_OF_PARTS, aten.sparse_mask.default})
+"""Operators that may get an answer instead of being run."""
 UNSAFE_VIEWS = (aten._unsafe_view.default, aten.lift.default, aten._reshape_alias.default)
 """Views that do not say so."""
 SHAPES = ShapeCache()
@@ -135,6 +137,16 @@ class HybridFakeMode(FakeTensorMode):
             if tensor.layout is torch.strided and not isinstance(tensor, FakeTensor):
                 self._own.add(tensor)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled while a step is traced
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Do what the class above does, without its look for a compiler and its log."""
+        return self.dispatch(func, types, args, kwargs)
+
     def dispatch(
         self,
         func: Any,
@@ -150,9 +162,10 @@ class HybridFakeMode(FakeTensorMode):
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             if self._known(func, args, kwargs, tensors):
                 return self._real(func, args, kwargs, tensors)
-        answered = self._answered(func, args, kwargs)
-        if answered is not NotImplemented:
-            return answered
+        if func in ANSWERED:
+            answered = self._answered(func, args, kwargs)
+            if answered is not NotImplemented:
+                return answered
         if func in SPARSE_PRODUCTS and args[SPARSE_PRODUCTS[func]].layout is not torch.strided:
             left, right = args[SPARSE_PRODUCTS[func] :][:2]
             if right.layout is torch.strided and not isinstance(left, FakeTensor):
@@ -180,7 +193,7 @@ class HybridFakeMode(FakeTensorMode):
         """
         if func._schema.name.startswith(FUSED_STEPS) and not func._schema.returns:
             return None
-        key = None if func in VALUED or _written(func) else SHAPES.key(func, args, kwargs)
+        key = None if func in VALUED else SHAPES.key(func, args, kwargs)
         if key is not None:
             known, result = SHAPES.find(self, key, args)
             if known:
@@ -189,7 +202,7 @@ class HybridFakeMode(FakeTensorMode):
         try:
             result = super().dispatch(func, types, args, kwargs)
             if key is not None:
-                SHAPES.keep(key, func, args, result)
+                SHAPES.keep(key, func, args, kwargs, result)
             return result
         except RuntimeError as error:
             if _aliases(func) or "BF16" not in str(error).upper().replace("BFLOAT", "BF"):

@@ -12,12 +12,13 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
+from torch._subclasses.fake_tensor import FakeTensor, is_fake
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -94,6 +95,10 @@ class StorageTrace(TorchDispatchMode):
         self.calls: list[tuple[int, Call]] = []  # operators that may hold something, by event
         self.convolution_bytes = 0  # operands and result of the largest convolution
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled while a step is traced
+
     def __torch_dispatch__(
         self,
         func: Callable[..., Any],
@@ -113,10 +118,12 @@ class StorageTrace(TorchDispatchMode):
     def _record(self, func: Any, args: Any, kwargs: Any) -> Any:
         if self._paused:
             return func(*args, **kwargs)
-        name = func.name() if hasattr(func, "name") else str(func)
+        name = _name(func)
         if self._automatic:
             self._find_phase()
-        self._enter_all((args, kwargs), name, made=False)
+        self._enter_all(args, name, made=False)
+        if kwargs:
+            self._enter_all(kwargs, name, made=False)
         if func is ITEM_OF and self._asks_for_count(args[0]):
             return FAR  # a count of steps, or what follows from one
         in_place = self._in_place_sums.has(func, args)
@@ -276,6 +283,30 @@ class StorageTrace(TorchDispatchMode):
                 storage = self.storages[number]
                 storage.category, storage.module = category, module or storage.module
 
+    def repeat(self, event: int, storage: int) -> dict[int, int] | None:
+        """Enter all from an event and a storage on once more, as if it had been run again.
+
+        Storages that are alive now were made for good, and are not made again. Returns the new
+        numbers of the others; None, and nothing is entered, if a storage from before has changed.
+        """
+        again = self.events[event:]
+        if any(number < storage for number, _, _ in again):
+            return None
+        alive, numbers = set(self.alive()), dict[int, int]()
+        places = []  # of every event of `again`, the last that is entered for it
+        for number, change, phase in again:
+            if number not in alive:
+                if number not in numbers:
+                    numbers[number] = len(self.storages)
+                    self.storages.append(replace(self.storages[number]))
+                self.events.append((numbers[number], change, phase))
+            places.append(len(self.events) - 1)
+        self.scratch += [
+            (places[at - event], count, name) for at, count, name in self.scratch if at >= event
+        ]
+        self.calls += [(places[at - event], call) for at, call in self.calls if at >= event]
+        return numbers
+
     def alive(self) -> list[int]:
         """Return the numbers of the storages that are alive now."""
         return list(dict.fromkeys(self._numbers.values()))
@@ -298,7 +329,16 @@ class StorageTrace(TorchDispatchMode):
         return settle(live, calls, formulas, self.kernels, floor)
 
     def _enter_all(self, tree: Any, operator: str, made: bool) -> None:
-        if isinstance(tree, Tensor):
+        kind = type(tree)
+        if kind is FakeTensor and tree.layout is torch.strided:
+            storage = tree.untyped_storage()
+            number = self._numbers.get(storage._cdata)
+            if number is None or storage.nbytes() != self.storages[number].bytes:
+                self._enter(tree, operator, made)
+        elif kind is tuple or kind is list:
+            for part in tree:
+                self._enter_all(part, operator, made)
+        elif isinstance(tree, Tensor):
             self._enter(tree, operator, made)
         elif isinstance(tree, list | tuple | dict):
             for part in tree.values() if isinstance(tree, dict) else tree:
@@ -364,6 +404,11 @@ class StorageTrace(TorchDispatchMode):
             self._holders[number] -= 1
             return
         self.events.append((number, -self.storages[number].bytes, len(self.phases) - 1))
+
+
+@cache
+def _name(func: Any) -> str:
+    return func.name() if hasattr(func, "name") else str(func)
 
 
 def _dense(tensors: Iterable[Tensor]) -> list[Tensor]:

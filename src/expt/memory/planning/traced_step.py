@@ -33,10 +33,10 @@ from expt.memory.planning.autocast import autocast, target_rules
 from expt.memory.planning.cpu_scratch import cpu_scratch, operand_copies
 from expt.memory.planning.differences import Differences, holders
 from expt.memory.planning.fake import build_fake, build_real
+from expt.memory.planning.function_rules import backward
 from expt.memory.planning.hybrid import HybridFakeMode
 from expt.memory.planning.plan import Precision, Target
 from expt.memory.planning.trace import StorageTrace
-from expt.memory.planning.unwatched import backward
 from expt.memory.recovery.undo import RandomState
 from expt.memory.techniques.batch_norm import running_statistics
 from expt.memory.techniques.freezing import ever_trained
@@ -98,6 +98,9 @@ class Step:
             self.prepare(model)
             try:
                 with (
+                    # Code that asks torch to compile it runs as it is, and our modes are no code
+                    # that should be compiled.
+                    torch.compiler.set_stance("force_eager"),
                     target_rules(self.target),
                     _resizes_told(trace),
                     real() if real else fake,
@@ -316,7 +319,7 @@ def trace_step(
     with step.prepared(real, fake) as prepared:
         trace, differences = prepared.trace, prepared.differences
         if shared is None or not shared.has_steps(step.keys[0]):
-            _take_steps(step, prepared)
+            _take_steps(step, prepared, shared is not None and shared.steps_alike)
         begin = len(trace.events)
         if shared is None or not shared.has_evaluation(step.keys[1]):
             _evaluate(step, prepared)
@@ -334,9 +337,12 @@ def _evaluate(step: Step, prepared: PreparedStep) -> None:
             step.evaluation_fn(at_precision(prepared.model, step.precision))
 
 
-def _take_steps(step: Step, prepared: PreparedStep) -> None:
-    """Take two steps, and more for as long as they differ."""
-    differences = prepared.differences
+def _take_steps(step: Step, prepared: PreparedStep, alike: bool) -> None:
+    """Take two steps, and more for as long as they differ.
+
+    `alike`: those of the same loop with other techniques do not, and the second is not run.
+    """
+    differences, storage = prepared.differences, len(prepared.trace.storages)
     if step.step_fn is not None and step.precision != "fp32":
         prepared.model.forward = at_precision(prepared.model.forward, step.precision)
     prepared.model.train()
@@ -349,12 +355,15 @@ def _take_steps(step: Step, prepared: PreparedStep) -> None:
             if not differences.count:
                 raise UserError("batch_fn has no batch") from None
             break
+        if alike and prepared.steps_taken and differences.repeat_step(storage):
+            return
+        alike = False
         if differences.count >= PATIENCE and not prepared.steps_taken:
             break
         if differences.count < FEWEST_STEPS or not prepared.steps_taken:
             continue
         late = time.perf_counter() - started > MOST_SECONDS
-        if late or differences.count >= MOST_STEPS or not differences.found(step.batch):
+        if not differences.found(step.batch) or late or differences.count >= MOST_STEPS:
             break
     if not prepared.steps_taken:
         raise UserError(

@@ -9,81 +9,48 @@ only in working in place: see `expt.memory.measuring.in_place_sums`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import _engine_run_backward
-from torch.overrides import TorchFunctionMode
 
-PRODUCTS = frozenset({torch.prod, Tensor.prod})
-RUNNING = frozenset({torch.cumprod, Tensor.cumprod})
-ELEMENTS = frozenset(
+from expt.memory.planning.function_rules import Rule
+
+PRODUCTS: frozenset[Callable[..., Any]] = frozenset({torch.prod, Tensor.prod})
+RUNNING: frozenset[Callable[..., Any]] = frozenset({torch.cumprod, Tensor.cumprod})
+ELEMENTS: frozenset[Callable[..., Any]] = frozenset(
     {torch.max, Tensor.max, torch.min, Tensor.min, torch.median, Tensor.median,
      torch.nanmedian, Tensor.nanmedian}
 )  # fmt: skip
 
-BACKWARD = frozenset({Tensor.backward, torch.autograd.backward})
+
+def unwatched_rules(target: str) -> dict[Callable[..., Any], Rule]:
+    """Return rules that differentiate as torch does without a mode."""
+    rules: dict[Callable[..., Any], Rule] = {
+        **dict.fromkeys(PRODUCTS, _product), **dict.fromkeys(RUNNING, _running_product)
+    }  # fmt: skip
+    if target == "cpu":  # CUDA has one formula
+        rules |= dict.fromkeys(ELEMENTS, _one_element)
+    return rules
 
 
-class Unwatched(TorchFunctionMode):
-    """Differentiates as torch does without a mode, and stays on in the backward pass.
-
-    A mode is off while it handles a call; `loss.backward()` recomputes checkpointed blocks, which
-    need the rules that are in force, hence it is handled with the mode on. It has to be the last
-    that is entered.
-    """
-
-    def __init__(self, target: str) -> None:
-        super().__init__()
-        self._elements = ELEMENTS if target == "cpu" else frozenset()  # CUDA has one formula
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Call `func`, or what takes its place."""
-        kwargs = kwargs or {}
-        if func in PRODUCTS and _differentiable(args[0]):
-            return _apply(_Product, args[0], args[1:], kwargs)
-        if func in RUNNING and _differentiable(args[0]):
-            return _apply(_RunningProduct, args[0], args[1:], kwargs)
-        if func in self._elements and len(args) == 1 and not kwargs and _differentiable(args[0]):
-            return _apply(_OneElement, args[0], func)
-        if func in BACKWARD:
-            with self:
-                return backward(*args, **_renamed(kwargs))
-        return func(*args, **kwargs)
+def _product(func: Any, args: Any, kwargs: Any) -> Any:
+    if _differentiable(args[0]):
+        return _apply(_Product, args[0], args[1:], kwargs)
+    return func(*args, **kwargs)
 
 
-def backward(
-    tensors: Tensor | Sequence[Tensor],
-    gradients: Tensor | Sequence[Tensor | None] | None = None,
-    retain_graph: bool | None = None,
-    create_graph: bool = False,
-    inputs: Tensor | Sequence[Tensor] | None = None,
-) -> None:
-    """Run the backward pass as `torch.autograd.backward` does, with the modes on."""
-    tensors = _several(tensors)
-    given = _several(gradients) or (None,) * len(tensors)
-    starts = tuple(
-        torch.ones_like(tensor) if gradient is None and tensor.requires_grad else gradient
-        for tensor, gradient in zip(tensors, given, strict=True)
-    )
-    _engine_run_backward(
-        tensors, starts, create_graph if retain_graph is None else retain_graph, create_graph,
-        _several(inputs), allow_unreachable=True, accumulate_grad=True,
-    )  # fmt: skip
+def _running_product(func: Any, args: Any, kwargs: Any) -> Any:
+    if _differentiable(args[0]):
+        return _apply(_RunningProduct, args[0], args[1:], kwargs)
+    return func(*args, **kwargs)
 
 
-def _several(value: Any) -> tuple[Any, ...]:
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, Tensor) else tuple(value)
+def _one_element(func: Any, args: Any, kwargs: Any) -> Any:
+    if len(args) == 1 and not kwargs and _differentiable(args[0]):
+        return _apply(_OneElement, args[0], func)
+    return func(*args, **kwargs)
 
 
 def _differentiable(value: Any) -> bool:
@@ -94,11 +61,6 @@ def _differentiable(value: Any) -> bool:
         and value.is_floating_point()
         and value.dim() > 0
     )
-
-
-def _renamed(kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = {"gradient": "gradients", "grad_tensors": "gradients"}
-    return {names.get(key, key): value for key, value in kwargs.items()}
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
