@@ -23,6 +23,9 @@ LIMBS = (
     (12, 13), (1, 0),
 )  # fmt: skip
 """Of OpenPose's 18 joints."""
+RIGHT, LEFT, BODY = 0, 1, 2
+COLOURS = (RIGHT,) * 3 + (LEFT,) * 3 + (BODY,) * 7
+"""Of the limbs: the arms, which gestures are made with, in a colour each."""
 SIDE, EVERY = 56, 4
 """Pixels of a drawn frame; of the recording's frames, every fourth is drawn."""
 SEEDS = (0, 1, 2)
@@ -62,7 +65,7 @@ def write(recording: Path, root: Path) -> None:
         label = f"{int(labels[number]):02d}-{str(classes[labels[number]]).replace(' ', '_')}"
         key = f"{part}/{label}/s{person:02d}_{number:03d}"
         scaled = upright(sequence)
-        joints[key] = scaled
+        joints[key] = np.where(scaled > 0, scaled, np.nan)
         path = root / f"{key}.mp4"
         path.parent.mkdir(parents=True, exist_ok=True)
         with av.open(str(path), "w") as container:
@@ -86,16 +89,16 @@ def upright(sequence: np.ndarray) -> np.ndarray:
 
 
 def drawn(joints: np.ndarray) -> np.ndarray:
-    """Draw the limbs of one frame, left, right and middle in a colour each."""
+    """Draw the limbs of one frame, the arms and the rest in a colour each."""
     picture = np.zeros((SIDE, SIDE, 3), np.uint8)
-    for number, (one, other) in enumerate(LIMBS):
+    for colour, (one, other) in zip(COLOURS, LIMBS, strict=True):
         if joints[one].any() and joints[other].any():
             steps = np.linspace(0, 1, 24)[:, None]
             line = ((1 - steps) * joints[one] + steps * joints[other]) * (SIDE - 2)
             x, y = line.round().astype(int).T
             for shift in (0, 1):
-                picture[y + shift, x, number % 3] = 255
-                picture[y, x + shift, number % 3] = 255
+                picture[y + shift, x, colour] = 255
+                picture[y, x + shift, colour] = 255
     return picture
 
 
