@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from expt.config.schema import Device, Precision, Schedule, TrainerConfig
-from expt.errors import StorageError
+from expt.errors import DataError, StorageError
 from expt.files import replace_atomically
 from expt.job import Batch, Metric
 from expt.memory.measuring.meter import LedgerMeter
@@ -421,6 +421,20 @@ class Scripted(Line):
                 return {"accuracy": value, "mae": value}
 
         return Told()
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, torch.tensor])
+def test_figures_of_any_kind_are_kept_as_numbers(make, tmp_path, kind) -> None:
+    trainer = make(epochs=1, data=Scripted([kind(0.5)]))
+    trainer.fit()
+    stored = torch.load(tmp_path / "run/checkpoints/best.pt", weights_only=True)
+    assert type(stored["val"]) is float
+    assert stored["val"] == 0.5
+
+
+def test_a_figure_that_is_no_number_is_said(make) -> None:
+    with pytest.raises(DataError, match="compute must return a number by each name"):
+        make(epochs=1, data=Scripted([[0.5, 0.6]])).fit()
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ from expt.tracking.tracker import open_tracker
 from expt.training.batches import Batches, place
 from expt.training.device import make_fabric
 from expt.training.evaluate import Kept, evaluate, predict
+from expt.training.evaluate import figures as figures_of
 from expt.training.predictions import FOLDER, formats, write_predictions
 
 FILE_NAME = "predict.json"
@@ -170,7 +171,7 @@ def as_record(
     saved: SavedRun, data: DataSet, split: Split, kept: Accumulator, skipped: int
 ) -> dict[str, Any]:
     """Return the content of ``predict.json``; figures that nothing was measured for are absent."""
-    figures = {name: value for name, value in kept.compute().items() if math.isfinite(value)}
+    figures = {name: value for name, value in figures_of(kept).items() if math.isfinite(value)}
     return {
         "run": str(saved.run_dir),
         "step": saved.step,

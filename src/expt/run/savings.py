@@ -21,6 +21,8 @@ FUSED = "optimizer.fused=true"
 """A change that is no technique: the step of all weights in one kernel, without copies of them."""
 NO_TECHNIQUES = ("memory.precision=", FUSED)
 """Changes that recovery does not make: other arithmetic, another optimizer."""
+TRAINING = ("forward", "backward", "optimizer_step")
+"""Phases that evaluation has no part in."""
 MAX_SAVINGS = 3
 MIN_SAVING = 0.01
 """Part of the peak that a change must save to be worth a line."""
@@ -38,7 +40,7 @@ class Saving:
 def savings(planner: Planner) -> list[Saving]:
     """Return the single changes that would save most."""
     planned = planner.plan()
-    evaluates = planned.phase == "evaluation" or planner.now.forward_chunks_in_training
+    evaluates = planned.phase not in TRAINING or planner.now.forward_chunks_in_training
     worth = (1 - MIN_SAVING) * planned.peak_bytes
     found = [saving for saving in single_changes(planner, evaluates) if saving.peak_bytes < worth]
     return sorted(found, key=lambda saving: saving.peak_bytes)[:MAX_SAVINGS]

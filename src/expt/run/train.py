@@ -59,6 +59,7 @@ from expt.training.batches import Examples, nbytes, place
 from expt.training.callbacks import Callbacks
 from expt.training.display import choose_display
 from expt.training.evaluate import Kept, evaluate, predict
+from expt.training.evaluate import figures as figures_of
 from expt.training.interruption import Interruption, Stopped
 from expt.training.loading import announcement
 from expt.training.profiler import StepProfiler
@@ -458,7 +459,7 @@ class TrainJob:
         if metrics is None:
             return Ending("stopped", "signal", outcome.step), []
         recovery = self.guard.recovery
-        compute = partial(recovery.retry_once, metrics.compute, "conclusion")
+        compute = partial(recovery.retry_once, partial(figures_of, metrics), "conclusion")
         figures = self.ranks.from_first(compute)
         trainer.batches.share_skipped()
         self.recorder.result.metrics |= {f"test/{name}": value for name, value in figures.items()}

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from expt.errors import DataError, first_line
 from expt.job import Accumulator, Batch, DataSet, Split
 from expt.memory.measuring.meter import MemoryMeter
 from expt.memory.recovery.recovery import Recovery
@@ -59,6 +60,24 @@ def evaluate(
             return None  # interrupted; else the sums are half changed, and it begins again
     model.train()
     return run.accumulator
+
+
+def figures(metrics: Accumulator) -> dict[str, float]:
+    """Return what an accumulator computes as Python's numbers, which checkpoints can hold.
+
+    Raises:
+        DataError: a figure is no number.
+
+    """
+    found = metrics.compute()
+    try:
+        return {name: float(value) for name, value in found.items()}
+    except (TypeError, ValueError, RuntimeError) as error:
+        kinds = {name: type(value).__name__ for name, value in found.items()}
+        raise DataError(
+            f"{type(metrics).__name__}.compute must return a number by each name: "
+            f"{first_line(error)} (found {kinds})"
+        ) from error
 
 
 class Kept:

@@ -44,6 +44,7 @@ from expt.training.callbacks import Callbacks
 from expt.training.checkpoint import Progress
 from expt.training.display import Display, ProgressFile, epoch_line
 from expt.training.evaluate import evaluate
+from expt.training.evaluate import figures as figures_of
 from expt.training.interruption import Interruption
 from expt.training.losses import LossReader
 from expt.training.profiler import StepProfiler, Watched
@@ -391,7 +392,7 @@ class Trainer:
             progress.epoch_loss, progress.epoch_weight = loss_sum, weight_sum
             self._save_last()
             return "signal"
-        figures = self.ranks.from_first(metrics.compute)
+        figures = self.ranks.from_first(partial(figures_of, metrics))
         if monitor.name not in figures:
             raise DataError(
                 f"the data set monitors {monitor.name}, and its accumulator computes only "

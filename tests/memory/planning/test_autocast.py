@@ -108,6 +108,14 @@ def test_torchs_own_attention_layer_keeps_no_mask_on_cuda_either() -> None:
         assert kept(lambda x: asked(x, x, x)[0], x) > 2 * scores, "weights that are returned"
 
 
+@pytest.mark.parametrize("function", [torch.prod, lambda x: torch.cumprod(x, 0)])
+def test_products_are_cast_before_their_derivative_keeps_anything(function) -> None:
+    x = torch.rand(64, 8, dtype=torch.bfloat16, requires_grad=True)
+    with target_rules("cuda"), autocast("bf16"):
+        # The fp32 copy and, of as many elements or of one, the product.
+        assert kept(function, x) in (64 * 8 * 4 + 4, 2 * 64 * 8 * 4)
+
+
 def test_backward_is_the_engines_own() -> None:
     x = torch.randn(5, requires_grad=True)
     y = torch.randn(5, requires_grad=True)

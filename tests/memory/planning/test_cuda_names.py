@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -30,6 +33,16 @@ def step(model, optimizer, batch) -> None:
     model(scaler).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
+
+
+class Name(StrEnum):
+    GPU = "cuda"
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", Name.GPU, np.str_("cuda")])
+def test_a_name_of_any_kind_of_text_means_the_other_device(name) -> None:
+    with cuda_names():
+        assert torch.ones(2).to(name).device.type == "cpu"
 
 
 @pytest.mark.parametrize("own", [False, True])

@@ -16,6 +16,8 @@ from expt.memory.planning import estimate
 WIDTH = 128
 LAYER = (WIDTH * WIDTH + WIDTH) * 4
 
+pytestmark = pytest.mark.usefixtures("unfrozen")
+
 
 class Branching(nn.Module):
     """Looks at values that follow from weights: there are none in fake ones."""

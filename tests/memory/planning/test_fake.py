@@ -15,6 +15,8 @@ from expt.memory import plan
 from expt.memory.planning.fake import build_fake
 from expt.memory.planning.hybrid import HybridFakeMode
 
+pytestmark = pytest.mark.usefixtures("unfrozen")
+
 
 class Odd(nn.Module):
     """Keeps tensors in every way there is."""
@@ -139,7 +141,7 @@ class Lazy(nn.Module):
         return self.net(x)
 
 
-def test_a_callers_model_is_known_where_objects_are_frozen(unfrozen) -> None:
+def test_a_callers_model_is_known_where_objects_are_frozen() -> None:
     gc.freeze()  # as a server does
     model = nn.Linear(4, 4)
     plan(
@@ -198,7 +200,7 @@ def planned(model_fn):
     )
 
 
-def test_a_function_cache_is_empty_after_a_plan(unfrozen):
+def test_a_function_cache_is_empty_after_a_plan():
     table.cache_clear()
     found = planned(Cached)
     assert not any("without values" in note for note in found.notes)

@@ -24,6 +24,8 @@ from expt.memory.techniques.optimizer_in_backward import OptimizerInBackward
 AdamW = partial(torch.optim.AdamW, lr=1e-3)
 SGD = partial(torch.optim.SGD, lr=1e-3)
 
+pytestmark = pytest.mark.usefixtures("unfrozen")
+
 
 def floats(*shape: int) -> Callable[[], Tensor]:
     return lambda: torch.randn(*shape)
@@ -236,7 +238,7 @@ def test_clipping_and_stepping_in_the_backward_pass() -> None:
     assert early.notes == (), "nothing of the trace is left"
 
 
-def test_pythons_collector_is_as_it_was_after_a_plan(unfrozen) -> None:
+def test_pythons_collector_is_as_it_was_after_a_plan() -> None:
     """It is kept to what the plan makes meanwhile, which is a small part of all objects."""
     inside = []
 

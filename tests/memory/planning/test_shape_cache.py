@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -85,4 +87,27 @@ def test_what_gives_a_tensor_another_shape_in_place_is_always_run(change, monkey
         with mode:
             change(x)
         found.append((described(x), x.untyped_storage()._cdata == before))
+    assert found[0] == found[1]
+
+
+def test_what_is_written_to_by_name_is_no_new_tensor(monkeypatch) -> None:
+    monkeypatch.setattr(hybrid, "SHAPES", ShapeCache())
+    mode = HybridFakeMode()
+    for _ in range(2):
+        with mode.faking():
+            x, out = torch.empty(4, 8), torch.empty(4, 8)
+        with mode:
+            assert torch.mul(x, 2.0, out=out).untyped_storage()._cdata == (
+                out.untyped_storage()._cdata
+            )
+
+
+def test_the_address_of_a_remembered_result_may_be_asked_for_like_any_other(monkeypatch) -> None:
+    monkeypatch.setattr(hybrid, "SHAPES", ShapeCache())
+    mode = HybridFakeMode()
+    with mode.faking():
+        x = torch.empty(4, 8)
+    with mode, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = [(x + 1).data_ptr() for _ in range(2)]
     assert found[0] == found[1]

@@ -19,6 +19,8 @@ SGD = partial(torch.optim.SGD, lr=1e-3)
 WIDTH = 128
 LAYER = (WIDTH * WIDTH + WIDTH) * 4
 
+pytestmark = pytest.mark.usefixtures("unfrozen")
+
 
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))

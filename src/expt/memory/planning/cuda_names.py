@@ -1,7 +1,7 @@
 """Code that names the device `cuda`, run where the plan is made: on the CPU, without a card.
 
 Inside `cuda_names`, `device="cuda"`, `.cuda()` and `.to("cuda")` mean the CPU (while a model is
-built: `meta`), `torch.autocast("cuda")` is the CPU's autocast, which `CudaCasting` gives CUDA's
+built: `meta`), `torch.autocast("cuda")` is the CPU's autocast, which `casting` gives CUDA's
 rules, and waiting for the device does nothing.
 """
 
@@ -49,7 +49,7 @@ def renamed(device: torch.device, func: Any, args: Any, kwargs: Any) -> tuple[An
         return _itself, args[:1], {}
     for value in args:
         kind = type(value)
-        if (kind is str or kind is torch.device) and _names_cuda(value):
+        if (issubclass(kind, str) or kind is torch.device) and _names_cuda(value):
             args = tuple(device if _names_cuda(value) else value for value in args)
             break
     if kwargs and _names_cuda(kwargs.get("device")):

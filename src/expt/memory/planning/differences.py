@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_iter
 
 from expt.memory.measuring.in_place_sums import COUNTS_OWNERS
 from expt.memory.planning.hybrid import HybridFakeMode
-from expt.memory.planning.trace import StorageTrace
+from expt.memory.planning.trace import StorageTrace, once_more
 
 BATCHES = 4
 """Batches that are looked at without being run."""
@@ -32,6 +32,7 @@ class TakenStep:
     """One step of a trace: its events, what it made, and what it left."""
 
     first_event: int
+    first_storage: int
     last_event: int
     made: int  # a hash of the sizes of all that forward and backward passes made
     left_bytes: int  # alive afterwards
@@ -91,18 +92,18 @@ class Differences:
     @contextmanager
     def step(self) -> Iterator[None]:
         """Note what is made inside."""
-        first = len(self.trace.events)
+        trace = self.trace
+        first, storage = len(trace.events), len(trace.storages)
         yield
-        last = len(self.trace.events)
-        self.steps.append(TakenStep(first, last, self._made(first, last), self.trace.live_bytes()))
+        last = len(trace.events)
+        made = self._made(first, last)
+        self.steps.append(TakenStep(first, storage, last, made, trace.live_bytes()))
 
-    def repeat_step(self, storage: int) -> bool:
-        """Enter the last step once more without taking it; tell whether that can be.
-
-        `storage` is the number of the first that it made.
-        """
-        first, last = self.steps[-1].first_event, len(self.trace.events)
-        numbers = self.trace.repeat(first, storage)
+    def repeat_step(self) -> bool:
+        """Enter the last step once more without taking it; tell whether that can be."""
+        step, last = self.steps[-1], len(self.trace.events)
+        first = step.first_event
+        numbers = None if self.draws else self.trace.repeat(first, step.first_storage)
         if numbers is None:
             return False
         for kept in [kept for kept in self.outputs if kept.event >= first]:
@@ -111,15 +112,22 @@ class Differences:
                 1 for event in self.trace.events[first : kept.event] if event[0] in numbers
             )
             self.outputs.append(Kept(kept.kind, last + before, again))
-        self.steps.append(
-            replace(self.steps[-1], first_event=last, last_event=len(self.trace.events))
-        )
+        end = len(self.trace.events)
+        self.steps.append(replace(step, first_event=last, last_event=end))
         return True
 
     @property
     def alike(self) -> bool:
-        """Tell whether two steps were all that had to be taken, since they are the same."""
-        return self._looked and self.count == 2 and not self._differ
+        """Tell whether the second of two steps is what `repeat_step` would have entered."""
+        if not self._looked or self.count != 2 or self._differ:
+            return False
+        first, second = self.steps
+        events, phases = self.trace.events, self.trace.phases
+        again = once_more(events[first.first_event : first.last_event], first.first_storage)
+        taken = events[second.first_event : second.last_event]
+        return again is not None and [(c, phases[p]) for _, c, p in filter(None, again)] == [
+            (c, phases[p]) for _, c, p in taken
+        ]
 
     @contextmanager
     def forward(self) -> Iterator[None]:

@@ -52,7 +52,7 @@ def build_fake(
         Exception: what `model_fn` raises, also without `meta`.
 
     """
-    before = _collected()
+    before = _modules()
     try:
         with cuda_names("meta"), torch.device("meta"):
             model = _checked(model_fn())
@@ -75,7 +75,7 @@ def build_fake(
 
 def build_real(model_fn: Callable[[], nn.Module], warm: Warm | None = None) -> nn.Module:
     """Build a model for real; one that somebody else holds is copied."""
-    before = _collected()
+    before = _modules()
     with cuda_names():
         model = _checked(model_fn())
         if not _fresh(model, before):
@@ -99,17 +99,21 @@ def _tensors(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
-def _collected() -> set[int]:
-    """Return what the collector looks after, by `id`; little inside `gc_frozen`."""
-    return {id(found) for found in gc.get_objects()}
+def _modules() -> list[nn.Module]:
+    """Return all modules that the collector looks after; those made since, inside `gc_frozen`.
+
+    By type: asking an object for its class may run code of its own.
+    """
+    return [found for found in gc.get_objects() if issubclass(type(found), nn.Module)]
 
 
-def _fresh(model: nn.Module, before: set[int]) -> bool:
+def _fresh(model: nn.Module, before: list[nn.Module]) -> bool:
     """Tell whether a model is the plan's own: none of its modules was there before.
 
-    What was frozen before is not among the collector's objects, then or now.
+    What was frozen before is not among the collector's objects, then or now. Those of before are
+    held, so that none has the `id` of another.
     """
-    young = _collected() - before
+    young = {id(module) for module in _modules()} - {id(module) for module in before}
     return all(id(module) in young for module in model.modules())
 
 

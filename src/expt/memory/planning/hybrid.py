@@ -193,7 +193,7 @@ class HybridFakeMode(FakeTensorMode):
         """
         if func._schema.name.startswith(FUSED_STEPS) and not func._schema.returns:
             return None
-        key = None if func in VALUED else SHAPES.key(func, args, kwargs)
+        key = SHAPES.key(func, args, kwargs) if _follows_from_shapes(func, kwargs) else None
         if key is not None:
             known, result = SHAPES.find(self, key, args)
             if known:
@@ -430,6 +430,16 @@ def _written(func: Any) -> tuple[tuple[int, str, str], ...]:
         for position, argument in enumerate(schema.arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     )
+
+
+def _follows_from_shapes(func: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether a result may be remembered: of what is written to, only aten's is known."""
+    if func in VALUED:
+        return False
+    written = _written(func)
+    if not written:
+        return True
+    return func.namespace == "aten" and not any(name in kwargs for _, name, _ in written)
 
 
 def _other_type(one: torch.dtype, other: torch.dtype) -> Callable[[Tensor], Tensor]:

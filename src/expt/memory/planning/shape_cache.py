@@ -145,7 +145,10 @@ def _made(mode: FakeTensorMode, shape: Shape, args: Any) -> FakeTensor:
     fake: FakeTensor = Tensor._make_subclass(
         FakeTensor, made, False, dispatch_device=True, device_for_backend_keys=CPU
     )
-    torch._C._set_throw_on_mutable_data_ptr(fake)
+    if mode._allow_unsafe_data_ptr_access:
+        torch._C._set_warn_deprecated_on_mutable_data_ptr(fake)
+    else:
+        torch._C._set_throw_on_mutable_data_ptr(fake)
     vars(fake).update(attributes)
     fake.fake_mode = mode
     return fake

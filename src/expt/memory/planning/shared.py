@@ -36,8 +36,8 @@ class Shared:
 
     _steps: dict[Hashable, _Recorded] = field(default_factory=dict)
     _evaluations: dict[Hashable, _Recorded] = field(default_factory=dict)
-    steps_alike: bool = False
-    """Whether a first plan found that its steps do not differ."""
+    alike: set[Hashable] = field(default_factory=set)
+    """Which weights are trained where a plan found that its steps do not differ."""
 
     def has_steps(self, key: Hashable) -> bool:
         """Tell whether training steps were traced."""
@@ -64,7 +64,6 @@ class Shared:
         if self.has_steps(keys[0]):
             steps = self._steps[keys[0]]
         elif keep:
-            self.steps_alike |= not self._steps and differences.alike
             self._steps[keys[0]] = own
         if self.has_evaluation(keys[1]):
             evaluation = self._evaluations[keys[1]]

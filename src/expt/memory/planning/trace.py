@@ -286,16 +286,17 @@ class StorageTrace(TorchDispatchMode):
     def repeat(self, event: int, storage: int) -> dict[int, int] | None:
         """Enter all from an event and a storage on once more, as if it had been run again.
 
-        Storages that are alive now were made for good, and are not made again. Returns the new
-        numbers of the others; None, and nothing is entered, if a storage from before has changed.
+        Returns the new numbers of the storages that are made again; None, and nothing is entered,
+        if that cannot be told: see `once_more`.
         """
-        again = self.events[event:]
-        if any(number < storage for number, _, _ in again):
+        again = once_more(self.events[event:], storage)
+        if again is None:
             return None
-        alive, numbers = set(self.alive()), dict[int, int]()
-        places = []  # of every event of `again`, the last that is entered for it
-        for number, change, phase in again:
-            if number not in alive:
+        numbers: dict[int, int] = {}
+        places = []  # of every event from `event` on, the last that is entered for it
+        for entered in again:
+            if entered is not None:
+                number, change, phase = entered
                 if number not in numbers:
                     numbers[number] = len(self.storages)
                     self.storages.append(replace(self.storages[number]))
@@ -404,6 +405,25 @@ class StorageTrace(TorchDispatchMode):
             self._holders[number] -= 1
             return
         self.events.append((number, -self.storages[number].bytes, len(self.phases) - 1))
+
+
+def once_more(
+    events: Sequence[tuple[int, int, int]], storage: int
+) -> list[tuple[int, int, int] | None] | None:
+    """Return what events would be if the same were run again, None for those that would not be.
+
+    `storage` is the number of the first that they made. What a storage holds when all is done was
+    made for good, and is not made again. Without a list it cannot be told: a storage from before
+    has changed, or one that was made for good has changed meanwhile.
+    """
+    left: dict[int, int] = defaultdict(int)
+    changes: dict[int, int] = defaultdict(int)
+    for number, change, _ in events:
+        left[number] += change
+        changes[number] += 1
+    if any(n < storage or (left[n] > 0 and changes[n] > 1) for n in left):
+        return None
+    return [None if left[event[0]] > 0 else event for event in events]
 
 
 @cache

@@ -181,6 +181,11 @@ class PreparedStep:
     steps_taken: int = 0
     _variables: dict[str, Any] = field(default_factory=dict)  # a loop's, until it has stepped
 
+    def trained_names(self) -> Hashable:
+        """Return which weights are trained."""
+        named = self.model.named_parameters()
+        return frozenset(name for name, weight in named if weight.requires_grad)
+
     def watch_optimizers(self) -> None:
         """Let the trace know when an optimizer steps, and make it step as on the target."""
 
@@ -319,7 +324,10 @@ def trace_step(
     with step.prepared(real, fake) as prepared:
         trace, differences = prepared.trace, prepared.differences
         if shared is None or not shared.has_steps(step.keys[0]):
-            _take_steps(step, prepared, shared is not None and shared.steps_alike)
+            trained = prepared.trained_names()
+            _take_steps(step, prepared, shared is not None and trained in shared.alike)
+            if shared is not None and differences.alike:
+                shared.alike.add(trained)
         begin = len(trace.events)
         if shared is None or not shared.has_evaluation(step.keys[1]):
             _evaluate(step, prepared)
@@ -342,7 +350,7 @@ def _take_steps(step: Step, prepared: PreparedStep, alike: bool) -> None:
 
     `alike`: those of the same loop with other techniques do not, and the second is not run.
     """
-    differences, storage = prepared.differences, len(prepared.trace.storages)
+    differences = prepared.differences
     if step.step_fn is not None and step.precision != "fp32":
         prepared.model.forward = at_precision(prepared.model.forward, step.precision)
     prepared.model.train()
@@ -355,7 +363,7 @@ def _take_steps(step: Step, prepared: PreparedStep, alike: bool) -> None:
             if not differences.count:
                 raise UserError("batch_fn has no batch") from None
             break
-        if alike and prepared.steps_taken and differences.repeat_step(storage):
+        if alike and prepared.steps_taken and differences.repeat_step():
             return
         alike = False
         if differences.count >= PATIENCE and not prepared.steps_taken:

@@ -2,9 +2,9 @@
 
 While a mode or a tensor subclass is present, torch differentiates `prod`, `cumprod` and the
 largest, smallest and middle element without looking at values, by formulas that hold several
-times as much (torch/csrc/autograd/FunctionsManual.cpp, `areAnyTensorSubclassLike`). `Unwatched`
-gives them the derivative of an ordinary run, on an input without zeros. Other such places differ
-only in working in place: see `expt.memory.measuring.in_place_sums`.
+times as much (torch/csrc/autograd/FunctionsManual.cpp, `areAnyTensorSubclassLike`). The rules
+here give them the derivative of an ordinary run, on an input without zeros. Other such places
+differ only in working in place: see `expt.memory.measuring.in_place_sums`.
 """
 
 from __future__ import annotations
