@@ -44,7 +44,7 @@ def kill_at(process: subprocess.Popen[bytes], progress: Path, step: int) -> None
     process.wait()
 
 
-def test_killed_three_times_and_resumed_is_one_run_with_the_same_weights(
+def test_killed_twice_and_resumed_is_one_run_with_the_same_weights(
     expt, tmp_path, monkeypatch
 ):
     from mlflow import MlflowClient
@@ -52,7 +52,7 @@ def test_killed_three_times_and_resumed_is_one_run_with_the_same_weights(
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
     cut.mkdir()
-    for step in (10, 25, 45):
+    for step in (10, 45):  # in the first epoch and in the last
         process = start(cut, *RUN, "trainer.resume=true")
         kill_at(process, cut / "run/checkpoints/progress.json", step)
     # What was killed were processes of their own; this one shares nothing with them but the files.
