@@ -44,9 +44,7 @@ def kill_at(process: subprocess.Popen[bytes], progress: Path, step: int) -> None
     process.wait()
 
 
-def test_killed_twice_and_resumed_is_one_run_with_the_same_weights(
-    expt, tmp_path, monkeypatch
-):
+def test_killed_twice_and_resumed_is_one_run_with_the_same_weights(expt, tmp_path, monkeypatch):
     from mlflow import MlflowClient
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
