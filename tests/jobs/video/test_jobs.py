@@ -44,7 +44,7 @@ def test_a_run_that_is_tuned_says_so_and_keeps_its_batch(expt, home):
     line = (
         "experiment=video", "model.width=4", "data.tune=true", "loader.num_workers=0",
         "memory.budget=400MiB", "trainer.epochs=2", "trainer.test=false", *QUICK[:2], QUICK[3],
-        "trainer.eval_batches=1",
+        "trainer.eval_batches=1", "data.pixels=32", "data.frames=4",
     )  # fmt: skip
     code, out, err = expt(*line, small=False)
     assert code == 0, err
