@@ -240,7 +240,7 @@ def test_a_search_starts_from_an_earlier_one(searched, expt):
 
 def test_a_budget_under_which_nothing_fits_ends_with_what_would(expt, home):
     code, out, err = expt(
-        *SEARCH, "memory.budget=5MiB", "model.num_stages=1", "optimizer.lr=0.001",
+        *SEARCH, "memory.budget=5MiB", "model=stid", "optimizer.lr=0.001",
         "model.dropout=0.1", "data.batch_size=2", "memory.activation_checkpointing=false",
         "model.embed_dim=choice(32,48)", "search.presets=[]", small=False,
     )  # fmt: skip
@@ -347,7 +347,8 @@ def test_a_winner_that_cannot_be_tested_is_an_error_with_all_files_written(expt,
         )
 
     monkeypatch.setattr(ProcessTrial, "poll", crash_in_test)
-    code, out, err = expt(*SEARCH, "search.n_trials=1", "model.embed_dim=8", small=False)
+    line = (*SEARCH, "search.n_trials=1", "search.presets=[]", "model=stid", "model.embed_dim=8")
+    code, out, err = expt(*line, small=False)
     assert code == 1, err
     assert "error: the best trial, 0, could not be tested: failed (a bad lens)" in err
     assert "Traceback" not in err
@@ -355,7 +356,7 @@ def test_a_winner_that_cannot_be_tested_is_an_error_with_all_files_written(expt,
     summary = SweepSummary.load(home / "outputs/sweeps/debug")
     assert summary.best["trial"] == 0 and "test/mae" not in summary.best
     monkeypatch.setattr(ProcessTrial, "poll", poll)
-    code, out, err = expt(*SEARCH, "search.n_trials=1", "model.embed_dim=8", small=False)
+    code, out, err = expt(*line, small=False)
     assert code == 0, err
     assert SweepSummary.load(home / "outputs/sweeps/debug").best["test/mae"] > 0
 
