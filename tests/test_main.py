@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import resource
 import signal
@@ -364,22 +363,7 @@ def test_a_real_process_ends_with_1_and_a_traceback(home):
     assert "my own bug" in done.stderr
 
 
-def test_a_full_disk_is_exit_1_and_what_was_saved_is_intact(home):
-    def run(*arguments: str, file_limit: int | None = None) -> tuple[int, str]:
-        def limit() -> None:
-            if file_limit is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-
-        done = subprocess.run(
-            [sys.executable, "-m", "expt", *SMALL, "hydra.run.dir=run", *arguments],
-            cwd=home,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            preexec_fn=limit,
-        )
-        return done.returncode, done.stderr
-
+def test_a_full_disk_is_exit_1_and_what_was_saved_is_intact(expt, home, monkeypatch):
     (home / "lab_full.py").write_text(
         MODULE.format(
             body=f"import os, signal; 'STOP' in os.environ and {REAL} and signal.raise_signal(15)"
@@ -389,18 +373,24 @@ def test_a_full_disk_is_exit_1_and_what_was_saved_is_intact(home):
         "model._target_=lab_full.Net", "+model.width=4", "trainer.resume=true",
         "memory.plan=false", "trainer.epochs=1",
     )  # fmt: skip
-    os.environ["STOP"] = "1"
-    try:
-        assert run(*target)[0] == 143
-    finally:
-        del os.environ["STOP"]
+    with monkeypatch.context() as patch:
+        patch.setenv("STOP", "1")
+        assert expt("hydra.run.dir=run", *target)[0] == 143
     saved = (home / "run/checkpoints/last.pt").read_bytes()
-    code, err = run(*target, file_limit=len(saved) // 2)
-    assert code == 1, err
-    assert "cannot write" in err
-    assert "Traceback" not in err
+    limit = (len(saved) // 2,) * 2
+    full = subprocess.run(
+        [sys.executable, "-m", "expt", *SMALL, "hydra.run.dir=run", *target],
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+    )
+    assert full.returncode == 1, full.stderr
+    assert "cannot write" in full.stderr
+    assert "Traceback" not in full.stderr
     assert (home / "run/checkpoints/last.pt").read_bytes() == saved
-    assert run(*target)[0] == 0
+    assert expt("hydra.run.dir=run", *target)[0] == 0
     assert load_result(home / "run").resumed_from_step == 1
 
 
