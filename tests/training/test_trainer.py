@@ -432,9 +432,10 @@ def test_figures_of_any_kind_are_kept_as_numbers(make, tmp_path, kind) -> None:
     assert stored["val"] == 0.5
 
 
-def test_a_figure_that_is_no_number_is_said(make) -> None:
+@pytest.mark.parametrize("figure", [[0.5, 0.6], torch.ones(2), None, np.ones(2)])
+def test_a_figure_that_is_no_number_is_said(make, figure) -> None:
     with pytest.raises(DataError, match="compute must return a number by each name"):
-        make(epochs=1, data=Scripted([[0.5, 0.6]])).fit()
+        make(epochs=1, data=Scripted([figure])).fit()
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ class ClassScores:
         hits = order == labels[:, None]
         clips = self._clips.cpu().double().numpy()
         of_class = clips[clips[:, 0] > 0]
-        count = float(clips[:, 0].sum())
+        count = clips[:, 0].sum()
         right = np.bincount(labels, weights=hits[:, 0], minlength=self.classes)
         all_of = np.bincount(labels, minlength=self.classes)
         figures = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,13 +72,21 @@ def figures(metrics: Accumulator) -> dict[str, float]:
     """
     found = metrics.compute()
     try:
-        return {name: float(value) for name, value in found.items()}
-    except (TypeError, ValueError, RuntimeError) as error:
+        return {name: _number(value) for name, value in found.items()}
+    except (TypeError, ValueError) as error:
         kinds = {name: type(value).__name__ for name, value in found.items()}
         raise DataError(
             f"{type(metrics).__name__}.compute must return a number by each name: "
             f"{first_line(error)} (found {kinds})"
         ) from error
+
+
+def _number(value: Any) -> float:
+    if (
+        isinstance(value, Tensor) and value.numel() != 1
+    ):  # what torch raises is a memory error's kin
+        raise TypeError(f"a tensor of shape {list(value.shape)}")
+    return float(value)
 
 
 class Kept:

@@ -7,64 +7,23 @@ rules, and waiting for the device does nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from expt.memory.planning.function_rules import FunctionRules
 
 IDLE = ("synchronize", "set_device", "reset_peak_memory_stats", "reset_max_memory_allocated")
 """What `torch.cuda` does with a device that is not there."""
 
 
-class CudaNames(TorchFunctionMode):
-    """Puts another device in the place of `cuda` in every call."""
-
-    def __init__(self, device: str) -> None:
-        super().__init__()
-        self._device = torch.device(device)
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Call `func` with the other device."""
-        func, args, kwargs = renamed(self._device, func, args, kwargs or {})
-        return func(*args, **kwargs)
-
-
-def renamed(device: torch.device, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
-    """Return a call (function, arguments, arguments by name) with `device` instead of `cuda`."""
-    if func is torch.device:  # a name alone is harmless
-        return func, args, kwargs
-    if func is Tensor.cuda:
-        return Tensor.to, (args[0], device), {}
-    if func is Tensor.pin_memory:
-        return _itself, args[:1], {}
-    for value in args:
-        kind = type(value)
-        if (issubclass(kind, str) or kind is torch.device) and _names_cuda(value):
-            args = tuple(device if _names_cuda(value) else value for value in args)
-            break
-    if kwargs and _names_cuda(kwargs.get("device")):
-        kwargs = {**kwargs, "device": device}
-    return func, args, kwargs
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 @contextmanager
 def cuda_names(device: str = "cpu") -> Iterator[None]:
     """Let `cuda` mean `device` inside."""
-    with cuda_idle(), CudaNames(device):
+    with cuda_idle(), FunctionRules({}, torch.device(device)):
         yield
 
 
@@ -82,12 +41,6 @@ def cuda_idle() -> Iterator[None]:
         for name in () if torch.cuda.is_available() else IDLE:
             stack.enter_context(patch.object(torch.cuda, name, _idle(name)))
         yield
-
-
-def _names_cuda(value: Any) -> bool:
-    if isinstance(value, str):
-        return value == "cuda" or value.startswith("cuda:")
-    return isinstance(value, torch.device) and value.type == "cuda"
 
 
 def _idle(name: str) -> Callable[..., None]:

@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
-from expt.memory.planning.cuda_names import renamed
-
 Rule = Callable[[Any, Any, Any], Any]
 """Makes a call: of a function, with arguments, and with arguments by name."""
 BACKWARD = frozenset({Tensor.backward, torch.autograd.backward})
@@ -49,7 +47,7 @@ class FunctionRules(TorchFunctionMode):
         """Call `func`, or what takes its place."""
         kwargs = kwargs or {}
         if self._cuda is not None:
-            func, args, kwargs = renamed(self._cuda, func, args, kwargs)
+            func, args, kwargs = _renamed(self._cuda, func, args, kwargs)
         rule = self._rules.get(func)
         if rule is not None:
             return rule(func, args, kwargs)
@@ -88,3 +86,31 @@ def _several(value: Any) -> tuple[Any, ...]:
 def _by_one_name(kwargs: dict[str, Any]) -> dict[str, Any]:
     names = {"gradient": "gradients", "grad_tensors": "gradients"}
     return {names.get(key, key): value for key, value in kwargs.items()}
+
+
+def _renamed(device: torch.device, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+    """Return a call (function, arguments, arguments by name) with `device` instead of `cuda`."""
+    if func is torch.device:  # a name alone is harmless
+        return func, args, kwargs
+    if func is Tensor.cuda:
+        return Tensor.to, (args[0], device), {}
+    if func is Tensor.pin_memory:
+        return _itself, args[:1], {}
+    for value in args:
+        kind = type(value)
+        if (issubclass(kind, str) or kind is torch.device) and _names_cuda(value):
+            args = tuple(device if _names_cuda(value) else value for value in args)
+            break
+    if kwargs and _names_cuda(kwargs.get("device")):
+        kwargs = {**kwargs, "device": device}
+    return func, args, kwargs
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _names_cuda(value: Any) -> bool:
+    if isinstance(value, str):
+        return value == "cuda" or value.startswith("cuda:")
+    return isinstance(value, torch.device) and value.type == "cuda"

@@ -324,10 +324,11 @@ def trace_step(
     with step.prepared(real, fake) as prepared:
         trace, differences = prepared.trace, prepared.differences
         if shared is None or not shared.has_steps(step.keys[0]):
+            alike = shared.alike if shared is not None else set()
             trained = prepared.trained_names()
-            _take_steps(step, prepared, shared is not None and trained in shared.alike)
-            if shared is not None and differences.alike:
-                shared.alike.add(trained)
+            _take_steps(step, prepared, trained in alike)
+            if differences.alike:
+                alike.add(trained)
         begin = len(trace.events)
         if shared is None or not shared.has_evaluation(step.keys[1]):
             _evaluate(step, prepared)
