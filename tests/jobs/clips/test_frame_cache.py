@@ -10,11 +10,11 @@ import numpy as np
 from expt.jobs.clips import frame_cache
 from expt.jobs.clips.frame_cache import FrameCache, cache_for
 
-SHAPES = [(3, 4, 5), (2, 6, 6)]
+SHAPES = [(3, 4, 5, 3), (2, 6, 6, 1)]
 
 
-def frames(shape: tuple[int, int, int], value: int) -> np.ndarray:
-    return np.full((*shape, 3), value, np.uint8)
+def frames(shape: tuple[int, int, int, int], value: int) -> np.ndarray:
+    return np.full(shape, value, np.uint8)
 
 
 def test_what_is_put_is_got_also_by_another_process_s_copy():
@@ -28,15 +28,15 @@ def test_what_is_put_is_got_also_by_another_process_s_copy():
 
 
 def test_emptied_it_has_nothing_and_takes_again():
-    cache = FrameCache([(40, 64, 64)] * 3)
+    cache = FrameCache([(40, 64, 64, 3)] * 3)
     other = pickle.loads(pickle.dumps(cache))
     for number in range(3):
-        cache.put(number, frames((40, 64, 64), 5))
+        cache.put(number, frames((40, 64, 64, 3), 5))
     used = Path(cache._path).stat().st_blocks
     cache.clear()
     assert Path(cache._path).stat().st_blocks < used / 10
     assert other.get(1, [0]) is None
-    other.put(1, frames((40, 64, 64), 6))
+    other.put(1, frames((40, 64, 64, 3), 6))
     assert cache.get(1, [39, 0])[1, 0, 0, 0] == 6
 
 
@@ -70,7 +70,7 @@ def test_what_is_written_while_it_is_emptied_is_not_there(monkeypatch):
 
 def test_a_video_that_is_turned_when_shown_is_kept():
     cache = FrameCache(SHAPES)
-    cache.put(0, frames((3, 5, 4), 3))
+    cache.put(0, frames((3, 5, 4, 3), 3))
     assert cache.get(0, [1]).shape == (1, 5, 4, 3)
 
 
@@ -83,7 +83,7 @@ def test_what_a_killed_process_left_is_removed():
 
 def test_frames_of_another_shape_are_not_kept():
     cache = FrameCache(SHAPES)
-    cache.put(0, frames((2, 5, 4), 1))
+    cache.put(0, frames((2, 5, 4, 3), 1))
     assert cache.get(0, [0]) is None
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from expt.errors import ModelError
 from expt.jobs.deepfake.sequence import FrameSequence
 from expt.jobs.video.r3d import R3D
 from expt.memory.techniques.repeated_blocks import repeated_blocks
@@ -96,6 +97,8 @@ def test_a_backbone_of_transformers(tmp_path):
     model.load_pretrained()
     assert not torch.equal(before, next(model.frame.parameters()))
     assert model(**inputs("gru")).shape == (B, 1 + T)
+    with pytest.raises(ModelError, match="takes pictures of 3 channels; the data's clips have 5"):
+        FrameSequence(num_frames=T, backbone=str(tmp_path), num_channels=5)
 
 
 @pytest.mark.parametrize(

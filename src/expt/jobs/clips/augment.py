@@ -16,6 +16,8 @@ from torch import Tensor
 
 MEAN, DEVIATION = 114.75, 57.375
 """Of all channels, in values from 0 to 255: 0.45 and 0.225 of PySlowFast, times 255."""
+LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+"""Red, green and blue in a grey value (ITU-R BT.601)."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Crop:
     contrast: float = 0.0
 
     def random(self, frames: np.ndarray, generator: torch.Generator) -> Tensor:
-        """Return a random crop of frames [T,H,W,3], uint8 [C,T,P,P]."""
+        """Return a random crop of frames [T,H,W,C], uint8 [C,T,P,P]."""
         draws = torch.rand(5, generator=generator).tolist()
         height, width = frames.shape[1:3]
         top = int(draws[0] * (height - self.pixels + 1))
@@ -51,7 +53,7 @@ class Crop:
         return clip.contiguous()
 
     def centre(self, frames: np.ndarray) -> Tensor:
-        """Return the middle of frames [T,H,W,3], uint8 [C,T,P,P]."""
+        """Return the middle of frames [T,H,W,C], uint8 [C,T,P,P]."""
         height, width = frames.shape[1:3]
         top, left = (height - self.pixels) // 2, (width - self.pixels) // 2
         return self._cut(frames, top, left).contiguous()
@@ -69,11 +71,12 @@ def normalised(clip: Tensor) -> Tensor:
 
 
 def sharpness(frames: np.ndarray) -> np.ndarray:
-    """Return the variance of the Laplacian of each frame [T,H,W,3], in grey values; [T].
+    """Return the variance of the Laplacian of each frame [T,H,W,C], in grey values; [T].
 
     The usual measure of blur (Pech-Pacheco et al., ICPR 2000).
     """
-    grey = frames.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    values = frames.astype(np.float32)
+    grey = values @ LUMA if values.shape[-1] == len(LUMA) else values.mean(axis=-1)
     middle = -4 * grey[:, 1:-1, 1:-1]
     edges = grey[:, :-2, 1:-1] + grey[:, 2:, 1:-1] + grey[:, 1:-1, :-2] + grey[:, 1:-1, 2:]
     found: np.ndarray = (middle + edges).var(axis=(1, 2))

@@ -25,7 +25,7 @@ from expt.errors import DataError, nearest
 from expt.job import Batch, Metric, Split
 from expt.jobs.clips.augment import Crop, normalised
 from expt.jobs.clips.decode import Probe, read_frames
-from expt.jobs.clips.frame_cache import FrameCache, bytes_of, cache_for, has_room
+from expt.jobs.clips.frame_cache import FrameCache, Shape, bytes_of, cache_for, has_room
 from expt.jobs.clips.inspect import inspect_files
 from expt.jobs.clips.keypoints import Keypoints
 from expt.jobs.clips.listing import (
@@ -170,6 +170,7 @@ class ClipData:
         self.videos = [video for split in SPLITS for video in self.parts[split]]
         self._first = {"train": 0, "val": len(self.parts["train"])}
         self._first["test"] = self._first["val"] + len(self.parts["val"])
+        self.channels = self._channels_of_all()
         self._usable = self._sharp_frames()
         self.keypoints = Keypoints(self, keypoints_path) if load_kpt else None
         self.cache, self._no_cache = self._make_cache(frame_cache)
@@ -245,7 +246,8 @@ class ClipData:
     def example(self, split: Split, count: int) -> Batch:
         """Return a batch of the right shapes; no file is read."""
         kind = torch.uint8 if self.preprocess_on == "device" else torch.float32
-        clip = torch.zeros((count, 3, self.frames, self.pixels, self.pixels), dtype=kind)
+        shape = (count, self.channels, self.frames, self.pixels, self.pixels)
+        clip = torch.zeros(shape, dtype=kind)
         inputs = {"clip": clip}
         if self.keypoints is not None:
             inputs["keypoints"] = torch.zeros((count, self.frames, *self.keypoints.shape))
@@ -262,6 +264,7 @@ class ClipData:
         shape = self.keypoints.shape if self.keypoints else (0, 0)
         return {
             "num_classes": len(self.classes),
+            "num_channels": self.channels,
             "num_frames": self.frames,
             "num_keypoints": shape[0],
             "keypoint_values": shape[1],
@@ -353,6 +356,23 @@ class ClipData:
             )
         return bad
 
+    def _channels_of_all(self) -> int:
+        """Return how many channels the videos have.
+
+        Raises:
+            DataError: not all have as many.
+
+        """
+        first = self.videos[0]
+        channels = self._probe(first).channels
+        for video in self.videos:
+            if self._probe(video).channels != channels:
+                raise DataError(
+                    f"data.path={self.shown}: all clips must have as many channels; {first.name} "
+                    f"has {channels}, {video.name} has {self._probe(video).channels}"
+                )
+        return channels
+
     def _sharp_frames(self) -> list[list[int] | None]:
         """Return the frames of each video that are sharp enough, None where all are used."""
         if self._min_sharpness is None:
@@ -380,10 +400,11 @@ class ClipData:
         made = cache_for(shapes, parse_bytes(limit))
         return (None, made) if isinstance(made, str) else (made, "")
 
-    def _shape(self, video: Video) -> tuple[int, int, int]:
+    def _shape(self, video: Video) -> Shape:
         seen = self._probe(video)
         factor = self.short_side / max(min(seen.width, seen.height), 1)
-        return seen.frames, max(round(seen.height * factor), 1), max(round(seen.width * factor), 1)
+        height, width = (max(round(side * factor), 1) for side in (seen.height, seen.width))
+        return seen.frames, height, width, seen.channels
 
     def _probe(self, video: Video) -> Probe:
         seen = self.found[video.path]
@@ -414,7 +435,7 @@ class ClipData:
         return numbers if usable is None else [usable[place] for place in numbers]
 
     def _pixels(self, at: int, numbers: Sequence[int]) -> np.ndarray:
-        """Return frames, uint8 [T,H,W,3], from the cache or from the file."""
+        """Return frames, uint8 [T,H,W,C], from the cache or from the file."""
         path = self.videos[at].path
         if self.cache is None:
             return read_frames(path, numbers, self.short_side, self._probe(self.videos[at]))

@@ -1,4 +1,4 @@
-"""Frames of a video file, or of a folder with an image per frame.
+"""Frames of a video file, of a folder with an image per frame, or of an array.
 
 `probe` opens a file and counts, without decoding, what it should hold; `read_frames` decodes some
 of its frames. A file can be damaged so that it still decodes, with frames missing; both numbers
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from expt.errors import DataError, first_line
+from expt.jobs.clips.arrays import SUFFIX, open_array, read_array
 
 if TYPE_CHECKING:
     import av
@@ -53,13 +54,19 @@ class Probe:
     first_time: int = 0
     frame_time: int = 0
     """Of evenly spaced frames: the first one's time and the step, in the stream's unit; else 0."""
+    channels: int = 3
 
 
 def is_clip(path: Path) -> bool:
-    """Tell whether a path looks like a video file, or like a folder of frames."""
+    """Tell whether a path looks like a video file, an array, or a folder of frames."""
     if path.is_dir():
         return any(entry.suffix.lower() in IMAGE_SUFFIXES for entry in path.iterdir())
-    return path.suffix.lower() in VIDEO_SUFFIXES
+    return path.suffix.lower() in VIDEO_SUFFIXES or is_array(path)
+
+
+def is_array(path: Path) -> bool:
+    """Tell whether a path is a file with an array, for which nothing needs to be decoded."""
+    return path.suffix.lower() == SUFFIX
 
 
 def probe(path: Path) -> Probe:
@@ -73,6 +80,9 @@ def probe(path: Path) -> Probe:
         images = _images(path)
         with _opened(images[0]) as (container, stream):
             return Probe(len(images), stream.codec_context.width, stream.codec_context.height)
+    if is_array(path):
+        count, height, width, channels = open_array(path).shape
+        return Probe(count, width, height, channels=channels)
     with _opened(path) as (container, stream):
         try:
             times = [packet.pts for packet in container.demux(stream) if packet.size > 0]
@@ -101,7 +111,8 @@ def read_frames(
     """Decode the frames with these numbers.
 
     Args:
-        path: a video file, or a folder of images in the order of the numbers in their names.
+        path: a video file, an array, or a folder of images in the order of the numbers in their
+            names.
         numbers: from 0, rising; a number may be there twice.
         short_side: pixels of the shorter side that frames are scaled to, by the decoder; None
             leaves them as they are.
@@ -109,7 +120,7 @@ def read_frames(
             then passed over where that can be done exactly.
 
     Returns:
-        RGB, uint8 [n, H, W, 3], all of the size of the first.
+        RGB, uint8 [n, H, W, 3], all of the size of the first; an array's channels.
 
     Raises:
         DataError: it cannot be decoded, or ends before the last number.
@@ -127,6 +138,8 @@ def read_frames(
                 size = size or _scaled(frame, short_side)
                 found.append(_rgb(frame, size))
         return np.stack(found)
+    if is_array(path):
+        return read_array(path, numbers, short_side)
     if probed is not None and probed.frame_time and numbers[0] >= SEEK_FROM:
         with _opened(path) as (container, stream):
             found_late = _read_late(container, stream, path, numbers, short_side, probed)

@@ -5,12 +5,13 @@ a byte for each that says whether they are there, and since which emptying. Two 
 the same video at once: they write the same bytes. Whoever empties the cache counts up first, so
 that what was read or written in between does not count.
 
-Letters: `n` frames, `H` x `W` pixels.
+Letters: `n` frames, `H` x `W` pixels, `C` channels.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import os
 import shutil
@@ -23,6 +24,9 @@ from typing import Any
 import numpy as np
 
 from expt.units import format_bytes
+
+Shape = tuple[int, int, int, int]
+"""Of a video: n, H, W and C."""
 
 SHARED = Path("/dev/shm")
 ROOM = 0.5
@@ -37,13 +41,13 @@ class FrameCache:
     """Frames of videos by their number; empty at first.
 
     Args:
-        shapes: n, H and W of each video.
+        shapes: of each video.
 
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, int, int]]) -> None:
+    def __init__(self, shapes: Sequence[Shape]) -> None:
         self._shapes = list(shapes)
-        sizes = [3 * frames * height * width for frames, height, width in shapes]
+        sizes = [bytes_of([shape]) for shape in shapes]
         first = HEADER + len(sizes)
         self._offsets = (first + np.cumsum([0, *sizes])).tolist()
         self.bytes = int(self._offsets[-1])
@@ -57,7 +61,7 @@ class FrameCache:
         self._map()
 
     def get(self, number: int, wanted: Sequence[int]) -> np.ndarray | None:
-        """Return a copy of some of a video's frames, uint8 [T, H, W, 3]; None if not there."""
+        """Return a copy of some of a video's frames, uint8 [T, H, W, C]; None if not there."""
         mark = self._memory[HEADER + number]
         if mark not in self._marks():
             return None
@@ -70,9 +74,9 @@ class FrameCache:
 
         A video that is turned when it is shown has its two sides exchanged.
         """
-        count, height, width = self._shapes[number]
-        turned = frames.shape == (count, width, height, 3) and height != width
-        if not turned and frames.shape != (count, height, width, 3):
+        count, height, width, channels = self._shapes[number]
+        turned = frames.shape == (count, width, height, channels) and height != width
+        if not turned and frames.shape != (count, height, width, channels):
             return
         mark = self._marks()[turned]
         self._frames(number, turned)[:] = frames
@@ -108,14 +112,13 @@ class FrameCache:
         return first, first + 1
 
     def _frames(self, number: int, turned: bool) -> np.ndarray:
-        frames, height, width = self._shapes[number]
-        shape = (frames, width, height, 3) if turned else (frames, height, width, 3)
-        count = int(np.prod(shape))
-        flat = np.frombuffer(self._memory, np.uint8, count, self._offsets[number])
+        frames, height, width, channels = self._shapes[number]
+        shape = (frames, *((width, height) if turned else (height, width)), channels)
+        flat = np.frombuffer(self._memory, np.uint8, math.prod(shape), self._offsets[number])
         return flat.reshape(shape)
 
 
-def cache_for(shapes: Sequence[tuple[int, int, int]], limit_bytes: int) -> FrameCache | str:
+def cache_for(shapes: Sequence[Shape], limit_bytes: int) -> FrameCache | str:
     """Return a cache of all videos, or why there is none."""
     room = min(limit_bytes, int(ROOM * _free_memory()))
     needed = bytes_of(shapes)
@@ -124,9 +127,9 @@ def cache_for(shapes: Sequence[tuple[int, int, int]], limit_bytes: int) -> Frame
     return f"needs {format_bytes(needed)}, and may have {format_bytes(room)}"
 
 
-def bytes_of(shapes: Iterable[tuple[int, int, int]]) -> int:
-    """Return the bytes of frames of n, H and W."""
-    return sum(3 * frames * height * width for frames, height, width in shapes)
+def bytes_of(shapes: Iterable[Shape]) -> int:
+    """Return the bytes of the frames of videos."""
+    return sum(map(math.prod, shapes))
 
 
 def has_room(needed: int) -> bool:

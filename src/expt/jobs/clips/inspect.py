@@ -18,7 +18,7 @@ from typing import Any
 from expt.errors import DataError, StorageError
 from expt.files import write_json
 from expt.jobs.clips.augment import sharpness
-from expt.jobs.clips.decode import Probe, av_package, probe, read_frames
+from expt.jobs.clips.decode import Probe, av_package, is_array, probe, read_frames
 
 FORMAT = 2
 """Of what is kept; another one is made anew."""
@@ -44,7 +44,7 @@ def inspect_files(
     """Open every file once, several at a time.
 
     Args:
-        paths: videos, or folders of frames.
+        paths: videos, arrays, or folders of frames.
         cache: folder to keep the findings in; None keeps none.
         sharpness_at: pixels of the shorter side at which every frame's sharpness is measured,
             for which the whole file is decoded; None does not.
@@ -54,8 +54,9 @@ def inspect_files(
             is not kept: the next start looks again.
 
     """
-    av_package()
     wanted = list(dict.fromkeys(paths))
+    if not all(map(is_array, wanted)):
+        av_package()
     key = hashlib.sha256("\n".join(map(str, wanted)).encode()).hexdigest()[:16]
     file = None if cache is None else cache / f"clips-{key}.json"
     known = _load(file)

@@ -17,6 +17,8 @@ from expt.jobs.clips.augment import normalised
 from expt.jobs.clips.resnet import ResNet, depth_problem
 
 HEADS = ("gru", "transformer")
+PICTURE = 3
+"""Channels of what a backbone was trained on."""
 
 
 class FrameSequence(nn.Module):
@@ -24,6 +26,7 @@ class FrameSequence(nn.Module):
 
     Args:
         num_frames: the data's, T.
+        num_channels: the data's, C; a backbone takes 3.
         depth: of the residual network over frames: 18, 34 or 50.
         width: channels of its first stage; 64 as published.
         stem_stride: of its first convolution; 1 for small frames.
@@ -46,13 +49,19 @@ class FrameSequence(nn.Module):
         head_width: int = 256,
         heads: int = 4,
         dropout: float = 0.0,
+        num_channels: int = 3,
     ) -> None:
         super().__init__()
         stride: Sequence[int] = (stem_stride, stem_stride)
         self.frame: nn.Module
         if backbone is None:
-            own = ResNet(2, depth, width, (7, 7), stride, pool=True)
+            own = ResNet(2, depth, width, (7, 7), stride, pool=True, channels=num_channels)
             self.frame, features = own, own.features
+        elif num_channels != PICTURE:
+            raise ModelError(
+                f"model.backbone={backbone} takes pictures of {PICTURE} channels; the data's clips "
+                f"have {num_channels}"
+            )
         else:
             theirs = TransformersBackbone(backbone)
             self.frame, features = theirs, theirs.features

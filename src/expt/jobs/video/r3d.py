@@ -20,6 +20,7 @@ class R3D(nn.Module):
 
     Args:
         num_classes: the data's.
+        num_channels: the data's, C; 3 of pictures.
         num_keypoints: the data's, J; 0 where it gives none, and then there is one stream.
         keypoint_values: the data's, D.
         depth: 18, 34 or 50.
@@ -27,7 +28,7 @@ class R3D(nn.Module):
         stem_kernel: of the first convolution: frames, height, width.
         stem_stride: of the first convolution.
         stem_pool: halve frames and pixels after it.
-        frame_difference: factor of what changed from the frame before, which is given as three more
+        frame_difference: factor of what changed from the frame before, which is given as C more
             channels; 0 gives none. A change is about a tenth of a picture.
         dropout: before the last layer.
         keypoint_width: units of the second stream.
@@ -47,10 +48,11 @@ class R3D(nn.Module):
         frame_difference: float = 0.0,
         dropout: float = 0.0,
         keypoint_width: int = 128,
+        num_channels: int = 3,
     ) -> None:
         super().__init__()
         self.frame_difference = frame_difference
-        channels = 6 if frame_difference else 3
+        channels = num_channels * (2 if frame_difference else 1)
         self.clip = ResNet(3, depth, width, stem_kernel, stem_stride, stem_pool, channels)
         self.keypoints = (
             KeypointStream(num_keypoints * keypoint_values, keypoint_width)
