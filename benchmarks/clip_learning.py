@@ -49,7 +49,7 @@ def trained(lines: tuple[str, ...]) -> dict[str, Any]:
 def table(rows: Mapping[str, Any]) -> str:
     body = []
     for name in JOBS:
-        found = [rows[f"{name} seed {seed}"] for seed in SEEDS if f"{name} seed {seed}" in rows]
+        found = of_seeds(rows, name)
         if not found:
             continue
         video = name.startswith("video")
@@ -73,6 +73,11 @@ def table(rows: Mapping[str, Any]) -> str:
         "Learned from the shipped clips, tested on seeds and rollouts that training has not seen. "
         f"Chance: {CHANCE['video']} (video), {CHANCE['deepfake']} (deepfake).\n\n"
     ) + markdown(columns, body)
+
+
+def of_seeds(rows: Mapping[str, Any], name: str) -> list[Any]:
+    """Return the rows of a run, by seed, that there are."""
+    return [rows[f"{name} seed {seed}"] for seed in SEEDS if f"{name} seed {seed}" in rows]
 
 
 def spread(values: list[float | None]) -> str:
