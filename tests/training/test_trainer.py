@@ -391,6 +391,16 @@ def test_peak_memory_is_measured_and_survives_a_resume(make):
     assert again.meter.peak_allocated_bytes() == peak
 
 
+def test_the_peak_has_the_average_of_the_weights_in_it(make):
+    peaks = []
+    for decay in (None, 0.9):
+        trainer = make(f"run_{decay}", epochs=1, ema_decay=decay)
+        trainer.fit()
+        peaks.append(trainer.meter.peak_allocated_bytes())
+    weights = sum(weight.numel() * 4 for weight in trainer.model.parameters())
+    assert peaks[1] - peaks[0] == weights
+
+
 @pytest.mark.parametrize("parts", [3, 5, 8, 20])
 def test_a_batch_is_cut_into_as_many_parts_as_were_asked_for(make, parts):
     sizes: list[int] = []

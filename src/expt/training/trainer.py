@@ -211,6 +211,7 @@ class Trainer:
                 resident=lambda: kept_on_device(self.data),
             )
         )  # fmt: skip
+        self.meter.take_in(list(self.average.state_dict().values()))  # moved between two steps
         self.display.start(self.total_steps, self.progress.step)
         self.callbacks.run_start(self)
         self.model.train()

@@ -31,7 +31,7 @@ class MemoryMeter(Protocol):
     """How it is measured; written to `memory.meter` in the record."""
 
     def take_in(self, tensors: Sequence[Tensor]) -> None:
-        """Note what others made for the step or batch to come, such as samples read by workers."""
+        """Note what no watched step makes, such as samples read by workers, or weights' averages."""
 
     def held_bytes(self) -> int:
         """Return what is allocated now, as far as it was seen."""
