@@ -20,7 +20,8 @@ from clip_learning import SEEDS, of_seeds, spread, trained
 from common import markdown
 
 TEST = (13, 14, 15)
-VALIDATION = (1,)
+VALIDATION = 8
+"""Of the other people's videos, one in so many is for validation."""
 JOINTS = 8
 """Nose, neck, and both arms, which gestures are made with; the first of OpenPose's 18."""
 SIDE, SPOT, EVERY = 28, 0.03, 4
@@ -74,7 +75,7 @@ def write(recording: Path, root: Path) -> None:
         sequence = points[start : start + length : EVERY]
         start += length
         person = int(people[number])
-        part = "test" if person in TEST else "val" if person in VALIDATION else "train"
+        part = "test" if person in TEST else "train" if number % VALIDATION else "val"
         label = f"{int(labels[number]):02d}-{str(classes[labels[number]]).replace(' ', '_')}"
         key = f"{part}/{label}/s{person:02d}_{number:03d}"
         joints[key] = upright(sequence)[:, :JOINTS]
