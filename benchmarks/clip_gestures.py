@@ -31,12 +31,12 @@ SIDE, SPOT, EVERY = 28, 0.03, 4
 JOBS: dict[str, tuple[str, ...]] = {
     "32 frames": (
         "data.frames=32", "data.clips_per_video=5", "model.stem_kernel=[3,3,3]",
-        "model.stem_stride=[2,2,2]",
+        "model.stem_stride=[2,2,2]", "model.frame_difference=5",
     ),
     # The same network on single frames, whose scores are averaged over eight of a video.
     "single frame": (
         "data.frames=1", "data.clips_per_video=8", "model.stem_kernel=[1,3,3]",
-        "model.stem_stride=[1,2,2]",
+        "model.stem_stride=[1,2,2]", "model.frame_difference=0",
     ),
 }  # fmt: skip
 
@@ -58,7 +58,7 @@ def _trained(recording: Path, lines: tuple[str, ...]) -> dict[str, Any]:
                 "data.pixels=24", f"data.resize={SIDE}", "data.brightness=0", "data.contrast=0",
                 "data.index_cache=null", "data.subsets=null", "data.load_kpt=true",
                 "model.width=12", "model.keypoint_width=64", "model.stem_pool=false",
-                "model.frame_difference=0", "model.dropout=0.3", "trainer.epochs=120",
+                "model.dropout=0.3", "trainer.epochs=80",
                 "trainer.ema_decay=0.98", "trainer.monitor=loss", *lines,
             )
         )  # fmt: skip
