@@ -49,7 +49,9 @@ def provenance(gpu: str | None = None) -> dict[str, Any]:
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": git("rev-parse", "HEAD") or os.environ.get(COMMIT, "unknown"),
         "uncommitted_changes": bool(git("status", "--porcelain", "--", "src", "conf")),
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": shlex.join(
+            ["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(without_places, sys.argv[1:])]
+        ),
         "hardware": hardware,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
