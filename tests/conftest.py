@@ -69,8 +69,11 @@ def pytest_runtest_teardown() -> None:
 
 
 @pytest.fixture
-def unfrozen() -> Iterator[None]:
+def unfrozen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Set nothing aside while a test runs that asks what the collector looks after."""
+    from expt.memory.planning import fake
+
+    monkeypatch.setattr(fake, "_set_aside_elsewhere", False)
     gc.unfreeze()
     yield
     gc.unfreeze()

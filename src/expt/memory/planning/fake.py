@@ -204,20 +204,30 @@ def make_fake(model: nn.Module, mode: HybridFakeMode) -> None:
                 vars(module)[name] = tree_map_only(Tensor, fake, value)
 
 
+_set_aside_elsewhere = False
+_set_aside_here = False
+
+
 @contextmanager
 def gc_frozen() -> Iterator[None]:
     """Keep Python's collector to what is made inside, since all the rest takes it long to look at.
 
-    Does nothing where something else has set objects aside.
+    Does nothing where something else has set objects aside, nor after that: they are counted one
+    by one.
     """
-    ours = gc.get_freeze_count() == 0
+    global _set_aside_elsewhere, _set_aside_here
+    if not _set_aside_here:
+        _set_aside_elsewhere = _set_aside_elsewhere or gc.get_freeze_count() > 0
+    ours = not (_set_aside_elsewhere or _set_aside_here)
     if ours:
         gc.freeze()
+        _set_aside_here = True
     try:
         yield
     finally:
         if ours:
             gc.unfreeze()
+            _set_aside_here = False
 
 
 def any_left() -> bool:
