@@ -31,7 +31,7 @@ class MemoryMeter(Protocol):
     """How it is measured; written to `memory.meter` in the record."""
 
     def take_in(self, tensors: Sequence[Tensor]) -> None:
-        """Note what no watched step makes, such as samples read by workers, or weights' averages."""
+        """Note what no watched step makes: samples read by workers, averages of the weights."""
 
     def held_bytes(self) -> int:
         """Return what is allocated now, as far as it was seen."""
