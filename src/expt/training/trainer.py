@@ -211,7 +211,6 @@ class Trainer:
                 resident=lambda: kept_on_device(self.data),
             )
         )  # fmt: skip
-        self.meter.take_in(list(self.average.state_dict().values()))  # moved between two steps
         self.display.start(self.total_steps, self.progress.step)
         self.callbacks.run_start(self)
         self.model.train()
@@ -306,7 +305,8 @@ class Trainer:
                 self._stop_between(loss_sum, weight_sum)  # the run can go on from here
                 raise
             undo = not self.steps.replays(samples)
-            self.meter.take_in(samples.on_host())
+            # The averages live throughout, and only move between the steps that are watched.
+            self.meter.take_in([*samples.on_host(), *self.average.state_dict().values()])
             self.profiler.take_in(samples.on_host())
             with self.meter.step():
                 loss, weight = self.recovery.step(self.steps.run, samples, len(samples), undo)

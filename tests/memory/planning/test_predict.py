@@ -254,6 +254,15 @@ def test_pythons_collector_is_as_it_was_after_a_plan() -> None:
     assert gc.get_freeze_count() >= before * 0.9, "what others set aside stays aside"
 
 
+def test_what_others_set_aside_is_counted_once(monkeypatch) -> None:
+    gc.freeze()
+    asked, count = [], gc.get_freeze_count
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: (asked.append(1), count())[1])
+    predict()
+    predict()
+    assert len(asked) == 1
+
+
 EVERY = [
     torch.optim.Adadelta, torch.optim.Adafactor, torch.optim.Adagrad, torch.optim.Adam,
     torch.optim.Adamax, torch.optim.AdamW, torch.optim.ASGD, torch.optim.NAdam,

@@ -1,1 +1,1 @@
-"""Clips of frames, read from video files: what the jobs on video and on deepfakes share."""
+"""Clips of frames, read from videos, images or arrays: what the jobs on them share."""

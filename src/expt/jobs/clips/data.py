@@ -23,8 +23,9 @@ from torch import Tensor
 
 from expt.errors import DataError, nearest
 from expt.job import Batch, Metric, Split
+from expt.jobs.clips.arrays import digest
 from expt.jobs.clips.augment import Crop, normalised
-from expt.jobs.clips.decode import Probe, read_frames
+from expt.jobs.clips.decode import Probe, is_array, read_frames
 from expt.jobs.clips.frame_cache import FrameCache, Shape, bytes_of, cache_for, has_room
 from expt.jobs.clips.inspect import inspect_files
 from expt.jobs.clips.keypoints import Keypoints
@@ -67,7 +68,7 @@ class ClipData:
     """Clips of labelled videos; implements `expt.job.StreamedDataSet` but for what is learned.
 
     Args:
-        path: folder of the videos; ``expt://NAME`` is shipped.
+        path: folder of the videos, which may be arrays too; ``expt://NAME`` is shipped.
         frames: of a clip, T.
         pixels: of a side of a clip, P.
         batch_size: clips per optimizer step.
@@ -301,7 +302,7 @@ class ClipData:
     def fingerprint(self) -> str:
         """Return a short hash of the files, their classes and parts."""
         told = [
-            f"{video.split} {video.label} {below(video.path, self.root)} {_bytes(video.path)}"
+            f"{video.split} {video.label} {below(video.path, self.root)} {_content(video.path)}"
             for video in self.videos
         ]
         return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
@@ -367,9 +368,10 @@ class ClipData:
         channels = self._probe(first).channels
         for video in self.videos:
             if self._probe(video).channels != channels:
+                one, other = (below(v.path, self.root) for v in (first, video))
                 raise DataError(
-                    f"data.path={self.shown}: all clips must have as many channels; {first.name} "
-                    f"has {channels}, {video.name} has {self._probe(video).channels}"
+                    f"data.path={self.shown}: all clips must have the same number of channels; "
+                    f"{one} has {channels}, {other} has {self._probe(video).channels}"
                 )
         return channels
 
@@ -461,6 +463,11 @@ def _place(path: str) -> Path:
     if path.startswith(SHIPPED):
         return Path(str(files("expt.jobs.video") / "files" / path.removeprefix(SHIPPED)))
     return Path(path).expanduser()
+
+
+def _content(path: Path) -> str:
+    """Return what tells a file from another: its size, and of an array, which says less, frames."""
+    return f"{_bytes(path)} {digest(path)}" if is_array(path) else f"{_bytes(path)}"
 
 
 def _bytes(path: Path) -> int:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from expt.errors import DataError, first_line
-from expt.jobs.clips.arrays import SUFFIX, open_array, read_array
+from expt.jobs.clips.arrays import ARRAY_SUFFIX, open_array, read_array
 
 if TYPE_CHECKING:
     import av
@@ -58,15 +58,21 @@ class Probe:
 
 
 def is_clip(path: Path) -> bool:
-    """Tell whether a path looks like a video file, an array, or a folder of frames."""
+    """Tell whether a path looks like a video file, a folder of frames, or an array.
+
+    An array beside a video of the same name is something about that video.
+    """
     if path.is_dir():
         return any(entry.suffix.lower() in IMAGE_SUFFIXES for entry in path.iterdir())
-    return path.suffix.lower() in VIDEO_SUFFIXES or is_array(path)
+    if not is_array(path):
+        return path.suffix.lower() in VIDEO_SUFFIXES
+    videos = (path.with_suffix(suffix) for suffix in VIDEO_SUFFIXES)
+    return not (path.with_suffix("").is_dir() or any(video.exists() for video in videos))
 
 
 def is_array(path: Path) -> bool:
     """Tell whether a path is a file with an array, for which nothing needs to be decoded."""
-    return path.suffix.lower() == SUFFIX
+    return path.suffix.lower() == ARRAY_SUFFIX
 
 
 def probe(path: Path) -> Probe:
@@ -114,13 +120,13 @@ def read_frames(
         path: a video file, an array, or a folder of images in the order of the numbers in their
             names.
         numbers: from 0, rising; a number may be there twice.
-        short_side: pixels of the shorter side that frames are scaled to, by the decoder; None
+        short_side: pixels of the shorter side that frames are scaled to, by averaging areas; None
             leaves them as they are.
         probed: what `probe` found; of evenly spaced frames those before the first wanted one are
             then passed over where that can be done exactly.
 
     Returns:
-        RGB, uint8 [n, H, W, 3], all of the size of the first; an array's channels.
+        RGB, uint8 [n, H, W, 3], all of the size of the first; of an array, with its channels.
 
     Raises:
         DataError: it cannot be decoded, or ends before the last number.

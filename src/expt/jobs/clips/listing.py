@@ -276,7 +276,7 @@ def _classes(path: Path, split: Split | None, division: Division, root: Path) ->
     for entry in classes:
         clips = sorted(clip for clip in entry.iterdir() if is_clip(clip))
         if not clips:
-            raise DataError(f"class {entry.name} has no clips: {entry} holds no video file")
+            raise DataError(f"class {entry.name} has no clips: {entry} holds no video")
         for clip in clips:
             yield Video(clip, entry.name, division.group(clip, root), split)
 

@@ -17,8 +17,6 @@ from expt.jobs.clips.augment import normalised
 from expt.jobs.clips.resnet import ResNet, depth_problem
 
 HEADS = ("gru", "transformer")
-PICTURE = 3
-"""Channels of what a backbone was trained on."""
 
 
 class FrameSequence(nn.Module):
@@ -26,7 +24,7 @@ class FrameSequence(nn.Module):
 
     Args:
         num_frames: the data's, T.
-        num_channels: the data's, C; a backbone takes 3.
+        num_channels: the data's, C; a backbone takes those of its configuration.
         depth: of the residual network over frames: 18, 34 or 50.
         width: channels of its first stage; 64 as published.
         stem_stride: of its first convolution; 1 for small frames.
@@ -57,13 +55,13 @@ class FrameSequence(nn.Module):
         if backbone is None:
             own = ResNet(2, depth, width, (7, 7), stride, pool=True, channels=num_channels)
             self.frame, features = own, own.features
-        elif num_channels != PICTURE:
-            raise ModelError(
-                f"model.backbone={backbone} takes pictures of {PICTURE} channels; the data's clips "
-                f"have {num_channels}"
-            )
         else:
             theirs = TransformersBackbone(backbone)
+            if theirs.channels != num_channels:
+                raise ModelError(
+                    f"model.backbone={backbone} takes pictures of {theirs.channels} channels; the "
+                    f"data's clips have {num_channels}"
+                )
             self.frame, features = theirs, theirs.features
         self.over_time = (
             OverTime(features, head_width)
@@ -194,6 +192,7 @@ class TransformersBackbone(nn.Module):
         self.model = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
         sizes = getattr(config, "hidden_sizes", None)
         self.features: int = sizes[-1] if sizes else config.hidden_size
+        self.channels: int = getattr(config, "num_channels", 3)
 
     def load(self) -> None:
         """Read the weights."""

@@ -232,7 +232,7 @@ class CudaMeter:
         torch.cuda.reset_peak_memory_stats(device)
 
     def take_in(self, tensors: Sequence[Tensor]) -> None:
-        """Do nothing: samples on the host take none of the device's memory."""
+        """Do nothing: the allocator has counted what is on the device."""
 
     def held_bytes(self) -> int:
         """Return what is allocated now."""

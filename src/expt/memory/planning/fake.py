@@ -212,17 +212,17 @@ _set_aside_here = False
 def gc_frozen() -> Iterator[None]:
     """Keep Python's collector to what is made inside, since all the rest takes it long to look at.
 
-    Does nothing where something else has set objects aside, nor after that: they are counted one
-    by one.
+    Does nothing where something else has set objects aside, nor after that: to ask takes as long
+    as to count them all.
     """
     global _set_aside_elsewhere, _set_aside_here
-    if not _set_aside_here:
-        _set_aside_elsewhere = _set_aside_elsewhere or gc.get_freeze_count() > 0
+    if not (_set_aside_elsewhere or _set_aside_here):
+        _set_aside_elsewhere = gc.get_freeze_count() > 0
     ours = not (_set_aside_elsewhere or _set_aside_here)
-    if ours:
-        gc.freeze()
-        _set_aside_here = True
     try:
+        if ours:
+            _set_aside_here = True
+            gc.freeze()
         yield
     finally:
         if ours:
