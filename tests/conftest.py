@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,8 +18,17 @@ import pytest
 # Tests are small: two threads would mostly wait for each other, also in processes they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+FORKED = (
+    "expt.config.command_line", "expt.commands.search_process", "expt.run.ranks", "mlflow",
+    "mlflow.store.tracking.sqlalchemy_store",
+)  # fmt: skip
+"""What the server imports that processes of tests are forked from."""
+
 SMALL = ("memory=minimal", "debug=smoke", "tracking=none", "trainer.progress=false")
 """A run of 8 steps that records nothing outside its own directory."""
+NARROW = ("model.num_stages=1", "model.embed_dim=8")
+"""Makes such a run take half of its time, where a test says nothing that tells of the model."""
+OF_THE_MODEL = re.compile(r"\+?(model|experiment|search|memory\.budget)\b")
 
 
 def draw_nothing(patch: pytest.MonkeyPatch) -> None:
@@ -124,6 +134,8 @@ def expt(
 
     def run(*arguments: str, small: bool = True) -> tuple[int, str, str]:
         given: Sequence[str] = (*SMALL, *arguments) if small else arguments
+        if small and not any(OF_THE_MODEL.match(argument) for argument in arguments):
+            given = (*given, *NARROW)
         # A group given twice is refused by Hydra; the test's own choice wins.
         names = [argument.partition("=")[0] for argument in arguments]
         given = [a for a in given if a in arguments or a.partition("=")[0] not in names]
@@ -154,6 +166,60 @@ def _tables_are_made_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_server() -> Iterator[None]:
+    """Fork every process of every test from one server, which has imported what they take.
+
+    Each search and each run would start and end one of its own otherwise: seconds of imports.
+    """
+    import multiprocessing
+    from multiprocessing.context import BaseContext
+
+    from expt.run import server
+
+    multiprocessing.set_forkserver_preload(list(FORKED))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BaseContext, "set_forkserver_preload", lambda context, names: None)
+        patch.setattr(server, "stop_server", lambda: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _configurations_are_read_once() -> Iterator[None]:
+    """Keep what Hydra reads of a file, and what OmegaConf parses of a value, for the next test.
+
+    A quarter of a small run is composing, and the files are the same ones each time.
+    """
+    import pickle
+    from functools import lru_cache
+
+    import omegaconf
+    from hydra._internal.core_plugins.file_config_source import FileConfigSource
+
+    read, kept = FileConfigSource.load_config, {}
+
+    def load_config(source: FileConfigSource, config_path: str) -> Any:
+        try:
+            path = Path(source.path, source._normalize_file_name(config_path)).resolve()
+            found = path.stat()
+        except OSError:
+            return read(source, config_path)
+        key = (source.path, source.provider, path, found.st_mtime_ns, found.st_size, found.st_ino)
+        if key not in kept:
+            kept[key] = pickle.dumps(read(source, config_path))
+        return pickle.loads(kept[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileConfigSource, "load_config", load_config)
+        for module in (omegaconf.base, omegaconf._utils):
+            patch.setattr(module, "parse", lru_cache(maxsize=10_000)(module.parse))
+        yield
+
+
+_of_others: set[str] = set()
+"""Modules that no test has written."""
+
+
 @contextmanager
 def restored(written: Path) -> Iterator[None]:
     """Undo what running a command line in this process changes; `written` is the tests' folder."""
@@ -171,9 +237,11 @@ def restored(written: Path) -> Iterator[None]:
         root.handlers[:] = handlers
         root.setLevel(level)
     # A user's module of the same name in the next test is another one.
-    for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", None) or "").startswith(str(written)):
+    for name in sys.modules.keys() - _of_others:
+        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(written)):
             del sys.modules[name]
+        else:
+            _of_others.add(name)
 
 
 @pytest.fixture(autouse=True)

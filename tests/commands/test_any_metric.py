@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from pathlib import Path
 
 import pytest
 
 from expt.config.command_line import run_command
 from expt.result import load_result
+from expt.run.process import Ended, TrialProcess
 from expt.search.winner import SweepSummary
 
 TOY = '''
@@ -151,8 +154,17 @@ def test_started_again_it_says_the_best_in_the_metrics_words(here, expt, capfd) 
     assert "val/loss" in err
 
 
-def test_an_expansion_keeps_the_step_that_goes_up(here, expt) -> None:
+def forked(lines: list[str], log: Path, *rest: object) -> Ended:
+    """Run a probe in a forked process, which need not import everything first."""
+    process = TrialProcess(run_command, lines, log.parent / "forked")
+    while process.poll() is None:
+        time.sleep(0.02)
+    return Ended(process.poll(), process.seconds)
+
+
+def test_an_expansion_keeps_the_step_that_goes_up(here, expt, monkeypatch) -> None:
     os.chdir(here)
+    monkeypatch.setattr("expt.commands.expand.probe.run_apart", forked)
     code, out, err = expt(
         "--config-dir=conf", "task=expand", *LINES, "hydra.run.dir=expansion",
         "expand.steps=['model.at=0.9','model.at=0.4']", small=False,

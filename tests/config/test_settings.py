@@ -97,7 +97,7 @@ def test_all_of_them_come_in_one_message(composed):
     ("given", "words"),
     [
         (["memory.attention_kernel=math", "model=stid"], ["memory.attention_kernel=math", "STID"]),
-        (["memory.activation_checkpointing=9"], ["has 4 blocks"]),
+        (["memory.activation_checkpointing=9"], ["has 2 blocks"]),
         (["memory.saved_tensor_offload=true"], ["a run on cpu"]),
         (["memory.activation_checkpoint=true"], ["'activation_checkpointing'"]),
         (["memory.offload=true"], ["weight_offload"]),

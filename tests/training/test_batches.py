@@ -144,8 +144,15 @@ def test_nothing_that_can_be_read_is_an_error(made, clips) -> None:
         Examples(made().data).batch("train", 3)
 
 
-def test_a_worker_that_dies_is_one_line_that_names_the_files(made, monkeypatch) -> None:
+def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have torch's loader ask after its workers five times a second, and not every five."""
+    iterator = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+    monkeypatch.setattr(iterator._try_get_data, "__defaults__", (0.2,))
+
+
+def test_a_worker_that_dies_is_one_line_that_names_the_files(made, monkeypatch) -> None:
+    look_often(monkeypatch)
     batches = made(num_workers=1, prefetch_factor=1)
     steps = batches.training(0, 0, 6)
     next(steps)
@@ -217,7 +224,7 @@ def test_generators_of_two_samples_draw_differently() -> None:
 
 
 def test_a_worker_that_dies_between_two_splits_is_said(made, monkeypatch) -> None:
-    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+    look_often(monkeypatch)
     batches = made(num_workers=1)
     list(batches.training(0, 0, 2))
     (worker,) = batches._loader._iterator._workers
@@ -229,7 +236,7 @@ def test_a_worker_that_dies_between_two_splits_is_said(made, monkeypatch) -> Non
 
 
 def test_after_a_signal_a_dead_worker_is_a_stop(made, monkeypatch) -> None:
-    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+    look_often(monkeypatch)
     batches = made(num_workers=1, prefetch_factor=1)
     batches.stopped = lambda: True
     steps = batches.evaluation("val", 12)
