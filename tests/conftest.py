@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,17 +63,18 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-_imported = 0
+_imported, _ended = 0, 0
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown() -> None:
-    """Set aside what a test has imported, which every collection would look at again.
+    """Set aside what a test has imported or left, which every collection would look at again.
 
     Runs collect garbage several times each, and torch and MLflow are a million objects.
     """
-    global _imported
-    if len(sys.modules) > _imported:
+    global _imported, _ended
+    _ended += 1
+    if len(sys.modules) > _imported or _ended % 25 == 0:
         _imported = len(sys.modules)
         gc.collect()
         gc.freeze()
@@ -145,6 +147,48 @@ def expt(
         return code, captured.out, captured.err
 
     return run
+
+
+class Forked:
+    """Starts command lines in processes of their own that the server forks: they import little.
+
+    Args:
+        folder: where each has a folder with its ``output.log``.
+
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.started: list[Any] = []
+
+    def start(self, *arguments: str, run: Any = None, **variables: str) -> Any:
+        """Start one in the current folder, with more environment variables; a `TrialProcess`.
+
+        `run` is what takes the arguments, found by its name, unless they are a command line.
+        """
+        from expt.config.command_line import run_command
+        from expt.run.process import TrialProcess
+
+        folder = self.folder / f"forked_{len(self.started)}"
+        process = TrialProcess(run or run_command, arguments, folder, variables)
+        self.started.append(process)
+        return process
+
+    def ended(self, process: Any) -> tuple[int, str]:
+        """Wait for its end: the exit code, negative for a signal, and what it said."""
+        while (code := process.poll()) is None:
+            time.sleep(0.01)
+        return code, (process.folder / "output.log").read_text()
+
+
+@pytest.fixture
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forked]:
+    """See `Forked`; none outlives the test."""
+    forked = Forked(tmp_path_factory.mktemp("forked"))
+    yield forked
+    for process in forked.started:
+        if process.poll() is None:
+            process.kill()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,17 +1,14 @@
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
+import json
 import time
-from pathlib import Path
 
 import pytest
 
 from expt.errors import ConfigError
 from expt.locks import RUN_LOCK, Lock, run_lock
 from expt.result import load_result
+from expt.run.process import PROCESS_NAME
 
 HANGING = """
 import os
@@ -35,27 +32,24 @@ LINE = (
 )  # fmt: skip
 
 
-def start(home: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "expt", *arguments]
-    return subprocess.Popen(command, cwd=home, env={**os.environ, "HANG": "1"})
-
-
-def test_the_folder_of_a_live_run_is_refused_and_that_of_a_killed_one_is_not(expt, home) -> None:
+def test_the_folder_of_a_live_run_is_refused_and_that_of_a_killed_one_is_not(
+    expt, home, forked
+) -> None:
     (home / "hanging.py").write_text(HANGING)
-    process = start(home, *LINE)
+    process = forked.start(*LINE, HANG="1")
     try:
         deadline = time.monotonic() + 60
         while not (home / "hanging").exists():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
+        number = json.loads((process.folder / PROCESS_NAME).read_text())["pid"]
         for line in (LINE, ("trainer.resume=run",), (*LINE, "trainer.resume=true")):
             code, _, err = expt(*line, small=False)
             assert code == 2
-            assert f"a run is going on in {home / 'run'} (process {process.pid})" in err
+            assert f"a run is going on in {home / 'run'} (process {number})" in err
         assert (home / "run/launch.json").exists() and (home / "run/.hydra").exists()
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
     assert (home / "run" / RUN_LOCK).exists()  # what is left is no lock
     code, _, err = expt("trainer.resume=run", small=False)
     assert code == 0, err
@@ -63,17 +57,13 @@ def test_the_folder_of_a_live_run_is_refused_and_that_of_a_killed_one_is_not(exp
     assert not (home / "run" / RUN_LOCK).exists()
 
 
-def test_of_two_starts_at_once_one_runs(home) -> None:
+def test_of_two_starts_at_once_one_runs(home, forked) -> None:
     line = ("memory=minimal", "debug=smoke", "tracking=none", "model=stid", "memory.plan=false")
-    command = [sys.executable, "-m", "expt", *line, "hydra.run.dir=run"]
-    both = [
-        subprocess.Popen(command, cwd=home, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        for _ in range(2)
-    ]
-    said = [process.communicate(timeout=120)[1].decode() for process in both]
-    assert sorted(process.returncode for process in both) == [0, 2], said
+    both = [forked.start(*line, "hydra.run.dir=run") for _ in range(2)]
+    codes, said = zip(*(forked.ended(process) for process in both), strict=True)
+    assert sorted(codes) == [0, 2], said
     assert load_result(home / "run").status == "completed"
-    refused = max(said, key=len)
+    refused = said[codes.index(2)]
     assert "a run is going on in" in refused or "already holds a run" in refused
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -81,7 +78,7 @@ class Net(Classifier):
     ("name", "kills", "workers"), [("blobs", (15,), (0, 0)), ("clips", (5, 9), (2, 0, 2))], ids=JOBS
 )
 def test_killed_again_and_again_it_ends_with_the_same_weights(
-    expt, toys, clips, home, name, kills, workers
+    expt, toys, clips, home, forked, name, kills, workers
 ):
     (home / "killing.py").write_text(KILLING_MODEL)
     line = job(toys, name, *STEPS, "model._target_=killing.Net", "model.dropout=0.2")
@@ -90,15 +87,9 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(
     assert code == 0, err
     resume = ("trainer.resume=true", "hydra.run.dir=run")
     for at, count in zip(kills, workers, strict=False):
-        ran = subprocess.run(
-            [sys.executable, "-m", "expt", *line, f"loader.num_workers={count}", *resume],
-            cwd=home,
-            env={**os.environ, "KILL_AT": str(at)},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert ran.returncode == -signal.SIGKILL, ran.stderr
+        arguments = (*line, f"loader.num_workers={count}", *resume)
+        code, said = forked.ended(forked.start(*arguments, KILL_AT=str(at)))
+        assert code == -signal.SIGKILL, said
     code, _, err = expt(*line, f"loader.num_workers={workers[-1]}", *resume, small=False)
     assert code == 0, err
     result, expected = load_result(home / "run"), load_result(home / "whole")

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from importlib.resources import files
 from pathlib import Path
 
@@ -51,7 +48,7 @@ def trained(kept, home) -> Path:
     return home / "run"
 
 
-def test_a_held_out_week_in_a_fresh_process_is_the_tests_own(expt, trained, home) -> None:
+def test_a_held_out_week_in_a_fresh_process_is_the_tests_own(expt, trained, home, forked) -> None:
     test = ("trainer.resume=run", "trainer.test=true", "trainer.eval_batches=null")
     code, _, err = expt(*test, "trainer.save_predictions=true", small=False)
     assert code == 0, err
@@ -59,23 +56,9 @@ def test_a_held_out_week_in_a_fresh_process_is_the_tests_own(expt, trained, home
     data = TrafficData("five.npz", *arguments)
     first = int(data.split_starts["test"][0])
     cut(home / "week.npz", slice(first, 5 * WEEK))
-    ran = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "expt",
-            "task=predict",
-            "predict.run=run",
-            "data.path=week.npz",
-            "hydra.run.dir=predicted",
-        ],
-        cwd=home,
-        env=dict(os.environ),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert ran.returncode == 0, ran.stderr
+    line = ("task=predict", "predict.run=run", "data.path=week.npz", "hydra.run.dir=predicted")
+    code, said = forked.ended(forked.start(*line))
+    assert code == 0, said
     record = json.loads((home / "predicted/predict.json").read_text())
     tested = load_result(trained).metrics
     assert record["metrics"].keys() == {

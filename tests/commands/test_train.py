@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,15 +19,7 @@ RUN = (
 )  # fmt: skip
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    """Start a run in a process of its own."""
-    with (folder / "log").open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "expt", *arguments], cwd=folder, stdout=log, stderr=log
-        )
-
-
-def kill_at(process: subprocess.Popen[bytes], progress: Path, step: int) -> None:
+def kill_at(process, progress: Path, step: int) -> None:
     """Kill -9 when progress.json passes a step."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -40,21 +30,22 @@ def kill_at(process: subprocess.Popen[bytes], progress: Path, step: int) -> None
             pass
         time.sleep(0.005)
     assert process.poll() is None, "the run ended before it could be killed"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
 
 
-def test_killed_twice_and_resumed_is_one_run_with_the_same_weights(expt, tmp_path, monkeypatch):
+def test_killed_twice_and_resumed_is_one_run_with_the_same_weights(
+    expt, tmp_path, monkeypatch, forked
+):
     from mlflow import MlflowClient
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
     cut.mkdir()
+    monkeypatch.chdir(cut)
     for step in (10, 45):  # in the first epoch and in the last
-        process = start(cut, *RUN, "trainer.resume=true")
+        process = forked.start(*RUN, "trainer.resume=true")
         kill_at(process, cut / "run/checkpoints/progress.json", step)
     # What was killed were processes of their own; this one shares nothing with them but the files.
-    monkeypatch.chdir(cut)
     code, _, err = expt(*RUN, "trainer.resume=true", small=False)
     assert code == 0, err
     monkeypatch.chdir(whole)
@@ -361,7 +352,7 @@ def test_an_extended_run_is_the_same_in_mlflow_and_its_schedule_begins_again(exp
     assert rates(home, "run")[2:] == pytest.approx(rates(home, "run")[:2])
 
 
-def test_an_extension_that_is_killed_goes_on_in_its_own_schedule(expt, home) -> None:
+def test_an_extension_that_is_killed_goes_on_in_its_own_schedule(expt, home, forked) -> None:
     """Killed by a model of the user's own; nothing is given again, and the weights are the same."""
     (home / "killing.py").write_text(KILLING)
     line = ("model=stid", "model._target_=killing.Net", "memory.plan=false", "trainer.epochs=2")
@@ -370,15 +361,8 @@ def test_an_extension_that_is_killed_goes_on_in_its_own_schedule(expt, home) -> 
         code, _, err = expt(*line, f"hydra.run.dir={run}")
         assert code == 0, err
     assert expt("trainer.resume=whole", "trainer.epochs=4", small=False)[0] == 0
-    ran = subprocess.run(
-        [sys.executable, "-m", "expt", "trainer.resume=run", "trainer.epochs=4"],
-        cwd=home,
-        env={**os.environ, "KILL_AT": "6"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert ran.returncode == -signal.SIGKILL, ran.stderr
+    code, said = forked.ended(forked.start("trainer.resume=run", "trainer.epochs=4", KILL_AT="6"))
+    assert code == -signal.SIGKILL, said
     assert load_result(home / "run") is None
     code, out, err = expt("trainer.resume=run", small=False)
     assert code == 0, err

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,30 +19,33 @@ from expt.training.features import store
 from expt.training.features.filling import Filling, digest_of, first_samples
 
 PROGRAM = """
-import json, sys, time
+import json, time
 import torch
 import torch.distributed as dist
 from test_filling import filling, Filling, Several
 from expt.training.features import store
 
-rank, folder, fails = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "fails"
-if sys.argv[3] == "late" and rank == 1:
-    fill = Filling._fill
-    Filling._fill = lambda *given: time.sleep(1) or fill(*given)
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-numbers, write = [], store.RowWriter.write
 
-def noted(self, rows, values):
-    if fails and rank == 1:
-        raise OSError(28, "No space left on device")
-    numbers.extend(rows)
-    write(self, rows, values)
+def run(arguments):
+    rank, folder, mode = int(arguments[0]), *arguments[1:]
+    if mode == "late" and rank == 1:
+        fill = Filling._fill
+        Filling._fill = lambda *given: time.sleep(1) or fill(*given)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    numbers, write = [], store.RowWriter.write
 
-store.RowWriter.write = noted
-rows = filling(folder, Several(rank)).run()
-print("ROWS", json.dumps([rows is not None, numbers]), flush=True)
-dist.barrier()
-dist.destroy_process_group()
+    def noted(self, rows, values):
+        if mode == "fails" and rank == 1:
+            raise OSError(28, "No space left on device")
+        numbers.extend(rows)
+        write(self, rows, values)
+
+    store.RowWriter.write = noted
+    rows = filling(folder, Several(rank)).run()
+    print("ROWS", json.dumps([rows is not None, numbers]), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
 """
 
 
@@ -88,30 +90,31 @@ def filling(folder: str | Path, processes: One) -> Filling:
     )  # fmt: skip
 
 
-def started(folder: Path, toys: Path, mode: str) -> list[tuple[bool, list[int], str]]:
-    """Run two processes; return whether each has rows, which it wrote, and what it said."""
-    here = f"{Path(__file__).parent}:{toys}:" + ":".join(sys.path)
-    command = [sys.executable, "-c", PROGRAM]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(folder), mode],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={"PYTHONPATH": here},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    found = []
-    for process in processes:
-        said = process.communicate(timeout=60)[0]
-        assert process.returncode == 0, said
-        line = next(one for one in said.splitlines() if one.startswith("ROWS"))
-        found.append((*json.loads(line.removeprefix("ROWS ")), said))
-    return found
+@pytest.fixture
+def two(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked):
+    """A function that runs two processes: whether each has rows, which it wrote, what it said."""
+    (tmp_path / "two_fill.py").write_text(PROGRAM)
+    for folder in (tmp_path, Path(__file__).parent):
+        monkeypatch.syspath_prepend(str(folder))
+    run = importlib.import_module("two_fill").run
+
+    def started(folder: Path, mode: str) -> list[tuple[bool, list[int], str]]:
+        both = [forked.start(str(rank), str(folder), mode, run=run) for rank in range(2)]
+        found = []
+        for process in both:
+            code, said = forked.ended(process)
+            assert code == 0, said
+            line = next(one for one in said.splitlines() if one.startswith("ROWS"))
+            found.append((*json.loads(line.removeprefix("ROWS ")), said))
+        return found
+
+    return started
 
 
-def test_two_processes_make_disjoint_rows_that_are_those_of_one(toys, tmp_path) -> None:
+def test_two_processes_make_disjoint_rows_that_are_those_of_one(two, tmp_path) -> None:
     alone = filling(tmp_path / "alone", One()).run()
     (tmp_path / "both").mkdir()
-    first, second = started(tmp_path / "both", toys, "works")
+    first, second = two(tmp_path / "both", "works")
     assert first[0] and second[0]
     assert sorted(first[1] + second[1]) == list(range(68))
     assert min(len(first[1]), len(second[1])) > 20
@@ -126,14 +129,14 @@ def test_two_processes_make_disjoint_rows_that_are_those_of_one(toys, tmp_path) 
         )
 
 
-def test_a_process_that_begins_late_makes_the_rows_that_were_its_own(toys, tmp_path) -> None:
-    first, second = started(tmp_path, toys, "late")
+def test_a_process_that_begins_late_makes_the_rows_that_were_its_own(two, tmp_path) -> None:
+    first, second = two(tmp_path, "late")
     assert first[0] and second[0]
     assert sorted(first[1] + second[1]) == list(range(68))
 
 
-def test_where_one_process_fails_both_go_on_live(toys, tmp_path) -> None:
-    first, second = started(tmp_path, toys, "fails")
+def test_where_one_process_fails_both_go_on_live(two, tmp_path) -> None:
+    first, second = two(tmp_path, "fails")
     assert not first[0] and not second[0]
     assert "training goes on live" in first[2]
     assert not list((tmp_path / "cache").glob("*.part")) + list(
