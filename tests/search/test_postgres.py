@@ -7,15 +7,15 @@ often as they can; the workers are processes of their own. This file is also the
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import pwd
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,12 @@ def work(url: str, folder: Path, seed: int) -> None:
     ).run()  # fmt: skip
 
 
+def be_worker(arguments: Sequence[str]) -> int:
+    url, folder, seed = arguments
+    work(url, Path(folder), int(seed))
+    return 0
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     """Run a server as a user that may, on a socket in a folder of its own; yields its URL."""
@@ -159,26 +165,19 @@ def server() -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_two_workers_do_every_trial_once(server: str, tmp_path: Path) -> None:
-    command = [sys.executable, __file__, server, str(tmp_path)]
-    logs = [tmp_path / f"worker_{seed}.log" for seed in (0, 1)]
-    workers = []
-    for seed, log in enumerate(logs):
-        with log.open("w") as output:
-            workers.append(subprocess.Popen([*command, str(seed)], stdout=output, stderr=output))
-    try:
-        while any(worker.poll() is None for worker in workers):
-            # One that failed would be waited for by the other for ever.
-            if any(worker.poll() for worker in workers):
-                break
-            time.sleep(0.05)
-        codes = [worker.poll() for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-    said = "\n".join(log.read_text() for log in logs)
-    assert codes == [0, 0], said
+def test_two_workers_do_every_trial_once(
+    server: str, tmp_path: Path, forked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    run = importlib.import_module(Path(__file__).stem).be_worker  # by a name that they can import
+    workers = [forked.start(server, str(tmp_path), str(seed), run=run) for seed in (0, 1)]
+    while any(worker.poll() is None for worker in workers):
+        # One that failed would be waited for by the other for ever.
+        if any(worker.poll() for worker in workers):
+            break
+        time.sleep(0.05)
+    said = "\n".join((worker.folder / "output.log").read_text() for worker in workers)
+    assert [worker.poll() for worker in workers] == [0, 0], said
 
     storage = open_storage(server)
     assert isinstance(storage, optuna.storages.RDBStorage)
@@ -199,7 +198,3 @@ def test_two_workers_do_every_trial_once(server: str, tmp_path: Path) -> None:
     shares = Counter(trial.user_attrs[WORKER]["pid"] for trial in started)
     assert len(shares) == 2, "both worked"
     assert {str(pid) for pid in shares} == {by[0] for by in trained.values()}
-
-
-if __name__ == "__main__":
-    work(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-import subprocess
-import sys
+import importlib
 import uuid
 from pathlib import Path
 from typing import Any
@@ -109,27 +108,26 @@ def test_what_was_deleted_in_the_store_is_restored(
     assert open_run(opened, tmp_path) != run_id
 
 
-def test_two_processes_may_make_one_store_and_experiment(tmp_path: Path) -> None:
+def open_both(arguments: list[str]) -> int:
+    uri, key = arguments
+    print(MlflowStore(uri).open_run("both", None, key, "n", 1, {}))
+    return 0
+
+
+def test_two_processes_may_make_one_store_and_experiment(
+    tmp_path: Path, forked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     uri = f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}"
     (tmp_path / "new").mkdir()
     # What a process that was killed while it made the tables leaves behind.
     (tmp_path / "new" / "mlflow.db.new").write_bytes(b"half a database")
-    program = (
-        "import sys; from expt.tracking.store import MlflowStore; uri, key = sys.argv[1:]\n"
-        "print(MlflowStore(uri).open_run('both', None, key, 'n', 1, {}))"
-    )
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, uri, key],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for key in ("first", "second")
-    ]
-    outputs = [process.communicate(timeout=60) for process in running]
-    assert [errors for _, errors in outputs] == ["", ""]
-    assert len({run_id for run_id, _ in outputs}) == 2
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    run = importlib.import_module(Path(__file__).stem).open_both  # by a name that they can import
+    running = [forked.start(uri, key, run=run) for key in ("first", "second")]
+    codes, said = zip(*map(forked.ended, running), strict=True)
+    assert codes == (0, 0), said
+    assert [len(lines.splitlines()) for lines in said] == [1, 1], "nothing but the run's number"
+    assert len(set(said)) == 2
     from mlflow import MlflowClient
 
     names = [experiment.name for experiment in MlflowClient(uri).search_experiments()]
