@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import logging
 import os
 import re
@@ -18,18 +19,15 @@ import pytest
 
 # Tests are small: two threads would mostly wait for each other, also in processes they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-FORKED = (
-    "expt.config.command_line", "expt.commands.search_process", "expt.run.ranks", "mlflow",
-    "mlflow.store.tracking.sqlalchemy_store",
-)  # fmt: skip
-"""What the server imports that processes of tests are forked from."""
+# As `python -m expt` does before it imports torch, which a server may do before any command runs.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 SMALL = ("memory=minimal", "debug=smoke", "tracking=none", "trainer.progress=false")
 """A run of 8 steps that records nothing outside its own directory."""
 NARROW = ("model.num_stages=1", "model.embed_dim=8")
-"""Makes such a run take half of its time, where a test says nothing that tells of the model."""
-OF_THE_MODEL = re.compile(r"\+?(model|experiment|search|memory\.budget)\b")
+"""With these, such a run takes half of the time. A line with one of `OF_THE_MODEL` has them not."""
+OF_THE_MODEL = re.compile(r"[+~]*(model|experiment|search|memory\.budget)\b")
+"""Settings that choose a model, or are chosen for the size of one."""
 
 
 def draw_nothing(patch: pytest.MonkeyPatch) -> None:
@@ -154,37 +152,64 @@ class Forked:
 
     Args:
         folder: where each has a folder with its ``output.log``.
+        patch: undone after the test.
 
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.folder, self.patch = folder, patch
         self.started: list[Any] = []
+        self.imported: dict[Path, Any] = {}
 
     def start(self, *arguments: str, run: Any = None, **variables: str) -> Any:
-        """Start one in the current folder, with more environment variables; a `TrialProcess`.
+        """Start one in the current folder; the answer is its `TrialProcess`.
 
-        `run` is what takes the arguments, found by its name, unless they are a command line.
+        Args:
+            arguments: a command line, or what `run` takes.
+            run: a function of the test's file, to be called instead; it returns the exit code.
+            variables: more environment variables.
+
         """
         from expt.config.command_line import run_command
         from expt.run.process import TrialProcess
 
         folder = self.folder / f"forked_{len(self.started)}"
-        process = TrialProcess(run or run_command, arguments, folder, variables)
+        called = run_command if run is None else self._importable(run)
+        process = TrialProcess(called, arguments, folder, variables)
         self.started.append(process)
         return process
 
     def ended(self, process: Any) -> tuple[int, str]:
         """Wait for its end: the exit code, negative for a signal, and what it said."""
+        deadline = time.monotonic() + 120
         while (code := process.poll()) is None:
+            assert time.monotonic() < deadline, f"it did not end: {self.said(process)}"
             time.sleep(0.01)
-        return code, (process.folder / "output.log").read_text()
+        return code, self.said(process)
+
+    def said(self, process: Any) -> str:
+        """Return what it has written so far."""
+        log: Path = process.folder / "output.log"
+        return log.read_text() if log.exists() else ""
+
+    def _importable(self, function: Any) -> Any:
+        """Return a test file's function under the name by which another process can import it."""
+        path = Path(function.__code__.co_filename)
+        if path not in self.imported:
+            self.patch.syspath_prepend(str(path.parent))
+            # After the test, what was there before is there again, or nothing.
+            self.patch.setitem(sys.modules, path.stem, sys)
+            del sys.modules[path.stem]
+            self.imported[path] = importlib.import_module(path.stem)
+        return getattr(self.imported[path], function.__name__)
 
 
 @pytest.fixture
-def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forked]:
+def forked(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Forked]:
     """See `Forked`; none outlives the test."""
-    forked = Forked(tmp_path_factory.mktemp("forked"))
+    forked = Forked(tmp_path_factory.mktemp("forked"), monkeypatch)
     yield forked
     for process in forked.started:
         if process.poll() is None:
@@ -212,16 +237,18 @@ def _tables_are_made_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_server() -> Iterator[None]:
-    """Fork every process of every test from one server, which has imported what they take.
+    """Let the server that this process's tests fork from import all that they take, and stay.
 
-    Each search and each run would start and end one of its own otherwise: seconds of imports.
+    Otherwise the test that comes first decides what it imports, and a refused search ends it.
     """
     import multiprocessing
     from multiprocessing.context import BaseContext
 
     from expt.run import server
+    from hydra_plugins.expt_sweeper.sweeper import PRELOADED, PRELOADED_FOR_TRACKING
 
-    multiprocessing.set_forkserver_preload(list(FORKED))
+    names = [*PRELOADED, *PRELOADED_FOR_TRACKING, "expt.run.ranks"]
+    multiprocessing.set_forkserver_preload(names)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BaseContext, "set_forkserver_preload", lambda context, names: None)
         patch.setattr(server, "stop_server", lambda: None)

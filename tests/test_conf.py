@@ -76,7 +76,8 @@ SMOKE = {
     ),
     "debug": ("trainer.epochs=1",),
 }  # fmt: skip
-NARROW = ("model.num_stages=1", "model.embed_dim=16")
+SMALL_MODEL = ("model.num_stages=1", "model.embed_dim=16")
+"""Of the default model, where it is not what is tried."""
 SMALL = ("trainer.eval_batches=1", "trainer.steps_per_epoch=2", "data.batch_size=4")
 
 
@@ -126,10 +127,8 @@ def test_it_trains(expt, home, group, option):
     if group != "model" and option != "profile":  # which compares with what was predicted
         arguments.append("memory.plan=false")
     arguments += PARTNERS.get((group, option), ())
-    if not any(
-        argument.startswith(("model", "experiment", "memory=full")) for argument in arguments
-    ):
-        arguments += NARROW
+    if group != "memory" and not any(one.startswith(("model", "experiment")) for one in arguments):
+        arguments += SMALL_MODEL
     code, _, err = expt(
         *arguments, "tracking=none", "trainer.progress=false", "hydra.run.dir=run", small=False
     )

@@ -26,7 +26,7 @@ def runs(home: Path) -> list[Path]:
 
 
 def test_a_run_ends_with_its_table_and_its_record(expt, home, drawn):
-    code, out, _ = expt("hydra.run.dir=run")
+    code, out, _ = expt("model=alternating", "hydra.run.dir=run")  # in its own size
     assert code == 0
     assert "\ndata: 29 sensors, every 5 min, 34,272 steps, 7.75 % missing; windows: 23,974" in out
     assert "test MAE, 60 min" in out

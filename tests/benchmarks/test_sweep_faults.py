@@ -21,7 +21,7 @@ def on_path(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_trial_is_there_once_whatever_happened(tmp_path: Path) -> None:
     from sweep_faults import FaultRun, violations
 
-    run = FaultRun(tmp_path, n_trials=7, sweeper_kills=(2,), trial_kills=(5,), limit_seconds=15.0)
+    run = FaultRun(tmp_path, n_trials=7, sweeper_kills=(2,), trial_kills=(5,), limit_seconds=20.0)
     found = run.run()
     log = (tmp_path / "output.log").read_text()
     assert violations(found) == [], log

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 
 import pytest
 
 from expt.config.command_line import run_command
 from expt.result import load_result
-from expt.run.process import Ended, TrialProcess
+from expt.run.process import Ended
 from expt.search.winner import SweepSummary
 
 TOY = '''
@@ -154,17 +153,18 @@ def test_started_again_it_says_the_best_in_the_metrics_words(here, expt, capfd) 
     assert "val/loss" in err
 
 
-def forked(lines: list[str], log: Path, *rest: object) -> Ended:
-    """Run a probe in a forked process, which need not import everything first."""
-    process = TrialProcess(run_command, lines, log.parent / "forked")
-    while process.poll() is None:
-        time.sleep(0.02)
-    return Ended(process.poll(), process.seconds)
-
-
-def test_an_expansion_keeps_the_step_that_goes_up(here, expt, monkeypatch) -> None:
+def test_an_expansion_keeps_the_step_that_goes_up(here, expt, forked, monkeypatch) -> None:
     os.chdir(here)
-    monkeypatch.setattr("expt.commands.expand.probe.run_apart", forked)
+
+    def run_forked(lines: list[str], log: Path, *rest: object) -> Ended:
+        """Run a probe; what a process of its own is like, other tests of expansions ask."""
+        process = forked.start(*lines)
+        code, said = forked.ended(process)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(said)
+        return Ended(code, process.seconds)
+
+    monkeypatch.setattr("expt.commands.expand.probe.run_apart", run_forked)
     code, out, err = expt(
         "--config-dir=conf", "task=expand", *LINES, "hydra.run.dir=expansion",
         "expand.steps=['model.at=0.9','model.at=0.4']", small=False,

@@ -18,15 +18,18 @@ from optuna.trial import create_trial
 
 from expt.commands.search import Request, _conclude, _draw, _parameters, _runner
 from expt.config.search_node import SearchConfig
+from expt.errors import UserError
 from expt.job import Metric
 from expt.locks import Lock
 from expt.result import Outcome, load_result
+from expt.run import server
 from expt.search.metric import ATTRIBUTE
 from expt.search.reservation import LOCK_NAME
 from expt.search.space import Space
 from expt.search.trial import KIND
 from expt.search.winner import SweepSummary
 from expt.units import MIB
+from hydra_plugins.expt_sweeper.sweeper import ExptSweeper
 
 SEARCH = ("-m", "search=debug", "tracking=none")
 
@@ -81,6 +84,23 @@ def test_a_refusal_leaves_no_process_behind_that_holds_the_output(home):
         said = refused.stdout.read()
         assert time.monotonic() - since < 0.5
     assert b"search.n_trials must be at least 1" in said
+
+
+@pytest.mark.parametrize("began", [True, False])
+def test_a_refusal_ends_the_server_that_the_search_began_and_no_other(monkeypatch, began):
+    def refuse(*arguments: object) -> None:
+        raise UserError("no")
+
+    ended: list[bool] = []
+    monkeypatch.setattr(server, "start_server", lambda modules: began)
+    monkeypatch.setattr(server, "stop_server", lambda: ended.append(True))
+    monkeypatch.setattr("expt.commands.search.search", refuse)
+    sweeper = ExptSweeper(sampler=None)
+    config = OmegaConf.create({"tracking": {"uri": None}})
+    sweeper.setup(hydra_context=object(), task_function=print, config=config)
+    with pytest.raises(UserError, match="no"):
+        sweeper.sweep([])
+    assert ended == [True] * began
 
 
 def test_a_search_without_m_is_refused(expt, home):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from expt.result import load_result
+from expt.run.process import TrialProcess
 
 RUN = (
     "memory=minimal", "debug=smoke", "trainer.epochs=3", "trainer.steps_per_epoch=20",
@@ -19,8 +20,8 @@ RUN = (
 )  # fmt: skip
 
 
-def kill_at(process, progress: Path, step: int) -> None:
-    """Kill -9 when progress.json passes a step."""
+def kill_at(process: TrialProcess, progress: Path, step: int) -> None:
+    """Kill a process, and all it started, when progress.json passes a step."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         try:

@@ -1,13 +1,12 @@
 """Two workers of one study on a real PostgreSQL server, which the test starts for itself.
 
 The trials take a tenth of a second and train nothing, so that the workers meet at the study as
-often as they can; the workers are processes of their own. This file is also their program.
+often as they can; the workers are processes of their own, which call `be_worker`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import pwd
 import shutil
@@ -94,8 +93,9 @@ class WidthJobs:
         return None
 
 
-def work(url: str, folder: Path, seed: int) -> None:
-    """Be a worker."""
+def be_worker(arguments: Sequence[str]) -> int:
+    """Do a worker's share: the storage's URL, the study's folder, the sampler's seed."""
+    url, folder, seed = arguments[0], Path(arguments[1]), int(arguments[2])
     config = SearchConfig(study="shared", n_trials=N_TRIALS)
     space = Space.parse(SPACE)
     node = {"_target_": "optuna.samplers.TPESampler", "seed": None}
@@ -118,11 +118,6 @@ def work(url: str, folder: Path, seed: int) -> None:
         config, space, reservations, TimedRunner(), WidthJobs(),
         Records(TrackingConfig(), folder, config.study), folder, [0],
     ).run()  # fmt: skip
-
-
-def be_worker(arguments: Sequence[str]) -> int:
-    url, folder, seed = arguments
-    work(url, Path(folder), int(seed))
     return 0
 
 
@@ -165,18 +160,14 @@ def server() -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_two_workers_do_every_trial_once(
-    server: str, tmp_path: Path, forked: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    run = importlib.import_module(Path(__file__).stem).be_worker  # by a name that they can import
-    workers = [forked.start(server, str(tmp_path), str(seed), run=run) for seed in (0, 1)]
+def test_two_workers_do_every_trial_once(server: str, tmp_path: Path, forked: Any) -> None:
+    workers = [forked.start(server, str(tmp_path), str(seed), run=be_worker) for seed in (0, 1)]
     while any(worker.poll() is None for worker in workers):
         # One that failed would be waited for by the other for ever.
         if any(worker.poll() for worker in workers):
             break
         time.sleep(0.05)
-    said = "\n".join((worker.folder / "output.log").read_text() for worker in workers)
+    said = "\n".join(map(forked.said, workers))
     assert [worker.poll() for worker in workers] == [0, 0], said
 
     storage = open_storage(server)

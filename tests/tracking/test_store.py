@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib
 import uuid
 from pathlib import Path
 from typing import Any
@@ -114,16 +113,12 @@ def open_both(arguments: list[str]) -> int:
     return 0
 
 
-def test_two_processes_may_make_one_store_and_experiment(
-    tmp_path: Path, forked: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_may_make_one_store_and_experiment(tmp_path: Path, forked: Any) -> None:
     uri = f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}"
     (tmp_path / "new").mkdir()
     # What a process that was killed while it made the tables leaves behind.
     (tmp_path / "new" / "mlflow.db.new").write_bytes(b"half a database")
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    run = importlib.import_module(Path(__file__).stem).open_both  # by a name that they can import
-    running = [forked.start(uri, key, run=run) for key in ("first", "second")]
+    running = [forked.start(uri, key, run=open_both) for key in ("first", "second")]
     codes, said = zip(*map(forked.ended, running), strict=True)
     assert codes == (0, 0), said
     assert [len(lines.splitlines()) for lines in said] == [1, 1], "nothing but the run's number"

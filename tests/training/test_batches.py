@@ -145,7 +145,7 @@ def test_nothing_that_can_be_read_is_an_error(made, clips) -> None:
 
 
 def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have torch's loader ask after its workers five times a second, and not every five."""
+    """Have torch's loader ask after its workers five times a second, not every five seconds."""
     iterator = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
     monkeypatch.setattr(iterator._try_get_data, "__defaults__", (0.2,))

@@ -95,10 +95,11 @@ def test_a_profiled_run_leaves_a_trace_tables_and_a_picture(make, tmp_path, caps
     assert peak["parameters"] == 2 * weights  # and their average
     assert peak["optimizer_state"] == pytest.approx(2 * weights, abs=64)  # and counts of steps
     assert sum(peak.values()) == memory["peak_bytes"]
-    # In the meter's third step a state of the random numbers replaces an older one; whether the
-    # meter sees that one's release depends on the allocator.
-    unseen = memory["measured_peak_bytes"] - memory["peak_bytes"]
-    assert -128 <= unseen <= torch.get_rng_state().nbytes + 128
+    # In the meter's third step a state of the random numbers replaces an older one. On some
+    # processors the meter counted both, on others one.
+    more = memory["measured_peak_bytes"] - memory["peak_bytes"]
+    state = torch.get_rng_state().nbytes
+    assert any(more == pytest.approx(size, abs=128) for size in (0, state))
     phases = {row["phase"]: row for row in memory["phases"]}
     assert [*phases][:5] == ["batch", "forward", "loss", "backward", "optimizer_step"]
     assert phases["forward"]["by_category"]["activations"] >= 4 * 256 * 4  # [samples, width]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,36 +18,6 @@ from expt.memory.recovery.recovery import Recovery
 from expt.memory.techniques.techniques import Techniques
 from expt.training.features import store
 from expt.training.features.filling import Filling, digest_of, first_samples
-
-PROGRAM = """
-import json, time
-import torch
-import torch.distributed as dist
-from test_filling import filling, Filling, Several
-from expt.training.features import store
-
-
-def run(arguments):
-    rank, folder, mode = int(arguments[0]), *arguments[1:]
-    if mode == "late" and rank == 1:
-        fill = Filling._fill
-        Filling._fill = lambda *given: time.sleep(1) or fill(*given)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    numbers, write = [], store.RowWriter.write
-
-    def noted(self, rows, values):
-        if mode == "fails" and rank == 1:
-            raise OSError(28, "No space left on device")
-        numbers.extend(rows)
-        write(self, rows, values)
-
-    store.RowWriter.write = noted
-    rows = filling(folder, Several(rank)).run()
-    print("ROWS", json.dumps([rows is not None, numbers]), flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
-    return 0
-"""
 
 
 class One:
@@ -90,16 +61,37 @@ def filling(folder: str | Path, processes: One) -> Filling:
     )  # fmt: skip
 
 
+def fill(arguments: Sequence[str]) -> int:
+    """Be one of two processes: which one, the folder, and what happens to the second."""
+    rank, folder, mode = int(arguments[0]), arguments[1], arguments[2]
+    if mode == "late" and rank == 1:
+        begin = Filling._fill
+        Filling._fill = lambda *given: time.sleep(1) or begin(*given)  # type: ignore[method-assign]
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    numbers, write = [], store.RowWriter.write
+
+    def noted(self, rows, values):
+        if mode == "fails" and rank == 1:
+            raise OSError(28, "No space left on device")
+        numbers.extend(rows)
+        write(self, rows, values)
+
+    store.RowWriter.write = noted  # type: ignore[method-assign]
+    rows = filling(folder, Several(rank)).run()
+    print("ROWS", json.dumps([rows is not None, numbers]), flush=True)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return 0
+
+
 @pytest.fixture
-def two(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked):
+def two(toys: Path, forked):
     """A function that runs two processes: whether each has rows, which it wrote, what it said."""
-    (tmp_path / "two_fill.py").write_text(PROGRAM)
-    for folder in (tmp_path, Path(__file__).parent):
-        monkeypatch.syspath_prepend(str(folder))
-    run = importlib.import_module("two_fill").run
 
     def started(folder: Path, mode: str) -> list[tuple[bool, list[int], str]]:
-        both = [forked.start(str(rank), str(folder), mode, run=run) for rank in range(2)]
+        both = [forked.start(str(rank), str(folder), mode, run=fill) for rank in range(2)]
         found = []
         for process in both:
             code, said = forked.ended(process)
