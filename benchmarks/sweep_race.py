@@ -46,9 +46,7 @@ SIZES = {
     False: ("trainer.epochs=4", "trainer.steps_per_epoch=30", "trainer.eval_batches=20"),
     True: ("trainer.epochs=1", "trainer.steps_per_epoch=2", "trainer.eval_batches=1"),
 }
-OURS_SEARCH: dict[str, Any] = {
-    "n_jobs": "auto", "presets": ["lite", "minimal"], "pruner": "median",
-}  # fmt: skip
+OURS_SEARCH: dict[str, Any] = {"n_jobs": "auto", "presets": ["lite", "minimal"]}
 OURS_SAMPLER = (
     "hydra.sweeper.sampler.multivariate=true", "hydra.sweeper.sampler.constant_liar=true",
     "hydra.sweeper.sampler.n_startup_trials=5",
