@@ -147,7 +147,7 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Search]]:
             config.study,
             storage or optuna.storages.InMemoryStorage(),
             made,
-            make_pruner(config.pruner, 4),
+            make_pruner(config.pruner, 3),
             objectives_of(config.objectives, metric),
             metric,
             {"space": parsed_space.as_json()},

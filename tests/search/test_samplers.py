@@ -76,6 +76,20 @@ def test_pruners_are_optunas():
     assert hyperband._max_resource == 27
 
 
+def test_the_median_ends_nothing_in_the_first_half_of_a_training():
+    study = optuna.create_study(pruner=make_pruner(Pruner.median, 4))
+    for _ in range(4):
+        trial = study.ask()
+        for epoch in range(1, 5):
+            trial.report(1.0, epoch)
+        study.tell(trial, 1.0)
+    slow, asked = study.ask(), []
+    for epoch in range(1, 5):
+        slow.report(9.0, epoch)
+        asked.append(slow.should_prune())
+    assert asked == [False, False, True, True]
+
+
 def test_no_two_workers_draw_the_same_numbers_unless_they_share_a_sequence():
     node = {"_target_": "optuna.samplers.RandomSampler", "seed": None}
     made = make_sampler(node, ENDLESS, 3)
