@@ -60,9 +60,10 @@ def provenance(gpu: str | None = None) -> dict[str, Any]:
 
 
 def stamped(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row with its own date and commit, since others of its file may be older."""
+    """Return a row with its own date, commit and processor: others of its file may have others."""
     made = provenance()
-    return {**row, "date": made["date"], "commit": made["commit"]}
+    own = {name: made[name] for name in ("date", "commit")}
+    return {**row, **own, "processor": made["hardware"]["cpu"]}
 
 
 def without_places(value: Any) -> Any:
@@ -192,26 +193,29 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def source_line(result: Mapping[str, Any], name: str) -> str:
-    """Say where a table's figures come from; of which commits, if its rows are of several."""
+    """Say where a table's figures come from: every commit and processor, if there are several."""
     made = result["made"]
-    commits = list(dict.fromkeys(commit[:10] for commit in [made["commit"], *_commits(result)]))
+    every = [made["commit"], *_named(result, "commit")]
+    commits = list(dict.fromkeys(commit[:10] for commit in every))
     named = f"commit {commits[0]}" if len(commits) == 1 else f"commits {', '.join(commits)}"
     hardware = made["hardware"]
     cores = "1 core" if hardware["cores"] == 1 else f"{hardware['cores']} cores"
-    device = hardware.get("gpu") or f"{cores}, {hardware['cpu']}"
+    processors = dict.fromkeys([hardware["cpu"], *_named(result, "processor")])
+    device = hardware.get("gpu") or f"{cores}, {' and '.join(processors)}"
     return (
         f"From `benchmarks/results/{name}.json` ({made['date']}, {named}, "
         f"{device}, torch {made['torch']}): `{made['command']}`.\n"
     )
 
 
-def _commits(value: Any) -> Iterator[str]:
+def _named(value: Any, wanted: str) -> Iterator[str]:
+    """Yield what stands under a name, at any depth."""
     if isinstance(value, Mapping):
         for name, one in value.items():
-            if name == "commit":
+            if name == wanted:
                 yield str(one)
             else:
-                yield from _commits(one)
+                yield from _named(one, wanted)
 
 
 def settings_for(*overrides: str) -> Any:

@@ -39,14 +39,7 @@ from expt.search.reservation import BEAT_SECONDS, Reservations, Reserved, counts
 from expt.search.runner import Job, Runner, Running
 from expt.search.space import Space
 from expt.search.study import answering
-from expt.search.trial import (
-    STARTED,
-    Prediction,
-    TrialOutcome,
-    ran_out_before,
-    stored,
-    tell_study,
-)
+from expt.search.trial import STARTED, Prediction, TrialOutcome, stored, tell_study
 from expt.search.winner import SweepSummary, best_trial, summarize, told_line
 from expt.training.interruption import Interruption, Stopped
 
@@ -214,9 +207,7 @@ class Search:
             kind = None
             if prediction.refusal is not None:
                 kind = Outcome.refused
-            elif prediction.exceeds(self.jobs.budget_bytes) or ran_out_before(
-                self.study.get_trials(deepcopy=False), prediction, self.jobs.budget_bytes
-            ):
+            elif prediction.exceeds(self.jobs.budget_bytes):
                 kind = Outcome.predicted_over
             if kind is not None:
                 self._count_untrained()

@@ -89,30 +89,6 @@ class Prediction:
         return self.interval_bytes[0] > budget_bytes
 
 
-def ran_out_before(
-    trials: Sequence[FrozenTrial], prediction: Prediction, budget_bytes: int | None
-) -> bool:
-    """Tell whether a peak that is predicted a little over the budget is known to be over it.
-
-    It is once a trial that was predicted to take no more was over this budget, or a larger one,
-    unless another that was predicted to take at least as much was inside.
-    """
-    demand, peak = prediction.demand_bytes, prediction.peak_bytes
-    if budget_bytes is None or demand is None or peak is None or demand <= budget_bytes:
-        return False
-    known = False
-    for trial in trials:
-        kind, seen = kind_of(trial), trial.user_attrs
-        if kind is None or not seen.get(STARTED) or PREDICTED not in seen:
-            continue
-        predicted, measured = seen[PREDICTED], seen.get("demand_bytes")
-        if kind.columns.over:
-            known |= predicted <= peak and seen.get("budget_bytes", 0) >= budget_bytes
-        elif kind.trained and predicted >= peak and measured and measured <= budget_bytes:
-            return False
-    return known
-
-
 @dataclass(frozen=True)
 class TrialOutcome:
     """How one trial ended.
