@@ -266,22 +266,33 @@ def _configurations_are_read_once() -> Iterator[None]:
 
     import omegaconf
     from hydra._internal.core_plugins.file_config_source import FileConfigSource
+    from hydra._internal.core_plugins.importlib_resources_config_source import (
+        ImportlibResourcesConfigSource,
+    )
 
-    read, kept = FileConfigSource.load_config, {}
+    load, read = FileConfigSource.load_config, ImportlibResourcesConfigSource._read_config
+    kept: dict[Any, bytes] = {}
 
-    def load_config(source: FileConfigSource, config_path: str) -> Any:
+    def remembered(source: Any, path: Any, make: Callable[[], Any]) -> Any:
         try:
-            path = Path(source.path, source._normalize_file_name(config_path)).resolve()
             found = path.stat()
-        except OSError:
-            return read(source, config_path)
+        except (OSError, AttributeError):  # not there, or in an archive
+            return make()
         key = (source.path, source.provider, path, found.st_mtime_ns, found.st_size, found.st_ino)
         if key not in kept:
-            kept[key] = pickle.dumps(read(source, config_path))
+            kept[key] = pickle.dumps(make())
         return pickle.loads(kept[key])
+
+    def load_config(source: FileConfigSource, config_path: str) -> Any:
+        path = Path(source.path, source._normalize_file_name(config_path)).resolve()
+        return remembered(source, path, lambda: load(source, config_path))
+
+    def read_config(source: ImportlibResourcesConfigSource, resource: Any) -> Any:
+        return remembered(source, resource, lambda: read(source, resource))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FileConfigSource, "load_config", load_config)
+        patch.setattr(ImportlibResourcesConfigSource, "_read_config", read_config)
         for module in (omegaconf.base, omegaconf._utils):
             patch.setattr(module, "parse", lru_cache(maxsize=10_000)(module.parse))
         yield
