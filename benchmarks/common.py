@@ -62,8 +62,8 @@ def provenance(gpu: str | None = None) -> dict[str, Any]:
 def stamped(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row with its own date, commit and processor: others of its file may have others."""
     made = provenance()
-    own = {name: made[name] for name in ("date", "commit")}
-    return {**row, **own, "processor": made["hardware"]["cpu"]}
+    processor = made["hardware"]["cpu"]
+    return {**row, "date": made["date"], "commit": made["commit"], "processor": processor}
 
 
 def without_places(value: Any) -> Any:

@@ -189,7 +189,9 @@ class Forked:
 
     def said(self, process: Any) -> str:
         """Return what it has written so far."""
-        log: Path = process.folder / "output.log"
+        from expt.run.process import LOG_NAME
+
+        log: Path = process.folder / LOG_NAME
         return log.read_text() if log.exists() else ""
 
     def _importable(self, function: Any) -> Any:

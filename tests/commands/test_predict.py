@@ -50,7 +50,7 @@ def trained(kept, home) -> Path:
     return home / "run"
 
 
-def test_a_held_out_week_in_a_fresh_process_is_the_tests_own(expt, trained, home, forked) -> None:
+def test_a_held_out_week_in_a_fresh_process_is_the_tests_own(expt, trained, home) -> None:
     test = ("trainer.resume=run", "trainer.test=true", "trainer.eval_batches=null")
     code, _, err = expt(*test, "trainer.save_predictions=true", small=False)
     assert code == 0, err
