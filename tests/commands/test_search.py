@@ -258,6 +258,26 @@ def test_a_search_starts_from_an_earlier_one(searched, expt):
     assert page.count("<tr") == 2, "a head and one run"
 
 
+def test_points_are_made_to_fit_and_the_winner_says_how(expt, home):
+    code, out, err = expt(
+        *SEARCH, "memory.budget=16MiB", "memory.on_overflow=adapt", "search.n_trials=1",
+        "model.num_stages=1", "model.num_heads=2", "model.embed_dim=8",
+        "data.batch_size=choice(16,17)", "memory.activation_checkpointing=false",
+        "search.presets=[]", small=False,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "0 that would not fit" in out
+    best = SweepSummary.load(home / "outputs/sweeps/debug").best
+    assert best["peak_allocated_bytes"] <= 16 * 1024**2
+    assert best["test/mae"] > 0, "it is tested with them too"
+    parts = best["techniques"]["memory.gradient_accumulation"]
+    assert parts > 1
+    again = next(line for line in out.splitlines() if line.startswith("again: "))
+    assert f"memory.gradient_accumulation={parts}" in again
+    log = (home / f"outputs/sweeps/debug/trial_{best['trial']:03d}/output.log").read_text()
+    assert "predicted peak: " in log
+
+
 def test_a_budget_under_which_nothing_fits_ends_with_what_would(expt, home):
     code, out, err = expt(
         *SEARCH, "memory.budget=5MiB", "model=stid", "optimizer.lr=0.001",

@@ -194,7 +194,7 @@ def test_a_card_that_nothing_recovers_on_is_refused(composed, monkeypatch) -> No
     settings = validated(composed("memory.recover=false"))
     planned = ON_A_CARD
     monkeypatch.setattr(savings, "single_changes", lambda planner: [])
-    monkeypatch.setattr(module, "_descend", lambda *arguments: None)
+    monkeypatch.setattr(module, "descend_by_plan", lambda *arguments: None)
     least = format_bytes(planned.demand_bytes)
     with pytest.raises(ConfigError, match=f"the least they reach is {re.escape(least)}"):
         _inside(settings, None, planned, module.Limit(55 * MIB, None, "cuda"))
@@ -211,7 +211,7 @@ def test_adapting_is_offered_where_it_would_do(composed, monkeypatch) -> None:
     settings = validated(composed("+memory=minimal"))
     planned = Plan("cpu", 50 * MIB, None, (40, 60), "forward", {"inputs": 1}, {}, {}, "trace", 0.0)
     limit = module.Limit(30 * MIB, "30MiB", "cpu")
-    monkeypatch.setattr(module, "_descend", lambda *arguments: None)
+    monkeypatch.setattr(module, "descend_by_plan", lambda *arguments: None)
     ways = [Saving("memory.precision=bf16", 25 * MIB, 25 * MIB)]
     monkeypatch.setattr(savings, "single_changes", lambda planner: iter(ways))
     message = module.refusal(settings, None, planned, limit)

@@ -22,7 +22,7 @@ from optuna.study import Study
 from expt.commands.report import write_page
 from expt.config.command_line import Job, run_command
 from expt.config.compose import key
-from expt.config.schema import TrackingConfig
+from expt.config.schema import OnOverflow, TrackingConfig
 from expt.config.search_node import Pruner, SearchConfig
 from expt.errors import ConfigError, ExptError
 from expt.reports.figures.progress import plot_progress
@@ -47,7 +47,7 @@ from expt.search.records import Records
 from expt.search.request import Request, request_of
 from expt.search.runner import ProcessRunner, Runner
 from expt.search.samplers import make_sampler
-from expt.search.space import Space
+from expt.search.space import Space, line
 from expt.search.stored import StudyError
 from expt.search.study import (
     absolute_storage,
@@ -55,6 +55,7 @@ from expt.search.study import (
     default_storage,
     open_storage,
 )
+from expt.search.trial import TECHNIQUES, technique_lines
 from expt.search.winner import SweepSummary, best_trial, run_test
 from expt.units import format_bytes
 from expt.uri import shown_lines, without_password
@@ -101,6 +102,8 @@ def search(
         bool(request.cfg.memory.plan),
         node.plan_time_limit_seconds,
         Worker(beside.threads),  # what a kernel takes inside depends on the number of threads
+        space.distributions,
+        request.cfg.memory.on_overflow is OnOverflow.adapt,
     )
     metric = learn_metric(request, space, jobs.worker)
     node.objectives = objectives_of(node.objectives, metric)
@@ -129,7 +132,8 @@ def search(
             loop.run()
             winner = best_trial(study.get_trials(deepcopy=False), loop.limited, metric)
             if winner is not None and node.test_winner:
-                lines = jobs.lines(winner.number, space.lines(winner.params))
+                point = [*space.lines(winner.params), *technique_lines(winner)]
+                lines = jobs.lines(winner.number, point)
                 folder = loop.trial_folder(winner.number)
                 try:
                     run_test(study, winner, reservations, runner, lines, folder, list(seeds))
@@ -291,6 +295,7 @@ def _conclude(
         if "memory.budget" in names and "memory.on_overflow" not in names:
             kept.append("memory.on_overflow=train")  # like every trial: measured, not predicted
         point = space.lines(space.point(best["params"]))
+        point += [line(name, value) for name, value in best.get(TECHNIQUES, {}).items()]
         lines = [*own, *kept, f"search.trial={best['trial']}", *point]
         print(f"again: python -m expt {shlex.join(lines)}")
     print(f"files: {request.folder}")

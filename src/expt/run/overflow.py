@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def adapted(
 
     """
     planner = Planner(settings, data, planned.target, planned)
-    found = _descend(planner, limit.bytes)
+    found = descend_by_plan(planner, limit.bytes)
     if found is None:
         ways = _suggestions(planner, limit.bytes)
         raise ConfigError(
@@ -154,7 +155,7 @@ def _suggestions(planner: Planner, limit_bytes: int) -> _Suggestions:
     words = None if change is None else f"{change.change} ({format_bytes(change.demand_bytes)})"
     if change is not None and not change.change.startswith(NO_TECHNIQUES):
         return _Suggestions(words, True, change.demand_bytes)
-    found = _descend(planner, limit_bytes)
+    found = descend_by_plan(planner, limit_bytes)
     spelled = None if found is None else _spelled(planner.settings, found)
     least = planner.least_bytes or planner.plan().demand_bytes
     return _Suggestions(words or spelled, found is not None, least)
@@ -169,20 +170,36 @@ def _advice(settings: Settings, ways: _Suggestions) -> str:
     )
 
 
-def _descend(planner: Planner, limit_bytes: int) -> Techniques | None:
-    """Go down the ladder by prediction; return what fits, None if nothing does."""
+def descend_by_plan(
+    planner: Planner, limit_bytes: int, kept: Container[str] = ()
+) -> Techniques | None:
+    """Go down the ladder by prediction; return what fits, None if nothing does.
+
+    Args:
+        planner: of the run.
+        limit_bytes: what the predicted demand must not exceed.
+        kept: names of techniques that stay as they are.
+
+    """
     trainer = planner.settings.trainer
     samples = -(-min(planner.data.batch_size, planner.data.size("train")) // trainer.devices)
     micro_batch = -(-samples // planner.now.gradient_accumulation)
     offload = ("saved_tensor_offload", "weight_offload")
     sharded = (*offload, "forward_chunks") if trainer.sharded else ()
+
+    def refuse(techniques: Techniques) -> str | None:
+        changed = [name for name in changes(planner.now, techniques) if name in kept]
+        if changed:
+            return f"memory.{changed[0]} is to stay as it is"
+        return planner.refused(techniques)
+
     found, moves = adapt(
         planner.now,
         micro_batch,
         limit_bytes,
         planner,
         planner.target,
-        refuse=planner.refused,
+        refuse=refuse,
         ladder=[rung for rung in PLANNED_LADDER if rung.name not in sharded],
     )
     for skipped in moves[-1].skipped if moves else ():

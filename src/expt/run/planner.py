@@ -470,9 +470,23 @@ class Planner:
     @property
     def least_bytes(self) -> int | None:
         """The lowest demand of everything that was planned so far."""
-        own = [found for (*_, stage), found in self._plans.items() if stage == self.stage]
-        plans = [found for found in own if isinstance(found, Plan)]
-        return min((p.demand_bytes for p in plans if p.interval_bytes[1] is not None), default=None)
+        return min((plan.demand_bytes for *_, plan in self._traced()), default=None)
+
+    @property
+    def lightest(self) -> Techniques:
+        """The techniques of the lowest demand that was planned so far; else those configured."""
+        own = self.settings.memory.precision
+        plans = [(plan, found) for found, precision, plan in self._traced() if precision is own]
+        return min(plans, key=lambda one: one[0].demand_bytes, default=(None, self.now))[1]
+
+    def _traced(self) -> list[tuple[Techniques, Precision, Plan]]:
+        """Return what was planned so far, as far as activations are in it."""
+        return [
+            (techniques, precision, plan)
+            for (techniques, precision, stage), plan in self._plans.items()
+            if stage == self.stage and isinstance(plan, Plan)
+            if plan.interval_bytes[1] is not None
+        ]
 
 
 def spelled_out(record: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ user's model may crash or hang while it is traced.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -31,7 +31,7 @@ from expt.run.build import build
 from expt.run.process import Worker, WorkerError
 from expt.search.metric import EARLIER, metric_of_trials
 from expt.search.plan_cache import FOLDER
-from expt.search.predicting import advise, predict
+from expt.search.predicting import Limit, advise, predict
 from expt.search.request import Request
 from expt.search.runner import setting
 from expt.search.space import Space, plain
@@ -58,6 +58,9 @@ class TrialJobs:
         plan: whether to predict at all.
         seconds: for one prediction.
         worker: predicts; with the threads that trials have.
+        varied: settings that trials have from the sampler.
+        adapts: whether a trial that is predicted over the budget is given techniques, other than
+            those that are varied, with which it is not.
 
     """
 
@@ -68,6 +71,8 @@ class TrialJobs:
     plan: bool = True
     seconds: float = 120.0
     worker: Worker = field(default_factory=Worker)
+    varied: Collection[str] = ()
+    adapts: bool = False
     _said: bool = False
 
     def lines(self, number: int, params: Sequence[str]) -> list[str]:
@@ -101,10 +106,20 @@ class TrialJobs:
 
     def _predicted(self, lines: Sequence[str], known: Path | None) -> Prediction | str:
         try:
-            found = self.worker.call(predict, list(lines), self.own, known, seconds=self.seconds)
+            found = self.worker.call(
+                predict, list(lines), self.own, known, self._limit, seconds=self.seconds
+            )
         except WorkerError as error:
             return str(error)
         return cast("Prediction | str", found)
+
+    @property
+    def _limit(self) -> Limit | None:
+        """What trials are made to fit into, None if they are taken as they are."""
+        if not self.adapts or self.budget_bytes is None:
+            return None
+        own = {key(name).removeprefix("memory.") for name in self.varied}
+        return Limit(self.budget_bytes, frozenset(own))
 
     def advise(self, lines: Sequence[str]) -> str | None:
         """Return the changes that would make a trial fit, None if there are none."""

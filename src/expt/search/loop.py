@@ -39,7 +39,16 @@ from expt.search.reservation import BEAT_SECONDS, Reservations, Reserved, counts
 from expt.search.runner import Job, Runner, Running
 from expt.search.space import Space
 from expt.search.study import answering
-from expt.search.trial import STARTED, Prediction, TrialOutcome, stored, tell_study
+from expt.search.trial import (
+    STARTED,
+    TECHNIQUES,
+    Prediction,
+    TrialOutcome,
+    stored,
+    technique_lines,
+    tell_study,
+    with_techniques,
+)
 from expt.search.winner import SweepSummary, best_trial, summarize, told_line
 from expt.training.interruption import Interruption, Stopped
 
@@ -200,7 +209,10 @@ class Search:
             self._tell_copies()
             return "begun"
         self._duplicates = 0
-        lines = self.jobs.lines(trial.number, self.space.lines(trial.params))
+        lines = [
+            *self.jobs.lines(trial.number, self.space.lines(trial.params)),
+            *technique_lines(trial),  # of one that is gone on with
+        ]
         prediction = self.jobs.predict(lines)
         self.nearest.note(trial, lines, prediction)
         if prediction is not None and not started:
@@ -222,6 +234,9 @@ class Search:
             return
         self._untrained = self.reservations.untrained_in_a_row = 0
         attempts = int(trial.user_attrs.get("attempts", 0)) + 1
+        if prediction is not None and prediction.techniques:
+            trial.set_user_attr(TECHNIQUES, with_techniques(trial, prediction))
+        lines += [one for one in technique_lines(trial) if one not in lines]
         trial.set_user_attr(STARTED, True)
         trial.set_user_attr("attempts", attempts)
         folder = self.trial_folder(trial.number)

@@ -267,7 +267,8 @@ def keep(folder: Path, key: str, trainer: TrainerConfig, read: set[str], made: P
     """
     check_code()
     path = folder / f"{key}.json"
-    own = {part.name: getattr(made, part.name) for part in fields(made) if part.name != "recalled"}
+    kept = [part.name for part in fields(made) if part.name not in ("recalled", "techniques")]
+    own = {name: getattr(made, name) for name in kept}
     values = {name: plain(getattr(trainer, name)) for name in sorted(read)}
     others = [stored for stored in _stored(path) if stored["read"] != values]
     folder.mkdir(parents=True, exist_ok=True)

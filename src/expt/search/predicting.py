@@ -11,7 +11,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -22,20 +22,22 @@ from omegaconf.errors import OmegaConfBaseException
 
 from expt.config.compose import compose_lines, conf_dir, key, prepare_arguments
 from expt.config.explain import first_lines
+from expt.config.schema import Precision
 from expt.config.settings import Settings
 from expt.config.validate import validated
 from expt.errors import StorageError, UserError
 from expt.job import DataSet
 from expt.memory.measuring.device_memory import planned_type
 from expt.memory.planning.predict import Plan, Target
+from expt.memory.recovery.ladder import changes
+from expt.memory.techniques.techniques import Techniques
 from expt.run.build import build, build_model
-from expt.run.overflow import what_fits
-from expt.run.planner import plan_training
+from expt.run.overflow import descend_by_plan, what_fits
+from expt.run.planner import Planner, plan_training
 from expt.search import plan_cache
 from expt.search.plan_cache import UnknownStateError
 from expt.search.program import ChangedCodeError
 from expt.search.trial import Prediction
-from expt.training.batches import Examples
 
 
 class Composer:
@@ -97,20 +99,96 @@ def _only_gives_a_value(override: Override) -> bool:
 composer = Composer()
 
 
-def predict(lines: list[str], own: str | None, known: Path | None = None) -> Prediction | str:
+@dataclass(frozen=True)
+class Limit:
+    """What a trial is to fit into; of the settings of memory, `varied` are the sampler's."""
+
+    bytes: int
+    varied: frozenset[str]
+
+
+class KeptPlanner(Planner):
+    """Plans of one trial: found in a folder, or made and kept there.
+
+    `recalled` tells whether any plan was found there.
+
+    Args:
+        settings: of the trial.
+        data: its data set.
+        target: the kind of device that is planned for.
+        known: the folder; None: there is none.
+
+    """
+
+    def __init__(
+        self, settings: Settings, data: DataSet, target: Target, known: Path | None
+    ) -> None:
+        self._trainer, self._known = settings.trainer, known
+        # Plans have parts in common, so that what one of them read, the others depend on too.
+        trainer, self._read = plan_cache.noted(settings.trainer)
+        super().__init__(replace(settings, trainer=trainer), data, target)
+        self.recalled = False
+
+    def plan(
+        self, techniques: Techniques | None = None, precision: Precision | None = None
+    ) -> Plan:
+        """Return what `Planner.plan` returns."""
+        own = (*self._with(techniques, precision), self.stage)
+        if own in self._plans or self._known is None:
+            return super().plan(techniques, precision)
+        try:
+            name = self._name(*own[:2])
+        except Exception:  # whatever a user's model does on the device `meta`; the plan says it, if
+            return super().plan(techniques, precision)
+        with suppress(UnknownStateError):  # it is then as if none was kept
+            found = plan_cache.find(self._known, name, self._trainer)
+            if found is not None and found.plan is not None:
+                self._plans[own] = Plan.from_dict(found.plan)
+                self.recalled = True
+        if own not in self._plans:
+            made = super().plan(techniques, precision)
+            # What cannot be kept is made again, and that is all.
+            with suppress(OSError, StorageError, UnknownStateError, ChangedCodeError):
+                plan_cache.keep(self._known, name, self._trainer, self._read, _prediction(made))
+        return super().plan(techniques, precision)
+
+    def _name(self, techniques: Techniques, precision: Precision) -> str:
+        """Return the name of a plan with these in the place of what is configured."""
+        memory = replace(self.settings.memory, **vars(techniques), precision=precision)
+        settings = replace(self.settings, memory=memory, trainer=self._trainer)
+        inputs = self._examples.input_names()
+        return plan_cache.key_of(
+            settings, self.data, self._examples, self.target,
+            lambda: build_model(settings, self.data, inputs),
+        )  # fmt: skip
+
+
+def predict(
+    lines: list[str], own: str | None, known: Path | None = None, limit: Limit | None = None
+) -> Prediction | str:
     """Return the plan of a trial, a refusal of its settings, or why neither can be had.
 
     Args:
         lines: the settings of the trial.
         own: the user's own folder of YAML files.
         known: a folder of predictions, to be looked into first, and added to; None: neither.
+        limit: what the trial is to fit into, by techniques that its settings do not ask for; where
+            none are enough, the prediction is with those that it takes least with. None: it is
+            predicted as it is.
 
     """
     try:
-        settings, data, target = _composed(lines, own)
-        if known is None:
-            return _prediction(plan_training(settings, data, target))
-        return _recalled(settings, data, target, known)
+        planner = KeptPlanner(*_composed(lines, own), known)
+        techniques = planner.now
+        if limit is not None and planner.plan().demand_bytes > limit.bytes:
+            found = descend_by_plan(planner, limit.bytes, limit.varied)
+            techniques = found or planner.lightest
+        changed = changes(planner.now, techniques)
+        return replace(
+            _prediction(planner.plan(techniques)),
+            recalled=planner.recalled,
+            techniques={f"memory.{name}": value for name, value in changed.items()},
+        )
     except UserError as error:
         return Prediction(refusal=" ".join(str(error).split()))
     except (HydraException, OmegaConfBaseException) as error:
@@ -129,29 +207,6 @@ def _composed(lines: list[str], own: str | None) -> tuple[Settings, DataSet, Tar
     cfg = composer.compose(lines, own)
     settings = validated(cfg, {key(line) for line in lines})
     return settings, build(settings, "data"), planned_type(settings.trainer.device.value)
-
-
-def _recalled(settings: Settings, data: DataSet, target: Target, known: Path) -> Prediction:
-    """Return a prediction that was made before, or make it and keep it."""
-    examples = Examples(data)
-    inputs = examples.input_names()
-    try:
-        key = plan_cache.key_of(
-            settings, data, examples, target, lambda: build_model(settings, data, inputs)
-        )
-    except Exception:  # whatever a user's model does on the device `meta`; the plan says it, if
-        return _prediction(plan_training(settings, data, target, examples=examples))
-    found = None
-    with suppress(UnknownStateError):  # it is then as if none was kept
-        found = plan_cache.find(known, key, settings.trainer)
-    if found is None:
-        trainer, read = plan_cache.noted(settings.trainer)
-        plan = plan_training(replace(settings, trainer=trainer), data, target, examples=examples)
-        found = _prediction(plan)
-        # What cannot be kept is made again, and that is all.
-        with suppress(OSError, StorageError, UnknownStateError, ChangedCodeError):
-            plan_cache.keep(known, key, settings.trainer, read, found)
-    return found
 
 
 def _prediction(plan: Plan) -> Prediction:

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from expt.config.compose import key
+from expt.config.schema import OnOverflow
 from expt.config.search_node import SearchConfig
 from expt.errors import ConfigError
 from expt.search.space import Space, plain
@@ -174,6 +175,8 @@ def _flat(cfg: DictConfig, without: Container[str]) -> dict[str, Any]:
 
     for group in FIXED:
         add(group, OmegaConf.to_container(cfg[group], resolve=False, enum_to_str=True))
+    if cfg.memory.on_overflow is OnOverflow.adapt:  # the others are all the same to a trial
+        found["memory.on_overflow"] = OnOverflow.adapt.name
     return found
 
 

@@ -8,6 +8,7 @@ but the study; the same are tags of its run in the tracker, with the prefix ``tr
 ``demand_bytes``          what the budget was compared with: reserved bytes where there are any
 ``predicted_peak_bytes``  of the plan, and ``interval_bytes``, [low, high]; ``recalled`` if the plan
                           is that of an earlier trial, which the peak cannot tell from this one
+``techniques``            settings of memory that a plan chose for it, so that it fits
 ``budget_bytes``          the limit, None without one
 ``seconds``               of training
 ``run_dir``, ``run_id``   its folder and its run in the tracker
@@ -38,10 +39,12 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from expt.config.search_node import PEAK
 from expt.result import Outcome
+from expt.search.space import line
 from expt.units import GIB
 
 KIND, WORKER, STARTED, CONSTRAINT = "kind", "worker", "started", "peak_memory"
 PREDICTED = "predicted_peak_bytes"
+TECHNIQUES = "techniques"
 FROM, FROM_KIND = "from", "from_kind"
 
 
@@ -59,6 +62,16 @@ def seen_kind(trial: FrozenTrial) -> Outcome | None:
     return kind
 
 
+def with_techniques(trial: Trial, prediction: Prediction) -> dict[str, Any]:
+    """Return the techniques that were chosen for a trial, those of a prediction among them."""
+    return {**trial.user_attrs.get(TECHNIQUES, {}), **prediction.techniques}
+
+
+def technique_lines(trial: FrozenTrial | Trial) -> list[str]:
+    """Return the techniques that were chosen for a trial, as settings of a command line."""
+    return [line(name, value) for name, value in trial.user_attrs.get(TECHNIQUES, {}).items()]
+
+
 def stored(study: Study, number: int) -> FrozenTrial:
     """Return a trial as the study's storage has it now."""
     return study.get_trials(deepcopy=False)[number]
@@ -71,7 +84,8 @@ class Prediction:
     `interval_bytes` is about `demand_bytes`, what the budget has to allow; its upper end may be
     None. `plan` is the content of ``plan.json``; `refusal` says why the settings contradict each
     other, and then the rest is None. `recalled` says that it was made for another trial that the
-    peak cannot tell from this one (`expt.search.plan_cache`).
+    peak cannot tell from this one (`expt.search.plan_cache`). `techniques` are the settings of
+    memory that it is the prediction for, as far as they are not the trial's own.
     """
 
     peak_bytes: int | None = None
@@ -81,6 +95,7 @@ class Prediction:
     refusal: str | None = None
     advice: str | None = None
     recalled: bool = False
+    techniques: dict[str, Any] = field(default_factory=dict)
 
     def exceeds(self, budget_bytes: int | None) -> bool:
         """Tell whether the peak is over the budget by more than the interval leaves open."""
@@ -205,6 +220,7 @@ def _set_attributes(
         interval = prediction.interval_bytes
         known["interval_bytes"] = None if interval is None else list(interval)
         known["recalled"] = prediction.recalled or None
+        known[TECHNIQUES] = with_techniques(trial, prediction) or None
     for name, value in known.items():
         if value is not None and trial.user_attrs.get(name) != value:
             trial.set_user_attr(name, value)

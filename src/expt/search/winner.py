@@ -23,7 +23,15 @@ from expt.search.metric import EARLIER, metric_of
 from expt.search.reservation import Reservations, counts
 from expt.search.runner import Job, Runner
 from expt.search.space import typed
-from expt.search.trial import CONSTRAINT, FROM, KIND, TrialOutcome, kind_of
+from expt.search.trial import (
+    CONSTRAINT,
+    FROM,
+    KIND,
+    TECHNIQUES,
+    TrialOutcome,
+    kind_of,
+    technique_lines,
+)
 from expt.tracking.journal import State
 from expt.training.interruption import Interruption, Stopped
 from expt.units import format_bytes
@@ -43,7 +51,8 @@ class SweepSummary:
 
     `metric` describes what trials are compared by, None in the records of earlier versions.
     `best` is None or {`trial`, `params`, ``val/NAME``, `peak_allocated_bytes`, `run_id`}, and with
-    them `run_dir`, `spread` (over `search.repeats`, else None) and ``test/...`` once tested.
+    them `run_dir`, `spread` (over `search.repeats`, else None), `techniques` (settings that a plan
+    chose so that it fits) and ``test/...`` once tested.
     `pareto` is a list of the same, without a better one in both metric and peak, by peak. `run_dir`
     is the folder that it was read or written in.
     """
@@ -152,6 +161,7 @@ def describe(trial: FrozenTrial, tested: Mapping[str, Any], metric: Metric) -> d
         "run_id": attributes.get("run_id") or run_id_in(run_dir),
         "run_dir": run_dir,
         "spread": attributes.get("spread"),
+        TECHNIQUES: attributes.get(TECHNIQUES, {}),
         **tested.get(str(trial.number), {}),
     }
 
@@ -231,6 +241,8 @@ def told_line(trial: FrozenTrial, is_best: bool, metric: Metric) -> str:
     if trial.state is TrialState.COMPLETE:
         line += f"val {metric.label} {metric.text(trial.values[0])}"
         line += f", peak {format_bytes(peak_of(trial))}, {attributes.get('seconds', 0.0):.1f} s"
+        chosen = technique_lines(trial)
+        line += f", with {' '.join(chosen)}" if chosen else ""
         return line + ("  above the budget" if kind.columns.over else "  * best" if is_best else "")
     error = attributes.get("error")
     return f"{line}{kind.words}{f' ({error})' if error else ''}"

@@ -1,0 +1,169 @@
+"""Trials that a plan gives techniques to, so that they fit (`memory.on_overflow=adapt`)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import optuna
+import pytest
+
+from expt.config.compose import compose_lines
+from expt.errors import ConfigError
+from expt.job import Metric
+from expt.result import Outcome
+from expt.run.process import identity
+from expt.search.candidates import TrialJobs
+from expt.search.predicting import Limit, predict
+from expt.search.request import fixed_settings, resolved_settings
+from expt.search.space import Space
+from expt.search.study import open_study
+from expt.search.trial import TECHNIQUES, WORKER, Prediction, TrialOutcome, technique_lines
+from expt.search.winner import describe, told_line
+
+SMALL = (
+    "search=debug", "memory=minimal", "tracking=none", "data=metr_la_29", "model.embed_dim=8",
+    "model.num_heads=2", "model.num_stages=1", "data.batch_size=8", "search.trial=1",
+    "memory.gradient_accumulation=1", "memory.activation_checkpointing=false",
+)  # fmt: skip
+MAE = Metric("mae", unit="mph")
+
+
+def limit(count, *varied):
+    return Limit(count, frozenset(varied))
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The prediction of the trial as it is."""
+    return predict(list(SMALL), None)
+
+
+def test_a_point_over_the_budget_is_predicted_with_what_makes_it_fit(home, alone):
+    room = int(alone.demand_bytes * 0.8)
+    found = predict(list(SMALL), None, home / "known", limit(room))
+    assert found.demand_bytes <= room < alone.demand_bytes
+    assert found.techniques and not found.recalled
+    lines = [f"{name}={str(value).lower()}" for name, value in found.techniques.items()]
+    assert all(line.startswith("memory.") for line in lines)
+    same = predict([*SMALL, *lines], None)
+    assert (same.peak_bytes, same.interval_bytes) == (found.peak_bytes, found.interval_bytes)
+    assert not same.techniques
+    again = predict([*SMALL, "optimizer.lr=0.02"], None, home / "known", limit(room))
+    assert again == replace(found, recalled=True), "every plan on the way was kept"
+
+
+def test_a_point_that_fits_stays_as_it_is(home, alone):
+    found = predict(list(SMALL), None, None, limit(alone.demand_bytes))
+    assert found.techniques == {}
+    assert found.peak_bytes == alone.peak_bytes
+
+
+def test_what_the_sampler_varies_stays_as_it_suggested(home, alone):
+    room = int(alone.demand_bytes * 0.8)
+    found = predict(list(SMALL), None, None, limit(room, "gradient_accumulation"))
+    assert found.techniques and "memory.gradient_accumulation" not in found.techniques
+
+
+def test_where_no_technique_is_enough_the_least_is_told(home, alone):
+    found = predict(list(SMALL), None, None, limit(1000))
+    assert found.exceeds(1000)
+    assert found.demand_bytes < alone.demand_bytes
+    assert found.techniques
+
+
+def test_only_a_search_that_asks_for_it_has_its_trials_adapted(tmp_path):
+    class Noting:
+        def call(self, function, lines, own, known, limit, *, seconds):
+            self.limit = limit
+            return Prediction(1, 1, (1, 1), {})
+
+    worker = Noting()
+    varied = ("memory.activation_checkpointing", "+model.depth", "data.batch_size")
+    for adapts, budget, wanted in ((False, 5, None), (True, None, None), (True, 5, 5)):
+        jobs = TrialJobs([], None, tmp_path, budget, worker=worker, varied=varied, adapts=adapts)
+        jobs.predict(["a=1"])
+        assert (worker.limit and worker.limit.bytes) == wanted
+    assert "activation_checkpointing" in worker.limit.varied
+
+
+def lighter(params):
+    """A prediction that fits with two parts, and that is made of what was given them already."""
+    known = "memory.gradient_accumulation" in params
+    return Prediction(
+        10, 10, (10, 10), {}, techniques={} if known else {"memory.gradient_accumulation": 2}
+    )
+
+
+def test_a_trial_is_trained_with_what_was_chosen_for_it(make):
+    search = make(predict=lighter, n_trials=2)
+    search.run()
+    for trial in search.study.trials:
+        assert trial.user_attrs[TECHNIQUES] == {"memory.gradient_accumulation": 2}
+        assert technique_lines(trial) == ["memory.gradient_accumulation=2"]
+        assert "memory.gradient_accumulation" not in trial.params
+    for started in search.runner.trials:
+        assert started.job.lines.count("memory.gradient_accumulation=2") == 1
+    first = search.study.trials[0]
+    assert told_line(first, False, MAE).endswith("with memory.gradient_accumulation=2")
+    assert describe(first, {}, MAE)[TECHNIQUES] == {"memory.gradient_accumulation": 2}
+
+
+def test_a_trial_that_is_started_again_has_them_once(make):
+    def fails_once(params):
+        ended.append(params)
+        if len(ended) == 1:
+            return TrialOutcome(Outcome.failed, error="once")
+        return TrialOutcome(Outcome.completed, 1.0, 1000, 1000, seconds=1.0)
+
+    ended = []
+    search = make(fails_once, predict=lighter, n_trials=1, retry=1)
+    search.run()
+    assert len(ended) == 2
+    for started in search.runner.trials:
+        assert started.job.lines.count("memory.gradient_accumulation=2") == 1
+
+
+def test_a_trial_that_is_adopted_keeps_them(make):
+    storage = optuna.storages.InMemoryStorage()
+    first = make(predict=lighter, n_trials=1, storage=storage)
+    assert first._begin() == "begun"
+    storage.set_trial_user_attr(
+        first.study.trials[0]._trial_id, WORKER, {**identity(), "pid": 2**22 + 1}
+    )
+    second = make(predict=lighter, n_trials=1, storage=storage)
+    second.run()
+    (trial,) = second.study.trials
+    assert trial.user_attrs[TECHNIQUES] == {"memory.gradient_accumulation": 2}
+    (started,) = second.runner.trials
+    assert started.job.lines.count("memory.gradient_accumulation=2") == 1
+
+
+def composed(*lines):
+    return compose_lines(["search=debug", "memory=minimal", *lines], None)
+
+
+def test_a_study_is_adapted_from_its_start_or_never(home):
+    """What was refused in one would be trained in the other."""
+    space = Space.parse({"model.dropout": "interval(0.0,0.3)"})
+    plain, adapted = (
+        fixed_settings(composed(f"memory.on_overflow={kind}"), space) for kind in ("train", "adapt")
+    )
+    assert plain == fixed_settings(composed(), space), "a trial is trained in either case"
+    assert adapted["memory.on_overflow"] == "adapt"
+    device = "cpu"
+    assert resolved_settings(composed(), space, device) != resolved_settings(
+        composed("memory.on_overflow=adapt"), space, device
+    )
+
+    def opened(storage, setting):
+        return open_study(
+            "one", storage, optuna.samplers.RandomSampler(), optuna.pruners.NopPruner(), ["val"],
+            MAE, {"setting": setting},
+        )  # fmt: skip
+
+    for begun, asked in ((plain, adapted), (adapted, plain)):
+        storage = optuna.storages.InMemoryStorage()
+        opened(storage, begun).ask()
+        opened(storage, begun)
+        with pytest.raises(ConfigError, match=r"memory\.on_overflow differs"):
+            opened(storage, asked)
