@@ -28,6 +28,7 @@ from peers_slices import drop_state, keep_state, restore_state, run_slice, what_
 from peers_tables import plot, tables
 
 from expt.result import load_result
+from expt.search.winner import settings_of
 
 NAME = "peers"
 LEAST_SECONDS = 30.0
@@ -218,7 +219,7 @@ class Comparison:
         if done:
             found["winner"] = [
                 f"{key}={json.dumps(value).replace(' ', '')}"
-                for key, value in summary["best"]["params"].items()
+                for key, value in settings_of(summary["best"]).items()
             ]
             found["val/mae"] = summary["best"]["val/mae"]
         self.part("searches")[name] = stamped(found)

@@ -2,10 +2,12 @@
 
     python benchmarks/sweep_race.py [--minutes 8] [--seeds 0 1 2 3 4] [--sides ours …] [--smoke]
 
-Three searches of one space, each trial under the same enforced `memory.budget`, each for the same
-minutes from the start of its process, one after the other on an idle machine:
+Three searches for the same, each trial under the same enforced `memory.budget`, each for the same
+minutes from the start of its process, one after the other on an idle machine. What is learned is
+varied by all of them (`LEARNED`); the techniques that make a trial fit are chosen by a plan in ours
+(`memory.on_overflow=adapt`), and varied as well by the stock sweeper (`TECHNIQUES`).
 
-``ours``            ``hydra/sweeper=expt`` with the settings in `OURS`
+``ours``            ``hydra/sweeper=expt``, trials side by side, Optuna's Gaussian process
 ``stock``           ``hydra/sweeper=optuna``, ``max_failure_rate=1``: what memory is not enough for
                     has failed, and the sampler is told nothing
 ``stock, patched``  the same, and what memory is not enough for returns a bad value
@@ -46,12 +48,19 @@ SIZES = {
     False: ("trainer.epochs=4", "trainer.steps_per_epoch=30", "trainer.eval_batches=20"),
     True: ("trainer.epochs=1", "trainer.steps_per_epoch=2", "trainer.eval_batches=1"),
 }
-OURS_SEARCH: dict[str, Any] = {"n_jobs": "auto", "presets": ["lite", "minimal"]}
-OURS_SAMPLER = (
-    "hydra.sweeper.sampler.multivariate=true", "hydra.sweeper.sampler.constant_liar=true",
-    "hydra.sweeper.sampler.n_startup_trials=5",
+LEARNED = {name: text for name, text in SPACE.items() if not name.startswith("memory.")}
+TECHNIQUES = {
+    "memory.activation_checkpointing": "choice(false,true)",
+    "memory.gradient_accumulation": "choice(1,2,4,8)",
+    "memory.forward_chunks": "choice(1,2,4)",
+}
+OURS_GIVEN = (
+    "memory.on_overflow=adapt", "hydra/sweeper/sampler=gp",
+    "hydra.sweeper.sampler.n_startup_trials=5", "search.n_jobs=auto",
 )  # fmt: skip
-"""Two trials run side by side, so that each is to know where the other is."""
+"""Where most points fit, the error is a smooth function of few settings, which a Gaussian process
+learns from few trials. The stock sweeper keeps its own sampler, TPE: what its patch returns for a
+lack of memory is a cliff."""
 BAD_VALUE = "100"
 """What the patch returns; no error in mph is as large."""
 NO_END = 100_000
@@ -72,8 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record: dict[str, Any] = {} if given.smoke else load(NAME)
     if record.get("minutes", given.minutes) != given.minutes:
         raise SystemExit(f"{NAME}.json is of {record['minutes']} minutes; move it away first")
+    sides = {"space": LEARNED, "techniques": TECHNIQUES, "ours": list(OURS_GIVEN)}
+    if record and any(record.get(name) != one for name, one in sides.items()):
+        raise SystemExit(f"{NAME}.json is of another space or search; move it away first")
     seeds = [0] if given.smoke else given.seeds
-    record |= {"minutes": given.minutes, "budget_bytes": parse_bytes(BUDGET), "space": SPACE}
+    record |= {"minutes": given.minutes, "budget_bytes": parse_bytes(BUDGET), **sides}
     record["settings"] = [*SHARED, *SIZES[given.smoke], f"memory.budget={BUDGET}"]
     runs = record.setdefault("runs", {})
     for seed in seeds:
@@ -131,12 +143,12 @@ def search(
 
 def _ours(folder: Path, lines: Sequence[str], seed: int) -> list[str]:
     settings = {"study": "ours", "n_trials": NO_END, "seed": seed, "test_winner": False,
-                "space": SPACE, **OURS_SEARCH}  # fmt: skip
+                "space": LEARNED}  # fmt: skip
     own = folder / "own" / "search" / "benchmark.yaml"
     own.parent.mkdir(parents=True)
     head = "# @package _global_\ndefaults:\n  - override /hydra/sweeper: expt\n"
     own.write_text(f"{head}search: {json.dumps(settings)}\n", encoding="utf-8")
-    given = [f"--config-dir={folder / 'own'}", "-m", "search=benchmark", *OURS_SAMPLER]
+    given = [f"--config-dir={folder / 'own'}", "-m", "search=benchmark", *OURS_GIVEN]
     return ["-m", "expt", *given, *lines]
 
 
@@ -148,7 +160,7 @@ def _stock(folder: Path, lines: Sequence[str], seed: int) -> list[str]:
         f"hydra.sweeper.sampler.seed={seed}", "hydra.sweeper.study_name=stock",
         f"hydra.sweeper.storage='sqlite:///{folder / 'stock.db'}'",
         f"hydra.sweep.dir='{folder / 'stock_000'}'",
-        *(f"{name}={text}" for name, text in SPACE.items()),
+        *(f"{name}={text}" for name, text in {**LEARNED, **TECHNIQUES}.items()),
     ]  # fmt: skip
 
 

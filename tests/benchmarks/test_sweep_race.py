@@ -85,8 +85,7 @@ def test_a_side_is_run_from_its_start_and_read_back(
     left.mkdir(parents=True)
     (left / "stock.db").write_text("cut")
     monkeypatch.setattr(sweep_race, "NO_END", 1)
-    smoke = {**sweep_race.OURS_SEARCH, "n_jobs": 1, "presets": ["minimal"]}  # one trial, that fits
-    monkeypatch.setattr(sweep_race, "OURS_SEARCH", smoke)
+    monkeypatch.setattr(sweep_race, "OURS_GIVEN", ("memory.on_overflow=adapt",))
     lines = [*sweep_race.SHARED, *sweep_race.SIZES[True], f"memory.budget={sweep_race.BUDGET}"]
     run, start = sweep_race.search, sweep_race.Clock.run
 

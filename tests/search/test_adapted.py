@@ -11,7 +11,7 @@ from expt.config.compose import compose_lines
 from expt.errors import ConfigError
 from expt.job import Metric
 from expt.result import Outcome
-from expt.run.process import identity
+from expt.run.process import WorkerError, identity
 from expt.search.candidates import TrialJobs
 from expt.search.predicting import Limit, predict
 from expt.search.request import fixed_settings, resolved_settings
@@ -26,6 +26,11 @@ SMALL = (
     "memory.gradient_accumulation=1", "memory.activation_checkpointing=false",
 )  # fmt: skip
 MAE = Metric("mae", unit="mph")
+NARROW = {"x": "interval(0.0,1.0)", "width": "choice(8)"}
+
+
+def peak_of_width(params):
+    return Prediction(int(params["width"]), int(params["width"]), (8, 8), {})
 
 
 def limit(count, *varied):
@@ -71,6 +76,44 @@ def test_where_no_technique_is_enough_the_least_is_told(home, alone):
     assert found.techniques
 
 
+def test_a_candidate_that_cannot_be_traced_does_not_start_a_point_that_is_over(
+    home, alone, monkeypatch
+):
+    def breaks(*arguments, **settings):
+        raise AttributeError("a user's model, on fake tensors")
+
+    monkeypatch.setattr("expt.search.predicting.descend_by_plan", breaks)
+    found = predict(list(SMALL), None, None, limit(1000))
+    assert found.exceeds(1000)
+    assert found.demand_bytes == alone.demand_bytes and found.techniques == {}
+
+
+def test_techniques_that_take_too_long_leave_the_trial_as_it_is(tmp_path):
+    class Slow:
+        def call(self, function, lines, own, known, limit, *, seconds):
+            if limit is not None:
+                raise WorkerError("it took more than 5 s")
+            return Prediction(9, 9, (9, 9), {})
+
+    jobs = TrialJobs([], None, tmp_path, 5, worker=Slow(), adapts=True)
+    assert jobs.predict(["a=1"]).exceeds(5)
+
+
+def test_a_kept_plan_alone_leaves_no_point_out(tmp_path):
+    class Known:
+        def call(self, function, lines, own, known, limit, *, seconds):
+            if known is None:
+                self.lines = lines
+                return Prediction(4, 4, (4, 4), {})
+            return Prediction(9, 9, (9, 9), {}, None, None, True, dict(chosen))
+
+    chosen = {"memory.activation_checkpointing": True}
+    worker = Known()
+    found = TrialJobs([], None, tmp_path, 5, worker=worker, adapts=True).predict(["a=1"])
+    assert worker.lines == ["a=1", "memory.activation_checkpointing=true"]
+    assert found.techniques == chosen and not found.exceeds(5)
+
+
 def test_only_a_search_that_asks_for_it_has_its_trials_adapted(tmp_path):
     class Noting:
         def call(self, function, lines, own, known, limit, *, seconds):
@@ -80,10 +123,11 @@ def test_only_a_search_that_asks_for_it_has_its_trials_adapted(tmp_path):
     worker = Noting()
     varied = ("memory.activation_checkpointing", "+model.depth", "data.batch_size")
     for adapts, budget, wanted in ((False, 5, None), (True, None, None), (True, 5, 5)):
-        jobs = TrialJobs([], None, tmp_path, budget, worker=worker, varied=varied, adapts=adapts)
+        given = ["+memory=lite", "memory.forward_chunks=2"]
+        jobs = TrialJobs(given, None, tmp_path, budget, worker=worker, varied=varied, adapts=adapts)
         jobs.predict(["a=1"])
         assert (worker.limit and worker.limit.bytes) == wanted
-    assert "activation_checkpointing" in worker.limit.varied
+    assert {"activation_checkpointing", "forward_chunks"} <= worker.limit.kept
 
 
 def lighter(params):
@@ -125,12 +169,13 @@ def test_a_trial_that_is_started_again_has_them_once(make):
 
 def test_a_trial_that_is_adopted_keeps_them(make):
     storage = optuna.storages.InMemoryStorage()
-    first = make(predict=lighter, n_trials=1, storage=storage)
+    first = make(predict=lighter, n_trials=1, storage=storage, space=NARROW)
     assert first._begin() == "begun"
     storage.set_trial_user_attr(
         first.study.trials[0]._trial_id, WORKER, {**identity(), "pid": 2**22 + 1}
     )
-    second = make(predict=lighter, n_trials=1, storage=storage)
+    # It fits with them, so that nothing is chosen any more.
+    second = make(predict=peak_of_width, n_trials=1, storage=storage, space=NARROW)
     second.run()
     (trial,) = second.study.trials
     assert trial.user_attrs[TECHNIQUES] == {"memory.gradient_accumulation": 2}
@@ -146,14 +191,17 @@ def test_a_study_is_adapted_from_its_start_or_never(home):
     """What was refused in one would be trained in the other."""
     space = Space.parse({"model.dropout": "interval(0.0,0.3)"})
     plain, adapted = (
-        fixed_settings(composed(f"memory.on_overflow={kind}"), space) for kind in ("train", "adapt")
+        fixed_settings(composed("memory.budget=1GiB", f"memory.on_overflow={kind}"), space)
+        for kind in ("train", "adapt")
     )
     assert plain == fixed_settings(composed(), space), "a trial is trained in either case"
     assert adapted["memory.on_overflow"] == "adapt"
     device = "cpu"
     assert resolved_settings(composed(), space, device) != resolved_settings(
-        composed("memory.on_overflow=adapt"), space, device
+        composed("memory.on_overflow=adapt", "memory.budget=1GiB"), space, device
     )
+    without = fixed_settings(composed("memory.on_overflow=adapt"), space)
+    assert without == plain, "nothing is adapted without a budget"
 
     def opened(storage, setting):
         return open_study(

@@ -101,6 +101,24 @@ def test_what_fits_is_judged_by_the_new_budget(storage):
     )
 
 
+def test_what_was_trained_is_taken_to_fit_where_trials_are_adapted(storage):
+    setting = {**FIXED, "memory.on_overflow": "adapt"}
+    found = look_back(source_of(storage, *TRIALS, setting=setting), replace(TASK, fixed=setting))
+    excess = [round(one.constraints[CONSTRAINT] * 1024) for one in found.shown]
+    assert excess == [-50, -10, 0, 200, -40], "only the least of all techniques says something"
+    assert found.first == [{"model.width": 32, "optimizer.lr": 0.3}]
+
+
+def test_what_was_chosen_for_a_trial_is_where_it_was(storage):
+    """Its batch was taken in four parts, whatever its study had for all."""
+    chosen = trial(8, 0.1, Outcome.completed, 50, 3.0, techniques={"memory.parts": 4})
+    space = Space.parse({"model.width": "choice(8,16,32)", "memory.parts": "choice(1,2,4)"})
+    setting = {**FIXED, "memory.parts": 1}
+    task = replace(TASK, space=space, fixed={**FIXED, "optimizer.lr": 0.1})
+    found = look_back(source_of(storage, chosen, setting=setting), task)
+    assert [one.params for one in found.shown] == [{"model.width": 8, "memory.parts": 4}]
+
+
 def test_what_did_not_fit_says_nothing_of_a_larger_budget(storage):
     found = look_back(source_of(storage, *TRIALS), replace(TASK, budget_bytes=400 * MIB))
     assert [one.state.name for one in found.shown] == ["COMPLETE"] * 3 + ["PRUNED"]

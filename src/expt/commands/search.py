@@ -47,7 +47,7 @@ from expt.search.records import Records
 from expt.search.request import Request, request_of
 from expt.search.runner import ProcessRunner, Runner
 from expt.search.samplers import make_sampler
-from expt.search.space import Space, line
+from expt.search.space import Space, settings_lines
 from expt.search.stored import StudyError
 from expt.search.study import (
     absolute_storage,
@@ -291,11 +291,11 @@ def _conclude(
         )
         kept = [line for line in shown_lines(request.given) if not key(line).startswith("search.")]
         own = [f"--config-dir={request.own}"] if request.own else []
-        names = {key(line) for line in kept}
-        if "memory.budget" in names and "memory.on_overflow" not in names:
-            kept.append("memory.on_overflow=train")  # like every trial: measured, not predicted
+        if summary.budget_bytes is not None:  # like every trial: measured, not predicted
+            kept = [line for line in kept if key(line) != "memory.on_overflow"]
+            kept.append("memory.on_overflow=train")
         point = space.lines(space.point(best["params"]))
-        point += [line(name, value) for name, value in best.get(TECHNIQUES, {}).items()]
+        point += settings_lines(best.get(TECHNIQUES, {}))
         lines = [*own, *kept, f"search.trial={best['trial']}", *point]
         print(f"again: python -m expt {shlex.join(lines)}")
     print(f"files: {request.folder}")

@@ -215,7 +215,7 @@ class MemoryConfig:
         if self.on_overflow is OnOverflow.adapt and not self.plan:
             found.append(
                 "memory.on_overflow=adapt needs a prediction, and memory.plan=false makes none; "
-                "set memory.plan=true"
+                "set memory.plan=true, or memory.on_overflow=train to go without"
             )
         if self.optimizer_in_backward and self.gradient_accumulation > 1:
             found.append(

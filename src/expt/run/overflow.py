@@ -183,9 +183,10 @@ def descend_by_plan(
     """
     trainer = planner.settings.trainer
     samples = -(-min(planner.data.batch_size, planner.data.size("train")) // trainer.devices)
-    micro_batch = -(-samples // planner.now.gradient_accumulation)
-    offload = ("saved_tensor_offload", "weight_offload")
-    sharded = (*offload, "forward_chunks") if trainer.sharded else ()
+    impossible = {"saved_tensor_offload", "weight_offload", "forward_chunks"}
+    if not trainer.sharded:
+        # What the host keeps is what is frozen when the run begins.
+        impossible = {"weight_offload"} if len(trainer.stages) > 1 else set()
 
     def refuse(techniques: Techniques) -> str | None:
         changed = [name for name in changes(planner.now, techniques) if name in kept]
@@ -195,12 +196,13 @@ def descend_by_plan(
 
     found, moves = adapt(
         planner.now,
-        micro_batch,
+        samples,
         limit_bytes,
         planner,
         planner.target,
         refuse=refuse,
-        ladder=[rung for rung in PLANNED_LADDER if rung.name not in sharded],
+        ladder=[rung for rung in PLANNED_LADDER if rung.name not in impossible],
+        evaluated=planner.data.eval_batch_size,
     )
     for skipped in moves[-1].skipped if moves else ():
         log.info("%s: %s", skipped.rung, skipped.reason)

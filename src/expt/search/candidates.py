@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,7 +34,7 @@ from expt.search.plan_cache import FOLDER
 from expt.search.predicting import Limit, advise, predict
 from expt.search.request import Request
 from expt.search.runner import setting
-from expt.search.space import Space, plain
+from expt.search.space import Space, plain, settings_lines
 from expt.search.trial import Prediction
 
 log = logging.getLogger(__name__)
@@ -59,8 +59,8 @@ class TrialJobs:
         seconds: for one prediction.
         worker: predicts; with the threads that trials have.
         varied: settings that trials have from the sampler.
-        adapts: whether a trial that is predicted over the budget is given techniques, other than
-            those that are varied, with which it is not.
+        adapts: whether a trial that is predicted over the budget is given techniques with which it
+            is not, other than those that are varied or given.
 
     """
 
@@ -93,10 +93,16 @@ class TrialJobs:
         """Return what a plan says, None if none can be made."""
         if not self.plan:
             return None
-        found = self._predicted(lines, self.folder / FOLDER)
+        found = self._predicted(lines, self.folder / FOLDER, self._limit)
+        if isinstance(found, str) and self._limit is not None:
+            # It took too long, say; what is over the budget as it is must not start all the same.
+            found = self._predicted(lines, self.folder / FOLDER, None)
         if isinstance(found, Prediction) and found.recalled and found.exceeds(self.budget_bytes):
             # No point is left out but by a plan of its own.
-            found = self._predicted(lines, None)
+            chosen = found.techniques
+            found = self._predicted([*lines, *settings_lines(chosen)], None, None)
+            if isinstance(found, Prediction):
+                found = replace(found, techniques=chosen)
         if isinstance(found, str):
             if not self._said:
                 self._said = True
@@ -104,10 +110,12 @@ class TrialJobs:
             return None
         return found
 
-    def _predicted(self, lines: Sequence[str], known: Path | None) -> Prediction | str:
+    def _predicted(
+        self, lines: Sequence[str], known: Path | None, limit: Limit | None
+    ) -> Prediction | str:
         try:
             found = self.worker.call(
-                predict, list(lines), self.own, known, self._limit, seconds=self.seconds
+                predict, list(lines), self.own, known, limit, seconds=self.seconds
             )
         except WorkerError as error:
             return str(error)
@@ -118,7 +126,7 @@ class TrialJobs:
         """What trials are made to fit into, None if they are taken as they are."""
         if not self.adapts or self.budget_bytes is None:
             return None
-        own = {key(name).removeprefix("memory.") for name in self.varied}
+        own = {key(name).removeprefix("memory.") for name in (*self.varied, *self.given)}
         return Limit(self.budget_bytes, frozenset(own))
 
     def advise(self, lines: Sequence[str]) -> str | None:

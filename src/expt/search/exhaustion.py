@@ -22,7 +22,15 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from expt.errors import SearchError
 from expt.result import Outcome
 from expt.search.space import Space, choices
-from expt.search.trial import CONSTRAINT, KIND, PREDICTED, STARTED, Prediction, kind_of
+from expt.search.trial import (
+    CONSTRAINT,
+    KIND,
+    PREDICTED,
+    STARTED,
+    Prediction,
+    kind_of,
+    technique_lines,
+)
 from expt.units import GIB, MIB, format_bytes
 
 LEAST_SUGGESTIONS = 10
@@ -157,12 +165,12 @@ def nothing_found(study: Study, nearest: Nearest, adviser: Adviser, space: Space
             f"no trial of {study.study_name} came to a validation figure: memory ran out in "
             f"{len(over)} of them; widen search.space towards what needs less"
         )
-    smallest = _smallest(over, nearest, budget)
+    smallest = _smallest(over, nearest, budget, space)
     message = f"nothing fits {format_bytes(budget)} (memory.budget)"
     if smallest is None:
         return SearchError(f"{message}; raise the budget, or widen search.space")
-    peak, params, lines = smallest
-    message += f": {_words(peak, params, space)}"
+    peak, point, lines = smallest
+    message += f": {_words(peak, point)}"
     advice = adviser.advise(lines) if lines else None
     enough = -(-peak // MIB) + 1
     change = f"memory.budget={enough}MiB"
@@ -176,13 +184,13 @@ def smallest_seen(
     trials = study.get_trials(deepcopy=False)
     if budget_bytes is None or not nothing_fitted(trials):
         return None
-    found = _smallest([trial for trial in trials if _over(trial)], nearest, budget_bytes)
-    return None if found is None else _words(found[0], found[1], space)
+    found = _smallest([trial for trial in trials if _over(trial)], nearest, budget_bytes, space)
+    return None if found is None else _words(found[0], found[1])
 
 
-def _words(peak: int, params: Mapping[str, object], space: Space) -> str:
-    point = f", with {' '.join(space.lines(params))}" if params else ""
-    return f"the smallest peak seen is {format_bytes(peak)}{point}"
+def _words(peak: int, point: Sequence[str]) -> str:
+    settings = f", with {' '.join(point)}" if point else ""
+    return f"the smallest peak seen is {format_bytes(peak)}{settings}"
 
 
 def _over(trial: FrozenTrial) -> bool:
@@ -191,19 +199,21 @@ def _over(trial: FrozenTrial) -> bool:
 
 
 def _smallest(
-    over: list[FrozenTrial], nearest: Nearest, budget_bytes: int
-) -> tuple[int, dict[str, object], list[str]] | None:
+    over: list[FrozenTrial], nearest: Nearest, budget_bytes: int, space: Space
+) -> tuple[int, list[str], list[str]] | None:
     """Return the smallest peak known, its point, and its settings where this worker has them."""
-    best: tuple[int, dict[str, object], int] | None = None
+    best: tuple[int, FrozenTrial] | None = None
     for trial in over:
         known = _needed(trial, budget_bytes)
         if known is not None and (best is None or known < best[0]):
-            best = (int(known), trial.params, trial.number)
+            best = (int(known), trial)
     if best is None:
         if nearest.demand_bytes is None or nearest.demand_bytes <= budget_bytes:
             return None
-        return nearest.demand_bytes, {}, nearest.lines
-    return best[0], best[1], nearest.lines if nearest.number == best[2] else []
+        return nearest.demand_bytes, [], nearest.lines
+    peak, trial = best
+    point = [*space.lines(trial.params), *technique_lines(trial)] if trial.params else []
+    return peak, point, nearest.lines if nearest.number == trial.number else []
 
 
 def _needed(trial: FrozenTrial, budget_bytes: int) -> int | None:

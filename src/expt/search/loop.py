@@ -37,7 +37,7 @@ from expt.search.metric import metric_of
 from expt.search.records import Records
 from expt.search.reservation import BEAT_SECONDS, Reservations, Reserved, counts
 from expt.search.runner import Job, Runner, Running
-from expt.search.space import Space
+from expt.search.space import Space, settings_lines
 from expt.search.study import answering
 from expt.search.trial import (
     STARTED,
@@ -214,7 +214,8 @@ class Search:
             *technique_lines(trial),  # of one that is gone on with
         ]
         prediction = self.jobs.predict(lines)
-        self.nearest.note(trial, lines, prediction)
+        chosen = {} if prediction is None else prediction.techniques
+        self.nearest.note(trial, [*lines, *settings_lines(chosen)], prediction)
         if prediction is not None and not started:
             kind = None
             if prediction.refusal is not None:
@@ -236,7 +237,7 @@ class Search:
         attempts = int(trial.user_attrs.get("attempts", 0)) + 1
         if prediction is not None and prediction.techniques:
             trial.set_user_attr(TECHNIQUES, with_techniques(trial, prediction))
-        lines += [one for one in technique_lines(trial) if one not in lines]
+        lines = [*lines, *(one for one in technique_lines(trial) if one not in lines)]
         trial.set_user_attr(STARTED, True)
         trial.set_user_attr("attempts", attempts)
         folder = self.trial_folder(trial.number)

@@ -8,6 +8,7 @@ folder, the plans of points that a peak cannot tell apart (`expt.search.plan_cac
 from __future__ import annotations
 
 import copy
+import logging
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
@@ -38,6 +39,8 @@ from expt.search import plan_cache
 from expt.search.plan_cache import UnknownStateError
 from expt.search.program import ChangedCodeError
 from expt.search.trial import Prediction
+
+log = logging.getLogger(__name__)
 
 
 class Composer:
@@ -101,10 +104,10 @@ composer = Composer()
 
 @dataclass(frozen=True)
 class Limit:
-    """What a trial is to fit into; of the settings of memory, `varied` are the sampler's."""
+    """What a trial is to fit into; techniques named in `kept` stay as its settings have them."""
 
     bytes: int
-    varied: frozenset[str]
+    kept: frozenset[str]
 
 
 class KeptPlanner(Planner):
@@ -181,8 +184,7 @@ def predict(
         planner = KeptPlanner(*_composed(lines, own), known)
         techniques = planner.now
         if limit is not None and planner.plan().demand_bytes > limit.bytes:
-            found = descend_by_plan(planner, limit.bytes, limit.varied)
-            techniques = found or planner.lightest
+            techniques = _lighter(planner, limit)
         changed = changes(planner.now, techniques)
         return replace(
             _prediction(planner.plan(techniques)),
@@ -195,6 +197,15 @@ def predict(
         return Prediction(refusal=first_lines(error))
     except Exception as error:  # whatever a user's model does under fake tensors
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _lighter(planner: Planner, limit: Limit) -> Techniques:
+    """Return techniques that fit, or those of the lowest demand."""
+    try:
+        return descend_by_plan(planner, limit.bytes, limit.kept) or planner.lightest
+    except Exception:  # whatever a user's model does under fake tensors with a technique on it
+        log.info("no technique was found", exc_info=True)
+        return planner.lightest
 
 
 def advise(lines: list[str], own: str | None, budget_bytes: int) -> str | None:

@@ -22,7 +22,7 @@ from expt.config.schema import TrackingConfig
 from expt.job import Metric
 from expt.search.metric import EARLIER
 from expt.search.trial import CONSTRAINT, kind_of
-from expt.search.winner import FILE_NAME, SweepSummary
+from expt.search.winner import FILE_NAME, SweepSummary, settings_of
 from expt.tracking.journal import JOURNAL, Reader, read_header
 from expt.tracking.tracker import NullTracker, Tracker
 
@@ -136,7 +136,7 @@ class Records:
         if best is not None:
             self.parent.tags(
                 {"best.trial": str(best["trial"]), "best.run_id": str(best["run_id"])}
-                | {f"best.{name}": str(value) for name, value in best["params"].items()}
+                | {f"best.{name}": str(value) for name, value in settings_of(best).items()}
             )
             figures = {k: v for k, v in best.items() if k.startswith("test/")}
             if figures:

@@ -37,6 +37,8 @@ MAY_DIFFER = {
 """Settings that may be others when a study is gone on with: they do not change what is found."""
 CHANGES_PEAKS = {"trainer.device", "trainer.compile", "memory.card", "memory.target"}
 """Those of them by which peaks, and what is predicted of them, are others all the same."""
+ON_OVERFLOW = "memory.on_overflow"
+"""Shared by all trials of a study if it is ``adapt``; the others are all the same to a trial."""
 SEVERAL = "several"
 """In the place of a setting that workers or restarts of a study gave different values."""
 
@@ -175,8 +177,8 @@ def _flat(cfg: DictConfig, without: Container[str]) -> dict[str, Any]:
 
     for group in FIXED:
         add(group, OmegaConf.to_container(cfg[group], resolve=False, enum_to_str=True))
-    if cfg.memory.on_overflow is OnOverflow.adapt:  # the others are all the same to a trial
-        found["memory.on_overflow"] = OnOverflow.adapt.name
+    if cfg.memory.on_overflow is OnOverflow.adapt and cfg.memory.budget is not None:
+        found[ON_OVERFLOW] = OnOverflow.adapt.name
     return found
 
 

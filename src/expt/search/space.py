@@ -124,6 +124,11 @@ def line(name: str, value: object) -> str:
     return f"{name}={'null' if value is None else value}"
 
 
+def settings_lines(values: Mapping[str, Any]) -> list[str]:
+    """Return settings as they are written on the command line."""
+    return [line(name, value) for name, value in values.items()]
+
+
 def typed(value: Any) -> Any:
     """Return what Hydra makes of a value of a point: a list, a dictionary, None, or itself."""
     if not isinstance(value, str):

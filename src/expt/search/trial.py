@@ -6,9 +6,9 @@ but the study; the same are tags of its run in the tracker, with the prefix ``tr
 ``kind``                  an `expt.result.Outcome`
 ``peak_bytes``            measured peak of tensors, None where none was measured
 ``demand_bytes``          what the budget was compared with: reserved bytes where there are any
-``predicted_peak_bytes``  of the plan, and ``interval_bytes``, [low, high]; ``recalled`` if the plan
-                          is that of an earlier trial, which the peak cannot tell from this one
-``techniques``            settings of memory that a plan chose for it, so that it fits
+``predicted_peak_bytes``  of the plan, and ``interval_bytes``, [low, high]; ``recalled`` if a plan
+                          of an earlier trial, which the peak cannot tell from this one, had a part
+``techniques``            settings of memory that a plan chose for it, since it would not fit else
 ``budget_bytes``          the limit, None without one
 ``seconds``               of training
 ``run_dir``, ``run_id``   its folder and its run in the tracker
@@ -39,7 +39,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from expt.config.search_node import PEAK
 from expt.result import Outcome
-from expt.search.space import line
+from expt.search.space import settings_lines
 from expt.units import GIB
 
 KIND, WORKER, STARTED, CONSTRAINT = "kind", "worker", "started", "peak_memory"
@@ -69,7 +69,7 @@ def with_techniques(trial: Trial, prediction: Prediction) -> dict[str, Any]:
 
 def technique_lines(trial: FrozenTrial | Trial) -> list[str]:
     """Return the techniques that were chosen for a trial, as settings of a command line."""
-    return [line(name, value) for name, value in trial.user_attrs.get(TECHNIQUES, {}).items()]
+    return settings_lines(trial.user_attrs.get(TECHNIQUES, {}))
 
 
 def stored(study: Study, number: int) -> FrozenTrial:

@@ -23,16 +23,23 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from expt.config.compose import key
+from expt.config.schema import OnOverflow
 from expt.config.search_node import PEAK
 from expt.errors import ConfigError, nearest
 from expt.job import Metric
 from expt.result import Outcome, RunResult, load_result
 from expt.search.metric import metric_of, mismatch
-from expt.search.request import CHANGES_PEAKS, SEVERAL, is_interpolation, resolved
+from expt.search.request import (
+    CHANGES_PEAKS,
+    ON_OVERFLOW,
+    SEVERAL,
+    is_interpolation,
+    resolved,
+)
 from expt.search.space import Space, typed
 from expt.search.stored import StudyError, load
 from expt.search.study import PREFIX, absolute_storage, changed_settings
-from expt.search.trial import CONSTRAINT, FROM, FROM_KIND, PREDICTED, kind_of
+from expt.search.trial import CONSTRAINT, FROM, FROM_KIND, PREDICTED, TECHNIQUES, kind_of
 from expt.search.winner import FILE_NAME, SweepSummary
 from expt.units import GIB
 from expt.uri import HIDDEN, without_password
@@ -113,6 +120,11 @@ class Task:
     def varies_data(self) -> bool:
         """Whether trials have different data."""
         return any(key(name).partition(".")[0] == "data" for name in self.space.distributions)
+
+    @property
+    def adapts(self) -> bool:
+        """Whether trials are given techniques that make them fit."""
+        return bool(self.fixed.get(ON_OVERFLOW) == OnOverflow.adapt.name)
 
 
 @dataclass(frozen=True)
@@ -310,7 +322,7 @@ def point_of(
     now has to have had the value of now.
     """
     own = {key(name): typed(value) for name, value in trial.params.items()}
-    then = {**fixed_then, **own}
+    then = {**fixed_then, **trial.user_attrs.get(TECHNIQUES, {}), **own}
     names = {key(name): name for name in task.space.distributions}
     point = task.space.point({name: then[bare] for bare, name in names.items() if bare in then})
     if len(point) < len(names):
@@ -347,6 +359,10 @@ def _shown(
 ) -> FrozenTrial | None:
     """Return a trial as the new study is shown it, None if nothing is known of it there."""
     excess = _excess(trial, kind, task.budget_bytes)
+    if excess is not None and task.adapts and kind is not Outcome.predicted_over:
+        # It is given the techniques that the new budget asks for; only what the least of them
+        # were not enough for has a demand that says something here.
+        excess = min(excess, 0.0)
     over = excess is not None and excess > 0
     state, values = trial.state, None
     if state is TrialState.COMPLETE:

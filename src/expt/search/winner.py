@@ -166,6 +166,11 @@ def describe(trial: FrozenTrial, tested: Mapping[str, Any], metric: Metric) -> d
     }
 
 
+def settings_of(best: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a trial in ``sweep.json``: its point, and what was chosen for it."""
+    return {**best["params"], **best.get(TECHNIQUES, {})}
+
+
 def run_id_in(run_dir: str | None) -> str | None:
     """Return the tracking id of the run in a folder, if there is one."""
     state = State.load(Path(run_dir)) if run_dir else None

@@ -4,7 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from expt.memory.recovery.ladder import LADDER, Situation, adapt, changes, descend
+from expt.memory.recovery.ladder import (
+    LADDER,
+    PLANNED_LADDER,
+    Situation,
+    adapt,
+    changes,
+    descend,
+)
 from expt.memory.techniques.techniques import Techniques
 
 PLAIN = Techniques()
@@ -88,12 +95,24 @@ def test_adapting_takes_as_many_rungs_as_it_needs():
 
 def test_adapting_goes_on_with_the_next_rung_at_the_floor():
     found, moves = adapt(PLAIN, 3, 200, halvings(1000, 100), "cpu")
-    assert found == Techniques(4, True)
+    assert found == Techniques(3, True), "no more parts than there are samples"
     assert [move.rung for move in moves] == [
         "halve_micro_batch",
         "halve_micro_batch",
         "activation_checkpointing",
     ]
+
+
+@pytest.mark.parametrize(("samples", "evaluated"), [(12, 48), (24, 12), (1, 1), (17, 3)])
+def test_adapting_ends_with_single_samples(samples, evaluated):
+    """More parts or slices than samples are refused by the settings."""
+    moves = adapt(
+        PLAIN, samples, 0, lambda t: 10**6 // t.gradient_accumulation + 10**6 // t.forward_chunks,
+        "cpu", ladder=PLANNED_LADDER, evaluated=evaluated,
+    )[1]  # fmt: skip
+    reached = [move.techniques for move in moves if move.techniques is not None]
+    assert max((one.gradient_accumulation for one in reached), default=1) == samples
+    assert max((one.forward_chunks for one in reached), default=1) == evaluated
 
 
 def test_adapting_says_why_nothing_fits():

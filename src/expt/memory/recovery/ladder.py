@@ -37,11 +37,15 @@ class Situation:
     Args:
         micro_batch: samples in the largest micro-batch with the techniques in force.
         device: its type, ``cuda`` or ``cpu``.
+        samples: in the batch of a step, the most parts that it can be taken in; None: not known.
+        evaluated: samples in a batch of evaluation, likewise.
 
     """
 
     micro_batch: int
     device: str
+    samples: int | None = None
+    evaluated: int | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,8 @@ def halve_micro_batch(techniques: Techniques, situation: Situation) -> Technique
         return "the micro-batch is a single sample already"
     if techniques.optimizer_in_backward:
         return "memory.optimizer_in_backward=true steps before other micro-batches have added"
-    return replace(techniques, gradient_accumulation=2 * techniques.gradient_accumulation)
+    parts = _twice(techniques.gradient_accumulation, situation.samples)
+    return replace(techniques, gradient_accumulation=parts)
 
 
 def checkpoint_blocks(techniques: Techniques, situation: Situation) -> Techniques | str:
@@ -127,7 +132,14 @@ def offload_weights(techniques: Techniques, situation: Situation) -> Techniques 
 
 def chunk_evaluation(techniques: Techniques, situation: Situation) -> Techniques | str:
     """Evaluate a batch in twice as many slices."""
-    return replace(techniques, forward_chunks=2 * techniques.forward_chunks)
+    chunks = _twice(techniques.forward_chunks, situation.evaluated)
+    if chunks <= techniques.forward_chunks:
+        return "evaluation takes one sample at a time already"
+    return replace(techniques, forward_chunks=chunks)
+
+
+def _twice(parts: int, most: int | None) -> int:
+    return 2 * parts if most is None else min(2 * parts, most)
 
 
 LADDER = (
@@ -179,23 +191,25 @@ def descend(
 
 def adapt(
     techniques: Techniques,
-    micro_batch: int,
+    samples: int,
     budget_bytes: int,
     predict: Predict,
     device: str = "cuda",
     refuse: Refuse = lambda techniques: None,
     ladder: Sequence[Rung] = LADDER,
+    evaluated: int | None = None,
 ) -> tuple[Techniques | None, list[Move]]:
     """Go down until the predicted peak is inside the budget, before a run.
 
     Args:
         techniques: those asked for.
-        micro_batch: samples in a micro-batch with them.
+        samples: in the batch of a step.
         budget_bytes: what the peak must not exceed.
         predict: see `Predict`.
         device: type of the device.
         refuse: see `Refuse`.
         ladder: the rungs.
+        evaluated: samples in a batch of evaluation; None: not known.
 
     Returns:
         the techniques that fit, None if none do or a peak is not known, and every move; of the
@@ -206,12 +220,12 @@ def adapt(
     now: Techniques = techniques
     while (peak := predict(now)) is not None and peak > budget_bytes:
         # Two phases may be about as high: a rung that lowers one of them shows little by itself.
-        move = descend(now, Situation(micro_batch, device), predict, refuse, ladder, 0.0)
+        micro_batch = -(-samples // now.gradient_accumulation)
+        situation = Situation(micro_batch, device, samples, evaluated)
+        move = descend(now, situation, predict, refuse, ladder, 0.0)
         moves.append(move)
         if move.techniques is None:
             return None, moves
-        parts = move.techniques.gradient_accumulation // now.gradient_accumulation
-        micro_batch = -(-micro_batch // parts)
         now = move.techniques
     return (None if peak is None else now), moves
 
