@@ -379,3 +379,28 @@ def test_a_refusal_is_planned_no_longer_than_until_something_fits(composed, monk
     assert "No technique is predicted to fit" in message
     tried = [str(trace[3:]) for trace in traces]
     assert len(tried) == len(set(tried)) <= 20, "nothing is planned twice"
+
+
+@pytest.mark.parametrize(("stages", "offloaded"), [(1, True), (2, False)])
+def test_no_rung_is_taken_that_the_settings_refuse(stages, offloaded):
+    """Weights wait on the host as they were frozen at first, which several stages change."""
+    from types import SimpleNamespace
+
+    from expt.memory.techniques.techniques import Techniques
+    from expt.run.overflow import descend_by_plan
+
+    class Planner:
+        settings = SimpleNamespace(
+            trainer=SimpleNamespace(devices=1, sharded=False, stages=[None] * stages)
+        )
+        data = SimpleNamespace(batch_size=1, eval_batch_size=1, size=lambda split: 10)
+        now, target = Techniques(activation_checkpointing=True), "cuda"
+
+        def __call__(self, techniques):
+            return 100 - 10 * techniques.saved_tensor_offload - 10 * techniques.weight_offload
+
+        def refused(self, techniques):
+            return None
+
+    found = descend_by_plan(Planner(), 80)
+    assert (found is not None and found.weight_offload) is offloaded

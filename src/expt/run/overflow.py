@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from expt.config.compose import key
 from expt.config.schema import Compile, OnOverflow
 from expt.config.settings import RunContext, Settings
+from expt.config.stages import combination_problems
 from expt.errors import ConfigError, UserError, first_line
 from expt.job import DataSet
 from expt.memory.measuring.budget import Budget
@@ -183,16 +184,17 @@ def descend_by_plan(
     """
     trainer = planner.settings.trainer
     samples = -(-min(planner.data.batch_size, planner.data.size("train")) // trainer.devices)
-    impossible = {"saved_tensor_offload", "weight_offload", "forward_chunks"}
-    if not trainer.sharded:
-        # What the host keeps is what is frozen when the run begins.
-        impossible = {"weight_offload"} if len(trainer.stages) > 1 else set()
+    offload = ("saved_tensor_offload", "weight_offload")
+    sharded = (*offload, "forward_chunks") if trainer.sharded else ()
 
     def refuse(techniques: Techniques) -> str | None:
         changed = [name for name in changes(planner.now, techniques) if name in kept]
         if changed:
             return f"memory.{changed[0]} is to stay as it is"
-        return planner.refused(techniques)
+        found = combination_problems(
+            len(trainer.stages), trainer.sharded, techniques.weight_offload, None
+        )
+        return found[0] if found else planner.refused(techniques)
 
     found, moves = adapt(
         planner.now,
@@ -201,7 +203,7 @@ def descend_by_plan(
         planner,
         planner.target,
         refuse=refuse,
-        ladder=[rung for rung in PLANNED_LADDER if rung.name not in impossible],
+        ladder=[rung for rung in PLANNED_LADDER if rung.name not in sharded],
         evaluated=planner.data.eval_batch_size,
     )
     for skipped in moves[-1].skipped if moves else ():
