@@ -1,13 +1,14 @@
 """The field's models and ours: test error against peak memory, each trained for the same CPU time.
 
-    python benchmarks/peers.py --minutes N [--only ROW] [--data metr_la_29|pems_bay] [--again]
+    python benchmarks/peers.py --minutes N [--only ROW …] [--data metr_la_29|pems_bay] [--again]
 
 Measures first what a step of each model costs (predicted and measured peak, CPU time of one
 thread), and runs what needs no training. N minutes then go to the rows (a model and a seed) that
 are not finished, one after the other, each going on where the last call left it; a row is finished
 after `peers_rows.MINUTES` of CPU time, or when its own settings end it before. The winners of
-searches inside a budget are searched for first, for as long. `--only` names a model, or a row like
-"STID seed 0". For PEMS-BAY, EXPT_PEMS_BAY names the user's file.
+searches inside a budget are searched for first, for as long. `--only` names models, or rows like
+"STID seed 0", and their order. Two calls may work side by side: a row that another call works on
+is passed over. For PEMS-BAY, EXPT_PEMS_BAY names the user's file.
 """
 
 from __future__ import annotations
@@ -18,15 +19,25 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from common import ROOT, last_words, load, provenance, stamped, store
-from peers_rows import DATA, MINUTES, PEERS, Peer, data_settings, measured_cost, steps_that_fit
+from peers_rows import (
+    DATA,
+    MINUTES,
+    PEERS,
+    SEARCH,
+    Peer,
+    data_settings,
+    measured_cost,
+    steps_that_fit,
+)
 from peers_slices import drop_state, keep_state, restore_state, run_slice, what_it_said
 from peers_tables import plot, tables
 
+from expt.locks import Lock
 from expt.result import load_result
 from expt.search.winner import settings_of
 
@@ -40,7 +51,7 @@ COMMON = ("trainer.device=cpu", "trainer.compile=off")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=0.0, help="of the clock, for training")
-    parser.add_argument("--only", default="", help="a model, or MODEL seed N")
+    parser.add_argument("--only", nargs="+", default=[], help="a model, or MODEL seed N")
     parser.add_argument("--data", choices=DATA, default=DATA[0])
     parser.add_argument("--again", action="store_true", help="measure costs anew")
     parser.add_argument("--cost", help=argparse.SUPPRESS)
@@ -49,9 +60,10 @@ def main() -> None:
         print(json.dumps(measured_cost(json.loads(arguments.cost))))
         return
     table = Comparison(arguments.data)
-    chosen = [row for row in rows() if arguments.only in ("", row[0], row_name(*row))]
-    if not chosen:
-        parser.error(f"--only {arguments.only!r} is no row; {', '.join(PEERS)} are the models")
+    chosen = [row for only in arguments.only or [""] for row in rows() if named(row, only)]
+    for only in arguments.only:
+        if not any(named(row, only) for row in chosen):
+            parser.error(f"--only {only!r} is no row; {', '.join(PEERS)} are the models")
     for name in dict.fromkeys(name for name, _ in chosen):
         table.measure_cost(name, arguments.again)
     until = time.monotonic() + 60 * arguments.minutes
@@ -59,7 +71,7 @@ def main() -> None:
         while not table.finished(name, seed):
             if PEERS[name].trained and until - time.monotonic() < LEAST_SECONDS:
                 break
-            if not table.go_on(name, seed, until):
+            if not table.go_on_alone(name, seed, until):
                 break
 
 
@@ -69,6 +81,11 @@ def rows() -> Iterator[tuple[str, int]]:
         for name, peer in PEERS.items():
             if seed < len(peer.seeds):
                 yield name, peer.seeds[seed]
+
+
+def named(row: tuple[str, int], only: str) -> bool:
+    """Tell whether `--only` names a row; nothing names them all."""
+    return only in ("", row[0], row_name(*row))
 
 
 def row_name(name: str, seed: int) -> str:
@@ -81,13 +98,34 @@ class Comparison:
     def __init__(self, data: str) -> None:
         self.data = data
         self.folder = ROOT / "outputs" / NAME / data
+        self.read()
+
+    def read(self) -> None:
+        """Take over what is stored: other calls store too."""
         self.record: dict[str, Any] = {"costs": {}, "searches": {}, "rows": {}, **load(NAME)}
         for part in ("costs", "searches", "rows"):
-            self.record[part].setdefault(data, {})
+            self.record[part].setdefault(self.data, {})
 
     def part(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = self.record[name][self.data]
         return found
+
+    def put(self, part: str, key: str, value: Mapping[str, Any]) -> None:
+        """Store one entry, with all that other calls have stored by now."""
+        lock = self.lock("results")
+        lock.acquire(wait=True)
+        try:
+            self.read()
+            self.part(part)[key] = stamped(value)
+            self.record["made"] = provenance()
+            store(NAME, self.record, tables(self.record))
+            plot(self.record)
+        finally:
+            lock.release()
+
+    def lock(self, name: str) -> Lock:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return Lock(self.folder.parent / f"{name}.lock")
 
     def settings(self, name: str) -> list[str] | None:
         """Return a model's settings; None while its search has not been done."""
@@ -110,12 +148,24 @@ class Comparison:
         if done.returncode:
             print(f"{name}: not measured: {last_words(done.stderr)}", flush=True)
             return
-        cost = self.part("costs")[name] = stamped(json.loads(done.stdout.splitlines()[-1]))
+        cost = json.loads(done.stdout.splitlines()[-1])
         print(f"{name}: {cost}", flush=True)
-        self.save()
+        self.put("costs", name, cost)
 
     def finished(self, name: str, seed: int) -> bool:
         return bool(self.part("rows").get(row_name(name, seed), {}).get("finished"))
+
+    def go_on_alone(self, name: str, seed: int, until: float) -> bool:
+        """Do as `go_on` does, unless another call works on the row or on the search before it."""
+        searching = self.settings(name) is None
+        lock = self.lock(self.state_name(name if searching else row_name(name, seed)))
+        if not lock.acquire():
+            print(f"{row_name(name, seed)}: another call works on it", flush=True)
+            return False
+        try:
+            return self.go_on(name, seed, until)
+        finally:
+            lock.release()
 
     def go_on(self, name: str, seed: int, until: float) -> bool:
         """Give a row a slice; tell whether another one may be given to it.
@@ -124,6 +174,7 @@ class Comparison:
             KeyboardInterrupt: whoever runs this wants it to end; all is saved.
 
         """
+        self.read()
         if self.settings(name) is None:
             return self.search(name, PEERS[name], until)
         self.measure_cost(name)  # of a winner that was just found
@@ -155,9 +206,8 @@ class Comparison:
         found["state_kept"] = committed and keep_state(known, folder)
         if found["finished"]:
             drop_state(known)
-        self.part("rows")[row_name(name, seed)] = stamped(found)
         print(f"{row_name(name, seed)}: {found}", flush=True)
-        self.save()
+        self.put("rows", row_name(name, seed), found)
         if taken.interrupted:
             raise KeyboardInterrupt
         return True
@@ -197,7 +247,7 @@ class Comparison:
             print(f"{name}: its study is lost, and it begins anew", flush=True)
             found.update(cpu_seconds=0.0, slices=0)
         command = [
-            "-m", "search=alternating", *data_settings(self.data), *COMMON,
+            "-m", *SEARCH, *peer.settings, *data_settings(self.data), *COMMON,
             f"memory.budget={peer.budget}", f"search.study={slug(name)}",
             f"search.storage='sqlite:///{study}'", f"hydra.sweep.dir='{folder}'",
             "search.test_winner=false", "trainer.progress=false", "tracking=none",
@@ -222,20 +272,14 @@ class Comparison:
                 for key, value in settings_of(summary["best"]).items()
             ]
             found["val/mae"] = summary["best"]["val/mae"]
-        self.part("searches")[name] = stamped(found)
         print(f"{name}: {found}", flush=True)
-        self.save()
+        self.put("searches", name, found)
         if taken.interrupted:
             raise KeyboardInterrupt
         return True
 
     def state_name(self, row: str) -> str:
         return f"{self.data}-{slug(row)}"
-
-    def save(self) -> None:
-        self.record["made"] = provenance()
-        store(NAME, self.record, tables(self.record))
-        plot(self.record)
 
 
 def slug(name: str) -> str:

@@ -11,6 +11,7 @@ from expt.units import (
     format_bytes,
     format_seconds,
     parse_bytes,
+    spell_bytes,
 )
 
 
@@ -73,6 +74,15 @@ def test_durations_for_a_reader(seconds: float, text: str) -> None:
 )
 def test_amounts_of_memory(value: object, count: int) -> None:
     assert parse_bytes(value) == count
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(2**30, "1GiB"), (47185920, "45MiB"), (3 * 2**29, "1536MiB"), (10**9, "1000000000"), (0, "0")],
+)
+def test_bytes_are_spelled_without_loss(count: int, text: str) -> None:
+    assert spell_bytes(count) == text
+    assert count == 0 or parse_bytes(text) == count
 
 
 @pytest.mark.parametrize(

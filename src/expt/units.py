@@ -34,6 +34,14 @@ _PERCENT = re.compile(r"(?P<number>[+-]?\d+(?:\.\d*)?)\s*%")
 _BYTES = re.compile(r"\+?(?P<number>\d+(?:\.\d*)?(?:e\+?\d+)?)\s*(?P<unit>[a-z]*)", re.IGNORECASE)
 
 
+def spell_bytes(count: int) -> str:
+    """Return a number of bytes as a setting that stands for exactly so many: ``1GiB``, ``1000``."""
+    for unit, size in (("GiB", GIB), ("MiB", MIB)):
+        if count and count % size == 0:
+            return f"{count // size}{unit}"
+    return str(count)
+
+
 def parse_bytes(value: object) -> int:
     """Return the bytes that a setting stands for: ``200MiB``, ``6GB``, ``1.5 GiB``, ``1048576``.
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from expt.config.compose import compose_lines
 from expt.result import RunResult
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -42,7 +43,7 @@ def comparison() -> Any:
     from peers import Comparison
 
     found = Comparison("metr_la_29")
-    found.part("costs")["DLinear"] = COST
+    found.put("costs", "DLinear", COST)
     return found
 
 
@@ -74,6 +75,22 @@ def test_as_many_steps_as_the_time_is_enough_for() -> None:
     assert steps_that_fit(COST) == 300 * 3600 / (300 * 0.5 + 50 * 0.6)
     assert steps_that_fit({**COST, "step_seconds": 0.001}) == 40 * 300, "its settings' epochs"
     assert steps_that_fit({**COST, "step_seconds": 9999.0}) == 1
+
+
+def test_a_trial_has_its_share_of_the_steps_and_what_it_fixes_is_not_searched_for() -> None:
+    from peers_rows import SEARCH, SHARE_OF_TRIAL, searched
+
+    given = [line for line in (*SEARCH, *searched("24MiB").settings) if line[:5] != "hydra"]
+    trial = compose_lines(given, None)
+    seed = compose_lines(["experiment=accuracy"], None)
+    steps = seed.trainer.epochs * -(-23974 // seed.data.batch_size)  # windows of the training part
+    share = trial.trainer.epochs * trial.trainer.steps_per_epoch
+    assert share * SHARE_OF_TRIAL == pytest.approx(steps, rel=0.01)
+    assert trial.data.batch_size == seed.data.batch_size
+    assert set(trial.search.space) - {line.partition("=")[0] for line in given} == {
+        "model.embed_dim", "model.num_layers", "model.num_stages", "model.patch_sizes",
+        "model.cross_stage_attention", "optimizer.lr",
+    }  # fmt: skip
 
 
 def test_every_first_seed_comes_before_every_second() -> None:
@@ -129,13 +146,44 @@ def test_a_row_whose_state_is_lost_begins_anew(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(peers, "run_slice", Slices((5.0, "stopped")))
     table = comparison()
-    table.part("rows")[ROW] = {
+    begun = {
         "model": "DLinear", "seed": 0, "cpu_seconds": 99.0, "slices": 4, "finished": False,
         "steps_planned": 7,
     }  # fmt: skip
+    table.put("rows", ROW, begun)
     table.go_on("DLinear", 0, time.monotonic())
     assert table.part("rows")[ROW]["cpu_seconds"] == 5.0
     assert table.part("rows")[ROW]["slices"] == 1
+
+
+def test_what_another_call_stored_meanwhile_stays() -> None:
+    from peers import Comparison
+
+    ours, theirs = Comparison("metr_la_29"), Comparison("pems_bay")
+    theirs.put("costs", "STID", COST)
+    ours.put("costs", "DLinear", COST)
+    later = Comparison("pems_bay")
+    assert list(later.part("costs")) == ["STID"]
+    assert list(later.record["costs"]["metr_la_29"]) == ["DLinear"]
+
+
+def test_a_row_that_another_call_works_on_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import peers
+
+    slices = Slices((100.0, "completed"))
+    monkeypatch.setattr(peers, "run_slice", slices)
+    line = ["peers.py", "--minutes", "9", "--only", "DLinear seed 1", ROW]
+    monkeypatch.setattr(sys, "argv", line)
+    held = comparison().lock("metr_la_29-dlinear-seed-0")
+    assert held.acquire()
+    peers.main()
+    held.release()
+    assert f"{ROW}: another call works on it" in capsys.readouterr().out
+    assert [part for line in slices.commands for part in line if "seed=" in part] == [
+        "trainer.seed=1"
+    ]
 
 
 def test_only_what_going_on_needs_is_packed_and_only_while_it_is_small(
@@ -191,7 +239,7 @@ def test_a_winner_is_trained_with_what_its_search_found(
 
     monkeypatch.setattr(peers, "run_slice", searched)
     table = peers.Comparison("metr_la_29")
-    name = "search 32 MiB"
+    name = "search 24 MiB"
     assert table.settings(name) is None
     assert table.go_on(name, 0, time.monotonic())
     settings = table.settings(name)

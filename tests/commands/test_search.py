@@ -274,6 +274,12 @@ def test_points_are_made_to_fit_and_the_winner_says_how(expt, home):
     assert parts > 1
     again = next(line for line in out.splitlines() if line.startswith("again: "))
     assert f"memory.gradient_accumulation={parts}" in again
+    trained = ["memory.on_overflow=train", "memory.fallback=none", "memory.budget=16MiB"]
+    assert [
+        word
+        for word in again.split()
+        if word.rpartition("=")[0] in ("memory.on_overflow", "memory.fallback", "memory.budget")
+    ] == trained, "as every trial was"
     log = (home / f"outputs/sweeps/debug/trial_{best['trial']:03d}/output.log").read_text()
     assert "predicted peak: " in log
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from expt.memory.measuring.device_memory import device_type
+from expt.memory.measuring.device_memory import device_type, total_bytes
 from expt.run.process import WorkerError
 from expt.search.candidates import (
     TrialJobs,
@@ -81,6 +82,7 @@ def test_advice_fits_the_budget(home):
 def test_the_facts_that_all_trials_share(home):
     assert base_facts([*SMALL, "memory.budget=200MiB"], None) == {
         "problems": [], "budget_bytes": 200 * MIB, "device": device_type("auto"),
+        "device_bytes": total_bytes(torch.device(device_type("auto"))),
     }  # fmt: skip
     found = base_facts([*SMALL, "memory.budget=none", "trainer.epochs=0"], None)
     assert len(found["problems"]) == 2

@@ -99,6 +99,16 @@ def test_a_trial_that_was_lost_before_its_batch_is_not_launched(launcher, tmp_pa
     assert len(launcher.batches) == 1, "nothing is left to launch"
 
 
+def test_a_stop_does_not_wait_for_a_batch_that_is_never_launched(launcher, tmp_path):
+    runner = LauncherRunner(launcher, tmp_path)
+    trial = runner.start(job(tmp_path, 0, "good"))
+    assert trial.poll() is None
+    trial.stop("signal")
+    assert trial.poll().kind is Outcome.killed, "it is left to the next worker"
+    runner.flush()
+    assert launcher.batches == []
+
+
 def test_a_job_that_goes_wrong_costs_itself_alone(launcher, tmp_path):
     runner = LauncherRunner(launcher, tmp_path)
     kinds = ("good", "refused", "crash")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import statistics
+import threading
 import time
 from dataclasses import replace
+from datetime import datetime, timedelta
 
 import optuna
 import pytest
@@ -19,7 +21,7 @@ from expt.result import Outcome
 from expt.run.process import identity
 from expt.search.reservation import WORKER
 from expt.search.trial import KIND, STARTED, Prediction, TrialOutcome, kind_of
-from expt.search.winner import SweepSummary
+from expt.search.winner import SweepSummary, wall_seconds
 from expt.training.interruption import Stopped
 from expt.units import MIB
 
@@ -390,11 +392,71 @@ def test_ctrl_c_leaves_what_runs_to_the_next_worker_and_keeps_the_rest(make):
     assert search.runner.trials[2].stopped == "signal"
     assert states(search) == [TrialState.COMPLETE] * 2 + [TrialState.RUNNING]
     assert SweepSummary.load(search.folder).finished == 2
-    # This process lives, so only another one would adopt it: let it be dead.
-    search.study._storage.set_trial_user_attr(
-        search.study.trials[2]._trial_id, WORKER, {**identity(), "pid": 2**22 + 1}
-    )
     assert make(fine, storage=storage, n_trials=5).run().finished == 5
+
+
+def test_a_stop_is_no_failure_that_uses_up_a_retry(make):
+    storage = optuna.storages.InMemoryStorage()
+    search = make(fine, storage=storage, n_trials=1, retry=1)
+    start = search.runner.start
+
+    def interrupt(job):
+        os.kill(os.getpid(), signal.SIGINT)
+        return start(job)
+
+    search.runner.start = interrupt
+    with pytest.raises(Stopped):
+        search.run()
+    results = [TrialOutcome(Outcome.failed, error="x"), TrialOutcome(Outcome.completed, 3.0, 1, 1)]
+    again = make(lambda params: results.pop(0), storage=storage, n_trials=1, retry=1)
+    assert again.run().finished == 1
+    assert again.study.trials[0].user_attrs["attempts"] == 3
+
+
+def test_a_search_that_lost_its_storage_goes_on_in_the_same_process(make, monkeypatch):
+    """Not even that it leaves its trials can be written down then."""
+    storage = optuna.storages.InMemoryStorage()
+    search = make(fine, storage=storage, n_trials=3)
+
+    def gone(*arguments):
+        raise StorageError("gone")
+
+    with monkeypatch.context() as lost:
+        lost.setattr(storage, "set_trial_user_attr", gone)
+        search.reservations._mine.add(0)
+        with pytest.raises(StorageError):
+            search.run()
+    assert make(fine, storage=storage, n_trials=3).run().finished == 3
+
+
+def test_a_trial_is_seen_to_while_it_is_predicted(make, monkeypatch):
+    """A ladder of a slow model takes minutes, after which another machine would take it over."""
+    monkeypatch.setattr("expt.search.loop.BEAT_SECONDS", 0.001)
+    beaten = threading.Event()
+
+    def predict(params):
+        assert beaten.wait(30)
+
+    search = make(fine, predict, n_trials=1)
+    beat = search.reservations.beat
+
+    def noted(trial):
+        if threading.current_thread() is not threading.main_thread():
+            beaten.set()
+        return beat(trial)
+
+    search.reservations.beat = noted
+    assert search.run().finished == 1
+
+
+def test_a_pause_is_no_time_of_the_search(make):
+    start = datetime(2026, 1, 1)
+    hour = timedelta(hours=1)
+    trial = optuna.trial.create_trial(value=1.0)
+    trial.datetime_start, trial.datetime_complete = start, start + 10 * hour
+    assert wall_seconds([trial]) == 10 * 3600
+    trial.user_attrs["resumed_at"] = (start + 9 * hour).timestamp()
+    assert wall_seconds([trial]) == 3600
 
 
 def test_a_storage_that_goes_away_is_one_line(make):
@@ -443,11 +505,11 @@ def test_a_sampler_that_sees_no_way_on_gets_a_point_drawn_at_random(make):
         def sample_independent(self, study, trial, name, distribution):
             return {"x": 0.5, "width": 8}[name]
 
-    search = make(fine, n_trials=3)
+    search = make(fine, n_trials=12)
     search.study.sampler = Stubborn()
     summary = search.run()
-    assert summary.finished == 3
-    assert summary.duplicates >= 4
+    assert summary.finished == 12
+    assert 40 <= summary.duplicates <= 60, "every fifth suggestion is another one"
 
 
 def test_ten_thousand_trials_do_not_slow_a_suggestion_beyond_optunas_own_time(make):

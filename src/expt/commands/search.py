@@ -36,6 +36,7 @@ from expt.search.candidates import (
     check_presets,
     checker,
     learn_metric,
+    memory_lines,
 )
 from expt.search.exhaustion import smallest_seen
 from expt.search.launcher import PRUNED_LATE, UNLIMITED, LauncherRunner
@@ -107,7 +108,10 @@ def search(
     )
     metric = learn_metric(request, space, jobs.worker)
     node.objectives = objectives_of(node.objectives, metric)
-    reservations = open_search(request, space, storage, made, jobs, metric, text, facts["device"])
+    reservations = open_search(
+        request, space, storage, made, jobs, metric, text, facts["device"],
+        None if launcher is not None else facts["device_bytes"],
+    )  # fmt: skip
     if isinstance(made, GridSampler) and space.size is not None:
         node.n_trials = reservations.n_trials = min(node.n_trials, space.size)
     study = reservations.study
@@ -292,10 +296,11 @@ def _conclude(
         kept = [line for line in shown_lines(request.given) if not key(line).startswith("search.")]
         own = [f"--config-dir={request.own}"] if request.own else []
         if summary.budget_bytes is not None:  # like every trial: measured, not predicted
-            kept = [line for line in kept if key(line) != "memory.on_overflow"]
-            kept.append("memory.on_overflow=train")
+            fixed = memory_lines(summary.budget_bytes)
+            kept = [line for line in kept if key(line) not in set(map(key, fixed))] + fixed
         point = space.lines(space.point(best["params"]))
         point += settings_lines(best.get(TECHNIQUES, {}))
         lines = [*own, *kept, f"search.trial={best['trial']}", *point]
-        print(f"again: python -m expt {shlex.join(lines)}")
+        one = f", one of {request.config.repeats} seeds" if request.config.repeats > 1 else ""
+        print(f"again{one}: python -m expt {shlex.join(lines)}")
     print(f"files: {request.folder}")

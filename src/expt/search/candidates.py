@@ -26,7 +26,7 @@ from expt.config.validate import argument_problems, validated
 from expt.errors import ConfigError, UserError, nearest
 from expt.job import DataSet, Metric, monitored
 from expt.memory.measuring.budget import Budget
-from expt.memory.measuring.device_memory import device_type, planned_type
+from expt.memory.measuring.device_memory import device_type, planned_type, total_bytes
 from expt.run.build import build
 from expt.run.process import Worker, WorkerError
 from expt.search.metric import EARLIER, metric_of_trials
@@ -36,6 +36,7 @@ from expt.search.request import Request
 from expt.search.runner import setting
 from expt.search.space import Space, plain, settings_lines
 from expt.search.trial import Prediction
+from expt.units import spell_bytes
 
 log = logging.getLogger(__name__)
 
@@ -81,12 +82,9 @@ class TrialJobs:
         lines += [
             *params,
             f"search.trial={number}",
-            "memory.on_overflow=train",  # whether it fits is what the trial finds out
-            "memory.fallback=none",
+            *memory_lines(self.budget_bytes),
             setting("tracking.parent", self.folder),
         ]
-        if self.budget_bytes is not None:
-            lines.append(f"memory.budget={self.budget_bytes}")
         return lines
 
     def predict(self, lines: Sequence[str]) -> Prediction | None:
@@ -140,6 +138,13 @@ class TrialJobs:
         except WorkerError:
             return None
         return cast("str | None", found)
+
+
+def memory_lines(budget_bytes: int | None) -> list[str]:
+    """Return the settings of memory that every trial has, whatever the command line says."""
+    # Whether it fits is what the trial finds out.
+    lines = ["memory.on_overflow=train", "memory.fallback=none"]
+    return lines if budget_bytes is None else [*lines, f"memory.budget={spell_bytes(budget_bytes)}"]
 
 
 def learn_metric(request: Request, space: Space, worker: Worker) -> Metric:
@@ -229,7 +234,8 @@ def check_presets(presets: Sequence[str], own: str | None = None) -> None:
 def base_facts(given: list[str], own: str | None) -> dict[str, Any]:
     """Return what is wrong with the settings that all trials share, their budget and device.
 
-    ``budget_bytes`` is None without a budget; ``device`` is a kind, like ``cuda``.
+    ``budget_bytes`` is None without a budget; ``device`` is a kind, like ``cuda``, and
+    ``device_bytes`` its memory here, None without a budget.
 
     This may make a CUDA context.
     """
@@ -239,12 +245,13 @@ def base_facts(given: list[str], own: str | None) -> dict[str, Any]:
         value = settings.memory.budget
         device = torch.device(planned_type(settings.trainer.device.value))
         budget = None if value is None else Budget.parse(value, device).bytes
+        memory = None if value is None else total_bytes(device)
     except ConfigError as error:
         return {"problems": error.problems}
     except (UserError, HydraException, OmegaConfBaseException) as error:
         return {"problems": [first_lines(error)]}
     kind = device_type(settings.trainer.device.value)
-    return {"problems": [], "budget_bytes": budget, "device": kind}
+    return {"problems": [], "budget_bytes": budget, "device": kind, "device_bytes": memory}
 
 
 def base_metric(given: list[str], own: str | None) -> dict[str, Any]:

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from hydra.plugins.launcher import Launcher
 from expt.errors import SearchError
 from expt.result import FILE_NAME, Outcome
 from expt.search.ending import Ending, outcome_of
-from expt.search.reservation import BEAT_SECONDS
+from expt.search.reservation import BEAT_SECONDS, beating
 from expt.search.runner import Job, Stop, combined, setting
 from expt.search.trial import TrialOutcome
 
@@ -58,17 +57,18 @@ class LaunchedTrial:
         return len(self.outcomes) if good and len(self.outcomes) < len(self.job.seeds) else None
 
     def poll(self) -> TrialOutcome | None:
-        """Return how it ended, None while its batch was not launched."""
-        if not self.outcomes or self.next_seed is not None:
-            return None
-        return combined(self.outcomes, self.job.seeds)
+        """Return how it ended, None while its batch is to be launched."""
+        if self.outcomes and self.next_seed is None:
+            return combined(self.outcomes, self.job.seeds)
+        return None if self.wanted else TrialOutcome(Outcome.killed, error="it was not launched")
 
     def epochs(self) -> list[tuple[int, float]]:
         """Return nothing: it runs elsewhere."""
         return []
 
     def stop(self, why: Stop) -> None:
-        """Do nothing: the launcher ends its jobs itself."""
+        """Do as `kill` does: the launcher ends its jobs itself."""
+        self.kill()
 
     def kill(self) -> None:
         """Leave it out of what is launched from now on; what was launched ends by itself."""
@@ -110,28 +110,8 @@ class LauncherRunner:
         """
         batch, self._batch = [trial for trial in self._batch if trial.wanted], []
         if batch:
-            with self._beating():
+            with beating(self.beat, BEAT_SECONDS):
                 self._launch(batch)
-
-    @contextlib.contextmanager
-    def _beating(self) -> Iterator[None]:
-        """Let workers on other machines know that we live, while a launcher does not return."""
-        over = threading.Event()
-
-        def beat() -> None:
-            while self.beat is not None and not over.wait(BEAT_SECONDS):
-                try:
-                    self.beat()
-                except Exception as error:  # the storage; whoever tells it next says so
-                    log.info("no sign of life was given: %s", error)
-
-        thread = threading.Thread(target=beat, name="expt-beat", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
 
     def _launch(self, batch: Sequence[LaunchedTrial]) -> None:
         while left := [one for one in batch if one.wanted and one.next_seed is not None]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -35,11 +36,13 @@ from expt.search.exhaustion import (
 )
 from expt.search.metric import metric_of
 from expt.search.records import Records
-from expt.search.reservation import BEAT_SECONDS, Reservations, Reserved, counts
+from expt.search.reservation import BEAT_SECONDS, Reservations, Reserved, beating, counts
 from expt.search.runner import Job, Runner, Running
 from expt.search.space import Space, settings_lines
 from expt.search.study import answering
 from expt.search.trial import (
+    RESUMED_AT,
+    RETRIED,
     STARTED,
     TECHNIQUES,
     Prediction,
@@ -85,7 +88,6 @@ class UnderWay:
     running: Running
     job: Job
     prediction: Prediction | None
-    attempts: int
     reported: set[int]
     pruned: bool = False
 
@@ -124,6 +126,7 @@ class Search:
     _untrained: int = 0
     _duplicates: int = 0
     _said_why: bool = False
+    _judged: Trial | None = None
     _lost: set[int] = field(default_factory=set)
     _beaten: float = field(default_factory=time.monotonic)
 
@@ -147,6 +150,8 @@ class Search:
         finally:
             for one in self.under_way:
                 one.running.kill()
+            with suppress(Exception):  # without its storage: see `Reservations.leave`
+                self.reservations.leave()
         summary = self.summary()
         if summary.best is None:
             raise nothing_found(self.study, self.nearest, self.jobs, self.space)
@@ -168,9 +173,11 @@ class Search:
             if not self.reservations.beat(one.trial):
                 self._lost.add(one.trial.number)
                 one.running.kill()  # over a launcher, before its next seed is sent
-        for copy, _ in self._copies:
-            if not self.reservations.beat(copy):
-                self._lost.add(copy.number)
+        waiting = [copy for copy, _ in self._copies]
+        waiting += [] if self._judged is None else [self._judged]
+        for trial in waiting:
+            if not self.reservations.beat(trial):
+                self._lost.add(trial.number)
 
     def trial_folder(self, number: int) -> Path:
         """Return the folder of a trial."""
@@ -213,7 +220,10 @@ class Search:
             *self.jobs.lines(trial.number, self.space.lines(trial.params)),
             *technique_lines(trial),  # of one that is gone on with
         ]
-        prediction = self.jobs.predict(lines)
+        self._judged = trial
+        with beating(self.beat, BEAT_SECONDS):
+            prediction = self.jobs.predict(lines)
+        self._judged = None
         chosen = {} if prediction is None else prediction.techniques
         self.nearest.note(trial, [*lines, *settings_lines(chosen)], prediction)
         if prediction is not None and not started:
@@ -240,6 +250,8 @@ class Search:
         lines = [*lines, *(one for one in technique_lines(trial) if one not in lines)]
         trial.set_user_attr(STARTED, True)
         trial.set_user_attr("attempts", attempts)
+        if attempts > 1:
+            trial.set_user_attr(RESUMED_AT, time.time())
         folder = self.trial_folder(trial.number)
         job = Job(
             trial.number,
@@ -256,7 +268,7 @@ class Search:
         running = self.runner.start(job)
         # One that is gone on with tells its last epoch again.
         reported = set(stored(self.study, trial.number).intermediate_values)
-        self.under_way.append(UnderWay(trial, running, job, prediction, attempts, reported))
+        self.under_way.append(UnderWay(trial, running, job, prediction, reported))
 
     def _poll(self, stopping: bool = False) -> bool:
         """Look after what runs; return whether anything ended."""
@@ -279,8 +291,9 @@ class Search:
             if stopping and outcome.kind is Outcome.killed:
                 continue  # by what stops this worker, and the next one goes on with it
             ended = True
-            retries = self.config.retry
-            if outcome.kind.columns.retry and one.attempts <= retries:
+            retried = int(one.trial.user_attrs.get(RETRIED, 0))
+            if outcome.kind.columns.retry and retried < self.config.retry:
+                one.trial.set_user_attr(RETRIED, retried + 1)
                 said = f"{outcome.kind.words} ({outcome.error}), once more"
                 self.say(f"trial {one.trial.number}: {said}")
                 self._start(one.trial, list(one.job.lines), one.prediction)

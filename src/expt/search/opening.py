@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from optuna.samplers import BaseSampler, GridSampler
 from optuna.storages import BaseStorage
+from optuna.study import Study
 
 from expt.errors import ConfigError
 from expt.job import Metric
@@ -21,10 +22,13 @@ from expt.search.reservation import Reservations
 from expt.search.samplers import make_pruner, make_sampler, seed_of
 from expt.search.space import Space
 from expt.search.study import claim, open_study
+from expt.search.trial import FROM
 from expt.search.warm_start import Task, begin_warm, open_earlier, record_settings
+from expt.units import format_bytes
 
+BUDGET_BYTES = "expt.budget_bytes"
 ENQUEUED, WORKERS = "expt.enqueued", "expt.workers"
-"""Attributes of a study: that its first points were put first; how many workers it has had."""
+"""Attributes of a study: that its presets were put first; how many workers it has had."""
 
 
 def open_search(
@@ -36,6 +40,7 @@ def open_search(
     metric: Metric,
     where: str,
     device: str,
+    available: int | None = None,
 ) -> Reservations:
     """Open the study, and put first what is to be tried first.
 
@@ -48,10 +53,11 @@ def open_search(
         metric: that they are compared by.
         where: `storage` as it was given.
         device: the kind that trials run on, as far as they share one.
+        available: the memory of the device that trials run on; None where another machine has it.
 
     Raises:
-        ConfigError: it is another search, or a point, preset or earlier study is not what it
-            should be; no study is left behind then.
+        ConfigError: it is another search, or begun with more memory than is available here; or a
+            point, preset or earlier study is not what it should be, and no study is left behind.
 
     """
     node = request.config
@@ -84,19 +90,51 @@ def open_search(
         seed = seed_of(sampler, node.seed, worker)
         study.sampler = make_sampler(request.sampler, space, seed, len(node.objectives))
         reservations.study, reservations.seed = study, seed
-        # `auto` and shares are what they were when the study was begun.
-        known = study.user_attrs.get("expt.budget_bytes")
-        if known is None and jobs.budget_bytes is not None:
-            study.set_user_attr("expt.budget_bytes", jobs.budget_bytes)
-        elif known is not None:
-            jobs.budget_bytes = known
+        jobs.budget_bytes = settled_budget(study, jobs.budget_bytes, budget, available)
         for line in begin_warm(study, replace(task, budget_bytes=jobs.budget_bytes), earlier):
             print(line)
-        if not study.user_attrs.get(ENQUEUED) and not isinstance(sampler, GridSampler):
-            for point in [*_preset_points(request, space, jobs), *enqueued]:
-                study.enqueue_trial(point, skip_if_exists=True)
+        if not isinstance(sampler, GridSampler):
+            first = [] if study.user_attrs.get(ENQUEUED) else _preset_points(request, space, jobs)
+            for point in [*first, *enqueued]:
+                put_first(study, point)
             study.set_user_attr(ENQUEUED, True)
     return reservations
+
+
+def settled_budget(study: Study, here: int | None, text: Any, available: int | None) -> int | None:
+    """Return the budget of all trials: `auto` and a share are what they were at the beginning.
+
+    Args:
+        study: it is written down in it.
+        here: what the setting stands for on this machine.
+        text: the setting.
+        available: see `open_search`.
+
+    Raises:
+        ConfigError: trials could not have it here.
+
+    """
+    known = study.user_attrs.get(BUDGET_BYTES)
+    if known is None:
+        if here is not None:
+            study.set_user_attr(BUDGET_BYTES, here)
+        return here
+    if available is not None and known > available:
+        raise ConfigError(
+            f"the study {study.study_name} was begun where memory.budget={text} is "
+            f"{format_bytes(known)}, and the device has {format_bytes(available)} here; give "
+            "another search.study on this machine, or an amount that both have"
+        )
+    return int(known)
+
+
+def put_first(study: Study, point: dict[str, Any]) -> None:
+    """Let a point be tried next, unless the study has it; what it was shown was not tried here."""
+    for trial in study.get_trials(deepcopy=False):
+        tried = trial.system_attrs.get("fixed_params", trial.params)
+        if FROM not in trial.user_attrs and tried == point:
+            return
+    study.enqueue_trial(point)
 
 
 def _fingerprint(request: Request, jobs: TrialJobs) -> str | None:

@@ -7,8 +7,11 @@ whose worker is dead is an orphan, and the next worker that looks adopts it, num
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +35,8 @@ from expt.search.samplers import SeenStudy
 from expt.search.space import Space
 from expt.search.trial import STARTED, WORKER, kind_of, stored
 
+log = logging.getLogger(__name__)
+
 LOCK_NAME = "sweep.lock"
 BEAT_SECONDS = 30.0
 """How often a worker says that it lives, for workers on other machines."""
@@ -53,6 +58,9 @@ class Reserved:
     duplicate_of: FrozenTrial | None = None
 
 
+_AT_WORK: set[str] = set()
+"""The workers of this process that have not left."""
+
 Nothing = Literal["done", "elsewhere"]
 """Why there is nothing to do: all is finished, or other workers still are at it."""
 
@@ -71,7 +79,8 @@ class Reservations:
     _mine: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.me = identity()
+        self.me = {**identity(), "token": uuid.uuid4().hex}
+        _AT_WORK.add(self.me["token"])
 
     def next(self, adopt_only: bool = False) -> Reserved | Nothing:
         """Return an orphan, or else, unless `adopt_only`, a new trial if one is left to do."""
@@ -89,6 +98,20 @@ class Reservations:
         """Forget a trial of this worker, which was told, or is left to whoever comes next."""
         self._mine.discard(number)
 
+    def leave(self) -> None:
+        """Leave what this worker has to whoever comes next, also in this process.
+
+        Raises whatever the study's storage raises; another worker of this process comes next even
+        then.
+        """
+        _AT_WORK.discard(self.me["token"])
+        with self.locked():
+            for number in sorted(self._mine):
+                trial = Trial(self.study, stored(self.study, number)._trial_id)
+                if self.owns(trial):
+                    trial.set_user_attr(WORKER, None)
+        self._mine.clear()
+
     def beat(self, trial: Trial) -> bool:
         """Say to workers on other machines that this trial is being seen to.
 
@@ -103,7 +126,7 @@ class Reservations:
     def owns(self, trial: Trial) -> bool:
         """Tell, under the lock, whether a trial is still this worker's to tell."""
         known = stored(self.study, trial.number)
-        worker = known.user_attrs.get(WORKER, {})
+        worker = known.user_attrs.get(WORKER) or {}
         same = all(worker.get(name) == value for name, value in self.me.items())
         return same and not known.state.is_finished()
 
@@ -124,7 +147,8 @@ class Reservations:
         stuck = self.untrained_in_a_row and self.untrained_in_a_row % STUCK == 0
         asked = SeenStudy(self.study)
         if stuck and not isinstance(self.study.sampler, optuna.samplers.GridSampler):
-            asked.sampler = RandomSampler(self.seed + self.untrained_in_a_row)
+            drawn = len(self.study.get_trials(deepcopy=False))  # or the same would come again
+            asked.sampler = RandomSampler(self.seed + drawn)
         trial = asked.ask(distributions)
         trial.study = self.study
         return trial
@@ -153,15 +177,37 @@ class Reservations:
         """Tell whether the worker that a trial names still sees to it."""
         worker = trial.user_attrs.get(WORKER)
         if worker is None:
-            return False  # killed before it could sign; nobody else is in here now
+            return False  # left, or killed before it could sign; nobody else is in here now
         if worker["host"] == self.me["host"]:
-            return is_alive(worker)
+            mine = all(worker[name] == self.me[name] for name in ("pid", "started"))
+            return worker.get("token") in _AT_WORK if mine else is_alive(worker)
         now = time.monotonic()
         beat, since = self._seen.get(trial.number, (None, now))
         if beat != worker["beat"]:
             since = now
         self._seen[trial.number] = (worker["beat"], since)
         return now - since < SILENT_SECONDS
+
+
+@contextmanager
+def beating(beat: Callable[[], object] | None, seconds: float) -> Iterator[None]:
+    """Call `beat` every so many seconds from a thread, while something else does not return."""
+    over = threading.Event()
+
+    def go_on() -> None:
+        while beat is not None and not over.wait(seconds):
+            try:
+                beat()
+            except Exception as error:  # the storage; whoever tells it next says so
+                log.info("no sign of life was given: %s", error)
+
+    thread = threading.Thread(target=go_on, name="expt-beat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def suggest(trial: Trial, name: str, one: BaseDistribution) -> None:

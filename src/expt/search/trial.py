@@ -13,7 +13,8 @@ but the study; the same are tags of its run in the tracker, with the prefix ``tr
 ``seconds``               of training
 ``run_dir``, ``run_id``   its folder and its run in the tracker
 ``error``                 one line, where something went wrong
-``attempts``              how often it was started
+``attempts``              how often it was started, ``retried`` how often since it had failed
+``resumed_at``            when it was last started again, in seconds of the epoch
 ``started``               true once its process was, whatever became of it
 ``worker``                which process sees to it
 ``values_by_seed``, ``spread``  with `search.repeats`: each seed's value and their deviation
@@ -43,6 +44,7 @@ from expt.search.space import settings_lines
 from expt.units import GIB
 
 KIND, WORKER, STARTED, CONSTRAINT = "kind", "worker", "started", "peak_memory"
+RETRIED, RESUMED_AT = "retried", "resumed_at"
 PREDICTED = "predicted_peak_bytes"
 TECHNIQUES = "techniques"
 FROM, FROM_KIND = "from", "from_kind"

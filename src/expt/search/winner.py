@@ -27,6 +27,7 @@ from expt.search.trial import (
     CONSTRAINT,
     FROM,
     KIND,
+    RESUMED_AT,
     TECHNIQUES,
     TrialOutcome,
     kind_of,
@@ -220,9 +221,15 @@ def summarize(study: Study, n_trials: int, budget_bytes: int | None, storage: st
 
 
 def wall_seconds(trials: Sequence[FrozenTrial]) -> float:
-    """Return how long some of the trials was under way, by the clock; pauses do not count."""
+    """Return how long some of the trials was under way, by the clock; pauses do not count.
+
+    Of a trial that was gone on with, its last start counts.
+    """
     spans = sorted(
-        (t.datetime_start.timestamp(), t.datetime_complete.timestamp())
+        (
+            max(t.datetime_start.timestamp(), t.user_attrs.get(RESUMED_AT, 0.0)),
+            t.datetime_complete.timestamp(),
+        )
         for t in trials
         if t.datetime_start is not None and t.datetime_complete is not None
     )

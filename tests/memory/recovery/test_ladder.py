@@ -126,6 +126,20 @@ def test_an_unknown_peak_cannot_be_adapted_to():
     assert adapt(PLAIN, 8, 300, lambda t: None) == (None, [])
 
 
+def test_a_rung_whose_peak_is_unknown_is_passed_over_before_a_run():
+    """A model may break under one technique as it is traced, and fit with another."""
+
+    def predict(techniques):
+        if techniques.activation_checkpointing:
+            return None
+        return 1000 - 600 * techniques.saved_tensor_offload
+
+    found, moves = adapt(PLAIN, 1, 500, predict)
+    assert changes(PLAIN, found) == {"saved_tensor_offload": True}
+    reasons = {one.rung: one.reason for one in moves[0].skipped}
+    assert reasons["activation_checkpointing"] == "its peak cannot be predicted"
+
+
 def test_what_changed():
     assert changes(PLAIN, Techniques(2, True)) == {
         "gradient_accumulation": 2,

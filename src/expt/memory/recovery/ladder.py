@@ -161,6 +161,7 @@ def descend(
     refuse: Refuse = lambda techniques: None,
     ladder: Sequence[Rung] = LADDER,
     min_saving: float = MIN_SAVING,
+    unknown: bool = True,
 ) -> Move:
     """Return the first rung that applies and is not predicted to be of no help.
 
@@ -171,6 +172,7 @@ def descend(
         refuse: see `Refuse`.
         ladder: the rungs, in the order in which they are tried.
         min_saving: part of the peak that a rung must be predicted to save.
+        unknown: whether a rung whose peak is not known is worth a try.
 
     """
     skipped: list[Skipped] = []
@@ -181,10 +183,14 @@ def descend(
         if reason is None and isinstance(candidate, Techniques):
             now = predict(techniques) if now is None else now
             then = predict(candidate)
-            helps = now is None or then is None or then < (1 - min_saving) * now
+            if then is None:
+                helps, reason = unknown, "its peak cannot be predicted"
+            else:
+                helps = now is None or then < (1 - min_saving) * now
+                instead = "" if now is None else f" instead of {format_bytes(now)}"
+                reason = f"predicted not to help: {format_bytes(then)}{instead}"
             if helps:
                 return Move(rung.name, candidate, tuple(skipped))
-            reason = f"predicted not to help: {format_bytes(then)} instead of {format_bytes(now)}"
         skipped.append(Skipped(rung.name, str(reason)))
     return Move(None, None, tuple(skipped))
 
@@ -212,8 +218,9 @@ def adapt(
         evaluated: samples in a batch of evaluation; None: not known.
 
     Returns:
-        the techniques that fit, None if none do or a peak is not known, and every move; of the
-        last one that failed, `Move.skipped` says why nothing was left.
+        the techniques that fit, None if none do or the peak is not known, and every move; of the
+        last one that failed, `Move.skipped` says why nothing was left. A rung whose peak is not
+        known is passed over.
 
     """
     moves: list[Move] = []
@@ -222,7 +229,7 @@ def adapt(
         # Two phases may be about as high: a rung that lowers one of them shows little by itself.
         micro_batch = -(-samples // now.gradient_accumulation)
         situation = Situation(micro_batch, device, samples, evaluated)
-        move = descend(now, situation, predict, refuse, ladder, 0.0)
+        move = descend(now, situation, predict, refuse, ladder, 0.0, unknown=False)
         moves.append(move)
         if move.techniques is None:
             return None, moves

@@ -1,0 +1,55 @@
+"""What a study is opened with: its budget, and the points that are tried first."""
+
+from __future__ import annotations
+
+import optuna
+import pytest
+from optuna.trial import TrialState, create_trial
+
+from expt.errors import ConfigError
+from expt.search.opening import put_first, settled_budget
+from expt.search.trial import FROM
+from expt.units import GIB
+
+
+@pytest.fixture
+def study(tmp_path):
+    return optuna.create_study(study_name="s", storage=f"sqlite:///{tmp_path}/s.db")
+
+
+def test_a_share_is_what_it_was_when_the_study_was_begun(study):
+    assert settled_budget(study, 64 * GIB, "80%", 80 * GIB) == 64 * GIB
+    assert settled_budget(study, 70 * GIB, "80%", 88 * GIB) == 64 * GIB
+    assert settled_budget(study, 19 * GIB, "80%", None) == 64 * GIB, "another machine has the card"
+    with pytest.raises(
+        ConfigError, match=r"memory\.budget=80% is 64\.00 GiB, and .* 24\.00 GiB here"
+    ):
+        settled_budget(study, 19 * GIB, "80%", 24 * GIB)
+
+
+def test_without_a_budget_there_is_none(study):
+    assert settled_budget(study, None, None, None) is None
+
+
+def waiting(study):
+    return [t for t in study.get_trials() if t.state is TrialState.WAITING]
+
+
+def test_a_point_is_put_first_once_also_when_it_is_given_later(study):
+    study.ask({"x": optuna.distributions.FloatDistribution(0.0, 1.0)})
+    for point in ({"x": 0.25, "y": 8}, {"x": 0.5}, {"x": 0.25, "y": 8}, {"x": 0.5}):
+        put_first(study, point)
+    assert [t.system_attrs["fixed_params"] for t in waiting(study)] == [
+        {"x": 0.25, "y": 8}, {"x": 0.5},
+    ]  # fmt: skip
+
+
+def test_what_an_earlier_study_tried_was_not_tried_here(study):
+    distributions = {"x": optuna.distributions.FloatDistribution(0.0, 1.0)}
+    shown = create_trial(
+        params={"x": 0.25}, distributions=distributions, value=1.0, user_attrs={FROM: "first 0"}
+    )
+    study.add_trials([shown, create_trial(params={"x": 0.5}, distributions=distributions, value=2)])
+    for x in (0.25, 0.5):
+        put_first(study, {"x": x})
+    assert [t.system_attrs["fixed_params"] for t in waiting(study)] == [{"x": 0.25}]
