@@ -6,9 +6,9 @@ Measures first what a step of each model costs (predicted and measured peak, CPU
 thread), and runs what needs no training. N minutes then go to the rows (a model and a seed) that
 are not finished, one after the other, each going on where the last call left it; a row is finished
 after `peers_rows.MINUTES` of CPU time, or when its own settings end it before. The winners of
-searches inside a budget are searched for first, for as long. `--only` names models, or rows like
-"STID seed 0", and their order. Two calls may work side by side: a row that another call works on
-is passed over. For PEMS-BAY, EXPT_PEMS_BAY names the user's file.
+searches inside a budget are searched for first, for `SEARCH_MINUTES`. `--only` names models, or
+rows like "STID seed 0", and their order. Two calls may work side by side: a row that another call
+works on is passed over. For PEMS-BAY, EXPT_PEMS_BAY names the user's file.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from peers_rows import (
     MINUTES,
     PEERS,
     SEARCH,
+    SEARCH_MINUTES,
     Peer,
     data_settings,
     measured_cost,
@@ -252,7 +253,7 @@ class Comparison:
             f"search.storage='sqlite:///{study}'", f"hydra.sweep.dir='{folder}'",
             "search.test_winner=false", "trainer.progress=false", "tracking=none",
         ]  # fmt: skip
-        taken = run_slice(command, folder, 60 * MINUTES - found["cpu_seconds"], until)
+        taken = run_slice(command, folder, 60 * SEARCH_MINUTES - found["cpu_seconds"], until)
         if not taken.went_well:
             print(f"{name}: the search failed: {what_it_said(folder)}", flush=True)
             return False
@@ -262,7 +263,7 @@ class Comparison:
             return False
         summary = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
         found.update(trials=summary["finished"], budget_bytes=summary["budget_bytes"])
-        done = taken.exit_code == 0 or found["cpu_seconds"] >= 60 * MINUTES
+        done = taken.exit_code == 0 or found["cpu_seconds"] >= 60 * SEARCH_MINUTES
         if done and summary["best"] is None:
             print(f"{name}: nothing fits", flush=True)
             return False

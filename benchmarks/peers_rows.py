@@ -12,6 +12,8 @@ from typing import Any
 
 MINUTES = 60.0
 """CPU time that every row is trained for, validation and the start of every slice included."""
+SEARCH_MINUTES = 30.0
+"""CPU time that a search has before its winner is trained."""
 WARM_UP, TIMED = 3, 5
 """Steps before those that are measured, and how many are timed."""
 SEEDS = (0, 1, 2)
