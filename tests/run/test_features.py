@@ -361,7 +361,7 @@ def test_a_cached_epoch_reads_no_pictures(train, home) -> None:
     assert reads[1] - reads[0] == 12  # those of the validation, which is live
 
 
-@pytest.mark.parametrize("stop", [8, 14])  # in a cached epoch, and in a live one
+@pytest.mark.parametrize("stop", [4, 8, 14])  # in the first live epoch, a cached and a live one
 def test_alternating_epochs_go_on_exactly(train, home, monkeypatch, stop: int) -> None:
     from expt.training.trainer import Trainer
 
@@ -385,6 +385,16 @@ def test_alternating_epochs_go_on_exactly(train, home, monkeypatch, stop: int) -
     assert result.feature_cache["staleness"] == [
         row["feature_cache/staleness"] for row in history(home, "whole")
     ]
+
+
+def test_a_run_that_ends_in_its_first_live_epoch_can_be_extended(train, home) -> None:
+    own = (*ALTERNATING, "trainer.epochs=2", "trainer.schedule=constant")
+    assert train(*own, to="whole")[0] == 0
+    code, said, _ = train(*own, "trainer.max_steps=3", to="part")
+    assert code == 0, said
+    code, said, _ = train(*own, "trainer.resume=true", "trainer.max_steps=100", to="part")
+    assert code == 0, said
+    assert apart(home, "part", "whole") == 0.0
 
 
 def test_alternating_with_a_full_disk_is_live(train, home, monkeypatch) -> None:

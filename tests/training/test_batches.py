@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,6 +27,7 @@ from expt.training.batches import (
     kept_on_device,
     micro_batches,
 )
+from expt.training.predictions import write_predictions
 from expt.training.reading import sample_generator
 
 CPU = torch.device("cpu")
@@ -133,6 +135,30 @@ def test_a_sample_that_is_skipped_is_counted_and_replaced(made, clips, workers: 
     # An evaluation counts nothing twice: what cannot be read is left out.
     assert [len(samples) for samples in batches.evaluation("val", 12)] == [4, 5, 2]
     assert batches.skipped == {("train", 7), ("val", 3)}
+
+
+def test_predictions_of_the_training_part_are_of_their_samples(made, clips, tmp_path) -> None:
+    (clips / "train_007_1.npy").write_bytes(b"no clip")
+    batches = made(on_bad_sample=BadSample.skip)
+    means = [s.batch().inputs["x"].flatten(1).mean(dim=1) for s in batches.evaluation("train", 48)]
+    write_predictions(batches, "train", torch.cat(means), tmp_path / "out.npz")
+    with np.load(tmp_path / "out.npz") as written:
+        numbers, found = written["indices"], written["predictions"]
+    assert numbers.tolist() == [n for n in range(48) if n != 7], "none has taken its place"
+    items = [batches.data.item("train", n, sample_generator(0, 0, n)) for n in numbers.tolist()]
+    np.testing.assert_allclose(found, [float(one.inputs["x"].mean()) for one in items], rtol=1e-5)
+
+
+@pytest.mark.parametrize("skip", [BadSample.fail, BadSample.skip])
+def test_a_lack_of_memory_is_no_bad_sample(made, monkeypatch, skip: BadSample) -> None:
+    batches = made(on_bad_sample=skip)
+
+    def lacking(*arguments: Any) -> Batch:
+        raise torch.OutOfMemoryError("the budget")
+
+    monkeypatch.setattr(type(batches.data), "item", lacking)
+    with pytest.raises(torch.OutOfMemoryError):
+        values(batches, epoch=0)
 
 
 def test_nothing_that_can_be_read_is_an_error(made, clips) -> None:

@@ -69,6 +69,19 @@ def test_a_state_from_a_gpu_can_go_on_without_one() -> None:
     restore_random_state(state)
 
 
+def test_fewer_cards_have_the_states_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = random_state()
+    state["cuda"] = [torch.full((4,), card, dtype=torch.uint8) for card in range(4)]
+    given: list[tuple[int, int]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        torch.cuda, "set_rng_state", lambda own, card: given.append((int(own[0]), card))
+    )
+    restore_random_state(state)
+    assert given == [(0, 0), (1, 1)]
+
+
 def net() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))

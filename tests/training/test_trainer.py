@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from expt.config.schema import Device, Precision, Schedule, TrainerConfig
-from expt.errors import DataError, StorageError
+from expt.errors import BrokenStepError, ConfigError, DataError, RecoveryError, StorageError
 from expt.files import replace_atomically
 from expt.job import Batch, Metric
 from expt.memory.measuring.meter import LedgerMeter
@@ -26,6 +27,7 @@ from expt.training.device import make_fabric
 from expt.training.display import SilentDisplay
 from expt.training.interruption import Interruption
 from expt.training.profiler import StepProfiler
+from expt.training.ranks import OneRank
 from expt.training.trainer import Trainer
 
 NUM_TRAIN, NUM_VAL, WIDTH = 50, 10, 3
@@ -330,6 +332,107 @@ def test_a_non_finite_loss_stops_before_a_checkpoint_is_spoilt(make, tmp_path):
     assert all(torch.isfinite(weight).all() for weight in saved["model"].values())
 
 
+@pytest.mark.parametrize("stopped", [False, True])
+def test_an_update_that_spoils_the_weights_is_not_saved(make, tmp_path, stopped):
+    """The loss of that step was finite: it was computed before."""
+    with Interruption() as interruption:
+        trainer = make(checkpoint_every_steps=1, interruption=interruption)
+        calls = 0
+
+        def spoil(gradient: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            if calls == 4 and stopped:
+                signal.raise_signal(signal.SIGTERM)
+            return gradient * float("nan") if calls == 4 else gradient
+
+        trainer.model.layers[0].weight.register_hook(spoil)
+        outcome = trainer.fit()
+    assert (outcome.status, outcome.reason, outcome.step) == ("failed", "non_finite_loss", 4)
+    saved = torch.load(tmp_path / "run/checkpoints/last.pt", weights_only=True)
+    assert saved["progress"]["step"] == 3
+    assert all(torch.isfinite(weight).all() for weight in saved["model"].values())
+
+
+def test_a_run_that_is_extended_does_the_rest_of_the_epoch_in_which_it_ended(make):
+    constant = {"schedule": Schedule.constant}
+    whole = make("whole", **constant)
+    whole.fit()
+    make("cut", max_steps=10, **constant).fit()
+    again = make("cut", max_steps=21, **constant)
+    assert again.resume(extending=True) == 10
+    assert again.fit().step == 21
+    assert weights_sha256(again.model) == weights_sha256(whole.model)
+    rows = [[row[k] for k in ("epoch", "step", "loss", "val")] for row in whole.progress.history]
+    again_rows = [
+        [row[k] for k in ("epoch", "step", "loss", "val")] for row in again.progress.history
+    ]
+    assert [row[:2] for row in again_rows] == [[1, 7], [2, 10], [2, 14], [3, 21]]
+    np.testing.assert_allclose([again_rows[n] for n in (0, 2, 3)], rows, rtol=1e-6)
+
+
+def test_a_run_that_ended_with_its_epoch_begins_the_next_when_it_is_extended(make):
+    make("cut", max_steps=14).fit()
+    again = make("cut", max_steps=21)
+    assert again.resume(extending=True) == 14
+    assert (again.progress.epoch, again.progress.step_in_epoch) == (2, 0)
+
+
+def test_the_best_epoch_is_chosen_by_one_metric(make):
+    make(epochs=1, data=Scripted([0.5])).fit()
+    other = make(epochs=2, data=Scripted([0.5]), monitor="mae")
+    with pytest.raises(ConfigError, match=r"best epoch by accuracy, .* trainer\.monitor=accuracy"):
+        other.resume()
+
+
+def test_of_several_processes_one_that_cannot_read_does_not_wait_for_the_others(make, monkeypatch):
+    trainer = make()
+
+    def broken(*place: int) -> Any:
+        raise DataError("clip 7 cannot be read")
+        yield
+
+    monkeypatch.setattr(OneRank, "count", 2)
+    monkeypatch.setattr(trainer.batches, "training", broken)
+    monkeypatch.setattr(trainer, "_save_last", lambda: pytest.fail("the others are in the step"))
+    trainer.recovery.limits = replace(trainer.recovery.limits, enabled=False)
+    with pytest.raises(DataError, match="clip 7"):
+        trainer.fit()
+
+
+def test_of_several_processes_one_that_lacks_memory_alone_says_so_to_all(make, monkeypatch):
+    def lacking(*arguments: Any) -> None:
+        trainer.recovery.alone = True
+        raise RecoveryError("memory ran out in evaluation, and nothing is left")
+
+    monkeypatch.setattr("expt.training.trainer.evaluate", lacking)
+    trainer = make("one")
+    assert trainer.fit().reason == "out_of_memory"
+    monkeypatch.setattr(OneRank, "count", 2)
+    trainer = make("two")
+    with pytest.raises(RecoveryError, match="in evaluation"):
+        trainer.fit()
+
+
+def test_going_back_enters_the_stage_anew(make):
+    """Or the state of what it does not train stays in the optimizer."""
+    trainer = make(trainable={0: ["layers.0.*"], 1: ["layers.2.*"]}, epochs=2)
+    run, broken = trainer.steps.run, [False]
+
+    def step(samples: Any) -> Any:
+        if trainer.progress.step == 8 and not broken[0]:
+            broken[0] = True
+            raise BrokenStepError("it had begun to write")
+        return run(samples)
+
+    trainer.steps.run = step
+    assert trainer.fit().reason == "epochs"
+    assert broken[0]
+    first = trainer.model.layers[0].weight
+    state = getattr(trainer.optimizer, "optimizer", trainer.optimizer).state
+    assert not state.get(first), "it is not trained, and takes no memory"
+
+
 def test_a_full_disk_stops_with_the_last_checkpoint_intact(make, tmp_path, monkeypatch):
     import errno
 
@@ -353,6 +456,8 @@ def test_a_full_disk_stops_with_the_last_checkpoint_intact(make, tmp_path, monke
         trainer.fit()
     monkeypatch.undo()
     assert make().resume() == 2
+    previous = torch.load(tmp_path / "run/checkpoints/previous.pt", weights_only=True)
+    assert previous["progress"]["step"] == 0, "it is another one than the last"
     assert not list((tmp_path / "run/checkpoints").glob(".*"))
 
 

@@ -404,9 +404,11 @@ class TrainJob:
                 self.manager.expect(expected_bytes(training, self.budget.bytes))
 
     def _after_epoch(self) -> dict[str, Any]:
-        """Return the hook of alternating epochs, where there are any."""
+        """Return the hooks of alternating epochs, where there are any."""
         alternation = None if self.cached is None else self.cached.alternation
-        return {} if alternation is None else {"after_epoch": alternation.after_epoch}
+        if alternation is None:
+            return {}
+        return {"after_epoch": alternation.after_epoch, "before_save": alternation.mark}
 
     def _conclude(self, trainer: Trainer, outcome: Ending) -> None:
         """Test if training ended as it should; the status is set when all of it went well."""

@@ -44,6 +44,7 @@ from expt.training.reading import (
     Order,
     Read,
     Reader,
+    Request,
     become_worker,
     sample_name,
 )
@@ -287,7 +288,7 @@ class Examples:
     def _item(self, split: Split) -> Batch:
         """Return the first sample that can be read, as a batch of one."""
         if split not in self._first:
-            reader = Reader(cast(StreamedDataSet, self.data), 0, replace=False)
+            reader = Reader(cast(StreamedDataSet, self.data), 0)
             tries = min(MAX_REPLACEMENTS, self.data.size(split))
             found = (reader([(split, 0, index)]) for index in range(tries))
             read = next((read for read in found if read.batch or read.error), None)
@@ -334,7 +335,7 @@ class Batches:
         self.skipped: set[tuple[Split, int]] = set()
         """Samples that could not be read: split and index."""
         self._loader: DataLoader[Any] | None = None
-        self._keys: list[list[Key]] = []
+        self._requests: list[Request] = []
 
     @property
     def streamed(self) -> bool:
@@ -346,12 +347,14 @@ class Batches:
         epoch = 0 if self.repeat_first_epoch else epoch
         order = self._order(epoch)
         if isinstance(self.ranks, SeveralRanks):
-            return self._shared("train", order.split(self.data.batch_size)[first:last], epoch)
+            steps = order.split(self.data.batch_size)[first:last]
+            return self._shared("train", steps, epoch, training=True)
         if is_resident(self.data):
             steps = order.to(self.device).split(self.data.batch_size)[first:last]
             data = self.data
             return iter([ResidentSamples(data, "train", indices) for indices in steps])
-        return self._streamed("train", order.split(self.data.batch_size)[first:last], epoch)
+        steps = order.split(self.data.batch_size)[first:last]
+        return self._streamed("train", steps, epoch, training=True)
 
     def _order(self, epoch: int) -> Tensor:
         """Return the order of the training samples in an epoch, int64 [N]."""
@@ -382,7 +385,7 @@ class Batches:
         """Return the training samples with these indices [B]."""
         if is_resident(self.data):
             return ResidentSamples(self.data, "train", indices.to(self.device))
-        return next(self._streamed("train", [indices], 0))
+        return next(self._streamed("train", [indices], 0, training=True))
 
     def share_skipped(self) -> None:
         """Take over what the other processes could not read."""
@@ -396,7 +399,7 @@ class Batches:
         self._loader = None
 
     def _shared(
-        self, split: Split, rounds: Sequence[Tensor], epoch: int
+        self, split: Split, rounds: Sequence[Tensor], epoch: int, training: bool = False
     ) -> Iterator[SharedSamples]:
         """Return this process's share of the samples of steps, or of rounds of evaluation."""
         ranks = cast(SeveralRanks, self.ranks)
@@ -411,32 +414,37 @@ class Batches:
                 )
             return
         before: Samples = NoSamples()
-        for samples, share in zip(self._streamed(split, own, epoch), shares, strict=True):
+        streamed = self._streamed(split, own, epoch, training)
+        for samples, share in zip(streamed, shares, strict=True):
             if not len(samples):  # none of them could be read: those before are done once more
                 samples, share = before[:1], replace(share, counts=False)
             before, total = samples, None
-            if split == "train":
+            if training:
                 weight = samples.weight()
                 total = ranks.sum_(weight.clone() if share.counts else torch.zeros_like(weight))
             yield SharedSamples(samples, share, None, total)
 
-    def _streamed(self, split: Split, steps: Sequence[Tensor], epoch: int) -> Iterator[Samples]:
-        keys: list[list[Key]] = [[(split, epoch, index) for index in s.tolist()] for s in steps]
-        self._keys[:] = keys
+    def _streamed(
+        self, split: Split, steps: Sequence[Tensor], epoch: int, training: bool = False
+    ) -> Iterator[Samples]:
+        requests = [
+            Request([(split, epoch, index) for index in indices.tolist()], training)
+            for indices in steps
+        ]
+        self._requests[:] = requests
         if self._loader is None:
             self._loader = self._make_loader()
-        with self._alive(keys[0] if keys else []):
+        with self._alive(requests[0].keys if requests else []):
             results = iter(self._loader)
-        return self._read(results, keys)
+        return self._read(results, requests)
 
-    def _read(self, results: Iterator[Read], keys: list[list[Key]]) -> Iterator[Samples]:
-        for place, expected in enumerate(keys):
-            started = time.monotonic()
-            with self._alive(expected):
+    def _read(self, results: Iterator[Read], requests: list[Request]) -> Iterator[Samples]:
+        for place, request in enumerate(requests):
+            started, training = time.monotonic(), request.training
+            with self._alive(request.keys):
                 read = next(results)
             waited = time.monotonic() - started
             self.waited_seconds += waited
-            training = expected[0][0] == "train"
             if training and place == 0:
                 self.figures.starting_seconds += waited
             if read.error is not None:
@@ -451,7 +459,7 @@ class Batches:
                 yield HostSamples(self.data, read.batch, self.device)
                 if training and place:
                     self._note(read, waited, time.monotonic() - handed)
-            elif expected[0][0] == "train":
+            elif training:
                 raise DataError(f"no sample of a step can be read: {read.lines()}")
             elif isinstance(self.ranks, SeveralRanks):  # they go on together
                 yield NoSamples()
@@ -509,7 +517,7 @@ class Batches:
         return DataLoader(
             cast("Dataset[Any]", Items(data, self.seed, settings.on_bad_sample)),
             batch_size=None,
-            sampler=Order(self._keys),
+            sampler=Order(self._requests),
             num_workers=workers,
             prefetch_factor=settings.prefetch_factor if workers else None,
             persistent_workers=bool(workers) and settings.persistent_workers,

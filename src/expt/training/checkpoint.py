@@ -68,7 +68,9 @@ class Progress:
     `expt.training.tuning`; `recovery` is what
     `Recovery.state` of `expt.memory.recovery.recovery` returned, empty in checkpoints from before
     there was one. The schedule goes from step `schedule_start` to `schedule_end`, 0 where it is not
-    known.
+    known. `monitor` is the metric that `best` is of. `cut` says where in its epoch a run came to
+    its end, with the sums up to there: [step_in_epoch, loss, weight]; the epoch was validated, and
+    is gone on with from there if the run is.
     """
 
     step: int = 0
@@ -89,6 +91,16 @@ class Progress:
     tuned: list[dict[str, Any]] = field(default_factory=list)
     schedule_start: int = 0
     schedule_end: int = 0
+    monitor: str = ""
+    cut: list[float] | None = None
+
+    def uncut(self) -> None:
+        """Go back into the epoch in which the run came to its end, to do the rest of it."""
+        if self.cut is not None:
+            self.epoch -= 1
+            self.step_in_epoch = int(self.cut[0])
+            self.epoch_loss, self.epoch_weight = self.cut[1:]
+            self.cut = None
 
 
 def save_last(
@@ -114,9 +126,14 @@ def save_last(
         "progress": asdict(progress),
     }
     write = _writer(fabric, model, state, ranks or OneRank())
-    if write is not None:
-        _keep_previous(folder)
-        replace_atomically(folder / LAST, write)
+    if write is None:
+        return
+
+    def write_beside(temporary: Path) -> None:
+        write(temporary)
+        _keep_previous(folder)  # now that there is a newer one
+
+    replace_atomically(folder / LAST, write_beside)
 
 
 def _writer(
@@ -444,8 +461,9 @@ def restore_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["mps"] is not None and torch.backends.mps.is_available():
         torch.mps.set_rng_state(state["mps"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if torch.cuda.is_available():  # there may be fewer cards than there were
+        for card, own in enumerate(state["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(own, card)
 
 
 def weights_sha256(model: nn.Module) -> str:

@@ -1,7 +1,8 @@
 """Reading streamed samples, in a worker process or in the one that trains.
 
 A sample depends on seed, epoch and index alone. What goes wrong is a value (`Read`), since the
-loader would raise it in the training process with a traceback of the worker's.
+loader would raise it in the training process with a traceback of the worker's; all but a lack of
+memory inside the budget.
 """
 
 from __future__ import annotations
@@ -82,21 +83,30 @@ class Read:
         return Read(batch, self.unreadable, self.error, self.seconds)
 
 
+@dataclass(frozen=True)
+class Request:
+    """The samples of a batch; those of a step of training may be replaced by others."""
+
+    keys: Sequence[Key]
+    training: bool
+
+
 @dataclass
 class Reader:
     """Reads samples, in a worker or in this process."""
 
     data: StreamedDataSet
     seed: int
-    replace: bool
-    """Whether another sample of the training part takes the place of one that is unreadable."""
 
-    def __call__(self, keys: Sequence[Key]) -> Read:
-        """Read the samples and make them one batch."""
+    def __call__(self, keys: Sequence[Key], replace: bool = False) -> Read:
+        """Read the samples and make them one batch.
+
+        With `replace`, another sample takes the place of one that is unreadable.
+        """
         items: list[Batch] = []
         unreadable: list[tuple[Key, str, str]] = []
         for key in keys:
-            item = self._item(key, unreadable)
+            item = self._item(key, unreadable, replace)
             if item is not None:
                 items.append(item)
         if not items:
@@ -108,16 +118,20 @@ class Reader:
             return Read(self._collate(items), unreadable)
         except DataError as error:
             return Read(None, unreadable, str(error))
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             named = sample_name(self.data, keys[0])
             return Read(
                 None, unreadable, f"the batch of {named} cannot be made: {first_line(error)}"
             )
 
-    def _item(self, key: Key, unreadable: list[tuple[Key, str, str]]) -> Batch | None:
+    def _item(
+        self, key: Key, unreadable: list[tuple[Key, str, str]], replace: bool
+    ) -> Batch | None:
         split, epoch, index = key
         size = self.data.size(split)
-        tries = min(MAX_REPLACEMENTS, size) if self.replace and split == "train" else 1
+        tries = min(MAX_REPLACEMENTS, size) if replace else 1
         for offset in range(tries):
             place = (index + offset) % size
             try:
@@ -125,6 +139,8 @@ class Reader:
                 if isinstance(self.data, ByEpoch):
                     return self.data.item_of((split, epoch, place), generator)
                 return self.data.item(split, place, generator)
+            except torch.OutOfMemoryError:
+                raise  # the budget's, and recovery's affair; a MemoryError may be a broken header's
             except Exception as error:
                 at = (split, epoch, place)
                 unreadable.append((at, sample_name(self.data, at), first_line(error)))
@@ -159,29 +175,30 @@ def _stacked(name: str, values: list[Tensor]) -> Tensor:
 
 
 class Items(Dataset[Any]):
-    """A data set as the loader sees it: a list of keys in, a batch out."""
+    """A data set as the loader sees it: a request in, a batch out."""
 
     def __init__(self, data: StreamedDataSet, seed: int, on_bad_sample: BadSample) -> None:
-        self._read = Reader(data, seed, replace=on_bad_sample is BadSample.skip)
+        self._read = Reader(data, seed)
+        self._skip = on_bad_sample is BadSample.skip
 
-    def __getitem__(self, keys: Sequence[Key]) -> Read:
+    def __getitem__(self, request: Request) -> Read:
         started = time.perf_counter()
-        found = self._read(keys)
+        found = self._read(request.keys, replace=self._skip and request.training)
         found.seconds = time.perf_counter() - started
         return found
 
 
 class Order:
-    """The sampler: whatever keys are next; the list is the caller's, who changes it."""
+    """The sampler: whatever requests are next; the list is the caller's, who changes it."""
 
-    def __init__(self, keys: list[list[Key]]) -> None:
-        self._keys = keys
+    def __init__(self, requests: list[Request]) -> None:
+        self._requests = requests
 
-    def __iter__(self) -> Iterator[list[Key]]:
-        return iter(list(self._keys))
+    def __iter__(self) -> Iterator[Request]:
+        return iter(list(self._requests))
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._requests)
 
 
 def become_worker(number: int) -> None:

@@ -20,11 +20,12 @@ from typing import Any, cast
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from expt.config.schema import LoaderConfig, TrainerConfig
 from expt.config.stages import unreached
-from expt.errors import BrokenStepError, DataError, LoaderError, RecoveryError
+from expt.errors import BrokenStepError, ConfigError, DataError, LoaderError, RecoveryError
 from expt.job import Batch, DataSet, Described, monitored
 from expt.memory.measuring.meter import MemoryMeter
 from expt.memory.recovery.attempt import Failure, Success, attempt, release
@@ -48,7 +49,7 @@ from expt.training.evaluate import figures as figures_of
 from expt.training.interruption import Interruption
 from expt.training.losses import LossReader
 from expt.training.profiler import StepProfiler, Watched
-from expt.training.ranks import OneRank, SeveralRanks
+from expt.training.ranks import OneRank, SeveralRanks, is_shared_out
 from expt.training.stages import Stages
 from expt.training.steps.choose import steps_for
 from expt.training.steps.eager import StepFunction
@@ -84,8 +85,11 @@ class Trainer:
     predicted_peak_bytes: int | None = None
     callbacks: Callbacks = field(default_factory=Callbacks)
     manager: MemoryManager = field(default_factory=lambda: MemoryManager(monitoring=False))
-    after_epoch: Callable[[int], Mapping[str, float]] = lambda epoch: {}
-    """Returns more figures ``GROUP/NAME`` of an epoch, counted from 0, for its row and tracker."""
+    after_epoch: Callable[[int, bool], Mapping[str, float]] = lambda epoch, whole: {}
+    """Returns more figures ``GROUP/NAME`` of an epoch, counted from 0, for its row and tracker; it
+    is told whether all of the epoch's steps were done."""
+    before_save: Callable[[], None] = lambda: None
+    """Called before a checkpoint is written, which must not be ahead of what it depends on."""
     on_stage: Callable[[int], None] = lambda number: None
     """Told the number of the stage, from 0, when other weights are trained than before."""
     ranks: OneRank = field(default_factory=OneRank)
@@ -181,6 +185,14 @@ class Trainer:
         """
         restored = self._load_last()
         if restored is not None:
+            if restored.monitor not in ("", self.monitor.name):
+                raise ConfigError(
+                    f"trainer.resume: the run has chosen its best epoch by {restored.monitor}, and "
+                    f"now monitors {self.monitor.name}; set trainer.monitor={restored.monitor}, or "
+                    "choose another hydra.run.dir"
+                )
+            if extending:
+                restored.uncut()
             self.progress = restored
             self.batches.skipped |= {(split, index) for split, index in restored.skipped}
             self.recovery.restore(restored.recovery)
@@ -241,6 +253,8 @@ class Trainer:
                 if reason is not None:
                     return Ending.of(reason, self.progress.step)
         except RecoveryError as error:
+            if self.ranks.count > 1 and recovery.alone:
+                raise  # the others know nothing of it, and would wait for this process
             return Ending.of("out_of_memory", self.progress.step, str(error))
         finally:
             self.display.stop()
@@ -279,6 +293,7 @@ class Trainer:
         restored = self._load_last()
         assert restored is not None, "fit saves one before the first step"
         self.progress = restored
+        self.stages.current = None  # what its stage does not train has its state again
         print(f"back at step {restored.step}: the steps up to {broken_at} are done again")
 
     def _epoch(self) -> StopReason | None:
@@ -299,10 +314,12 @@ class Trainer:
             self.recovery.position = (progress.step, progress.epoch)
             try:
                 samples = next(batches)
-            except StoppedWaitingError:
-                return self._stop_between(loss_sum, weight_sum)
-            except (LoaderError, DataError):
-                self._stop_between(loss_sum, weight_sum)  # the run can go on from here
+            except (StoppedWaitingError, LoaderError, DataError) as error:
+                if self.ranks.count > 1:
+                    raise  # to save takes all processes, and the others are in the step
+                stop = self._stop_between(loss_sum, weight_sum)  # the run can go on from here
+                if isinstance(error, StoppedWaitingError):
+                    return stop
                 raise
             undo = not self.steps.replays(samples)
             # The averages live throughout, and only move between the steps that are watched.
@@ -324,7 +341,8 @@ class Trainer:
 
     def _stop_between(self, loss_sum: Tensor, weight_sum: Tensor) -> StopReason:
         """Save what a stop before the next step leaves; the losses so far are looked at."""
-        if not all(reading.finite for reading in self._losses.readings(wait=True)):
+        finite = all(reading.finite for reading in self._losses.readings(wait=True))
+        if not finite or not self._weights_finite():
             return "non_finite_loss"
         self._note_sums(loss_sum, weight_sum)
         self._save_last()
@@ -364,6 +382,8 @@ class Trainer:
         memory = self.manager.now
         self.progress_file.write(progress.step, progress.epoch, value, memory=memory)
         if due or signal:
+            if not self._weights_finite():
+                return "non_finite_loss"
             self._note_sums(loss_sum, weight_sum)
             self._save_last()
         if signal:
@@ -403,6 +423,8 @@ class Trainer:
         if not math.isfinite(value):
             return "non_finite_loss"
         self.callbacks.evaluation_end(self, "val", figures)
+        whole = progress.step_in_epoch >= self.steps_per_epoch
+        progress.cut = None if whole else [progress.step_in_epoch, loss_sum, weight_sum]
         progress.epoch += 1
         progress.step_in_epoch = 0
         progress.epoch_loss = progress.epoch_weight = 0.0
@@ -418,7 +440,7 @@ class Trainer:
             "rate": float(self.optimizer.param_groups[0]["lr"]),
             **({"data_seconds": progress.data_seconds} if self.batches.streamed else {}),
             **{name: float(count) for name, count in memory.items()},
-            **self.after_epoch(progress.epoch - 1),
+            **self.after_epoch(progress.epoch - 1, whole),
         }
         progress.history.append(row)
         if monitor.better(value, progress.best):
@@ -489,10 +511,21 @@ class Trainer:
         self._losses.forget()
         return self.recovery.retry_once(load, "resume")
 
+    def _weights_finite(self) -> bool:
+        """Tell whether the last update spoilt no weight: its loss was computed before it."""
+        weights = [
+            weight.detach()
+            for weight in self.model.parameters()
+            if weight.requires_grad and weight.is_floating_point() and not is_shared_out(weight)
+        ]
+        return not weights or bool(get_total_norm(weights, float("inf")).isfinite())
+
     def _save_last(self) -> None:
+        self.before_save()
         self.batches.share_skipped()
         self.progress.skipped = sorted([split, index] for split, index in self.batches.skipped)
         self.progress.run_id = self.tracker.run_id
+        self.progress.monitor = self.monitor.name
         self.progress.recovery = self.recovery.state()
         checkpoint.save_last(
             self.folder, self.fabric, self.model, self.optimizer, self.average, self.progress,

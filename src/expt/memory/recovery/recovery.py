@@ -84,6 +84,8 @@ class Recovery:
         """The largest batch that evaluation takes, once memory ran out there."""
         self.phase = "step"
         """What is under way; a step function may say so."""
+        self.alone = False
+        """Whether other processes know nothing of it, as they do of a step."""
         self.position = (0, 0)
         """Optimizer step and epoch under way, for the record."""
         self.give_way: Callable[[], bool] = lambda: False
@@ -135,7 +137,7 @@ class Recovery:
             self._step_attempts = Attempts()
         attempts = self._step_attempts
         while True:
-            self.phase = "step"
+            self.phase, self.alone = "step", False
             self.peers.begin()
             outcome = attempt(partial(work, batch), self.classify, self.evidence)
             outcome = self.peers.settle(outcome, self.phase)
@@ -166,7 +168,7 @@ class Recovery:
 
         """
         release(self.device)
-        self.phase = "loop"
+        self.phase, self.alone = "loop", True
         self._loop_attempts.failures += 1
         self._go_down(failure, self._loop_attempts, samples, replayed=True)
 
@@ -276,7 +278,7 @@ class Recovery:
     def _attempt(
         self, work: Callable[[], T], phase: str, attempts: Attempts
     ) -> Success[T] | Failure:
-        self.phase = phase
+        self.phase, self.alone = phase, True
         outcome = attempt(work, self.classify, self.evidence)
         attempts.failures += isinstance(outcome, Failure)
         return outcome

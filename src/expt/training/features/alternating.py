@@ -178,18 +178,27 @@ class Alternation:
         except OSError as error:
             self._give_up(error)
 
-    def after_epoch(self, epoch: int) -> dict[str, float]:
-        """Return the figures of an epoch that is over, counted from 0."""
-        live = is_live(epoch, self.interval)
+    def mark(self) -> None:
+        """Note the rows written so far as there: a run that is resumed does not make them again."""
         if self._writer is not None:
             try:
                 self._writer.mark()
-                if live:
-                    (self.rows.folder / READY).touch()
             except (OSError, StorageError) as error:
+                self._give_up(error)
+
+    def after_epoch(self, epoch: int, whole: bool) -> dict[str, float]:
+        """Return the figures of an epoch, counted from 0; all of its steps were done if `whole`."""
+        live = is_live(epoch, self.interval)
+        self.mark()
+        if self._writer is not None and live and whole:
+            try:
+                (self.rows.folder / READY).touch()
+            except OSError as error:
                 self._give_up(error)
         if self._writer is None:
             return {LIVE: 1.0}
+        if not (self.rows.folder / READY).exists():
+            return {LIVE: float(live)}
         return {STALENESS: self.staleness(), LIVE: float(live)}
 
     def staleness(self) -> float:
@@ -243,7 +252,7 @@ def _probe(data: StreamedDataSet, seed: int) -> tuple[list[int], Batch]:
 
     """
     wanted = min(PROBE, data.eval_batch_size, data.size("train"))
-    reader, numbers = Reader(data, seed, replace=False), list[int]()
+    reader, numbers = Reader(data, seed), list[int]()
     for index in range(data.size("train")):
         if reader([("train", 0, index)]).batch is not None:
             numbers.append(index)

@@ -373,7 +373,7 @@ def first_samples(data: StreamedDataSet, inputs: Sequence[str], seed: int) -> st
         DataError: those of a training sample change from epoch to epoch.
 
     """
-    reader, digest = Reader(data, seed, replace=False), hashlib.sha256()
+    reader, digest = Reader(data, seed), hashlib.sha256()
     for split in SPLITS:
         draws = DRAWS if split == "train" else 1
         found = [_bytes(reader([(split, epoch, 0)]).batch, inputs) for epoch in range(draws)]
