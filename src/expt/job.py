@@ -15,6 +15,7 @@ Letters: `B` samples in a batch.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Split = Literal["train", "val", "test"]
+METRIC_NAME = re.compile(r"[\w.\- ]*\w[\w.\- ]*")
+"""What a tracker keeps unchanged, without the slash between a split and a metric's name."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class Metric:
     """A figure that evaluation computes, and which way is better.
 
     Args:
-        name: key of `Accumulator.compute()`, like ``mae`` or ``accuracy``.
+        name: key of `Accumulator.compute()`, like ``mae`` or ``accuracy``: letters, digits, ``_``,
+            ``-``, ``.`` and blanks. Reports put the split before it, like ``val/mae``.
         goal: whether a lower (``min``) or a higher (``max``) value is better.
         label: for tables and figures; the name in upper case where there is none.
         unit: of the value, for labels.
@@ -99,6 +103,12 @@ class Metric:
         """Return plain values, as ``result.json`` keeps them."""
         return asdict(self)
 
+    def brief(self) -> dict[str, Any]:
+        """Return what differs from the defaults, which `from_dict` takes as well."""
+        default = Metric(self.name)
+        values = self.as_dict().items()
+        return {"name": self.name} | {k: v for k, v in values if v != getattr(default, k)}
+
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Metric:
         """Return the metric that `as_dict` described; keys not known any more are left out."""
@@ -110,11 +120,18 @@ def monitored(metrics: Sequence[Metric], name: str | None) -> Metric:
     """Return the metric that decides which weights are best: the first, or the one named.
 
     Raises:
-        ConfigError: the data set declares no metric of this name, or none at all.
+        ConfigError: the data set declares no metric of this name, or none at all, or one whose
+            name would not be read back.
 
     """
     if not metrics:
         raise ConfigError("the data set declares no metrics; its `metrics` must name at least one")
+    illegal = [metric.name for metric in metrics if not METRIC_NAME.fullmatch(metric.name)]
+    if illegal:
+        raise ConfigError(
+            f"the data set declares the metric {illegal[0]!r}; a metric's name is made of letters, "
+            "digits, '_', '-', '.' and blanks, so that every record of it can be read back"
+        )
     if name is None:
         return metrics[0]
     known = {metric.name: metric for metric in metrics}

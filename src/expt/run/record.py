@@ -25,6 +25,7 @@ from expt.memory.recovery.event import OomEvent
 from expt.memory.watching.history import READINGS_NAME
 from expt.memory.watching.manager import MemoryManager
 from expt.result import CONFIG_NAME, PLAN_NAME, RunResult
+from expt.tracking.metric_tags import tags_of_metrics
 from expt.tracking.tracker import OncePerStep, Tracker
 from expt.training import checkpoint
 from expt.training.trainer import Trainer
@@ -65,7 +66,7 @@ class Recorder:
             self.started = True
             result = self.result
             preset = {"preset": str(result.preset), "device": str(result.device)}
-            preset |= {"monitor": result.monitor, "metrics": json.dumps(result.metrics_meta)}
+            preset |= {"monitor": result.monitor, **tags_of_metrics(result.metrics_meta)}
             origin = {"run_dir": str(self.run_dir), **_versions()}
             self.tracker.start(name, parameters, {**preset, **origin, **tags})
             self._tell()

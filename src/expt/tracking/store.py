@@ -31,7 +31,7 @@ METRICS_PER_CALL = 1000
 _NAME_LENGTH = 250
 _PARAMETER_LENGTH = 6000
 _DIGEST_LENGTH = 36
-_TAG_LENGTH = 8000
+TAG_LENGTH = 8000
 
 _ENVIRONMENT = {
     # The sender has its own, slower retries; mlflow's would hold it for minutes.
@@ -89,7 +89,7 @@ class MlflowStore:
             created = self._client.create_run(
                 experiment_id,
                 start_time=time,
-                tags=_legal(tags, _TAG_LENGTH) | {KEY_TAG: key},
+                tags=_legal(tags, TAG_LENGTH) | {KEY_TAG: key},
                 run_name=name,
             )
             return str(created.info.run_id)
@@ -147,7 +147,7 @@ class MlflowStore:
         from mlflow.entities import RunTag
 
         with _mlflow_errors():
-            legal = _legal(values, _TAG_LENGTH)
+            legal = _legal(values, TAG_LENGTH)
             self._client.log_batch(
                 run_id, tags=[RunTag(name, value) for name, value in legal.items()]
             )

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 
 from expt.errors import ConfigError
 from expt.reports.records import RunRecord, RunSet
 from expt.reports.sources.folders import described, detail_of
 from expt.result import Outcome, RunResult, Status
+from expt.tracking.metric_tags import metrics_of_tags
 from expt.tracking.query import NotThereError, StoredRun, runs_of_experiment, runs_under
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")
@@ -145,8 +144,7 @@ def as_result(run: StoredRun) -> RunResult:
     result = RunResult(STATUSES.get(run.status, "failed"), run.tags.get("stop_reason", ""))
     result.unit = run.parameters.get("data.unit", result.unit)
     result.metrics = {**metrics_of(run)}
-    with suppress(KeyError, ValueError):
-        result.metrics_meta = json.loads(run.tags["metrics"])
+    result.metrics_meta = metrics_of_tags(run.tags)
     result.monitor = run.tags.get("monitor", result.monitor)
     if result.metrics_meta:  # else the fingerprint is of another kind
         result.data_fingerprint = run.tags.get("data.fingerprint")
