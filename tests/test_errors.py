@@ -24,6 +24,11 @@ def test_the_tree(kind: type[ExptError], code: int, is_value_error: bool) -> Non
     assert isinstance(error, UserError) is (code == 2)
 
 
+def test_a_password_is_in_no_message() -> None:
+    error = StorageError("postgresql://me:secret@host/db does not answer")
+    assert str(error) == "postgresql://me:***@host/db does not answer"
+
+
 def test_one_problem_is_its_own_message() -> None:
     for given in ("a is wrong", ["a is wrong"]):
         error = ConfigError(given)

@@ -23,11 +23,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+from expt.uri import without_password
+
 
 class ExptError(Exception):
     """Base of every error this package raises on purpose; `exit_code` is the process's."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """Return the message without the passwords of URIs, wherever it is shown or written."""
+        return without_password(super().__str__())
 
 
 class UserError(ExptError, ValueError):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from expt.commands.fit_batch import command
 from expt.uri import without_password
 
 SECRET = "S3cr!t/x@y"
@@ -67,3 +69,18 @@ def test_an_interpolated_password_is_written_nowhere(expt, home, monkeypatch, mo
 )
 def test_what_is_shown_of_a_uri(uri, shown) -> None:
     assert without_password(uri) == shown
+
+
+def test_a_refused_uri_is_shown_without_its_password(expt, home, monkeypatch) -> None:
+    monkeypatch.setenv("LAB_PASSWORD", SECRET)
+    code, out, err = expt(*LINE[:-1], URI.replace("postgresql", "postgress"), small=False)
+    assert code == 2
+    assert "tracking.uri='postgress://me:***@127.0.0.1:9/db' names no tracking server" in err
+    assert "S3cr!t" not in out + err
+
+
+def test_the_line_that_fit_batch_recommends_has_no_password() -> None:
+    launch = {"overrides": ["model=stid", "tracking.uri=http://me:S3cr!t@host:5000"]}
+    found = SimpleNamespace(batch_size=8, gradient_accumulation=2)
+    line = command({**launch, "config_dir": None}, found, None)
+    assert "tracking.uri=http://me:***@host:5000" in line and "S3cr!t" not in line

@@ -45,6 +45,7 @@ from expt.training.interruption import Interruption
 from expt.training.profiler import StepProfiler
 from expt.training.trainer import Trainer
 from expt.units import format_bytes
+from expt.uri import shown_lines
 
 STEPS = 2
 
@@ -286,7 +287,7 @@ def remarks(record: Mapping[str, Any]) -> list[str]:
 
 def command(launch: Mapping[str, Any], found: Fit, batch_size: int | None) -> str:
     """Return the command line that trains with what was found, and this one's other settings."""
-    given = launch.get("overrides", [])
+    given = shown_lines(launch.get("overrides", []))
     words = [line for line in given if not NOT_REPEATED.match(line)]
     own = [line for line in given if re.match(r"\+*data\.batch_size=", line)]
     if batch_size == found.batch_size:

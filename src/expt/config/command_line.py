@@ -164,7 +164,7 @@ def run_command(arguments: Sequence[str]) -> int:
         sys.argv = [argv[0], *prepared]
         entry_of(job)()
     except ExptError as error:
-        print(f"error: {without_password(str(error))}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except (HydraException, OmegaConfBaseException) as error:
         print(f"error: {without_password(explain(error, prepared))}", file=sys.stderr)
