@@ -83,8 +83,13 @@ def prepare_arguments(arguments: Sequence[str]) -> list[str]:
     # Only memory is added to the defaults; for the others the plus is a habit to forgive.
     chosen = [name for name in groups() if name != "memory"]
     prepared = [re.sub(rf"^\+({'|'.join(chosen)})=", r"\1=", a) for a in prepared]
-    prepared = [argument for argument in prepared if not _chooses_nothing(argument)]
-    prepared = _with_settings_of(prepared)
+    merged = _with_settings_of_resumed(_with_settings_of(prepared))
+    # Only now: until then, choosing nothing is what takes the place of an earlier choice.
+    return [argument for argument in merged if not _chooses_nothing(argument)]
+
+
+def _with_settings_of_resumed(prepared: list[str]) -> list[str]:
+    """Put the settings of the run that ``trainer.resume`` names before those given."""
     resume = [a for a in prepared if re.match(r"^\+{0,2}trainer\.resume=", a)]
     target = resume[-1].partition("=")[2].strip("'\"") if resume else ""
     if not target or target.lower() in ("true", "false", "null") or target.isdigit():
