@@ -56,6 +56,18 @@ def test_another_metric_can_be_monitored_and_a_wrong_one_is_refused(expt, toys, 
     assert not (home / "other").exists()
 
 
+@pytest.mark.parametrize("part", ["train", "val", "test"])
+def test_data_with_an_empty_part_are_refused_before_the_training(expt, toys, home, part) -> None:
+    line = job(toys, "blobs", "trainer.epochs=1", f"+data.empty=[{part}]")
+    code, out, err = expt(*line, "hydra.run.dir=run", small=False)
+    assert code == 2 and f"error: Blobs has no samples in its {part} part" in err
+    assert "step" not in out and not (home / "run").exists()
+    if part == "test":
+        assert "set trainer.test=false" in err
+        code, _, err = expt(*line, "trainer.test=false", "hydra.run.dir=run", small=False)
+        assert code == 0, err
+
+
 KILLING_MODEL = """
 import os
 import signal

@@ -48,12 +48,21 @@ class Classification:
 
 
 class Blobs(Classification):
-    """Points around three centres; `spread` decides how far the classes overlap."""
+    """Points around three centres; `spread` decides how far the classes overlap.
 
-    def __init__(self, batch_size: int, eval_batch_size: int, spread: float = 0.5) -> None:
+    The parts that `empty` names have no samples.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        eval_batch_size: int,
+        spread: float = 0.5,
+        empty: tuple[str, ...] | list[str] = (),
+    ) -> None:
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         generator = torch.Generator().manual_seed(0)
-        self.sizes = {"train": 96, "val": 48, "test": 48}
+        self.sizes = {"train": 96, "val": 48, "test": 48} | dict.fromkeys(empty, 0)
         self.start = {"train": 0, "val": 96, "test": 144}
         self.y = torch.arange(192) % CLASSES
         centres = torch.tensor([[0.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])

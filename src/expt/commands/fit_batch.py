@@ -32,7 +32,7 @@ from expt.memory.planning.predict import Target
 from expt.memory.recovery.attempt import Success, attempt, release, shortage
 from expt.memory.recovery.recovery import Recovery
 from expt.run.batch_size import Fit, Limit, fit, with_batch_size
-from expt.run.build import assemble, build, techniques_of
+from expt.run.build import assemble, build_training_data, techniques_of
 from expt.run.overflow import too_small_for_weights
 from expt.run.target import arithmetic, budget_bytes, target_of, target_remark
 from expt.tables import print_table
@@ -151,7 +151,7 @@ def run(cfg: DictConfig, context: RunContext) -> FitResult:
     settings = validated(cfg, context.overridden)
     batch_size = None if settings.batch_is_auto else int(settings.arguments["data"]["batch_size"])
     settings = with_batch_size(settings, batch_size or 1)
-    data: DataSet = build(settings, "data")
+    data = build_training_data(settings)
     target = target_of(settings.trainer, settings.memory.target)
     budget = budget_for(settings, target)
     if (remark := target_remark(settings.trainer, settings.memory.target)) is not None:

@@ -12,13 +12,12 @@ from omegaconf import DictConfig
 from expt.config.settings import RunContext, Settings
 from expt.config.validate import validated
 from expt.errors import ConfigError
-from expt.job import DataSet
 from expt.memory.measuring.budget import Budget
 from expt.memory.measuring.device_memory import device_type
 from expt.memory.recovery.attempt import release
 from expt.result import LAUNCH_NAME, RunResult, load_result
 from expt.run.batch_size import with_batch_found
-from expt.run.build import build
+from expt.run.build import build_training_data
 from expt.run.fallback import check_entries, next_smaller, short_name, smaller_run
 from expt.run.overflow import plan_before, too_small_for_weights, with_techniques
 from expt.run.summary import print_result
@@ -63,7 +62,7 @@ def run(cfg: DictConfig, context: RunContext) -> RunResult:
             fabric = make_fabric(settings.trainer.device, settings.memory.precision)
             device = fabric.device
         cfg, settings, context = with_batch_found(cfg, settings, context, device)
-        data: DataSet = build(settings, "data")
+        data = build_training_data(settings)
         memory = settings.memory
         budget = None if memory.budget is None else Budget.parse(memory.budget, device)
         if together and budget is not None:

@@ -26,7 +26,7 @@ from expt.memory.measuring.budget import Budget
 from expt.memory.planning.plan import CUDA_MARGIN
 from expt.memory.planning.predict import Plan, Target
 from expt.result import load_launch
-from expt.run.build import build, smaller_sizes, techniques_of
+from expt.run.build import build_training_data, smaller_sizes, techniques_of
 from expt.run.overflow import too_small_for_weights
 from expt.run.planner import Planner, feature_plans, plan_training
 from expt.units import format_bytes
@@ -337,7 +337,7 @@ def with_batch_found(
 
 def _found(settings: Settings, device: torch.device) -> int:
     """Search for the largest batch, and say what was found."""
-    data: DataSet = build(settings, "data")
+    data = build_training_data(settings)
     budget = Budget.parse(
         "auto" if settings.memory.budget is None else settings.memory.budget, device
     )

@@ -22,8 +22,8 @@ from expt.config.settings import (
     parameters_of,
     targets,
 )
-from expt.errors import ConfigError, ModelError, nearest
-from expt.job import DataSet, Grouped, Pretrained
+from expt.errors import ConfigError, DataError, ModelError, nearest
+from expt.job import DataSet, Grouped, Pretrained, Split
 from expt.memory.techniques.freezing import ever_trained, freeze_others
 from expt.memory.techniques.techniques import Techniques, apply
 from expt.memory.techniques.techniques import problems as technique_problems
@@ -89,6 +89,25 @@ def build(settings: Settings, group: str, **provided: Any) -> Any:
         _execution_whitelist_=sorted(targets(arguments)),
     )
     return factory(**handed)
+
+
+def build_training_data(settings: Settings) -> DataSet:
+    """Build the data of a training, of which every part that it comes to has samples.
+
+    Raises:
+        ConfigError: a required argument is not in the configuration.
+        DataError: a part is empty.
+
+    """
+    data: DataSet = build(settings, "data")
+    splits: list[Split] = ["train", "val"]
+    if settings.trainer.test:
+        splits.append("test")
+    for split in splits:
+        if data.size(split) == 0:
+            why = "; set trainer.test=false to train without a test" if split == "test" else ""
+            raise DataError(f"{type(data).__name__} has no samples in its {split} part{why}")
+    return data
 
 
 def build_model(

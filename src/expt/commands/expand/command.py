@@ -28,11 +28,11 @@ from expt.config.settings import RunContext, Settings
 from expt.config.validate import validated
 from expt.errors import ConfigError
 from expt.files import write_json, write_text
-from expt.job import DataSet, Metric, monitored
+from expt.job import Metric, monitored
 from expt.memory.measuring.budget import Budget
 from expt.memory.measuring.device_memory import planned_type
 from expt.result import Outcome, load_launch, save_launch
-from expt.run.build import build
+from expt.run.build import build_training_data
 from expt.tables import print_table
 from expt.tracking.tracker import Tracker, open_tracker
 from expt.training.interruption import Interruption, Stopped
@@ -79,7 +79,7 @@ def run(cfg: DictConfig, context: RunContext) -> ExpandResult:
     if settings.memory.budget is not None:
         device = torch.device(planned_type(settings.trainer.device.value))
         budget = Budget.parse(settings.memory.budget, device).bytes
-    data: DataSet = build(settings, "data")
+    data = build_training_data(settings)
     with Interruption() as interruption:
         metric = monitored(data.metrics, settings.trainer.monitor)
         prober = Prober(
