@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from expt.commands import export
+from expt.job import Batch
+from expt.training.batches import HostSamples
 
 ONNX = all(map(importlib.util.find_spec, export.ONNX_PACKAGES))
 
@@ -75,3 +79,45 @@ def test_it_can_be_loaded_in_python(home, expt) -> None:
     assert transforms["unit"] == "mph" and transforms["std"] > 0
     with pytest.raises(AttributeError, match="nothing"):
         package.nothing  # noqa: B018
+
+
+def samples_of(sizes: dict[str, int], eval_batch_size: int) -> SimpleNamespace:
+    """Return what stands for data on the host whose evaluation comes in batches."""
+
+    def evaluation(split: str, count: int) -> Iterator[HostSamples]:
+        for part in torch.arange(float(count)).split(eval_batch_size):
+            yield HostSamples(data, Batch({"x": part[:, None]}, part), torch.device("cpu"))
+
+    data = SimpleNamespace(size=sizes.__getitem__, evaluation=evaluation)
+    return data
+
+
+@pytest.mark.parametrize(("size", "found"), [(1, 3), (2, 3), (8, 3)])
+def test_batches_are_joined_until_there_are_enough_samples(size: int, found: int) -> None:
+    data = samples_of({"test": 9, "val": 9}, size)
+    inputs = export._inputs(data, data, 3)
+    assert inputs["x"].flatten().tolist() == list(range(found))
+
+
+def test_the_validation_takes_the_place_of_an_empty_test() -> None:
+    data = samples_of({"test": 0, "val": 2}, 1)
+    assert export._inputs(data, data, 3)["x"].flatten().tolist() == [0.0, 1.0]
+
+
+def test_any_number_is_only_said_of_what_was_tried(expt, toys, clips, home, monkeypatch) -> None:
+    line = (f"--config-dir={toys / 'conf'}", "data=clips", "model=classifier", "trainer.epochs=1",
+            "trainer.progress=false", "tracking=none", "data.eval_batch_size=1")  # fmt: skip
+    code, _, err = expt(*line, "hydra.run.dir=run", small=False)
+    assert code == 0, err
+    make = ("task=export", "export.run=run", "export.onnx=false")
+    code, _, err = expt(*make, "hydra.run.dir=out", small=False)
+    assert code == 0, err
+    record = json.loads((home / "out/export.json").read_text())
+    assert record["any_batch_size"] is True
+    assert next(iter(record["inputs"].values()))[1][0] == 2
+    all_inputs = export._inputs
+    monkeypatch.setattr(export, "_inputs", lambda data, batches, _: all_inputs(data, batches, 2))
+    code, out, err = expt(*make, "hydra.run.dir=two", small=False)
+    assert code == 0, err
+    assert json.loads((home / "two/export.json").read_text())["any_batch_size"] is False
+    assert "takes 2 samples at a time, no other number; another could not be tried" in out

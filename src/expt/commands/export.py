@@ -26,9 +26,9 @@ from expt.commands.predict import open_for
 from expt.config.command_nodes import ExportConfig
 from expt.config.settings import RunContext
 from expt.config.validate import validated
-from expt.errors import ConfigError, ExptError, ModelError, first_line
+from expt.errors import ConfigError, DataError, ExptError, ModelError, first_line
 from expt.files import replace_atomically, write_json
-from expt.job import DataSet
+from expt.job import DataSet, Split
 from expt.memory.techniques.wrapping import bare
 from expt.run.saved import load
 from expt.tracking.tracker import open_tracker
@@ -77,10 +77,14 @@ def run(cfg: DictConfig, context: RunContext) -> ExportResult:
         batches.close()
     model = bare(saved.model)
     path = context.run_dir / PROGRAM
-    inputs = {name: value[: node.batch_size] for name, value in examples.items()}
-    dynamic = write_program(model, inputs, path) and _takes(_program(path), examples)
+    known = len(next(iter(examples.values())))
+    size = min(node.batch_size, known - 1 if known > 2 else known)
+    inputs = {name: value[:size] for name, value in examples.items()}
+    dynamic = write_program(model, inputs, path) and known > size
+    dynamic = dynamic and _takes(_program(path), examples)
     if not dynamic:
-        print(f"note: the program takes {node.batch_size} samples at a time, no other number")
+        untried = "" if known > size else "; another could not be tried, the data hold no more"
+        print(f"note: the program takes {size} samples at a time, no other number{untried}")
     record: dict[str, Any] = {
         "run": str(saved.run_dir),
         "step": saved.step,
@@ -168,9 +172,26 @@ def write_onnx(model: nn.Module, inputs: Mapping[str, Tensor], path: Path, dynam
 
 
 def _inputs(data: DataSet, batches: Batches, count: int) -> dict[str, Tensor]:
-    """Return the inputs of the first samples of the test."""
-    samples = next(batches.evaluation("test", min(count, data.size("test"))))[:count]
-    return dict(samples.batch().inputs)
+    """Return the inputs of the first samples of the test, else of the validation, of one shape.
+
+    Raises:
+        DataError: there is none that can be read.
+
+    """
+    split: Split = "test" if data.size("test") else "val"
+    found: list[Mapping[str, Tensor]] = []
+    held = 0
+    for samples in batches.evaluation(split, min(count, data.size(split))):
+        inputs = samples.batch().inputs
+        if found and any(v.shape[1:] != found[0][name].shape[1:] for name, v in inputs.items()):
+            break
+        found.append(inputs)
+        held += len(samples)
+        if held >= count:
+            break
+    if not found:
+        raise DataError(f"{type(data).__name__} has no {split} sample that can be read")
+    return {name: torch.cat([inputs[name] for inputs in found])[:count] for name in found[0]}
 
 
 def _takes(program: Any, inputs: Mapping[str, Tensor]) -> bool:
