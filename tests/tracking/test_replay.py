@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from expt.tracking.journal import Journal, State
-from expt.tracking.mlflow import MlflowTracker
+from expt.tracking.mlflow import DeferredTracker, MlflowTracker
 from expt.tracking.replay import Replayed, replay
 from expt.tracking.sender import Sender
 from expt.uri import PASSWORD
@@ -106,3 +106,24 @@ def test_a_password_is_sent_and_never_written(
     assert replay(tmp_path).complete
     assert asked[-1] == "http://me:word@host"
     assert store.opened == 1
+
+
+def test_artifacts_move_with_their_run_and_one_that_is_gone_is_left(
+    tmp_path: Path, store: Any
+) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    outside = tmp_path / "outside.txt"
+    outside.write_text("a")
+    (before / "plots").mkdir(parents=True)
+    (before / "plots/a.png").write_text("a")
+    tracker = DeferredTracker("http://server", "e", before, None)
+    tracker.start("run", {}, {})
+    for path in (before / "plots/a.png", outside, before / "gone.png"):
+        tracker.artifact(path, "plots")
+    tracker.close()
+    before.rename(after)
+    (entry,) = replay(after).directories
+    sent = [value for call, value in store.calls if call == "artifact"]
+    assert sent == [str(after / "plots/a.png"), str(outside)]
+    assert (entry.sent, entry.left) == (3, 1)
+    assert entry.reason == f"gone or not to be stored: {after / 'gone.png'}"

@@ -131,7 +131,10 @@ class MlflowTracker:
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Record a file or folder, which is read when it is sent."""
-        self._record("artifact", path=str(path.absolute()), folder=folder)
+        path, own = path.absolute(), self._journal.path.parent
+        # Relative like the parent, where the run's own folder holds it.
+        kept = path.relative_to(own) if path.is_relative_to(own) else path
+        self._record("artifact", path=str(kept), folder=folder)
 
     def flush(self) -> bool:
         """Wait for everything to arrive, but not for a server that has not been answering."""

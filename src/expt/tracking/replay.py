@@ -18,7 +18,10 @@ from expt.uri import PasswordMissingError, without_password
 
 @dataclass(frozen=True)
 class Replayed:
-    """What became of one directory; `left` lines (None: unknown) are not sent, and why."""
+    """What became of one directory; `left` lines (None: unknown) are not sent, and why.
+
+    Artifacts that are gone count as left, once: another replay has nothing to send of them.
+    """
 
     directory: Path
     sent: int
@@ -75,7 +78,9 @@ def _send(directory: Path, silent: dict[str, str]) -> Replayed | None:
         try:
             while sender.send_group():
                 pass
-            return Replayed(directory, outstanding, 0)
+            without = list(sender.without)
+            why = f"gone or not to be stored: {', '.join(without)}" if without else None
+            return Replayed(directory, outstanding - len(without), len(without), why)
         except (NotReadyError, PasswordMissingError) as error:
             left = sender.outstanding()
             return Replayed(directory, outstanding - left, left, str(error))

@@ -39,21 +39,20 @@ PAUSES_SECONDS = (0.5, 2.0, 0.0)
 """The rest after each attempt to store an artifact; as many attempts as there are rests."""
 
 
-def send_artifact(store: MlflowStore, run_id: str, record: Record) -> None:
-    """Store the file that a journal's record names, or say why it is skipped.
+def send_artifact(store: MlflowStore, run_id: str, path: str, folder: str) -> bool:
+    """Store a file, or say why it is skipped; return whether it is stored.
 
     Raises:
         Exception: what the store raised, if it does not answer at all or refuses the record.
 
     """
-    path = record["path"]
     if not os.access(path, os.R_OK):
         _logger.warning("an artifact is skipped: %s is gone or cannot be read", path)
-        return
+        return False
     for pause in PAUSES_SECONDS:
         try:
-            store.artifact(run_id, path, record["folder"])
-            return
+            store.artifact(run_id, path, folder)
+            return True
         except (RefusedError, RunMissingError):
             raise
         except Exception as error:
@@ -67,6 +66,7 @@ def send_artifact(store: MlflowStore, run_id: str, record: Record) -> None:
         path,
         failure,
     )
+    return False
 
 
 _logger = logging.getLogger(__name__)
@@ -103,6 +103,8 @@ class Sender:
         self.state = State.load(directory)
         self.position = 0
         """Bytes of the journal that the store has."""
+        self.without: dict[str, None] = {}
+        """Artifacts that were skipped, as they are gone or where artifacts live is."""
         self._target = target
         self._lock = Lock(directory / LOCK)
         self._reader: Reader | None = None
@@ -259,7 +261,10 @@ class Sender:
             case "tags":
                 store.tags(run_id, record["values"])
             case "artifact":
-                send_artifact(store, run_id, record)
+                # What is inside the run's folder moved with it; an absolute path stays as it is.
+                path = str(self.directory / record["path"])
+                if not send_artifact(store, run_id, path, record["folder"]):
+                    self.without[path] = None
             case "end":
                 store.end(run_id, record["status"], record["time"])
 
