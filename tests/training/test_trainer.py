@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -568,3 +568,42 @@ def test_what_is_best_follows_the_goal_of_the_metric(make, tmp_path, monitor, be
     assert ending.reason == reason
     stored = torch.load(tmp_path / "run/checkpoints/best.pt", weights_only=True)
     assert (stored["val"], stored["epoch"]) == best
+
+
+class Points(NullTracker):
+    """Remembers every point."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[str, int], float] = {}
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        self.found |= {(name, step): value for name, value in values.items()}
+
+
+def test_an_epoch_is_recorded_before_it_is_saved_and_alike_when_it_is_done_again(make, monkeypatch):
+    class KilledError(BaseException):
+        pass
+
+    def killed(trainer: Trainer) -> None:
+        if trainer.progress.epoch == 2:
+            raise KilledError
+        save(trainer)
+
+    save = Trainer._save_last
+    first, second = Points(), Points()
+    trainer = make()
+    trainer.tracker = first
+    with monkeypatch.context() as patched, pytest.raises(KilledError):
+        patched.setattr(Trainer, "_save_last", killed)
+        trainer.fit()
+    assert ("val/mae", 14) in first.found
+    trainer = make()
+    trainer.tracker = second
+    assert trainer.resume() == 7
+    trainer.fit()
+    redone = {point for point in first.found if point[1] > 7}
+    names = ("train/loss", "train/loss_step", "val/mae", "best/val/mae", "learning_rate")
+    assert {point[0] for point in redone} > set(names)
+    for name, step in redone:
+        if name in names:
+            assert second.found[name, step] == first.found[name, step], name

@@ -453,14 +453,16 @@ class Trainer:
         limit = limit_reached(progress, self.settings)
         if limit is None and not signal:
             self.tuner.after_epoch(progress, self.batches, self.recovery)
+        # First, as an epoch that is saved is not done again; the tracker drops what it has already.
+        self._record(row, figures, memory)
         self._save_last()
-        self._report(row, figures, memory)
+        self._report(row)
         return "signal" if signal else limit
 
-    def _report(
+    def _record(
         self, row: dict[str, float], figures: dict[str, float], memory: dict[str, int]
     ) -> None:
-        """Send a finished epoch to the tracker, the display and the progress file."""
+        """Send a finished epoch to the tracker."""
         progress, monitor = self.progress, self.monitor
         recorded = {
             "train/loss": row["loss"],
@@ -473,6 +475,10 @@ class Trainer:
             **{f"memory/{name}": float(count) for name, count in memory.items()},
         }
         self.tracker.metrics(with_gib(recorded), progress.step)
+
+    def _report(self, row: dict[str, float]) -> None:
+        """Tell the display, the progress file and the callbacks of an epoch that is saved."""
+        progress, monitor = self.progress, self.monitor
         peak, is_best = progress.peak_allocated_bytes, progress.best_epoch == progress.epoch
         line = epoch_line(row, monitor, is_best, peak)
         self.display.epoch(line, monitor.text(row["val"]), peak)
