@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from expt.result import load_result
+from expt.tracking.journal import State
 
 TOLERANCE = 1e-5
 OF_WEIGHTS = 1e-4
@@ -253,6 +254,28 @@ def test_one_killed_process_ends_all_and_the_run_goes_on_as_if_nothing_had_been(
     result, expected = load_result(home / "run"), load_result(home / "whole")
     assert result.weights_sha256 == expected.weights_sha256
     assert result.metrics == expected.metrics
+
+
+def test_a_killed_first_process_leaves_a_run_that_failed_and_no_earlier_result(
+    expt, job, home, monkeypatch
+) -> None:
+    from mlflow import MlflowClient
+
+    line = job("blobs", "run", "trainer.devices=2")
+    line = tuple(one.replace("tracking=none", "tracking=mlflow") for one in line)
+    monkeypatch.setenv("LAB", "kill@0:6")
+    code, _, err = expt(*line, small=False)
+    assert code == 1 and "rank 0 died: it was killed (SIGKILL)" in err
+    state = State.load(home / "run")
+    client = MlflowClient(state.uri)
+    assert client.get_run(state.run_id).info.status == "FAILED"
+    monkeypatch.setenv("LAB", "kill@1:2")
+    assert expt(*line, "trainer.resume=true", small=False)[0] == 1
+    assert load_result(home / "run").stop_reason.startswith("RankError: rank 1 died")
+    monkeypatch.setenv("LAB", "kill@0:2")
+    assert expt(*line, "trainer.resume=true", small=False)[0] == 1
+    assert load_result(home / "run").stop_reason.startswith("RankError: rank 0 died")
+    assert client.get_run(state.run_id).info.status == "FAILED"
 
 
 def test_a_run_of_two_goes_on_with_one_and_one_of_one_with_two(expt, job, home) -> None:

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from expt.config.schema import TrackingConfig
+from expt.tracking import tracker as module
+from expt.tracking.journal import Journal
 from expt.tracking.tracker import NullTracker, OncePerStep
 
 
@@ -37,3 +40,19 @@ def test_every_name_counts_for_itself_and_the_rest_is_passed_on() -> None:
     assert heard == [({"a": 1.0}, 0), ({"b": 2.0}, 0), {"x": "y"}]
     assert (steps.uri, steps.run_id, steps.parent_run_id) == (None, None, None)
     assert steps.flush()
+
+
+def test_a_run_that_was_left_open_is_closed_once(tmp_path, monkeypatch) -> None:
+    finished: list[str] = []
+
+    class Told(NullTracker):
+        def finish(self, status: str) -> bool:
+            finished.append(status)
+            return True
+
+    monkeypatch.setattr(module, "open_tracker", lambda *arguments: Told())
+    module.close_left_open(TrackingConfig(), tmp_path, None, "FAILED")
+    assert finished == [], "nothing was recorded there"
+    Journal(tmp_path, {}).append("start", {"name": "run"})
+    module.close_left_open(TrackingConfig(), tmp_path, None, "FAILED")
+    assert finished == ["FAILED"]

@@ -22,8 +22,7 @@ from expt.run.fallback import check_entries, next_smaller, short_name, smaller_r
 from expt.run.overflow import plan_before, too_small_for_weights, with_techniques
 from expt.run.summary import print_result
 from expt.run.train import TrainJob
-from expt.tracking.journal import is_closed
-from expt.tracking.tracker import open_tracker
+from expt.tracking.tracker import close_left_open
 from expt.training.checkpoint import FOLDER, read_progress
 from expt.training.device import make_fabric
 from expt.training.interruption import Interruption
@@ -127,10 +126,7 @@ def _completed(
         f"{context.run_dir} is already completed; this is its result. It does not go on: "
         f"{why.format(**vars(settings.trainer))}; to train longer, give a larger one"
     )
-    if not is_closed(context.run_dir):
-        # Killed between writing the result and hearing from the tracker.
-        tracker = open_tracker(settings.tracking, context.run_dir)
-        tracker.start(context.run_dir.name, {}, {})
-        tracker.finish("FINISHED")
+    # It may have been killed between writing the result and hearing from the tracker.
+    close_left_open(settings.tracking, context.run_dir, context.parent_dir, "FINISHED")
     print_result(result, context.run_dir)
     return result

@@ -45,6 +45,7 @@ from expt.run.process import (
 )
 from expt.run.server import forkserver, main_left_alone, prepare_server
 from expt.run.train import TrainJob
+from expt.tracking.tracker import close_left_open
 from expt.training.device import make_fabric
 from expt.training.interruption import Interruption, Stopped
 from expt.training.ranks import SeveralRanks, world
@@ -388,8 +389,10 @@ def _tell_and_wait(ranks: list[_Rank], words: str) -> None:
 
 
 def _recorded(prepared: Prepared, words: str, code: int) -> ExptError:
-    """Return the error to end with; a result that the first process could not write is written."""
+    """Return the error to end with; what the first process could not record is recorded."""
     run_dir = prepared.context.run_dir
+    tracking = prepared.settings.tracking
+    close_left_open(tracking, run_dir, prepared.context.parent_dir, "FAILED")
     if code != UserError.exit_code and load_result(run_dir) is None:
         preset = prepared.settings.memory.preset
         RunResult(

@@ -141,7 +141,7 @@ class TrainJob:
 
         With `extending`, a run that had come to its end goes on.
         """
-        self.extending = extending
+        self.resuming, self.extending = resuming, extending
         exhausted: str | None = None
         with self._recorded():
             try:
@@ -231,7 +231,7 @@ class TrainJob:
         )
         if self.extending or load_launch(self.context.run_dir) is None:
             save_launch(self.context.run_dir, self.context.launch)
-        if self.extending:  # the result of the first part says nothing about a run that goes on
+        if self.resuming:  # the result of the first part says nothing about a run that goes on
             (self.context.run_dir / FILE_NAME).unlink(missing_ok=True)
         for group, name in (("tracking", "uri"), ("search", "storage")):
             if resolved.get(group) and resolved[group][name]:

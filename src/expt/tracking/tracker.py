@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from expt.config.schema import TrackingConfig
+from expt.result import TrackerStatus
+from expt.tracking.journal import is_closed
 
 
 class Tracker(Protocol):
@@ -119,6 +121,19 @@ def open_tracker(
         parent_directory=parent_directory,
         flush_seconds=config.flush_seconds,
     )
+
+
+def close_left_open(
+    config: TrackingConfig,
+    directory: Path,
+    parent_directory: Path | None,
+    status: TrackerStatus,
+) -> None:
+    """End the run in `directory`, whose process ended before it could do so itself."""
+    if not is_closed(directory):
+        tracker = open_tracker(config, directory, parent_directory)
+        tracker.start(directory.name, {}, {})
+        tracker.finish(status)
 
 
 class NullTracker:

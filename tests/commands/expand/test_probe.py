@@ -30,10 +30,8 @@ def test_a_probe_that_was_killed_is_ended_in_the_tracker(
             raise raised
         return Ended(-9, 1.0)
 
-    told = SimpleNamespace(start=lambda *arguments: None, finish=finished.append)
     monkeypatch.setattr(module, "run_apart", killed)
-    monkeypatch.setattr(module, "is_closed", lambda folder: False)
-    monkeypatch.setattr(module, "open_tracker", lambda *arguments: told)
+    monkeypatch.setattr(module, "close_left_open", lambda *given: finished.append(given[-1]))
     monkeypatch.setattr(module.Prober, "_plan", lambda self, changes: None)
     settings: Any = SimpleNamespace(tracking=None)
     context: Any = SimpleNamespace(run_dir=tmp_path, launch={})

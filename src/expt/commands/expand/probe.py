@@ -27,12 +27,11 @@ from expt.errors import ExptError
 from expt.job import Metric
 from expt.memory.measuring.device_memory import planned_type
 from expt.memory.planning.predict import Plan
-from expt.result import Outcome, RunResult, load_launch, load_result
+from expt.result import Outcome, RunResult, TrackerStatus, load_launch, load_result
 from expt.run.build import build
 from expt.run.planner import plan_training
 from expt.run.process import Ended, run_apart
-from expt.tracking.journal import is_closed
-from expt.tracking.tracker import open_tracker
+from expt.tracking.tracker import close_left_open
 from expt.units import format_bytes
 
 log = logging.getLogger(__name__)
@@ -158,11 +157,8 @@ class Prober:
         ]
 
     def _close_in_tracker(self, folder: Path) -> None:
-        """End a run in the tracker that was killed before it could do so itself."""
-        if not is_closed(folder):
-            tracker = open_tracker(self.settings.tracking, folder, self.context.run_dir)
-            tracker.start(folder.name, {}, {})
-            tracker.finish("KILLED" if self.stopped() else "FAILED")
+        status: TrackerStatus = "KILLED" if self.stopped() else "FAILED"
+        close_left_open(self.settings.tracking, folder, self.context.run_dir, status)
 
     def _probe(self, folder: Path, ended: Ended, predicted: int | None) -> Probe:
         result = load_result(folder)
