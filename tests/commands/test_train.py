@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from expt.reports.sources.mlflow import runs_by_id
 from expt.result import load_result
 from expt.run.process import TrialProcess
 
@@ -336,17 +337,23 @@ def test_an_extended_run_is_the_same_in_mlflow_and_its_schedule_begins_again(exp
 
     store = f"sqlite:///{home}/mlflow.db"
     line = ("tracking=mlflow", f"tracking.uri={store}", "hydra.run.dir=run", "trainer.epochs=2")
-    code, _, err = expt(*line, "trainer.schedule=one_cycle")
+    code, _, err = expt(*line, "trainer.schedule=one_cycle", "trainer.eval_batches=1")
     assert code == 0, err
     first = load_result(home / "run")
-    code, out, err = expt("trainer.resume=run", "trainer.epochs=4", small=False)
+    assert set(first.partial) == {"val", "test"}
+    (record,) = runs_by_id(store, [first.tracking["run_id"]]).records
+    assert record.partial == first.partial and record.settings["trainer.epochs"] == "2"
+    longer = ("trainer.epochs=4", "trainer.eval_batches=null")
+    code, out, err = expt("trainer.resume=run", *longer, small=False)
     assert code == 0, err
     assert "8 steps more than the run had; the schedule one_cycle begins again over them" in out
     result = load_result(home / "run")
     assert result.tracking["run_id"] == first.tracking["run_id"]
     run = MlflowClient(store).get_run(result.tracking["run_id"])
     assert run.info.status == "FINISHED"
-    assert run.data.tags["expt.changed.trainer.epochs"] == "4"
+    (record,) = runs_by_id(store, [run.info.run_id]).records
+    assert record.settings["trainer.epochs"] == "4"
+    assert (record.settings["trainer.eval_batches"], record.partial) == ("None", {})
     points = MlflowClient(store).get_metric_history(run.info.run_id, "val/mae")
     assert sorted({point.step for point in points}) == [4, 8, 12, 16]
     # The second cycle is like the first one: the same rates at the ends of its epochs.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from expt.tracking.query import NotThereError, runs_of_experiment, runs_under
+from expt.tracking.store import CHANGED
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,15 @@ def test_a_run_has_its_last_metrics_and_its_parameters(stored) -> None:
     assert run.metrics == {"mae": 2.0}
     assert run.parameters == {"model.width": "7"}
     assert (run.status, run.started_seconds) == ("FINISHED", 5.0)
+
+
+def test_a_parameter_is_what_it_was_changed_to(stored) -> None:
+    from mlflow import MlflowClient
+
+    uri, ids = stored
+    MlflowClient(uri).set_tag(ids["grandchild"], f"{CHANGED}model.width", "9")
+    found = {run.name: run.parameters["model.width"] for run in runs_under(uri, ids["parent"])}
+    assert found == {"child": "7", "grandchild": "9"}
 
 
 def test_a_filter_chooses_among_an_experiments_runs(stored) -> None:

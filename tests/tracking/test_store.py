@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from expt.tracking.store import (
+    CHANGED,
     MlflowStore,
     Point,
     RefusedError,
@@ -48,6 +49,21 @@ def test_a_parameter_that_changed_becomes_a_tag(
     assert run.data.tags["expt.changed.lr"] == "0.2"
     assert "expt.changed.size" not in run.data.tags
     assert (run.data.tags["t"], run.info.status) == ("v", "RUNNING")
+
+
+def test_the_tag_has_the_last_value_also_of_what_is_null_or_gone(
+    opened: MlflowStore, tmp_path: Path, client: Any
+) -> None:
+    run_id = open_run(opened, tmp_path)
+    opened.resume(run_id, {"lr": "0.1", "size": "3", "lora.rank": "8", "stop": "2"}, {})
+    opened.resume(run_id, {"lr": "0.2", "size": "3", "lora": "None", "stop": "None"}, {})
+    opened.resume(run_id, {}, {})  # whoever only ends it gives none
+    tags = client.get_run(run_id).data.tags
+    changed = {name: value for name, value in tags.items() if name.startswith(CHANGED)}
+    gone = {f"{CHANGED}lora.rank": "None", f"{CHANGED}stop": "None"}
+    assert changed == {f"{CHANGED}lr": "0.2", **gone}
+    opened.resume(run_id, {"lr": "0.1", "size": "3", "lora": "None", "stop": "None"}, {})
+    assert client.get_run(run_id).data.tags[f"{CHANGED}lr"] == "0.1"
 
 
 def test_names_and_values_out_of_bounds_are_made_to_fit(

@@ -509,6 +509,8 @@ class TrainJob:
             words = f"{batches * self.data.eval_batch_size} of {size} samples"
             self.recorder.result.partial[split] = words
             self.recorder.tracker.tags({f"partial.{split}": words})
+        elif self.resuming:  # an earlier part may have set it
+            self.recorder.tracker.tags({f"partial.{split}": ""})
 
     def _model_name(self) -> str:
         return str(self.settings.arguments["model"]["_target_"]).rpartition(".")[2]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from expt.tracking.store import PARENT_TAG, connect, reason
+from expt.tracking.store import CHANGED, PARENT_TAG, connect, reason
 from expt.uri import sqlite_path, without_password
 
 PAGE_SIZE = 1000
@@ -18,7 +18,10 @@ class NotThereError(Exception):
 
 @dataclass(frozen=True)
 class StoredRun:
-    """One run; `metrics` are the last values, `started_seconds` is since the epoch."""
+    """One run; `metrics` and `parameters` are the last values.
+
+    `started_seconds` is since the epoch.
+    """
 
     run_id: str
     name: str
@@ -108,13 +111,19 @@ def _search(client: Any, experiment_id: str, filter_string: str) -> list[StoredR
 
 
 def _stored(run: Any) -> StoredRun:
+    # MLflow keeps the first value of a parameter, also of a run that went on with another.
+    changed = {
+        name.removeprefix(CHANGED): value
+        for name, value in run.data.tags.items()
+        if name.startswith(CHANGED)
+    }
     return StoredRun(
         run.info.run_id,
         run.info.run_name or run.info.run_id,
         run.info.status,
         run.info.start_time / 1000,
         dict(run.data.metrics),
-        dict(run.data.params),
+        {**run.data.params, **changed},
         dict(run.data.tags),
     )
 

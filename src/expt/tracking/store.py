@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 KEY_TAG = "expt.key"
 """Names a run before its id is known, so that it is created once."""
 PARENT_TAG = "mlflow.parentRunId"
+CHANGED = "expt.changed."
+"""How the tag of a parameter begins that has another value since the run was resumed."""
+NOTHING = "None"
+"""The value of a parameter that is null, or not there any more."""
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """Lets the UI open on training runs instead of its generative pages."""
 METRICS_PER_CALL = 1000
@@ -98,7 +102,8 @@ class MlflowStore:
         """Set the run RUNNING, add new parameters and tags; return its experiment's id.
 
         MLflow never changes a parameter: another value for one is kept as the tag
-        ``expt.changed.<name>``.
+        ``expt.changed.<name>``, and one that is not among `parameters` any more as null, unless
+        there are none at all.
         """
         from mlflow.entities import Param
 
@@ -112,10 +117,11 @@ class MlflowStore:
             wanted = _legal(parameters, _PARAMETER_LENGTH)
             new = [Param(name, value) for name, value in wanted.items() if name not in known]
             self._client.log_batch(run_id, params=new)
+            now = {name: wanted.get(name, NOTHING) for name in known} if wanted else {}
             changed = {
-                f"expt.changed.{name}": value
-                for name, value in wanted.items()
-                if known.get(name, value) != value
+                f"{CHANGED}{name}": value
+                for name, value in now.items()
+                if run.data.tags.get(f"{CHANGED}{name}", known[name]) != value
             }
         self.tags(run_id, {**tags, **changed})
         return str(run.info.experiment_id)

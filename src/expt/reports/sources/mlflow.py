@@ -118,7 +118,7 @@ def as_record(run: StoredRun) -> RunRecord:
         trial=int(number) if number.isdigit() else None,
         detail=detail_of(result) if run.status in STATUSES else "",
         partial={
-            s: run.tags[f"partial.{s}"] for s in ("val", "test") if f"partial.{s}" in run.tags
+            s: run.tags[f"partial.{s}"] for s in ("val", "test") if run.tags.get(f"partial.{s}")
         },
     )
 
