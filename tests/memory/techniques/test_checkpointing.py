@@ -284,3 +284,66 @@ def test_nested_needs_less_where_one_block_is_most_of_the_peak():
         assert torch.allclose(one.float(), other.float(), rtol=1e-5)  # counted once
     assert remove_checkpointing(nested) > 16
     assert remove_checkpointing(nested) == 0
+
+
+class Asking(nn.Module):
+    """Takes another branch where two of its arguments are one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, y: Tensor, *, scale: Tensor | None = None) -> Tensor:
+        if x is not y:
+            return self.one(x) + self.other(y).sin()
+        return x + self.one(y) if scale is x else self.one(x).tanh()
+
+
+class Alike(nn.Module):
+    """A block whose part gets one tensor several times, by position and by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Asking()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.part(x, x) + self.part(x, y=x.sin(), scale=x)
+        return x + self.part(x, y=x, scale=x).tanh()
+
+
+class Encoder(nn.Module):
+    """torch's encoder, whose attention gets one tensor three times."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=dropout, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder(x.view(8, -1, 16))
+
+
+@pytest.mark.parametrize("mode", [True, "selective", "nested"])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Sequential(Alike(), Alike()), lambda: Encoder(dropout=0.5)]
+)
+def test_a_tensor_given_twice_is_one_tensor_when_it_is_computed_again(make, mode):
+    torch.manual_seed(0)
+    plain, saving = make(), make()
+    saving.load_state_dict(plain.state_dict())
+    assert checkpoint_activations(saving, mode) > 1
+    loss, gradients, _ = one_step(plain)
+    saved_loss, saved_gradients, _ = one_step(saving)
+    assert saved_loss == loss
+    for one, other in zip(gradients, saved_gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_nested_needs_less_where_attention_is_most_of_a_block():
+    peaks = {}
+    for mode in (True, "nested"):
+        torch.manual_seed(0)
+        model = Encoder(dropout=0.0)
+        checkpoint_activations(model, mode)
+        peaks[mode] = one_step(model)[2]
+    assert peaks["nested"] < peaks[True]

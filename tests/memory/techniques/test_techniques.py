@@ -39,6 +39,7 @@ TECHNIQUES = {
     "checkpointing": Techniques(activation_checkpointing=True),
     "checkpointing-2": Techniques(activation_checkpointing=2),
     "checkpointing-selective": Techniques(activation_checkpointing="selective"),
+    "checkpointing-nested": Techniques(activation_checkpointing="nested"),
     "attention-math": Techniques(attention_kernel="math"),
     "attention-fused": Techniques(attention_kernel="fused"),
     "attention-window": Techniques(attention_kernel="sliding_window", attention_window=N),

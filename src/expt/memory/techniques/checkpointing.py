@@ -1,8 +1,9 @@
 """Activation checkpointing: keep a block's inputs, compute the rest again in the backward pass.
 
 Works on any module without its cooperation (`repeated_blocks` finds the blocks). The random state
-is kept per block, so that dropout draws the same numbers again (Chen et al., arXiv:1604.06174), and
-running statistics are counted once.
+is kept per block, so that dropout draws the same numbers again (Chen et al., arXiv:1604.06174),
+running statistics are counted once. An argument that is given twice is one object again: code may
+ask `key is value`.
 
 Modes: True, every block; n, every n-th block; ``"selective"``, every block, but the outputs of
 matrix products, convolutions and attention kernels are kept, so that what is computed again is
@@ -14,7 +15,7 @@ first stage of a 3D ResNet with bottlenecks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, TypeGuard
@@ -114,18 +115,20 @@ class Checkpointed:
         """Run the block; what it saves for the backward pass is computed again then."""
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        own = None if torch.compiler.is_compiling() else next_pair()
+        compiling = torch.compiler.is_compiling()
+        own = None if compiling else next_pair()
+        work = partial(_with_own_casts, forward) if self.selective else forward
+        if not compiling:  # what is compiled is traced once
+            work, args, kwargs = _each_once(work, args, kwargs)
         if own is not None:  # inside a capture, which lets nobody read the random state
             # And the repetition has to draw exactly as much as the first run.
             kwargs |= {"preserve_rng_state": False, "early_stop": False}
-        elif not self.selective and not self.counting:
-            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-        contexts = self._contexts if own is None else partial(self._contexts, own)
-        work = partial(_with_own_casts, forward) if self.selective else forward
-        return checkpoint(work, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+        if self.selective or self.counting or own is not None:
+            kwargs["context_fn"] = partial(self._contexts, own)
+        return checkpoint(work, *args, use_reentrant=False, **kwargs)
 
     def _contexts(
-        self, own: Pair | None = None
+        self, own: Pair | None
     ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """Return what goes around the forward pass, and around computing it again."""
         first: AbstractContextManager[Any] = nullcontext()
@@ -174,6 +177,29 @@ class CountedOnce:
         for part, before in zip(self._parts, self._before, strict=True):
             part.momentum, part.num_batches_tracked = before
         self._around.__exit__(*error)
+
+
+def _each_once(
+    work: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """Return a function and arguments, each object among them once, that come to the same call.
+
+    What is kept of an argument is another object afterwards, and a block that gets one twice
+    would get two.
+    """
+    given = (*args, *kwargs.values())
+    objects = {id(value): value for value in given}
+    number = {key: place for place, key in enumerate(objects)}
+    order = [number[id(value)] for value in given]
+    return partial(_called, work, order, tuple(kwargs)), tuple(objects.values()), {}
+
+
+def _called(
+    work: Callable[..., Any], order: Sequence[int], names: Sequence[str], /, *objects: Any
+) -> Any:
+    given = [objects[place] for place in order]
+    count = len(given) - len(names)
+    return work(*given[:count], **dict(zip(names, given[count:], strict=True)))
 
 
 def _counts(part: nn.Module) -> TypeGuard[_NormBase]:
