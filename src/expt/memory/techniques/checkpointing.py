@@ -2,8 +2,9 @@
 
 Works on any module without its cooperation (`repeated_blocks` finds the blocks). The random state
 is kept per block, so that dropout draws the same numbers again (Chen et al., arXiv:1604.06174),
-running statistics are counted once. An argument that is given twice is one object again: code may
-ask `key is value`.
+running statistics are counted once, and buffers that a block writes to are as they were the first
+time (`written_buffers`). An argument that is given twice is one object again: code may ask
+`key is value`.
 
 Modes: True, every block; n, every n-th block; ``"selective"``, every block, but the outputs of
 matrix products, convolutions and attention kernels are kept, so that what is computed again is
@@ -33,6 +34,7 @@ from torch.utils.checkpoint import (
 from expt.memory.techniques.block_randomness import Pair, next_pair
 from expt.memory.techniques.repeated_blocks import repeated_blocks
 from expt.memory.techniques.wrapping import layer_of, unwrap, wrap
+from expt.memory.techniques.written_buffers import Run, WrittenBuffers
 
 Checkpointing = bool | int | Literal["selective", "nested"]
 """False: none; True: every block; n >= 2: every n-th block; the others: see above."""
@@ -105,6 +107,7 @@ class Checkpointed:
     def __init__(self, block: nn.Module, selective: bool) -> None:
         self.selective = selective
         self.counting = [part for part in block.modules() if _counts(part)]
+        self.buffers = WrittenBuffers(block, apart=self.counting)
         # What is kept must not be written over: the block's input, and what selective keeps,
         # where torch refuses an output that was.
         self.in_place = [part for part in block.modules() if _in_place(part)]
@@ -117,26 +120,29 @@ class Checkpointed:
             return forward(*args, **kwargs)
         compiling = torch.compiler.is_compiling()
         own = None if compiling else next_pair()
+        run = self.buffers.run() if self.buffers and not compiling else None
         work = partial(_with_own_casts, forward) if self.selective else forward
         if not compiling:  # what is compiled is traced once
             work, args, kwargs = _each_once(work, args, kwargs)
         if own is not None:  # inside a capture, which lets nobody read the random state
             # And the repetition has to draw exactly as much as the first run.
             kwargs |= {"preserve_rng_state": False, "early_stop": False}
-        if self.selective or self.counting or own is not None:
-            kwargs["context_fn"] = partial(self._contexts, own)
+        if self.selective or self.counting or run is not None or own is not None:
+            kwargs["context_fn"] = partial(self._contexts, own, run)
         return checkpoint(work, *args, use_reentrant=False, **kwargs)
 
     def _contexts(
-        self, own: Pair | None
+        self, own: Pair | None, run: Run | None
     ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """Return what goes around the forward pass, and around computing it again."""
         first: AbstractContextManager[Any] = nullcontext()
         again: AbstractContextManager[Any] = nullcontext()
         if self.selective:
             first, again = create_selective_checkpoint_contexts(_policy)
-        if self.counting:
-            again = CountedOnce(again, self.counting)
+        if run is not None:
+            first = _both(run.first(), first)
+        if self.counting or run is not None:
+            again = CountedOnce(again, self.counting, run)
         if own is None:
             return first, again
         return _both(own[0], first), _both(own[1], again)
@@ -157,17 +163,22 @@ def _both(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
 
 
 class CountedOnce:
-    """Leaves running statistics alone inside, within another context; may be entered again.
+    """Leaves what a block counts alone inside, within another context; may be entered again.
 
-    A momentum of 0 leaves the averages as they are, and the normalisation uses the batch's own;
+    Buffers have the values of before. Not those of running statistics, which need no copy: a
+    momentum of 0 leaves the averages as they are, and the normalisation uses the batch's own;
     taking the averages away would change what autograd saves.
     """
 
-    def __init__(self, around: AbstractContextManager[Any], parts: list[_NormBase]) -> None:
-        self._around, self._parts = around, parts
+    def __init__(
+        self, around: AbstractContextManager[Any], parts: list[_NormBase], run: Run | None
+    ) -> None:
+        self._around, self._parts, self._run = around, parts, run
         self._before: list[tuple[float | None, Tensor | None]] = []
 
     def __enter__(self) -> None:
+        if self._run is not None:
+            self._run.rewind()  # outside: what selective keeps is found by counting operators
         self._around.__enter__()
         self._before = [(part.momentum, part.num_batches_tracked) for part in self._parts]
         for part in self._parts:
@@ -177,6 +188,8 @@ class CountedOnce:
         for part, before in zip(self._parts, self._before, strict=True):
             part.momentum, part.num_batches_tracked = before
         self._around.__exit__(*error)
+        if self._run is not None:
+            self._run.forward()
 
 
 def _each_once(
