@@ -371,6 +371,13 @@ def test_sizes_are_rounded_and_validation_takes_the_rest() -> None:
     assert sizes == [10, 1, 3]  # of 9.8, 1.4 and 2.8
 
 
+def test_readings_in_another_unit_are_not_forecast(metr_la: TrafficData) -> None:
+    kept = metr_la.transforms()
+    assert traffic(transforms=kept).size("train") == 0
+    with pytest.raises(DataError, match=r"in km/h, and the model was trained on readings in mph"):
+        traffic(transforms=kept, unit="km/h")
+
+
 def test_plots_of_a_day_and_of_the_horizon(tmp_path: Path) -> None:
     data = traffic(path=saved(tmp_path, times(800)), eval_batch_size=50)
     sizes = []

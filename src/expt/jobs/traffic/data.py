@@ -307,6 +307,11 @@ class TrafficData:
         """Return where the windows of each split begin, and mean and deviation to scale by."""
         if transforms is not None:
             with named(source):
+                if self.unit != (trained := transforms.get("unit", self.unit)):
+                    raise DataError(
+                        f"readings in {self.unit}, and the model was trained on readings in "
+                        f"{trained}; convert them, or say data.unit={trained} if they are in that"
+                    )
                 self.series, starts, whole = for_forecasts(
                     self.series, transforms, self.input_steps, self.horizon
                 )
