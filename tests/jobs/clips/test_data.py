@@ -196,6 +196,25 @@ def test_keypoints_go_with_the_frames(root, data, tmp_path):
         data(load_kpt=True, keypoints_path=str(file))
 
 
+def test_keypoints_that_hardly_move_or_go_far_stay_in_bounds(root, data, tmp_path):
+    draw = np.random.default_rng(0)
+    trained = {video.path for video in data().parts["train"]}
+    arrays = {}
+    for video in data().videos:
+        values = np.full((12, 2, 1), 1000 / 3) + draw.normal(size=(12, 2, 1)) * [[0.0], [1.0]]
+        if video.path not in trained:
+            values += 1000
+        arrays[str(video.path.relative_to(root).with_suffix(""))] = values
+    file = tmp_path / "points.npz"
+    np.savez(file, **arrays)
+    found = data(load_kpt=True, keypoints_path=str(file))
+    still, moving = found.item("val", 0, torch.Generator()).inputs["keypoints"].unbind(1)
+    assert torch.equal(still, torch.zeros(4, 1))
+    assert torch.equal(moving, torch.full((4, 1), 10.0))
+    seen = found.item("train", 0, torch.Generator()).inputs["keypoints"]
+    assert 0 < seen.abs().max() < 5
+
+
 def test_the_fingerprint_is_of_files_and_parts(data, root, tmp_path):
     assert data().fingerprint() == data(frames=8).fingerprint()
     other = VideoClips(str(write_classes(tmp_path / "c", videos=8)), **SIZES)
@@ -207,6 +226,10 @@ def test_the_fingerprint_is_of_files_and_parts(data, root, tmp_path):
     [
         ({"frames": 0}, "data.frames must be at least 1"),
         ({"flip": 1.5}, "data.flip must be from 0 to 1"),
+        (
+            {"load_kpt": True, "flip": 0.5},
+            "keypoints are not mirrored with their clip; set data.fl",
+        ),
         ({"layout": "folder"}, "did you mean 'folders'"),
         ({"resize": 100, "pixels": 112}, "data.resize=100 is less than data.pixels=112"),
         ({"val_fraction": 0.6, "test_fraction": 0.5}, "leave a part for training"),
@@ -219,6 +242,11 @@ def test_the_fingerprint_is_of_files_and_parts(data, root, tmp_path):
 def test_impossible_arguments_are_found_before_anything_is_read(arguments, message):
     (problem,) = ClipData.problems(arguments)
     assert message in problem
+
+
+@pytest.mark.parametrize("fitting", [{"flip": 0.0}, {"augmentation": False, "flip": 0.5}])
+def test_keypoints_with_clips_that_are_not_mirrored(fitting):
+    assert ClipData.problems({"load_kpt": True, **fitting}) == []
 
 
 def test_a_path_that_is_not_given_or_not_there(tmp_path):

@@ -89,7 +89,8 @@ class ClipData:
             those of evaluation, and the same in every epoch.
         preprocess_on: ``device`` hands the model bytes, which it normalises; ``worker`` hands it
             floating values, four times as many bytes.
-        load_kpt: also give the model the keypoints of every frame.
+        load_kpt: also give the model the keypoints of every frame; they are not mirrored, so that
+            `flip` is to be 0.
         keypoints_path: npz with an array [frames, J, D] for each video, under its path without
             suffix; None: ``keypoints.npz`` in `path`.
         min_sharpness: frames whose Laplacian has a lower variance are dropped; None keeps all.
@@ -201,6 +202,12 @@ class ClipData:
         if arguments.get("preprocess_on", "device") not in ("device", "worker"):
             found.append(
                 f"data.preprocess_on={arguments['preprocess_on']!r} must be device or worker"
+            )
+        flip, chance = arguments.get("flip", 0.0), arguments.get("augmentation", True)
+        if arguments.get("load_kpt", False) and flip and chance:
+            found.append(
+                f"data.load_kpt=true with data.flip={flip}: keypoints are not mirrored with their "
+                "clip; set data.flip=0"
             )
         resize, pixels = arguments.get("resize"), arguments.get("pixels")
         if resize is not None and pixels is not None and resize < pixels:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from numpy.lib.npyio import NpzFile
 
 NAME = "keypoints.npz"
+MOVES = 1e-6
+"""Standard deviation, relative to the mean's size, from which on a value is one that moves."""
+FARTHEST = 10.0
+"""Standard deviations that a value is limited to."""
 
 
 class Located(Protocol):
@@ -68,13 +72,19 @@ class Keypoints:
         training = np.where(np.isfinite(training), training, np.nan)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # a joint that was never seen
-            self._mean = np.nan_to_num(np.nanmean(training, axis=0))
-            self._deviation = np.maximum(np.nan_to_num(np.nanstd(training, axis=0)), 1e-6)
+            self._mean = np.nan_to_num(np.nanmean(training, axis=0, dtype=np.float64))
+            deviation = np.nan_to_num(np.nanstd(training, axis=0, dtype=np.float64))
+        moves = deviation > MOVES * np.maximum(np.abs(self._mean), 1.0)
+        self._deviation = np.where(moves, deviation, np.inf)
 
     def of(self, video: Video, numbers: Sequence[int]) -> Tensor:
-        """Return the keypoints of some frames [T,J,D], float32; the mean for those not seen."""
-        scaled = (self._arrays[video.path][list(numbers)] - self._mean) / self._deviation
-        scaled = np.where(np.isfinite(scaled), scaled, 0.0)
+        """Return the keypoints of some frames [T,J,D], float32, in standard deviations.
+
+        0 for those not seen, and for values that do not move in the training part.
+        """
+        values = self._arrays[video.path][list(numbers)]
+        scaled = (np.where(np.isfinite(values), values, self._mean) - self._mean) / self._deviation
+        scaled = np.clip(scaled, -FARTHEST, FARTHEST)
         return torch.from_numpy(scaled.astype(np.float32))
 
 
