@@ -98,3 +98,12 @@ def test_a_part_of_one_class_is_refused(tmp_path):
             write_video(tmp_path / part / name / "1.mp4", square(4))
     with pytest.raises(DataError, match="the val part has videos of one class only, tampered"):
         FrameSequences(str(tmp_path), **SIZES)
+
+
+@pytest.mark.parametrize("layout", FrameSequences.layouts)
+def test_a_pattern_of_groups_is_refused_where_the_layout_has_groups(layout):
+    found = FrameSequences.problems({"layout": layout, "group_pattern": r"(p\d)"})
+    if layout in ("folders", "list"):
+        assert found == []
+    else:
+        assert len(found) == 1 and f"data.layout={layout} says itself" in found[0]

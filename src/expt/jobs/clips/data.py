@@ -11,7 +11,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -107,6 +107,8 @@ class ClipData:
     """
 
     layouts: ClassVar[Mapping[str, Layout]] = {"folders": folders_layout, "list": list_layout}
+    grouped: ClassVar[Collection[str]] = ()
+    """Layouts that say themselves which videos belong together, without `group_pattern`."""
     metrics: Sequence[Metric] = ()
 
     def __init__(
@@ -228,6 +230,11 @@ class ClipData:
                 re.compile(pattern)
             except re.error as error:
                 found.append(f"data.group_pattern={pattern!r} is no regular expression: {error}")
+            if layout in cls.grouped:
+                found.append(
+                    f"data.group_pattern={pattern!r}: data.layout={layout} says itself which "
+                    "videos belong together; set data.group_pattern=null"
+                )
         return found
 
     def size(self, split: Split) -> int:

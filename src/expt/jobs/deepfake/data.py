@@ -51,6 +51,7 @@ class FrameSequences(ClipData):
         "celeb_df": celeb_df,
         "dfdc": dfdc,
     }
+    grouped = frozenset({"faceforensics", "celeb_df", "dfdc"})
 
     def __init__(
         self,
