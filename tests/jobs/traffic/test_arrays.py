@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from expt.errors import DataError
-from expt.jobs.traffic.arrays import read_npz, to_seconds, wanted_keys
+from expt.jobs.traffic.arrays import made_times, read_npz, to_seconds, wanted_keys
+from expt.jobs.traffic.choice import Choice
+from expt.jobs.traffic.reading import read_series
 
 TIMES = np.array(["2012-03-01T00:00:00", "2012-03-01T00:05:00"], dtype="datetime64[s]")
 
@@ -86,6 +88,26 @@ def test_times_as_text_are_understood():
     text = ["2012-03-01 00:00:00", "2012-03-01T00:05"]
     np.testing.assert_array_equal(to_seconds(np.array(text)), TIMES)
     np.testing.assert_array_equal(to_seconds(np.array(text).astype("S")), TIMES)
+
+
+@pytest.mark.parametrize("distance", ["", "Z", "+01:00", "-0800"])
+def test_the_clock_is_read_of_times_with_a_distance_to_utc(tmp_path, distance):
+    text = np.array([f"2012-03-01T00:00:00{distance}", f"2012-03-01T00:05:00{distance}"])
+    np.testing.assert_array_equal(to_seconds(text), TIMES)
+    np.testing.assert_array_equal(to_seconds(text.reshape(2, 1)), TIMES.reshape(2, 1))
+    start = Choice(start=str(text[0]), step_minutes=5)
+    np.testing.assert_array_equal(made_times(start, 2), TIMES)
+    np.savez(tmp_path / "x.npz", speed=np.ones((2, 3)), timestamps=text)
+    series = read_series(tmp_path / "x.npz")
+    np.testing.assert_array_equal(series.timestamps, TIMES)
+    assert [("in UTC" if distance == "Z" else "clock in") in note for note in series.notes] == (
+        [True] if distance else []
+    )
+
+
+def test_distances_to_utc_that_change_are_refused_in_text():
+    with pytest.raises(DataError, match="distance to UTC changes"):
+        to_seconds(np.array(["2012-03-01T00:00+01:00", "2012-03-01T00:05+02:00"]))
 
 
 @pytest.mark.parametrize(

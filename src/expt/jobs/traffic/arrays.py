@@ -30,6 +30,7 @@ from expt.jobs.traffic.choice import (
     one_channel,
     speed_rank,
 )
+from expt.jobs.traffic.clock import Times, local_clock, parsed
 from expt.jobs.traffic.long_table import to_wide
 from expt.jobs.traffic.source import translated
 
@@ -116,8 +117,9 @@ def _from_long(arrays: Arrays, name: str, choice: Choice) -> Arrays:
     speed, sensors = arrays["speed"], arrays["sensor_ids"]
     if not speed.shape == sensors.shape == arrays["timestamps"].shape:
         return arrays
-    times, columns = to_seconds(arrays["timestamps"]), [sensors, speed]
-    return to_wide(["sensor_ids", name], columns, times, 0, choice).noted(*arrays.notes)
+    times, notes = to_clock(arrays["timestamps"])
+    wide = to_wide(["sensor_ids", name], [sensors, speed], times, 0, choice)
+    return wide.noted(*arrays.notes, *notes)
 
 
 def _shape(archive: NpzFile, name: str) -> tuple[int, ...]:
@@ -137,19 +139,15 @@ def _shape(archive: NpzFile, name: str) -> tuple[int, ...]:
 def to_seconds(raw: npt.NDArray[Any]) -> npt.NDArray[np.datetime64]:
     """Return times as ``datetime64[s]``, from times, ISO 8601 text, or whole numbers since 1970.
 
+    Of text with a distance to UTC, what the clock showed there.
+
     The unit of whole numbers is the one that puts the first between 1980 and 2100; the units are
     a thousandfold apart, so at most one does.
     """
     if raw.dtype.kind == "M":
         return raw.astype("datetime64[s]")
-    if raw.dtype.kind in "SUO":
-        texts = [time.decode() if isinstance(time, bytes) else str(time) for time in raw.tolist()]
-        try:
-            return np.array(texts, dtype="datetime64[s]")
-        except ValueError as error:
-            raise DataError(
-                f"timestamps are not ISO 8601 text such as 2012-03-01T00:05:00: {error}"
-            ) from error
+    if raw.dtype.kind in _TEXT:
+        return _clock_of_text(raw)[0]
     if raw.dtype.kind in "iu" and raw.size:
         first = int(raw.reshape(-1)[0])
         for unit, per_second in (("s", 1), ("ms", 10**3), ("us", 10**6), ("ns", 10**9)):
@@ -162,5 +160,28 @@ def to_seconds(raw: npt.NDArray[Any]) -> npt.NDArray[np.datetime64]:
     raise DataError(f"timestamps are of type {raw.dtype}; expected datetime64 or ISO 8601 text")
 
 
+def to_clock(raw: npt.NDArray[Any]) -> tuple[Times, tuple[str, ...]]:
+    """Return `to_seconds` of times, and a note about their zone where text names one."""
+    return _clock_of_text(raw) if raw.dtype.kind in _TEXT else (to_seconds(raw), ())
+
+
+def _clock_of_text(raw: npt.NDArray[Any]) -> tuple[Times, tuple[str, ...]]:
+    import pandas as pd
+
+    listed = raw.reshape(-1).tolist()
+    texts = pd.Series([t.decode() if isinstance(t, bytes) else str(t) for t in listed], dtype=str)
+    times = parsed(texts, "timestamps")
+    bad = np.flatnonzero(times.isna())
+    if bad.size:
+        raise DataError(
+            "timestamps are not ISO 8601 text such as 2012-03-01T00:05:00: number "
+            f"{bad[0]} (counted from 0) is {texts[bad[0]]!r}"
+        )
+    clock, notes = local_clock(pd.DatetimeIndex(times))
+    return clock.reshape(raw.shape), notes
+
+
+_TEXT = "SUO"
+"""Kinds of arrays of text."""
 _YEAR_1980 = int(np.datetime64("1980-01-01", "s").astype(np.int64))
 _YEAR_2100 = int(np.datetime64("2100-01-01", "s").astype(np.int64))

@@ -5,10 +5,12 @@ Letters: `S` time steps.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+from expt.errors import DataError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,6 +36,30 @@ def local_clock(times: pd.DatetimeIndex) -> tuple[Times, tuple[str, ...]]:
             "week; with local ones, times.tz_convert(ZONE), it knows the rush hours better",
         )
     return clock, (f"the times are those of the clock in {zone}",)
+
+
+def parsed(texts: pd.Series[Any], name: str) -> pd.Series[Any]:
+    """Return text as times, on the clocks and in the zone that it says; NaT for what is no time.
+
+    ISO 8601 only: 01/03/2012 is January to some and March to others.
+
+    Args:
+        texts: of the times.
+        name: of where they come from, for the message.
+
+    Raises:
+        DataError: they are in several zones.
+
+    """
+    import pandas as pd
+
+    try:
+        return pd.to_datetime(texts, errors="coerce", format="ISO8601")
+    except ValueError as error:
+        raise DataError(
+            f"the times in {name} cannot be read: their distance to UTC changes, as where "
+            "clocks are changed; write standard time throughout, or all of them in UTC"
+        ) from error
 
 
 def order_advice(times: Times) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from expt.errors import DataError
-from expt.jobs.traffic.arrays import made_times, read_npz, to_seconds
+from expt.jobs.traffic.arrays import made_times, read_npz, to_clock
 from expt.jobs.traffic.choice import Arrays, Choice
 from expt.jobs.traffic.series import Series
 from expt.jobs.traffic.source import checked_suffix, named
@@ -81,7 +81,8 @@ def _to_series(arrays: Arrays, choice: Choice) -> Series:
     elif choice.start is not None or choice.step_minutes is not None:
         raise DataError("has times of its own; leave out data.start and data.step_minutes")
     else:
-        times = to_seconds(arrays["timestamps"])
+        times, notes = to_clock(arrays["timestamps"])
+        arrays.noted(*notes)
     return Series.from_arrays(
         speed,
         times,

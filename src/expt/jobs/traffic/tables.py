@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from expt.errors import DataError
 from expt.jobs.traffic.choice import Arrays, Choice, column_note, one_channel
-from expt.jobs.traffic.clock import Times, local_clock
+from expt.jobs.traffic.clock import Times, local_clock, parsed
 from expt.jobs.traffic.long_table import is_sensor_name, sensor_column, to_wide
 from expt.jobs.traffic.source import translated
 from expt.jobs.traffic.text_table import opened_csv, without_empty_end
@@ -151,7 +151,6 @@ def _refuse_data_as_header(names: list[str]) -> None:
 
 
 def _parse_times(column: pd.Series[Any], name: str) -> tuple[Times, tuple[str, ...]]:
-    """Parse ISO 8601 only: 01/03/2012 is January to some and March to others."""
     import pandas as pd
 
     if _is_numeric(column):
@@ -159,13 +158,7 @@ def _parse_times(column: pd.Series[Any], name: str) -> tuple[Times, tuple[str, .
             f"has no timestamp column: the first, {name!r}, holds numbers, the first "
             f"{column.iloc[0]}; {_EXPECTED_CSV}"
         )
-    try:
-        times = pd.to_datetime(column, errors="coerce", format="ISO8601")
-    except ValueError as error:  # several time zones in one column
-        raise DataError(
-            f"the times in {name!r} cannot be read: their distance to UTC changes, as where "
-            "clocks are changed; write standard time throughout, or all of them in UTC"
-        ) from error
+    times = parsed(column, repr(name))
     bad = np.flatnonzero(times.isna())
     if bad.size:
         raise DataError(
