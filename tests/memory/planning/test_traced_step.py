@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -253,3 +254,35 @@ def test_a_loader_that_comes_to_its_end_is_enough() -> None:
     assert predict(batch=lambda: next(batches)).method == "trace"
     with pytest.raises(UserError, match="no batch"):
         predict(batch=lambda: next(iter(())))
+
+
+@dataclass
+class Pair:
+    """A batch of a class of its own."""
+
+    inputs: Tensor
+    target: Tensor
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_what_lies_on_a_device_already_is_planned_as_if_it_did_not(target: str) -> None:
+    # meta stands for a card: a device that holds no tensor of the plan.
+    here = (torch.randn(512, WIDTH), torch.randn(512, WIDTH))
+    there = tuple(tensor.to("meta") for tensor in here)
+    model = mlp()
+    weight = torch.rand(WIDTH)
+
+    def expected(forward: Callable[..., Tensor], batch: Any) -> Tensor:
+        found, goal = (batch.inputs, batch.target) if isinstance(batch, Pair) else batch
+        return ((forward(found[:256]) - goal[:256]).square() * weight).mean()
+
+    plain = predict(mlp, lambda: here, loss=expected, target=target)
+    for held in (lambda: there, lambda: list(there), lambda: Pair(*there)):
+        for made in (mlp, lambda: model, lambda: model.to("meta")):
+            found = predict(made, held, loss=expected, target=target)
+            assert (found.method, found.peak_bytes) == ("trace", plain.peak_bytes)
+            assert found.by_category == plain.by_category
+    weight = weight.to("meta")  # which no batch holds
+    found = predict(mlp, lambda: there, loss=expected, target=target)
+    assert found.method == "trace"
+    assert found.peak_bytes == pytest.approx(plain.peak_bytes, rel=0.01)

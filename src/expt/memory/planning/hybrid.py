@@ -26,7 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from expt.memory.measuring.ledger import dense_parts
 from expt.memory.planning.shape_cache import ShapeCache
@@ -108,6 +110,7 @@ class HybridFakeMode(FakeTensorMode):
         self.reads = 0  # values that were looked at
         self.questions: set[tuple[str, str]] = set()  # what was asked, and where
         self._stand_ins: dict[Any, Tensor] = {}
+        self._here: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._own = StorageSet()
         self._unknown = StorageSet()
         self._made_up = StorageSet()
@@ -130,6 +133,26 @@ class HybridFakeMode(FakeTensorMode):
     def forget(self) -> None:
         """Let go of the tensors that the mode holds itself."""
         self._stand_ins.clear()
+        self._here.clear()
+
+    def here(self, tensor: Tensor) -> Tensor:
+        """Return a tensor; of one that lies on a card already a fake on the CPU, always the same.
+
+        Integers, which code may ask for (lengths, a grid), keep their values.
+        """
+        if tensor.layout is not torch.strided or not _is_foreign(tensor):
+            return tensor
+        if tensor not in self._here:
+            floats = tensor.is_floating_point() or tensor.is_complex()
+            if floats or tensor.is_meta or tensor.nbytes > MAX_INTEGER_BYTES:
+                with self.faking():
+                    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+            else:
+                with _disable_current_modes():
+                    made = tensor.detach().cpu()
+            self._here[tensor] = made.requires_grad_(tensor.requires_grad)
+        found: Tensor = self._here[tensor]
+        return found
 
     def own(self, tensors: Iterable[Tensor]) -> None:
         """Allow real tensors to be written to."""
@@ -174,7 +197,7 @@ class HybridFakeMode(FakeTensorMode):
             args = (args[0], self._without_masks(args[1]), *args[2:])
         written = _written(func)
         given = args, kwargs
-        if (written or not _aliases(func)) and _holds_real(args):
+        if _holds_real(args) and (written or not _aliases(func) or _holds_foreign(args)):
             if written:
                 self._stand_ins.clear()  # one that was written to may have another shape
             args, kwargs = tree_map_only(Tensor, self._stand_in, given)
@@ -216,10 +239,13 @@ class HybridFakeMode(FakeTensorMode):
             self.building = False
 
     def _stand_in(self, tensor: Tensor) -> Tensor:
-        """Return a fake tensor like a real one: torch remembers what follows from fakes."""
+        """Return a fake tensor like a real one: torch remembers what follows from fakes.
+
+        One that lies on a card already stands on the CPU, as all that is planned does.
+        """
         if isinstance(tensor, FakeTensor) or tensor.layout is not torch.strided:
             return tensor
-        if tensor.device.type != "cpu" or tensor.is_conj() or tensor.is_neg():
+        if tensor.is_conj() or tensor.is_neg():
             return tensor
         key = (tensor.shape, tensor.stride(), tensor.dtype)
         if key not in self._stand_ins:
@@ -461,6 +487,15 @@ def _holds_real(args: Iterable[object]) -> bool:
         elif isinstance(value, Tensor) and not isinstance(value, FakeTensor):
             return True
     return False
+
+
+def _holds_foreign(args: Any) -> bool:
+    return any(isinstance(value, Tensor) and _is_foreign(value) for value in tree_leaves(args))
+
+
+def _is_foreign(tensor: Tensor) -> bool:
+    """Tell whether a real tensor lies elsewhere than on the CPU, where everything is planned."""
+    return tensor.device.type != "cpu" and not isinstance(tensor, FakeTensor)
 
 
 @cache

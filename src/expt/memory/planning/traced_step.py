@@ -8,6 +8,7 @@ is changed, the random state included.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import logging
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_iter, tree_map
+from torch.utils._pytree import tree_iter, tree_map, tree_map_only
 
 from expt.errors import UserError
 from expt.memory.measuring.ledger import SHARDING
@@ -247,7 +248,7 @@ class PreparedStep:
         with self.trace.phase("forward"):
             self.fake.in_batch = True
             try:
-                batch = self.step.batch()
+                batch = _mapped(self.fake.here, self.step.batch())
             finally:
                 self.fake.in_batch = False
             tensors = _tensors(batch)
@@ -523,6 +524,18 @@ def _enter(
 ) -> None:
     for tensor in tensors:
         trace.enter([tensor], category, homes.get(id(tensor), ""))
+
+
+def _mapped(change: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    """Return a batch with its tensors changed; the batch itself where none of them is."""
+    if all(change(tensor) is tensor for tensor in _tensors(batch)):
+        return batch
+    if not hasattr(batch, "__dataclass_fields__"):
+        return tree_map_only(Tensor, change, batch)
+    changed = copy.copy(batch)
+    for name, value in vars(batch).items():
+        object.__setattr__(changed, name, tree_map_only(Tensor, change, value))
+    return changed
 
 
 def _tensors(tree: Any) -> list[Tensor]:
