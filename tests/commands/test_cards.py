@@ -7,10 +7,12 @@ import json
 import pytest
 
 from expt.commands.allocate.allocator import Allocator
+from expt.commands.allocate.several import _sharded
 from expt.commands.allocate.variants import Variants
 from expt.commands.cards import card_row
 from expt.config.validate import validated
 from expt.memory.planning.predict import Plan
+from expt.run.batch_size import Limit
 from expt.units import GIB
 
 TINY = ("task=cards", "model.embed_dim=16", "data.eval_batch_size=4", "hydra.run.dir=run")
@@ -67,6 +69,42 @@ def test_what_does_not_fit_says_by_how_much(recommend):
     row = recommend(1.0)
     assert not row["fits"]
     assert row["excess_bytes"] == pytest.approx((1.125 * 1.05 - 0.4) * GIB, rel=1e-6)
+
+
+@pytest.fixture
+def failing(composed, monkeypatch):
+    """Return an allocator whose plans raise where `unfit` says so, else take 1 GiB."""
+
+    def of(unfit, *overrides: str) -> Allocator:
+        lines = ["data.batch_size=32", "model.embed_dim=16", *overrides]
+
+        def made_up(self, techniques=None, precision=None):
+            if unfit(self.settings):
+                raise RuntimeError("expected scalar type Float but found BFloat16")
+            return Plan("cuda", GIB, GIB, (0, None), "forward", {}, {}, {}, "trace", 0.0)
+
+        monkeypatch.setattr("expt.run.planner.Planner.plan", made_up)
+        return Allocator(Variants(lines, "cuda"), validated(composed(*lines)))
+
+    return of
+
+
+def test_a_way_whose_plan_fails_is_none_unless_it_is_the_configured_one(failing):
+    limit = Limit(GIB // 2, 1.0)
+
+    def bf16(settings):
+        return settings.memory.precision.value == "bf16"
+
+    found = failing(bf16, "memory.precision=fp32").largest(limit)
+    assert "memory.precision=bf16" not in found.way and not found.fits
+    with pytest.raises(RuntimeError, match="BFloat16"):
+        failing(bf16, "memory.precision=bf16").largest(limit)
+
+
+def test_a_sharded_plan_that_fails_is_refused_in_its_place(failing):
+    allocator = failing(lambda settings: settings.trainer.sharded)
+    row = _sharded(allocator, Limit(GIB, 1.0), 2)
+    assert row == {"refused": "RuntimeError: expected scalar type Float but found BFloat16"}
 
 
 def test_the_table_is_printed_and_written(expt, home):

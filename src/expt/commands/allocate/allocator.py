@@ -8,6 +8,7 @@ the first that fits, and is not needed there, is taken back.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,8 @@ from expt.memory.planning.predict import Plan
 from expt.run.allocation import Choice, first_that_fits, least
 from expt.run.batch_size import Limit
 from expt.run.target import arithmetic
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -146,12 +149,15 @@ class Allocator:
                 yield (*level, *way, *given_up)
 
     def _possible(self, way: Changes) -> bool:
+        """Tell whether a way can be planned; the configured one must be."""
         try:
             variant = self.variants(way)
             variant.plan(min(variant.parts))
-        except ConfigError:
+        except Exception as error:  # a user's model may not work in bf16, say
             if not way:
                 raise
+            if not isinstance(error, ConfigError):
+                log.info("no prediction with %s", way, exc_info=True)
             return False
         return True
 

@@ -6,6 +6,7 @@ pipelines do; this program plans it and does not train it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,8 @@ from expt.errors import ConfigError
 from expt.memory.planning.blocks import Blocks
 from expt.run.allocation import Choice
 from expt.run.batch_size import Limit
+
+log = logging.getLogger(__name__)
 
 
 def over_cards(allocator: Allocator, limit: Limit, counts: Sequence[int]) -> list[dict[str, Any]]:
@@ -47,6 +50,9 @@ def _sharded(allocator: Allocator, limit: Limit, count: int) -> dict[str, Any]:
         found = ranks.largest(limit)
     except ConfigError as error:
         return {"refused": " ".join(str(error).split())[:300]}
+    except Exception as error:  # a user's model may do anything in parts
+        log.info("no prediction over %s cards", count, exc_info=True)
+        return {"refused": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
     return {
         "peak_bytes": found.planned.peak_bytes,
         "fits": found.fits,
