@@ -129,3 +129,16 @@ def test_a_model_that_cannot_be_traced_is_a_message(composed, monkeypatch) -> No
     settings = validated(composed("+memory=minimal"))
     with pytest.raises(ValueError, match="cannot be traced: RuntimeError: data-dependent; give"):
         fit(settings, build(settings, "data"), "cpu", 100 * MIB, batch_size=8)
+
+
+@pytest.mark.parametrize(
+    ("now", "eval_batch_size", "more"),
+    [(1, 64, 4), (1, 3, 3), (1, 1, None), (4, 64, 8), (4, 4, None), (8, 12, 12)],
+)
+def test_more_slices_of_evaluation_are_no_more_than_its_samples(
+    composed, now, eval_batch_size, more
+) -> None:
+    assert fit_batch.slices(now, eval_batch_size) == more
+    if more is not None:
+        sizes = f"data.eval_batch_size={eval_batch_size}"
+        validated(composed(sizes, f"memory.forward_chunks={more}"))

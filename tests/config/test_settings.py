@@ -76,6 +76,7 @@ def test_a_setting_becomes_a_technique(composed, given, name, value):
         ([*IN_BACKWARD, "memory.precision=fp16"], ["fp16", "bf16"]),
         (["memory.saved_tensor_offload=true", "trainer.device=cpu"], ["cpu", "nothing to gain"]),
         (["memory.weight_offload=true", "trainer.device=cpu"], ["cpu", "them there already"]),
+        (["optimizer=adamw_foreach", "+optimizer.fused=true"], ["optimizer:", "foreach", "fused"]),
     ],
 )
 def test_a_wrong_value_or_combination_is_one_problem_with_its_reason(composed, given, words):

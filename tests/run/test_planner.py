@@ -160,17 +160,29 @@ def test_a_fused_optimizer_is_advised_where_its_step_is_the_peak(given: Given) -
     settings, data = given(*own)
     foreach = Planner(settings, data, "cuda")
     assert foreach.plan().phase == "optimizer_step"
-    (found,) = [saving for saving in savings.savings(foreach) if saving.change == savings.FUSED]
-    fused = peaks(given, *own[2:], "optimizer=adamw", target="cuda")
-    assert found.peak_bytes == fused.peak_bytes < foreach.plan().peak_bytes
-    assert savings.first_that_fits(foreach, found.demand_bytes).change == savings.FUSED
+    (found,) = [one for one in savings.savings(foreach) if savings.FUSED in one.change]
+    followed = plan_training(*given(*own, *found.change.split()), "cuda")
+    assert found.peak_bytes == followed.peak_bytes < foreach.plan().peak_bytes
+    assert savings.first_that_fits(foreach, found.demand_bytes).change == found.change
+    assert found.change.startswith(savings.NO_TECHNIQUES)
     for others in (("optimizer=adamw",), ("data.batch_size=256",)):
         changed = [
             *own[:2],
             *(one for one in own[2:] if one.split("=")[0] != others[0].split("=")[0]),
         ]
         changes = [s.change for s in savings.savings(Planner(*given(*changed, *others), "cuda"))]
-        assert savings.FUSED not in changes
+        assert not [change for change in changes if savings.FUSED in change]
+
+
+@pytest.mark.parametrize("eval_batch_size", [1, 3, 64])
+def test_slices_of_evaluation_are_advised_as_many_as_there_are_samples(
+    given: Given, eval_batch_size: int
+) -> None:
+    own = (*SMALL, "data.batch_size=1", f"data.eval_batch_size={eval_batch_size}")
+    found = [one.change for one in savings.single_changes(Planner(*given(*own), "cpu"))]
+    (advised,) = [one for one in found if "chunks" in one] or ["memory.forward_chunks=1"]
+    assert advised == f"memory.forward_chunks={min(eval_batch_size, 4)}"
+    given(*own, advised)  # which refuses more
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from expt.memory.recovery.recovery import Recovery
 from expt.run.batch_size import Fit, Limit, fit, with_batch_size
 from expt.run.build import assemble, build_training_data, techniques_of
 from expt.run.overflow import too_small_for_weights
+from expt.run.savings import MAX_CHUNKS
 from expt.run.target import arithmetic, budget_bytes, target_of, target_remark
 from expt.tables import print_table
 from expt.tracking.tracker import NullTracker, open_tracker
@@ -167,7 +168,7 @@ def run(cfg: DictConfig, context: RunContext) -> FitResult:
         **as_record(found, limit, confirmation),
         "command": command(context.launch, found, batch_size),
     }
-    for line in remarks(record):
+    for line in remarks(record, slices(settings.memory.forward_chunks, data.eval_batch_size)):
         print(line)
     print(f"use: {record['command']}")
     write_json(context.run_dir / FILE_NAME, record)
@@ -250,8 +251,14 @@ def fit_table(found: Fit, limit: Limit) -> Table:
     return table
 
 
-def remarks(record: Mapping[str, Any]) -> list[str]:
-    """Return what the table does not say."""
+def slices(now: int, eval_batch_size: int) -> int | None:
+    """Return more slices of a batch of evaluation than now, None where it has no more samples."""
+    more = min(max(MAX_CHUNKS, 2 * now), eval_batch_size)
+    return more if more > now else None
+
+
+def remarks(record: Mapping[str, Any], more_slices: int | None = None) -> list[str]:
+    """Return what the table does not say; `more_slices` would make evaluation smaller."""
     size, batch = record["micro_batch"], record["batch_size"]
     parts, predicted = record["gradient_accumulation"], record["predicted"]
     lines = [f"largest micro-batch: {size} (limited by {record['limited_by']})"]
@@ -263,9 +270,9 @@ def remarks(record: Mapping[str, Any]) -> list[str]:
     else:
         lines.append(f"a step's batch of {batch} in {parts} part{'s' if parts > 1 else ''}")
     if predicted["phase"] == "evaluation":
+        other = "" if more_slices is None else f" or memory.forward_chunks={more_slices}"
         lines.append(
-            "the peak is that of evaluation; a smaller data.eval_batch_size or "
-            "memory.forward_chunks=4 would lower it"
+            f"the peak is that of evaluation; a smaller data.eval_batch_size{other} would lower it"
         )
     if predicted["method"] == "estimate":
         lines.append("the model could not be traced: the peak is a weaker estimate")

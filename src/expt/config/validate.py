@@ -308,7 +308,7 @@ def _optimizer_problems(arguments: Mapping[str, Any]) -> list[str]:
         return []
     try:
         locate(arguments["_target_"])(params=[torch.nn.Parameter(torch.zeros(1))], **own)
-    except ValueError as error:
+    except (ValueError, TypeError, RuntimeError) as error:  # torch's raise any of them
         return [f"optimizer: {error}"]
     return []
 

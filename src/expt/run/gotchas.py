@@ -175,12 +175,12 @@ def foreach_step(planner: Planner, planned: Plan) -> Gotcha | None:
     """Find an optimizer whose copies of all weights are the peak."""
     if planned.phase != "optimizer_step":
         return None
-    from expt.run.savings import FUSED, fused_optimizer
+    from expt.run.savings import fused_optimizer
 
     for saving in fused_optimizer(planner):
         saved = planned.peak_bytes - saving.peak_bytes
         return _of(
-            planned, "foreach_step", saved, FUSED,
+            planned, "foreach_step", saved, saving.change,
             f"the optimizer's step is the peak, by {format_bytes(saved)} of copies that foreach "
             "makes of the weights",
         )  # fmt: skip

@@ -19,8 +19,10 @@ log = logging.getLogger(__name__)
 
 FUSED = "optimizer.fused=true"
 """A change that is no technique: the step of all weights in one kernel, without copies of them."""
-NO_TECHNIQUES = ("memory.precision=", FUSED)
+NO_TECHNIQUES = ("memory.precision=", FUSED, f"+{FUSED}")
 """Changes that recovery does not make: other arithmetic, another optimizer."""
+MAX_CHUNKS = 4
+"""Slices of a batch of evaluation that are advised, where it has as many samples."""
 TRAINING = ("forward", "backward", "optimizer_step")
 """Phases that evaluation has no part in."""
 MAX_SAVINGS = 3
@@ -30,7 +32,10 @@ MIN_SAVING = 0.01
 
 @dataclass(frozen=True)
 class Saving:
-    """A change to the command line, the peak it is predicted to have, and `Plan.demand_bytes`."""
+    """A change to the command line, the peak it is predicted to have, and `Plan.demand_bytes`.
+
+    A change of several settings has a space between them.
+    """
 
     change: str
     peak_bytes: int
@@ -74,14 +79,16 @@ def fused_optimizer(planner: Planner) -> Iterator[Saving]:
         return
     if planner.plan().phase != "optimizer_step":
         return
-    optimizer = {**own, "fused": True, **({"foreach": None} if "foreach" in own else {})}
-    other = planner.like(optimizer=optimizer)
+    change = FUSED if "fused" in own else f"+{FUSED}"  # Hydra adds a key with + only
+    optimizer = {**own, "fused": True}
+    if own.get("foreach"):
+        change, optimizer["foreach"] = f"{change} optimizer.foreach=null", None
     try:
-        then = other.plan()
+        then = planner.like(optimizer=optimizer).plan()
     except Exception:
-        log.info("no prediction for %s", FUSED, exc_info=True)
+        log.info("no prediction for %s", change, exc_info=True)
         return
-    yield Saving(FUSED, then.peak_bytes, then.demand_bytes)
+    yield Saving(change, then.peak_bytes, then.demand_bytes)
 
 
 def _changes(
@@ -101,9 +108,9 @@ def _changes(
     if now.activation_checkpointing is not True:
         change = "memory.activation_checkpointing=true"
         yield change, replace(now, activation_checkpointing=True), None
-    if evaluates and now.forward_chunks == 1 and not planner.settings.trainer.sharded:
-        change = "memory.forward_chunks=4"
-        yield change, replace(now, forward_chunks=4), None
+    chunks = min(MAX_CHUNKS, planner.data.eval_batch_size)
+    if evaluates and now.forward_chunks == 1 < chunks and not planner.settings.trainer.sharded:
+        yield f"memory.forward_chunks={chunks}", replace(now, forward_chunks=chunks), None
     if not (now.weight_offload or planner.settings.trainer.sharded) and planner.target == "cuda":
         # Refused at once where no block has frozen weights.
         yield "memory.weight_offload=true", replace(now, weight_offload=True), None
