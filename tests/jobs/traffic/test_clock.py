@@ -2,6 +2,7 @@
 
 import datetime
 import pickle
+import re
 import zoneinfo
 
 import h5py
@@ -88,11 +89,17 @@ def test_the_repeated_hour_is_not_to_be_dropped(tmp_path, write):
     assert "drop" not in str(e.value)
 
 
-def test_the_advice_helps(tmp_path):
-    table = frame(zoned().tz_localize(None))
-    zone = table.index.tz_localize("America/Los_Angeles", ambiguous="infer")
-    table.index = zone.tz_convert("Etc/GMT+8").tz_localize(None)
-    series = read_series(as_csv(table, tmp_path))
+@pytest.mark.parametrize("write", [as_csv, as_parquet])
+def test_the_advice_helps(tmp_path, write):
+    times = zoned() if write is as_parquet else zoned().tz_localize(None)
+    table = frame(times)
+    with pytest.raises(DataError) as refused:
+        read_series(write(table, tmp_path))
+    converted, named = re.findall(r"times\.tz_\S.*?\)(?= for|$)", str(refused.value))
+    if table.index.tz is None:
+        times = eval(named, {"times": table.index, "ZONE": "America/Los_Angeles"})
+    table.index = eval(converted, {"times": times})
+    series = read_series(write(table, tmp_path))
     assert set(np.diff(series.timestamps).astype(int)) == {900}
 
 

@@ -81,8 +81,9 @@ def repeated_hour_advice(hour: np.datetime64) -> str:
     """Return what to do about an hour that occurs twice."""
     return (
         f"the hour from {hour} on occurs twice, as where clocks go back in autumn, and both are "
-        "real: keep all rows and write standard time throughout, times.tz_localize(ZONE, "
-        'ambiguous="infer").tz_convert("Etc/GMT+8").tz_localize(None) for UTC-8'
+        "real: keep all rows and write standard time throughout, "
+        'times.tz_convert("Etc/GMT+8").tz_localize(None) for UTC-8; times without a zone are given '
+        'theirs before that, times.tz_localize(ZONE, ambiguous="infer")'
     )
 
 
