@@ -74,6 +74,13 @@ FUNCTIONS: dict[str, Function] = {
     "topk": lambda w: w.topk(10, 1).values,
     "where": lambda w: torch.where(w > 0, w, w * 0.1),
 }
+BY_NAME: dict[str, Function] = {
+    "cumprod by name": lambda w: torch.cumprod(input=w, dim=1),
+    "max by name": lambda w: torch.max(input=w),
+    "prod by name": lambda w: torch.prod(input=w, axis=1, keepdims=True),
+    "prod of all by name": lambda w: torch.prod(input=w),
+}
+"""The same, with arguments by name, torch's own or NumPy's."""
 IN_PLACE = {
     "add_", "index_add_", "index_put_", "logical_and_", "logical_or_", "put_", "scatter_",
     "scatter_add_", "mul_", "sub_",
@@ -136,7 +143,7 @@ class Weight(nn.Module):
         return self.function(self.weight * scale)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", FUNCTIONS | BY_NAME)
 def test_the_plan_is_of_what_runs_unwatched(measured, name: str) -> None:
     def loss(forward: Callable[..., Tensor], batch: Tensor) -> Tensor:
         return forward(batch).square().mean()
@@ -144,7 +151,8 @@ def test_the_plan_is_of_what_runs_unwatched(measured, name: str) -> None:
     def optimizer(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.SGD(weights, lr=1e-3)
 
-    case = lambda: Weight(FUNCTIONS[name]), lambda: torch.ones(()), optimizer, loss
+    function = (FUNCTIONS | BY_NAME)[name]
+    case = lambda: Weight(function), lambda: torch.ones(()), optimizer, loss
     planned = plan(*case, target="cpu")
     assert planned.method == "trace", planned.notes
     assert planned.peak_bytes == pytest.approx(measured(*case), rel=0.01)
@@ -154,14 +162,14 @@ def test_the_plan_is_of_what_runs_unwatched(measured, name: str) -> None:
 def test_the_values_of_a_derivative_are_torchs(target) -> None:
     from expt.memory.planning.autocast import target_rules
 
-    for name in OTHER:
-        found = []
+    for name in (*OTHER, *BY_NAME):
+        function, found = (FUNCTIONS | BY_NAME)[name], []
         for watching in (False, True):
             weight = torch.linspace(0.5, 1.5, 12).view(3, 4).requires_grad_()
             if watching:
                 with target_rules(target):
-                    FUNCTIONS[name](weight).square().sum().backward()
+                    function(weight).square().sum().backward()
             else:
-                FUNCTIONS[name](weight).square().sum().backward()
+                function(weight).square().sum().backward()
             found.append(weight.grad)
         torch.testing.assert_close(*found)

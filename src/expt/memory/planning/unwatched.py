@@ -24,6 +24,9 @@ ELEMENTS: frozenset[Callable[..., Any]] = frozenset(
      torch.nanmedian, Tensor.nanmedian}
 )  # fmt: skip
 
+NAMES = {"axis": "dim", "keepdims": "keepdim", "x": "input", "a": "input"}
+"""NumPy's names of arguments, which torch takes too."""
+
 
 def unwatched_rules(target: str) -> dict[Callable[..., Any], Rule]:
     """Return rules that differentiate as torch does without a mode."""
@@ -36,21 +39,32 @@ def unwatched_rules(target: str) -> dict[Callable[..., Any], Rule]:
 
 
 def _product(func: Any, args: Any, kwargs: Any) -> Any:
+    args, kwargs = _by_position(args, kwargs)
     if _differentiable(args[0]):
         return _apply(_Product, args[0], args[1:], kwargs)
     return func(*args, **kwargs)
 
 
 def _running_product(func: Any, args: Any, kwargs: Any) -> Any:
+    args, kwargs = _by_position(args, kwargs)
     if _differentiable(args[0]):
         return _apply(_RunningProduct, args[0], args[1:], kwargs)
     return func(*args, **kwargs)
 
 
 def _one_element(func: Any, args: Any, kwargs: Any) -> Any:
+    args, kwargs = _by_position(args, kwargs)
     if len(args) == 1 and not kwargs and _differentiable(args[0]):
         return _apply(_OneElement, args[0], func)
     return func(*args, **kwargs)
+
+
+def _by_position(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a call with its tensor first, and torch's own names for those that NumPy has."""
+    named = {NAMES.get(name, name): value for name, value in kwargs.items()}
+    if not args and "input" in named:
+        args = (named.pop("input"),)
+    return args, named
 
 
 def _differentiable(value: Any) -> bool:
