@@ -608,6 +608,23 @@ def test_a_worker_that_wakes_leaves_what_was_taken_over_and_goes_on(make, monkey
     assert [t.user_attrs[KIND] for t in search.study.trials[1:]] == ["completed"] * 3
 
 
+def test_a_trial_that_was_told_elsewhere_is_not_started_once_more(make):
+    failed = TrialOutcome(Outcome.failed, error="x")
+    search = make(lambda params: failed, n_trials=1, retry=1, budget_bytes=None)
+    storage, start = search.study._storage, search.runner.start
+
+    def told(job):
+        trial = start(job)
+        storage.set_trial_user_attr(0, KIND, "completed")
+        storage.set_trial_state_values(0, TrialState.COMPLETE, [3.0])
+        return trial
+
+    search.runner.start = told
+    assert search.run().finished == 1
+    assert len(search.runner.trials) == 1
+    assert search.study.trials[0].values == [3.0]
+
+
 def test_a_trial_that_is_taken_over_while_it_is_predicted_is_not_started(make):
     elsewhere = {"host": "far", "pid": 7, "started": "1", "beat": 5}
 

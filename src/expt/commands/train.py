@@ -114,7 +114,7 @@ def _limit(context: RunContext, settings: Settings) -> str | None:
     progress = read_progress(context.run_dir / FOLDER)
     if progress is None:
         return "checkpoint"
-    return limit_reached(progress, settings.trainer)
+    return limit_reached(progress.uncut(), settings.trainer)
 
 
 def _completed(

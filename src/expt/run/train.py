@@ -158,6 +158,8 @@ class TrainJob:
                         trainer.batches.close()
                     del trainer
             except RecoveryError as error:
+                if self.ranks.count > 1 and self.guard.recovery.alone:
+                    raise  # the others know nothing of it: whoever watches them ends them
                 exhausted = str(error)
             if exhausted is not None:
                 self._give_up(exhausted)

@@ -293,6 +293,9 @@ class Search:
             ended = True
             retried = int(one.trial.user_attrs.get(RETRIED, 0))
             if outcome.kind.columns.retry and retried < self.config.retry:
+                if not self.reservations.beat(one.trial):
+                    self._forget(one.trial)
+                    continue
                 one.trial.set_user_attr(RETRIED, retried + 1)
                 said = f"{outcome.kind.words} ({outcome.error}), once more"
                 self.say(f"trial {one.trial.number}: {said}")

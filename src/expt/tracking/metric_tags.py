@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from expt.job import Metric
-from expt.tracking.store import TAG_LENGTH
 
 NAME = "metrics"
+TAG_LENGTH = 8000
+"""Characters of a tag that every store of MLflow keeps."""
 
 
 def tags_of_metrics(described: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from expt.locks import Lock
+from expt.tracking.metric_tags import TAG_LENGTH
 from expt.uri import sqlite_path, without_password
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ METRICS_PER_CALL = 1000
 _NAME_LENGTH = 250
 _PARAMETER_LENGTH = 6000
 _DIGEST_LENGTH = 36
-TAG_LENGTH = 8000
 
 _ENVIRONMENT = {
     # The sender has its own, slower retries; mlflow's would hold it for minutes.

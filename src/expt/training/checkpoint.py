@@ -17,7 +17,7 @@ import pickle
 import random
 import struct
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -94,13 +94,14 @@ class Progress:
     monitor: str = ""
     cut: list[float] | None = None
 
-    def uncut(self) -> None:
-        """Go back into the epoch in which the run came to its end, to do the rest of it."""
-        if self.cut is not None:
-            self.epoch -= 1
-            self.step_in_epoch = int(self.cut[0])
-            self.epoch_loss, self.epoch_weight = self.cut[1:]
-            self.cut = None
+    def uncut(self) -> Progress:
+        """Return where the rest of the epoch is done in which the run came to its end."""
+        if self.cut is None:
+            return self
+        return replace(
+            self, epoch=self.epoch - 1, step_in_epoch=int(self.cut[0]), epoch_loss=self.cut[1],
+            epoch_weight=self.cut[2], cut=None, history=self.history[:-1],
+        )  # fmt: skip
 
 
 def save_last(

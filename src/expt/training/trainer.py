@@ -191,8 +191,8 @@ class Trainer:
                     f"now monitors {self.monitor.name}; set trainer.monitor={restored.monitor}, or "
                     "choose another hydra.run.dir"
                 )
-            if extending:
-                restored.uncut()
+            if limit_reached(restored.uncut(), self.settings) is None:
+                restored = restored.uncut()
             self.progress = restored
             self.batches.skipped |= {(split, index) for split, index in restored.skipped}
             self.recovery.restore(restored.recovery)
@@ -410,6 +410,8 @@ class Trainer:
             )  # fmt: skip
         self._agree()
         if metrics is None:
+            if not self._weights_finite():
+                return "non_finite_loss"
             progress.epoch_loss, progress.epoch_weight = loss_sum, weight_sum
             self._save_last()
             return "signal"
@@ -443,7 +445,8 @@ class Trainer:
             **self.after_epoch(progress.epoch - 1, whole),
         }
         progress.history.append(row)
-        if monitor.better(value, progress.best):
+        improved = monitor.better(value, progress.best)
+        if improved:
             progress.best, progress.best_epoch = value, progress.epoch
             with self.average.exchanged():
                 checkpoint.save_best(
@@ -456,7 +459,7 @@ class Trainer:
         # First, as an epoch that is saved is not done again; the tracker drops what it has already.
         self._record(row, figures, memory)
         self._save_last()
-        self._report(row)
+        self._report(row, improved)
         return "signal" if signal else limit
 
     def _record(
@@ -476,10 +479,10 @@ class Trainer:
         }
         self.tracker.metrics(with_gib(recorded), progress.step)
 
-    def _report(self, row: dict[str, float]) -> None:
+    def _report(self, row: dict[str, float], is_best: bool) -> None:
         """Tell the display, the progress file and the callbacks of an epoch that is saved."""
         progress, monitor = self.progress, self.monitor
-        peak, is_best = progress.peak_allocated_bytes, progress.best_epoch == progress.epoch
+        peak = progress.peak_allocated_bytes
         line = epoch_line(row, monitor, is_best, peak)
         self.display.epoch(line, monitor.text(row["val"]), peak)
         self.progress_file.write(progress.step, progress.epoch, row["val"], True, self.manager.now)
@@ -522,7 +525,10 @@ class Trainer:
         weights = [
             weight.detach()
             for weight in self.model.parameters()
-            if weight.requires_grad and weight.is_floating_point() and not is_shared_out(weight)
+            if weight.requires_grad
+            and weight.is_floating_point()
+            and weight.numel()
+            and not is_shared_out(weight)
         ]
         return not weights or bool(get_total_norm(weights, float("inf")).isfinite())
 

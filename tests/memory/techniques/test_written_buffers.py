@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.utils.parametrizations import spectral_norm
 
 from expt.memory.measuring.ledger import StorageLedger
@@ -178,3 +179,43 @@ def test_it_works_on_fake_tensors(mode):
             for _ in range(2):
                 model(torch.empty(64, 16)).sum().backward()
             assert all(weight.grad is not None for weight in model.parameters())
+
+
+class PartlyCompiled(nn.Module):
+    """A block with a buffer that is only read, and a part that a user compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.register_buffer("scale", torch.ones(4))
+        self.part = torch.compile(self._part, backend="aot_eager")
+
+    def _part(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.inner(x)).sin()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.part(x) * self.scale
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_a_part_that_is_compiled_is_compiled_both_times():
+    """Or the first run and its repetition keep other tensors, and torch refuses."""
+    torch._dynamo.reset()
+    model = nn.Sequential(*(PartlyCompiled() for _ in range(2)))
+    checkpoint_activations(model, True)
+    x = torch.randn(3, 4)
+    for _ in range(2):
+        model(x).sum().backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
+def test_an_operator_of_higher_order_may_be_in_a_block():
+    """It has no derivative on a CPU, so that the watch is tried by itself."""
+    block = nn.BatchNorm1d(4)
+    x = torch.randn(1, 1, 3, 4)
+    with torch.no_grad():
+        expected = flex_attention(x, x, x)
+        with WrittenBuffers(block, apart=()).run().first():
+            found = flex_attention(x, x, x)
+    assert torch.equal(found, expected)

@@ -7,8 +7,9 @@ and has those from afterwards again then.
 
 What a buffer held before is known only if it was copied. Which ones to copy is learnt: runs are
 watched until one writes to no buffer that is not known yet, so that a block that writes to none is
-watched once and copies nothing. A buffer that is written to for the first time later than that is
-moved on once, too; that one time the block is computed again from the later value.
+watched once and copies nothing. A buffer that is written to for the first time later than that, or
+by compiled code, is moved on once, too; that one time the block is computed again from the later
+value.
 """
 
 from __future__ import annotations
@@ -139,7 +140,12 @@ class _Copies:
 
 
 class _Watch(TorchDispatchMode):
-    """Copies a buffer just before an operator writes to it."""
+    """Copies a buffer just before an operator writes to it.
+
+    What was compiled runs compiled, and its writes are not seen: see the top of this file.
+    """
+
+    supports_higher_order_operators = True
 
     def __init__(self, held: Sequence[Held], copies: _Copies) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -149,9 +155,15 @@ class _Watch(TorchDispatchMode):
                 self._held.setdefault(_storage(buffer), []).append(buffer)
         self._copies = copies
 
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Let torch compile inside, as it does when the block is computed again."""
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func._schema.is_mutable:
+        schema = getattr(func, "_schema", None)  # an operator of higher order has none
+        if schema is not None and schema.is_mutable:
             for value in _targets(func, args, kwargs):
                 for buffer in self._held.get(_storage(value), ()):
                     self._copies.take(buffer)
