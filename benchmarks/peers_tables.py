@@ -101,45 +101,57 @@ def count(parameters: int) -> str:
 
 
 def plot(record: Mapping[str, Any], data: str = "metr_la_29") -> None:
-    """Draw test error over measured peak of what is finished; the others are ticks below."""
+    """Draw test error over measured peak of what is finished.
+
+    The others are ticks in a strip below. The errors of models without training are far above the
+    others', and stand in words.
+    """
     from matplotlib.figure import Figure
 
     from expt.files import replace_atomically
     from expt.reports.figures.style import BLUE, GREY, ORANGE, label_direct, look, plain_log
 
     costs = record["costs"][data]
-    finished = [run for run in record["rows"][data].values() if run["finished"]]
-
-    def has_test(name: str) -> bool:
-        return any(run["model"] == name for run in finished)
-
+    errors = {
+        name: mean(runs, "test/mae")
+        for name in costs
+        if (runs := [run for run in record["rows"][data].values()
+                     if run["model"] == name and run["finished"]])
+    }  # fmt: skip
+    drawn = sorted(
+        (costs[name]["measured_bytes"] / MIB, error, name)
+        for name, error in errors.items()
+        if PEERS[name].trained
+    )
+    trivial = [f"{name} {error:.2f}" for name, error in errors.items() if not PEERS[name].trained]
     with look():
-        figure = Figure(figsize=(7, 4.2), layout="constrained")
-        axes = figure.subplots()
+        figure = Figure(figsize=(7, 4.6), layout="constrained")
+        axes, strip = figure.subplots(2, sharex=True, height_ratios=(3, 1))
         plain_log(axes, "x")
+        plain_log(strip, "x")
+        for place, (peak, error, name) in enumerate(drawn):
+            colour = BLUE if PEERS[name].ours else ORANGE
+            axes.plot(peak, error, "o", color=colour)
+            label_direct(axes, name, (peak, error), (6, 5 if place % 2 else -12), color=colour)
         for name, cost in costs.items():
-            peak, colour = cost["measured_bytes"] / MIB, BLUE if PEERS[name].ours else ORANGE
-            if has_test(name):
-                error = mean([run for run in finished if run["model"] == name], "test/mae")
-                axes.plot(peak, error, "o", color=colour)
-                label_direct(axes, name, (peak, error), color=colour)
-            else:
-                across = axes.get_xaxis_transform()
-                axes.plot(peak, 0.02, "|", color=colour, transform=across, markersize=9)
-                axes.annotate(
-                    f"{name}, unfinished", (peak, 0.05), xycoords=across, rotation=60,
-                    fontsize=7, color=GREY, ha="left", va="bottom",
+            if name not in errors:
+                peak = cost["measured_bytes"] / MIB
+                colour = BLUE if PEERS[name].ours else ORANGE
+                strip.plot(peak, 0.0, "|", color=colour, markersize=9)
+                strip.annotate(
+                    name, (peak, 0.0), xytext=(2, 5), textcoords="offset points", rotation=35,
+                    fontsize=7, color=GREY,
                 )  # fmt: skip
-        axes.margins(x=0.12, y=0.15)
-        if not all(map(has_test, costs)):  # room for their names, below the points
-            low, high = axes.get_ylim()
-            axes.set_ylim(low - 0.6 * (high - low), high)
+        axes.margins(x=0.2, y=0.25)
         axes.set(
-            xlabel="measured peak on the CPU (MiB)",
             ylabel="test MAE (mph)",
             title=f"{data}: error over memory, ours in blue, the field's in orange",
         )
+        if trivial:
+            axes.set_xlabel(f"above, without training: {', '.join(trivial)}", fontsize=8)
         axes.grid(axis="y")
+        strip.set(ylim=(-0.3, 1.5), yticks=[], xlabel="measured peak on the CPU (MiB)")
+        strip.set_ylabel("unfinished", fontsize=8)
         replace_atomically(
             RESULTS / "peers.png",
             lambda temporary: figure.savefig(temporary, format="png", dpi=120),
