@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from expt.memory import plan
 from expt.memory.planning.fake import build_fake
@@ -206,6 +206,14 @@ def test_a_function_cache_is_empty_after_a_plan():
     assert not any("without values" in note for note in found.notes)
     assert type(table(8)) is Tensor
     assert type(Cached()(torch.randn(4, 8))) is not FakeTensor
+
+
+def test_tensors_that_torch_or_another_holds_are_no_plans():
+    with FakeTensorMode():
+        held = torch.empty(3)
+    table.cache_clear()
+    assert not any("without values" in note for note in planned(Cached).notes)
+    assert type(held) is FakeTensor
 
 
 def test_any_other_cache_is_told_of():

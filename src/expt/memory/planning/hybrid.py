@@ -102,6 +102,9 @@ class StorageSet:
 class HybridFakeMode(FakeTensorMode):
     """Runs what is small and known for real and fakes the rest; `building` fakes everything."""
 
+    of_a_plan = True
+    """Tells its tensors from those that torch makes to compile, or a user for another end."""
+
     def __init__(self, answer: bool = False) -> None:
         super().__init__(allow_non_fake_inputs=True)
         self.building = False
