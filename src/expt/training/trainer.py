@@ -191,8 +191,9 @@ class Trainer:
                     f"now monitors {self.monitor.name}; set trainer.monitor={restored.monitor}, or "
                     "choose another hydra.run.dir"
                 )
-            if limit_reached(restored.uncut(), self.settings) is None:
-                restored = restored.uncut()
+            opened = restored.uncut()
+            if limit_reached(opened, self.settings) is None:
+                restored = opened
             self.progress = restored
             self.batches.skipped |= {(split, index) for split, index in restored.skipped}
             self.recovery.restore(restored.recovery)
