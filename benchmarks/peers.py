@@ -178,19 +178,20 @@ class Comparison:
         self.read()
         if self.settings(name) is None:
             return self.search(name, PEERS[name], until)
-        self.measure_cost(name)  # of a winner that was just found
-        if name not in self.part("costs"):
-            return False
-        found = self.part("rows").setdefault(
-            row_name(name, seed),
-            {"model": name, "seed": seed, "cpu_seconds": 0.0, "slices": 0, "finished": False,
-             "steps_planned": steps_that_fit(self.part("costs")[name])},
-        )  # fmt: skip
         folder = self.folder / slug(row_name(name, seed))
         known = self.state_name(row_name(name, seed))
-        if not restore_state(known, folder) and found["slices"]:
+        restored = restore_state(known, folder)
+        found = self.part("rows").get(row_name(name, seed), {"slices": 0})
+        if found["slices"] and not restored:
             print(f"{row_name(name, seed)}: its state is lost, and it begins anew", flush=True)
-            found.update(cpu_seconds=0.0, slices=0)
+        if not found["slices"] or not restored:
+            self.measure_cost(name, again=True)  # how many steps fit is up to today's machine
+            if name not in self.part("costs"):
+                return False
+            found = {
+                "model": name, "seed": seed, "cpu_seconds": 0.0, "slices": 0, "finished": False,
+                "steps_planned": steps_that_fit(self.part("costs")[name]),
+            }  # fmt: skip
         command = self.training(name, seed, found["steps_planned"], folder)
         left = 60 * MINUTES - found["cpu_seconds"]
         taken = run_slice(command, folder, left, until if PEERS[name].trained else float("inf"))

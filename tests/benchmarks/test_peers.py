@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,6 +36,8 @@ def on_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(peers_slices, "STATE", tmp_path / "state")
     monkeypatch.setattr(peers, "ROOT", tmp_path)
     monkeypatch.setattr(peers, "plot", lambda record: None)
+    measured = subprocess.CompletedProcess((), 0, stdout=json.dumps(COST))
+    monkeypatch.setattr(peers, "subprocess", SimpleNamespace(run=lambda *line, **how: measured))
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     monkeypatch.setattr(common, "PAGE", tmp_path / "results.md")
     (tmp_path / "results.md").write_text("<!-- peers:begin -->\n<!-- peers:end -->\n")
@@ -154,6 +158,7 @@ def test_a_row_whose_state_is_lost_begins_anew(monkeypatch: pytest.MonkeyPatch) 
     table.go_on("DLinear", 0, time.monotonic())
     assert table.part("rows")[ROW]["cpu_seconds"] == 5.0
     assert table.part("rows")[ROW]["slices"] == 1
+    assert table.part("rows")[ROW]["steps_planned"] == 6000, "as many as fit today"
 
 
 def test_what_another_call_stored_meanwhile_stays() -> None:
