@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from expt.result import load_result
 from expt.tracking.journal import State
+from expt.training.checkpoint import read_progress
 
 TOLERANCE = 1e-5
 OF_WEIGHTS = 1e-4
@@ -200,7 +203,12 @@ def test_torchrun_and_a_signal(expt, job, home, monkeypatch) -> None:
     assert started.returncode == 0, started.stderr
     (run,) = (home / "outputs/runs").glob("*/*")  # the folder's name has the time in it
     assert_the_same(run, home / "one")
-    line = job("blobs", "long", "trainer.devices=2", "trainer.epochs=100000")
+
+
+def test_a_signal_to_every_process_of_a_job_saves_and_ends_it(job, home: Path) -> None:
+    """As a scheduler's: the starter passes it on to those that have had it, and workers read."""
+    line = job("clips", "long", "trainer.devices=2", "trainer.epochs=100000")
+    line = [*line, "loader.num_workers=1", "trainer.checkpoint_every_steps=1000000"]
     with (home / "log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "expt", *line, "trainer.early_stopping_patience=null"],
@@ -210,9 +218,13 @@ def test_torchrun_and_a_signal(expt, job, home, monkeypatch) -> None:
     deadline = time.monotonic() + 90
     while not (home / "long/checkpoints/best.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.terminate()
+    reached = read_progress(home / "long/checkpoints").step
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        one.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143, (home / "log").read_text()
-    assert load_result(home / "long").stop_reason == "signal"
+    result = load_result(home / "long")
+    assert (result.stop_reason, result.steps > reached) == ("signal", True)
+    assert read_progress(home / "long/checkpoints").step == result.steps
     deadline = time.monotonic() + 60  # the server that forked them ends a moment later
     while _running_in(home) and time.monotonic() < deadline:
         time.sleep(0.05)

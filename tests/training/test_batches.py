@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +202,32 @@ def test_workers_leave_ctrl_c_to_the_process_that_trains(made) -> None:
     os.kill(worker.pid, signal.SIGINT)
     time.sleep(0.1)
     assert len(list(steps)) == 5
+
+
+def test_a_worker_reads_on_after_sigterm_while_the_process_that_trains_saves(made) -> None:
+    batches = made(num_workers=1)
+    steps = batches.training(0, 0, 6)
+    next(steps)
+    (worker,) = batches._loader._iterator._workers
+    os.kill(worker.pid, signal.SIGTERM)
+    os.kill(forkserver._forkserver._forkserver_pid, signal.SIGTERM)
+    time.sleep(0.1)
+    assert len(list(steps)) == 5
+    batches.close()
+    worker.join(5)
+    assert worker.exitcode == 0, "it ends when it has nothing more to do"
+
+
+def test_a_worker_that_hangs_ends_a_while_after_sigterm() -> None:
+    program = (
+        "import os, signal, sys, time; from expt.training import reading\n"
+        "reading.GRACE_SECONDS = 0.1; reading.become_worker(0); print('ready', flush=True)\n"
+        "time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as started:
+        assert started.stdout.readline() == b"ready\n"
+        started.terminate()
+        assert started.wait(10) == 1
 
 
 def test_shapes_that_differ_are_said(made, monkeypatch) -> None:

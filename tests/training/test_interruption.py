@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
 import pytest
 
-from expt.training.interruption import SIGNALS, Interruption, Stopped
+from expt.training import interruption
+from expt.training.interruption import SIGNALS, Interruption, Stopped, signals_held
 
 
 @pytest.fixture(autouse=True)
@@ -28,10 +31,10 @@ def test_both_ways_to_stop_a_run_are_noted() -> None:
 def test_a_signal_is_noted_and_the_handlers_come_back(
     number: int, handlers: dict[int, object]
 ) -> None:
-    with Interruption() as interruption:
-        assert interruption.received is None
+    with Interruption() as noted:
+        assert noted.received is None
         os.kill(os.getpid(), number)
-        assert interruption.received == number
+        assert noted.received == number
     assert {n: signal.getsignal(n) for n in SIGNALS} == handlers
 
 
@@ -43,18 +46,18 @@ def test_the_handlers_come_back_after_an_error(handlers: dict[int, object]) -> N
 
 
 def test_a_second_signal_of_the_same_kind_acts_at_once() -> None:
-    with pytest.raises(KeyboardInterrupt), Interruption() as interruption:
+    with pytest.raises(KeyboardInterrupt), Interruption() as noted:
         os.kill(os.getpid(), signal.SIGINT)
-        assert interruption.received == signal.SIGINT
+        assert noted.received == signal.SIGINT
         os.kill(os.getpid(), signal.SIGINT)
         pytest.fail("went on after the second signal")
 
 
 def test_a_second_signal_of_the_other_kind_is_only_noted() -> None:
-    with Interruption() as interruption:
+    with Interruption() as noted:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert interruption.received == signal.SIGTERM
+        assert noted.received == signal.SIGTERM
 
 
 def test_a_handler_of_the_callers_own_comes_back() -> None:
@@ -68,7 +71,10 @@ def test_a_handler_of_the_callers_own_comes_back() -> None:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_second_signal_stops_where_the_program_is(number: int) -> None:
+def test_a_second_signal_stops_where_the_program_is(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interruption, "SAME_SECONDS", 0.0)
     with pytest.raises(Stopped) as stopped, Interruption():
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)
@@ -76,14 +82,33 @@ def test_a_second_signal_stops_where_the_program_is(number: int) -> None:
     assert stopped.value.exit_code == 128 + number
 
 
+def test_a_sigterm_that_another_process_passes_on_is_the_same() -> None:
+    with Interruption() as noted:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert noted.received == signal.SIGTERM
+
+
+def test_what_is_started_with_signals_held_back_hears_them_when_it_asks_to() -> None:
+    program = (
+        "import os, signal; from expt.training.interruption import hear_signals\n"
+        "os.kill(os.getpid(), signal.SIGTERM); print('held', flush=True); hear_signals()\n"
+        "print('went on')"
+    )
+    with signals_held():
+        started = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    assert (started.communicate()[0], started.returncode) == (b"held\n", -signal.SIGTERM)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(SIGNALS)
+
+
 def test_in_another_thread_it_does_nothing(handlers: dict[int, object]) -> None:
     errors: list[BaseException] = []
 
     def body() -> None:
         try:
-            with Interruption() as interruption:
+            with Interruption() as noted:
                 assert {n: signal.getsignal(n) for n in SIGNALS} == handlers
-            assert interruption.received is None
+            assert noted.received is None
         except BaseException as error:
             errors.append(error)
 

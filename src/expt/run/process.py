@@ -30,6 +30,7 @@ from typing import Any
 from expt.config.command_line import run_command
 from expt.files import write_json
 from expt.run.server import forkserver, main_left_alone
+from expt.training.interruption import hear_signals
 
 PROCESS_NAME, LOG_NAME = "process.json", "output.log"
 GRACE_SECONDS = 20.0
@@ -261,7 +262,7 @@ def have_threads(count: int | None) -> None:
 
 def become_independent() -> None:
     """Lead a session, and end with the process that asked for this one."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    hear_signals()
     gc.freeze()  # what the server imported is never garbage: every collection is spared it
     os.setsid()
     parent = multiprocessing.parent_process()

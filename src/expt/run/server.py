@@ -10,12 +10,13 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing import forkserver as forkserver_module
-from multiprocessing import resource_tracker
 from multiprocessing.forkserver import ensure_running
 from typing import Any
+
+from expt.training.interruption import signals_held
 
 
 def prepare_server(modules: Sequence[str]) -> None:
@@ -31,7 +32,7 @@ def start_server(modules: Sequence[str]) -> bool:
     server: Any = forkserver_module._forkserver
     before = server._forkserver_pid
     prepare_server(modules)
-    with interrupts_held():
+    with signals_held():
         ensure_running()
     return bool(server._forkserver_pid != before)
 
@@ -49,21 +50,6 @@ def stop_server() -> None:
             server._stop()
 
 
-@contextlib.contextmanager
-def interrupts_held() -> Iterator[None]:
-    """Hold SIGINT back, from this thread and for good from a server that is started meanwhile.
-
-    A Ctrl-C at the terminal reaches the server too, which would end with a traceback while it
-    imports. What it forks hears SIGINT again by `become_independent`.
-    """
-    resource_tracker.ensure_running()  # when it starts, it lets them through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def forkserver() -> multiprocessing.context.ForkServerContext:
     """Return what starts processes by forking a server that has imported torch already."""
     return multiprocessing.get_context("forkserver")
@@ -73,14 +59,14 @@ def forkserver() -> multiprocessing.context.ForkServerContext:
 def main_left_alone() -> Any:
     """Keep `multiprocessing` from running this program's main file again in the new process.
 
-    SIGINT is held back, since this may start the server.
+    Signals are held back, since this may start the server.
     """
     main = sys.modules["__main__"]
     hidden = {name: main.__dict__.pop(name) for name in ("__file__",) if name in main.__dict__}
     spec = getattr(main, "__spec__", None)
     main.__spec__ = None
     try:
-        with interrupts_held():
+        with signals_held():
             yield
     finally:
         main.__dict__.update(hidden)

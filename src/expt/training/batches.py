@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from multiprocessing import forkserver
 from typing import Any, Protocol, cast
 
 import torch
@@ -35,6 +36,7 @@ from expt.job import (
     Weighted,
     is_resident,
 )
+from expt.training.interruption import signals_held
 from expt.training.loading import LoaderFigures, memory_of
 from expt.training.ranks import OneRank, SeveralRanks, Share
 from expt.training.reading import (
@@ -506,14 +508,16 @@ class Batches:
         settings, workers = self.settings, self.settings.num_workers
         data = cast(StreamedDataSet, self.data)
         pin = self.device.type == "cuda" if settings.pin_memory is None else settings.pin_memory
-        context = None
+        context: Any = None
         if workers:
             # Not fork: this process has threads. The server imports torch once, and then forks.
-            known = multiprocessing.get_all_start_methods()
-            context = multiprocessing.get_context(
-                "forkserver" if "forkserver" in known else "spawn"
-            )
-            context.set_forkserver_preload(["torch", __name__])
+            if "forkserver" in multiprocessing.get_all_start_methods():
+                context = multiprocessing.get_context("forkserver")
+                context.set_forkserver_preload(["torch", __name__])
+                with signals_held():
+                    forkserver.ensure_running()
+            else:
+                context = multiprocessing.get_context("spawn")
         return DataLoader(
             cast("Dataset[Any]", Items(data, self.seed, settings.on_bad_sample)),
             batch_size=None,

@@ -1,17 +1,25 @@
 """SIGINT and SIGTERM as a flag that the loop reads between two steps.
 
 The step in flight is finished and a checkpoint written; a second signal of the same kind does not
-wait for that: it raises `Stopped` where the program is, so that the run is still recorded.
+wait for that: it raises `Stopped` where the program is, so that the run is still recorded. A
+SIGTERM that comes right after another is the same one: a scheduler sends it to every process of a
+job, and those that start others pass it on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+import time
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAME_SECONDS = 2.0
+"""Within so long after a SIGTERM another one is the same, sent on by another process."""
 
 
 class Interruption:
@@ -20,6 +28,7 @@ class Interruption:
     def __init__(self) -> None:
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
+        self._since = 0.0
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
@@ -41,9 +50,12 @@ class Interruption:
         return self.received is not None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self.received == number:
+            if number == signal.SIGTERM and now - self._since < SAME_SECONDS:
+                return
             raise Stopped(number)
-        self.received = number
+        self.received, self._since = number, now
 
 
 class Stopped(KeyboardInterrupt):
@@ -52,3 +64,23 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.exit_code = 128 + number
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Hold the signals back, from this thread and for good from a process that is started in it.
+
+    So a server that forks others outlives a signal to the whole group, which would leave those
+    without a way to say how they end. What is to hear them again calls `hear_signals`.
+    """
+    resource_tracker.ensure_running()  # when it starts, it lets them through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def hear_signals() -> None:
+    """Let through what `signals_held` held back from the process that started this one."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

@@ -31,11 +31,15 @@ from expt.job import (
     Split,
     StreamedDataSet,
 )
+from expt.training.interruption import hear_signals
 
 Key = tuple[Split, int, int]
 """Split, epoch and index of a sample."""
 MAX_REPLACEMENTS = 100
 """Unreadable samples in a row after which training gives up looking for one to take their place."""
+
+GRACE_SECONDS = 30.0
+"""How long a worker goes on after a SIGTERM."""
 
 
 @runtime_checkable
@@ -202,9 +206,27 @@ class Order:
 
 
 def become_worker(number: int) -> None:
-    """Leave Ctrl-C to the process that trains, and end when it is gone."""
+    """Leave signals to the process that trains, and end when it is gone.
+
+    A scheduler sends SIGTERM to every process of a job; the one that trains then ends its step,
+    for which it may need what is read here, and saves. SIGTERM is also how the loader ends a worker
+    that hangs, so this one ends after a while.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        told, tell = os.pipe()
+        os.set_blocking(tell, False)
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
+        signal.set_wakeup_fd(tell)  # is written to while the interpreter waits for a file system
+        threading.Thread(target=_end_when_told, args=(told,), daemon=True).start()
+        hear_signals()
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_when_told(told: int) -> None:
+    os.read(told, 1)
+    time.sleep(GRACE_SECONDS)
+    os._exit(1)
 
 
 def _end_with_parent() -> None:
