@@ -158,3 +158,12 @@ def with_gib(values: Mapping[str, float]) -> dict[str, float]:
         if name.endswith("_bytes")
     }
     return {**values, **gib}
+
+
+def without_gib(values: Mapping[str, float]) -> dict[str, float]:
+    """Return figures without those that `with_gib` added; one of GiB alone is somebody's own."""
+    return {
+        name: value
+        for name, value in values.items()
+        if not (name.endswith("_gib") and f"{name.removesuffix('_gib')}_bytes" in values)
+    }

@@ -62,6 +62,13 @@ def test_no_number_is_no_number() -> None:
     assert (run.value, run.preset) == (None, None)
 
 
+def test_a_figure_in_gib_of_ones_own_is_not_taken_for_a_copy_of_one_in_bytes() -> None:
+    peak = {"memory/peak_allocated_bytes": 1e9, "memory/peak_allocated_gib": 0.93}
+    run = as_record(stored(metrics={"val/mae": 4.0, "val/throughput_gib": 2.5, **peak}))
+    assert run.metrics["val/throughput_gib"] == 2.5
+    assert "memory/peak_allocated_gib" not in run.metrics
+
+
 def test_only_trainings_are_taken_in_the_order_of_their_starts(monkeypatch) -> None:
     spared = {"kind": "trial", "trial.kind": "infeasible_predicted", "trial.number": "3"}
     found = [

@@ -12,6 +12,7 @@ from expt.reports.sources.folders import described, detail_of
 from expt.result import Outcome, RunResult, Status
 from expt.tracking.metric_tags import metrics_of_tags
 from expt.tracking.query import NotThereError, StoredRun, runs_of_experiment, runs_under
+from expt.units import without_gib
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")
 STATUSES: dict[str, Status] = {
@@ -133,7 +134,7 @@ def metrics_of(run: StoredRun) -> dict[str, float]:
     for name, value in run.metrics.items():
         if name.startswith(BEST):
             found[f"val/{name.rpartition('/')[2]}"] = value
-    return {name: value for name, value in found.items() if not name.endswith("_gib")}
+    return without_gib(found)
 
 
 def as_result(run: StoredRun) -> RunResult:
