@@ -110,7 +110,7 @@ def test_an_epoch_that_is_broken_off_leaves_nothing_for_the_next(made) -> None:
 def test_the_parts_of_a_step_are_views_of_what_was_read(made) -> None:
     samples = next(made().training(0, 0, 1))
     assert isinstance(samples, HostSamples)
-    parts = list(micro_batches(samples, 3))
+    parts = list(micro_batches(samples, 3, full=8))
     assert [len(part) for part in parts] == [3, 3, 2]
     assert torch.equal(
         torch.cat([part.batch().inputs["x"] for part in parts]), samples.batch().inputs["x"]
@@ -119,6 +119,17 @@ def test_the_parts_of_a_step_are_views_of_what_was_read(made) -> None:
         samples.host.target.untyped_storage().data_ptr()
     )
     assert float(samples.weight()) == 8
+
+
+@pytest.mark.parametrize(
+    ("count", "parts", "full", "sizes"),
+    [(32, 4, 32, [8] * 4), (5, 4, 32, [5]), (9, 4, 32, [5, 4]), (9, 6, 9, [2, 2, 2, 1, 1, 1])],
+)
+def test_a_smaller_last_batch_is_not_cut_finer_than_a_full_one(
+    count: int, parts: int, full: int, sizes: list[int]
+) -> None:
+    samples = HostSamples(None, Batch({}, torch.zeros(count)), CPU)
+    assert [len(part) for part in micro_batches(samples, parts, full)] == sizes
 
 
 @pytest.mark.parametrize("workers", [0, 2])

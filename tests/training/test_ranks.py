@@ -30,11 +30,22 @@ def test_every_process_runs_the_model_equally_often(parts: int) -> None:
         share = Share.of(7, rank, 2)
         target = every[share.start : share.stop]
         own = HostSamples(None, Batch({}, target), torch.device("cpu"))
-        found = list(SharedSamples(own, share, None).parts(parts))
+        found = list(SharedSamples(own, share, None).parts(parts, 4))
         lengths.add(len(found))
         seen += [value for part, counts in found if counts for value in part.host.target.tolist()]
     assert lengths == {min(parts, 4)}
     assert seen == every.tolist()
+
+
+def test_every_process_takes_a_smaller_last_batch_in_as_many_parts() -> None:
+    lengths = set()
+    for rank in range(2):
+        share = Share.of(3, rank, 2)
+        own = HostSamples(
+            None, Batch({}, torch.zeros(share.stop - share.start)), torch.device("cpu")
+        )
+        lengths.add(len(list(SharedSamples(own, share, None).parts(4, full=8))))
+    assert lengths == {1}
 
 
 def test_one_process_agrees_with_itself() -> None:

@@ -206,9 +206,15 @@ class SharedSamples:
         """Return this process's on the device."""
         return self.own.batch()
 
-    def parts(self, parts: int) -> Iterator[tuple[Samples, bool]]:
-        """Yield as many parts in every process, and whether they are to be counted."""
-        parts = min(parts, self.share.largest)
+    def parts(self, parts: int, full: int) -> Iterator[tuple[Samples, bool]]:
+        """Yield as many parts in every process, and whether they are to be counted.
+
+        Args:
+            parts: of a full batch.
+            full: samples in the largest share of a full batch.
+
+        """
+        parts = parts_of(self.share.largest, parts, full)
         count = len(self.own) if self.share.counts else 0
         size, longer = divmod(count, parts)
         start = 0
@@ -218,9 +224,18 @@ class SharedSamples:
             start = stop
 
 
-def micro_batches(samples: Samples, parts: int) -> Iterator[Samples]:
-    """Yield the samples in at most `parts` parts, as even as `torch.tensor_split` makes them."""
-    parts = min(parts, len(samples))
+def parts_of(count: int, parts: int, full: int) -> int:
+    """Return in how many parts samples are taken, when a full batch is taken in `parts`.
+
+    None is larger than one of a full batch. As many parts of an epoch's smaller last batch would
+    be of few samples, which costs time, and statistics over a single one do not exist.
+    """
+    return min(-(-count * parts // full), parts, count)
+
+
+def micro_batches(samples: Samples, parts: int, full: int) -> Iterator[Samples]:
+    """Yield the samples in parts, as even as `torch.tensor_split` makes them; see `parts_of`."""
+    parts = parts_of(len(samples), parts, full)
     size, longer = divmod(len(samples), parts)
     start = 0
     for number in range(parts):

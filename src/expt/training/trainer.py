@@ -142,7 +142,7 @@ class Trainer:
             self.model,
             self.optimizer,
             self.recovery,
-            min(self.data.batch_size, self.data.size("train")),
+            self.full_batch,
             scaler=self._scaler,
             processes=self.ranks.count,
             on_capture=self.meter.captured,
@@ -164,6 +164,11 @@ class Trainer:
             self.fabric, self.model, self.optimizer, self.data, self.recovery, self.ranks,
             self.profiler, self._clip_gradients,
         )  # fmt: skip
+
+    @property
+    def full_batch(self) -> int:
+        """The samples of a step, but for an epoch's last one."""
+        return min(self.data.batch_size, self.data.size("train"))
 
     def _enter_stage(self) -> None:
         """Train what the stage of this epoch trains; the rates go on as they were."""
@@ -265,7 +270,8 @@ class Trainer:
         """Do one optimizer step on these samples; return (mean loss, weight) on the device."""
         weight = samples.weight()
         total = torch.zeros((), device=self.fabric.device)
-        for part in micro_batches(samples, self.recovery.techniques.gradient_accumulation):
+        parts = self.recovery.techniques.gradient_accumulation
+        for part in micro_batches(samples, parts, self.full_batch):
             self.recovery.phase = "forward"
             with self.profiler.phase("batch"):
                 batch = part.batch()
@@ -327,7 +333,7 @@ class Trainer:
             self.meter.take_in([*samples.on_host(), *self.average.state_dict().values()])
             self.profiler.take_in(samples.on_host())
             with self.meter.step():
-                loss, weight = self.recovery.step(self.steps.run, samples, len(samples), undo)
+                loss, weight = self.recovery.step(self.steps.run, samples, self.full_batch, undo)
             self.average.update(progress.step)
             loss_sum += loss * weight
             weight_sum += weight

@@ -122,7 +122,7 @@ class Recovery:
             work: the whole step on `batch`: forward and backward passes, the optimizer's step,
                 gradients to None. It reads `techniques` each time it is called.
             batch: handed to `work` every time.
-            samples: in the batch.
+            samples: in the batch, or in a full one where this is an epoch's smaller last.
             undo: note what has to be put back; without it, a step that fails is a broken one.
 
         Raises:

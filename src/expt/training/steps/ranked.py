@@ -70,7 +70,8 @@ class RankedStep:
         assert isinstance(samples, SharedSamples)
         weight = samples.weight()
         total = torch.zeros((), device=self._fabric.device)
-        parts = list(samples.parts(self._recovery.techniques.gradient_accumulation))
+        full = self._ranks.share(min(self._data.batch_size, self._data.size("train"))).largest
+        parts = list(samples.parts(self._recovery.techniques.gradient_accumulation, full))
         for number, (part, counts) in enumerate(parts):
             if counts or self._ranks.sharded:
                 total += self._backward(part, counts, weight, last=number == len(parts) - 1)
