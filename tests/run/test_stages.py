@@ -96,6 +96,19 @@ def test_a_run_that_was_broken_off_in_any_stage_comes_to_the_same_weights(
         assert result.metrics == whole.metrics
 
 
+def test_a_completed_run_is_not_extended_into_a_stage_that_it_was_not_made_for(
+    expt, line, home
+) -> None:
+    short = (*line, "memory.plan=false", "trainer.resume=true", "trainer.epochs=2")
+    assert expt(*short, small=False)[0] == 0
+    code, _, err = expt(*short, "trainer.epochs=4", small=False)
+    assert code == 2
+    assert "begins with epoch 2, which this run of 2 epochs was not made for" in err
+    alone = ("trainer.start_from=run", "trainer.trainable=[body.*]", "hydra.run.dir=alone")
+    given = [one for one in line if "run.dir" not in one and one != STAGES]
+    assert expt(*given, "memory.plan=false", *alone, small=False)[0] == 0
+
+
 def test_the_plan_lists_all_stages_and_is_that_of_the_largest(expt, line, home) -> None:
     code, out, err = expt(*line, "task=plan", "memory.target=cpu", small=False)
     assert code == 0, err

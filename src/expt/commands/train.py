@@ -7,15 +7,16 @@ This file decides whether there is anything to run, with which settings and insi
 from __future__ import annotations
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from expt.config.settings import RunContext, Settings
+from expt.config.stages import stages_of
 from expt.config.validate import validated
 from expt.errors import ConfigError
 from expt.memory.measuring.budget import Budget
 from expt.memory.measuring.device_memory import device_type
 from expt.memory.recovery.attempt import release
-from expt.result import LAUNCH_NAME, RunResult, load_result
+from expt.result import CONFIG_NAME, LAUNCH_NAME, RunResult, load_result
 from expt.run.batch_size import with_batch_found
 from expt.run.build import build_training_data
 from expt.run.fallback import check_entries, next_smaller, short_name, smaller_run
@@ -51,6 +52,8 @@ def run(cfg: DictConfig, context: RunContext) -> RunResult:
         if earlier is not None and earlier.status == "completed":
             limit = _limit(context, settings)
             extending = limit is None
+            if extending:
+                _check_stages(context, settings)
             if not extending and not _untested(earlier, settings):
                 return _completed(earlier, settings, context, limit)
         check_entries(settings, context)
@@ -89,6 +92,24 @@ def run(cfg: DictConfig, context: RunContext) -> RunResult:
     assert entry is not None
     print(f"memory.fallback: {short_name(entry)} takes over, in {result.fallback_run}")
     return run(*smaller_run(settings, context, entry, result))
+
+
+def _check_stages(context: RunContext, settings: Settings) -> None:
+    """Refuse more epochs for a completed run where they reach another stage of training.
+
+    Its checkpoint has the optimizer of the weights that its own stages trained.
+    """
+    path, trainer = context.run_dir / CONFIG_NAME, settings.trainer
+    before = OmegaConf.load(path) if path.exists() else OmegaConf.create()
+    epochs = OmegaConf.select(before, "trainer.epochs", default=trainer.epochs)
+    new = trainer.stages[len(stages_of(trainer.trainable, epochs)) :]
+    if new:
+        raise ConfigError(
+            f"trainer.epochs={trainer.epochs} reaches the stage of trainer.trainable that begins "
+            f"with epoch {new[0].first_epoch}, which this run of {epochs} epochs was not made for; "
+            f"train it as a run of its own: trainer.start_from={context.run_dir} "
+            f"trainer.trainable=[{','.join(new[0].patterns)}] in another hydra.run.dir"
+        )
 
 
 def _untested(earlier: RunResult, settings: Settings) -> bool:
