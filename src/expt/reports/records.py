@@ -74,11 +74,16 @@ class RunRecord:
     def fits(self, budget_bytes: int | None) -> bool:
         """Tell whether the run was trained to its end, inside the budget if there is one.
 
+        A run without a figure does not: there is nothing to rank it by.
+        """
+        return self.outcome.trained and self.value is not None and self.is_inside(budget_bytes)
+
+    def is_inside(self, budget_bytes: int | None) -> bool:
+        """Tell whether the memory that the run took was inside the budget, if there is one.
+
         What a search found to be over its own budget stays so, and is judged by what was measured
         if another one is asked about.
         """
-        if not self.outcome.trained or self.value is None:
-            return False
         over = self.outcome is Outcome.over_budget
         if over and budget_bytes in (None, self.budget_bytes):
             return False

@@ -29,6 +29,16 @@ def test_every_suggestion_is_in_one_row_or_is_counted(record, tmp_path) -> None:
     assert len(plot_excluded(found, tmp_path)) == 2
 
 
+def test_a_run_without_the_ranked_figure_is_judged_by_its_memory(record) -> None:
+    """A search tests the winner alone, and may be ranked by a figure of the test."""
+    runs = [record("a", None, 1.0), record("b", None, 3.0), record("c", 4.0, 1.0)]
+    found = excluded(runs, 2 * GIB)
+    assert {label: len(own) for label, own in found.rows.items()} == {
+        "trained inside": 2,
+        "trained, over": 1,
+    }
+
+
 def test_a_prediction_is_drawn_where_it_was_compared_with_the_budget(record) -> None:
     """On CUDA an allocator reserves more than the peak of tensors."""
     over = {"outcome": Outcome.predicted_over, "predicted_peak_bytes": GIB}

@@ -67,7 +67,7 @@ def excluded(records: Sequence[RunRecord], budget_bytes: int | None) -> Excluded
     for record in records:
         end = ENDS.get(record.outcome)
         if record.outcome.trained:
-            end = INSIDE if record.fits(budget_bytes) else OVER
+            end = INSIDE if record.is_inside(budget_bytes) else OVER
         if end is not None and _peak(record) is not None:
             rows[end].append(record)
         else:
