@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 
 import numpy as np
 import pytest
@@ -111,6 +112,13 @@ def test_pictures(tmp_path):
     curve = plot_roc(labels, scores, tmp_path)
     assert curve is not None and curve.stat().st_size > 5000
     assert plot_roc(np.zeros(3), scores[:3], tmp_path) is None
+
+
+def test_a_confusion_matrix_of_many_classes_is_a_picture_of_the_usual_size(tmp_path):
+    names = [f"class {n}" for n in range(400)]
+    path = plot_confusion(np.eye(400, dtype=int), names, tmp_path)
+    width, height = struct.unpack(">II", path.read_bytes()[16:24])
+    assert max(width, height) < 1600
 
 
 def test_scores_that_are_not_finite_are_no_figures():

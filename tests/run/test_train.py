@@ -63,6 +63,17 @@ def test_a_lack_of_memory_after_the_last_step_is_recovered(expt, home, monkeypat
     assert out.count("while the run was concluded") == 2
 
 
+def test_a_plot_that_fails_is_a_note_under_a_training_that_is_well(expt, home, monkeypatch) -> None:
+    def fail(*arguments):
+        raise KeyError("no such sensor")
+
+    monkeypatch.setattr("expt.jobs.traffic.data.TrafficData.plots", fail)
+    code, out, err = expt(*STID)
+    assert code == 0, err
+    assert "note: a plot of this run cannot be drawn (KeyError: 'no such sensor')" in out
+    assert load_result(home / "run").status == "completed"
+
+
 def test_what_is_replayed_is_recorded_once(expt, home) -> None:
     (home / "lab_replayed.py").write_text(MODEL)
     code, out, err = expt(

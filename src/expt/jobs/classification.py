@@ -21,6 +21,9 @@ from expt.errors import ModelError
 from expt.job import Batch, Metric
 
 TOP = 5
+MOST_INCHES = 12.0
+MOST_NAMES, MOST_COUNTS = 60, 20
+"""Classes up to which a confusion matrix has their names, and counts in its cells."""
 
 
 def class_metrics(subsets: Sequence[str] = ()) -> list[Metric]:
@@ -230,27 +233,29 @@ def check_frames(prediction: Tensor, batch: Batch) -> None:
 
 
 def plot_confusion(table: np.ndarray, classes: Sequence[str], folder: Path) -> Path:
-    """Draw how many videos of each class were taken for which."""
+    """Draw how many videos of each class were taken for which; many classes go by their numbers."""
     from matplotlib.figure import Figure
 
     from expt.files import replace_atomically
 
-    size = max(4.0, 0.5 * len(classes) + 2.5)
+    size = min(max(4.0, 0.5 * len(classes) + 2.5), MOST_INCHES)
     figure = Figure(figsize=(size + 0.5, size), layout="constrained")
     axes = figure.subplots()
     shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    places = np.arange(len(classes))
-    axes.set_xticks(places, classes, rotation=45, ha="right", fontsize=8)
-    axes.set_yticks(places, classes, fontsize=8)
-    if len(classes) <= 20:
+    number = " (number of the class)"
+    if len(classes) <= MOST_NAMES:
+        places, number = np.arange(len(classes)), ""
+        axes.set_xticks(places, classes, rotation=45, ha="right", fontsize=8)
+        axes.set_yticks(places, classes, fontsize=8)
+    if len(classes) <= MOST_COUNTS:
         for row, column in zip(*np.nonzero(table), strict=True):
             dark = shares[row, column] > 0.5
             axes.text(
                 column, row, str(table[row, column]), ha="center", va="center", fontsize=8,
                 color="white" if dark else "0.2",
             )  # fmt: skip
-    axes.set(xlabel="predicted", ylabel="true")
+    axes.set(xlabel=f"predicted{number}", ylabel=f"true{number}")
     right = np.trace(table) / max(table.sum(), 1)
     axes.set_title(f"Test videos: {100 * right:.1f} % right", fontsize=11, loc="left")
     path = folder / "confusion.png"
