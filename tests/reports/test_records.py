@@ -49,6 +49,18 @@ def test_settings_that_differ_are_those_of_the_training(record) -> None:
     assert varied(records) == ["model.embed_dim"]
 
 
+def test_a_setting_that_some_runs_were_not_given_differs(record) -> None:
+    def run(model: str, **more: str) -> RunRecord:
+        settings = {"model._target_": model, "data._target_": "D", "data.path": "a.npz"}
+        return record("a", 1.0, settings=settings | more)
+
+    wide = {"model.width": "64"}
+    assert varied([run("A"), run("A", **wide)]) == ["model.width"]
+    assert varied([run("A", **wide), run("B")]) == ["model._target_"], "B has no width"
+    never_started = record("b", None, settings={"model._target_": "A"})
+    assert varied([run("A", **wide), never_started]) == []
+
+
 def test_flattened_is_what_a_tracker_has() -> None:
     nested = {"model": {"sizes": [1, 2], "empty": {}, "on": False}, "seed": None}
     assert flattened(nested) == {

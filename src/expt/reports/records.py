@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from expt.config.schema import COMMAND_NODES
+from expt.config.schema import COMMAND_NODES, OPEN_GROUPS
 from expt.job import Metric
 from expt.result import Outcome
 
@@ -16,6 +16,7 @@ NOT_SETTINGS = (
     "trainer.save_predictions", "trainer.progress", "trainer.test", "memory.plan_file",
 )  # fmt: skip
 """Keys, and beginnings of keys, of a configuration that do not change what is trained."""
+TARGETS = {f"{group}._target_" for group in OPEN_GROUPS}
 
 
 @dataclass(frozen=True)
@@ -142,12 +143,24 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def varied(records: Sequence[RunRecord]) -> list[str]:
-    """Return the settings in which the runs differ, in the order of the configuration."""
+    """Return the settings in which the runs differ, in the order of the configuration.
+
+    One that a class was given in some runs only differs as well.
+    """
     known = [record.settings for record in records if record.settings]
-    names: dict[str, set[str]] = {}
+    names: dict[str, set[str | None]] = {}
     for settings in known:
         for name, value in settings.items():
             names.setdefault(name, set()).add(value)
+    for group in OPEN_GROUPS:
+        target = f"{group}._target_"
+        # A trial that was never started knows its parameters alone.
+        whole = [one for one in known if target in one and len(one.keys() & TARGETS) > 1]
+        for name in names:
+            if name.startswith(f"{group}."):
+                given_to = {one[target] for one in whole if name in one}
+                if any(one[target] in given_to and name not in one for one in whole):
+                    names[name].add(None)
     return [
         name
         for name, values in names.items()
