@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
 from expt.config.schema import COMMAND_NODES, OPEN_GROUPS
@@ -120,6 +121,43 @@ class RunSet:
         judged = [r for r in self.records if r.value is not None] or self.records
         budgets = {r.budget_bytes for r in judged}
         return budgets.pop() if len(budgets) == 1 else None
+
+
+def of_seeds(runs: Sequence[RunRecord]) -> RunRecord:
+    """Return the runs of a trial as one: mean figures, the largest peaks, the time of all."""
+    first = runs[0]
+
+    def common(of: Callable[[RunRecord], Mapping[str, Any]]) -> list[str]:
+        return [name for name in of(first) if all(name in of(run) for run in runs)]
+
+    def largest(peaks: Iterable[int | None]) -> int | None:
+        return max((peak for peak in peaks if peak is not None), default=None)
+
+    return replace(
+        first,
+        metrics={
+            name: fmean(run.metrics[name] for run in runs)
+            for name in common(lambda run: run.metrics)
+            if name.partition("/")[0] in SPLITS
+        },
+        settings={
+            name: first.settings[name]
+            for name in common(lambda run: run.settings)
+            if len({run.settings[name] for run in runs}) == 1
+        },
+        peak_allocated_bytes=largest(run.peak_allocated_bytes for run in runs),
+        peak_reserved_bytes=largest(run.peak_reserved_bytes for run in runs),
+        prediction_error=None,
+        seconds=sum(run.seconds or 0.0 for run in runs),
+    )
+
+
+def with_prediction_error(record: RunRecord) -> RunRecord:
+    """Return a record with the error of its prediction, where its two peaks are known."""
+    predicted, peak = record.predicted_peak_bytes, record.peak_allocated_bytes
+    if record.prediction_error is not None or predicted is None or not peak:
+        return record
+    return replace(record, prediction_error=predicted / peak - 1)
 
 
 def labels(records: Sequence[RunRecord]) -> list[str]:

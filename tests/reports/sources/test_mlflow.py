@@ -64,9 +64,52 @@ def test_no_number_is_no_number() -> None:
 
 def test_a_figure_in_gib_of_ones_own_is_not_taken_for_a_copy_of_one_in_bytes() -> None:
     peak = {"memory/peak_allocated_bytes": 1e9, "memory/peak_allocated_gib": 0.93}
-    run = as_record(stored(metrics={"val/mae": 4.0, "val/throughput_gib": 2.5, **peak}))
-    assert run.metrics["val/throughput_gib"] == 2.5
+    run = as_record(stored(metrics={"val/mae": 4.0, "test/throughput_gib": 2.5, **peak}))
+    assert run.metrics["test/throughput_gib"] == 2.5
     assert "memory/peak_allocated_gib" not in run.metrics
+
+
+def test_the_last_epochs_figure_of_a_metric_that_was_not_monitored_is_none() -> None:
+    figures = {"val/accuracy": 0.6, "best/val/accuracy": 0.9, "val/top5": 0.7, "test/top5": 0.96}
+    run = as_record(stored(metrics=figures, tags={"monitor": "accuracy"}))
+    assert run.metrics == {"val/accuracy": 0.9, "test/top5": 0.96}
+
+
+def test_a_figure_of_memory_is_not_in_the_unit_of_the_errors() -> None:
+    run = as_record(stored(parameters={"model._target_": "m.A", "data.unit": "mph"}))
+    ranked = ranked_by(RunSet((run,), "here"), "memory/peak_allocated_bytes")
+    assert (ranked.records[0].value, ranked.metric.unit) == (1e9, "")
+
+
+def test_the_seeds_of_a_trial_are_one_run(monkeypatch) -> None:
+    tags = {
+        "kind": "trial", "study": "s", "trial.number": "0", "trial.kind": "completed",
+        "trial.peak_bytes": "2000", "trial.demand_bytes": "2000", "trial.seconds": "9.5",
+    }  # fmt: skip
+    told = {"val/accuracy": 0.8, "val/accuracy_spread": 0.1, "memory/predicted_peak_bytes": 2000.0}
+    trial = stored("t", metrics=told, parameters={}, tags=tags)
+    own = {"monitor": "accuracy", "mlflow.parentRunId": "id-t", "device": "cpu"}
+    seeds = [
+        stored(f"seed_{n}", metrics={"best/val/accuracy": v, "test/accuracy": v}, tags=own)
+        for n, v in enumerate((0.7, 0.9))
+    ]
+    monkeypatch.setattr(tracked, "runs_under", lambda uri, run_id: [trial, *seeds])
+    (run,) = ranked_by(runs_by_id("sqlite:///x.db", [ID]), None).records
+    assert (run.name, run.value, run.device) == ("trial 0", 0.8, "cpu")
+    assert run.metrics["test/accuracy"] == pytest.approx(0.8)
+    assert (run.model, run.settings["data.batch_size"]) == ("STID", "8")
+    assert (run.peak_allocated_bytes, run.peak_reserved_bytes, run.seconds) == (2000, None, 9.5)
+    assert run.prediction_error == 0
+
+
+def test_trials_of_several_searches_are_told_apart(monkeypatch) -> None:
+    trials = [
+        stored(name, tags={"kind": "trial", "study": name, "trial.number": "3"})
+        for name in ("wide", "deep")
+    ]
+    monkeypatch.setattr(tracked, "runs_under", lambda uri, run_id: trials)
+    names = [record.name for record in runs_by_id("sqlite:///x.db", [ID]).records]
+    assert names == ["wide/trial 3", "deep/trial 3"]
 
 
 def test_only_trainings_are_taken_in_the_order_of_their_starts(monkeypatch) -> None:

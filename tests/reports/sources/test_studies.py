@@ -105,6 +105,30 @@ def test_what_was_compared_before_a_run_is_the_budget_and_the_excess(swept, tmp_
     assert pruned.predicted_demand_bytes is None, "its excess was measured"
 
 
+def test_a_searchs_folder_may_have_been_moved(swept) -> None:
+    trained = ranked([str(swept.rename(swept.parent / "kept"))]).records[0]
+    assert trained.metrics["test/mae"] == pytest.approx(4.1), "from the run's folder"
+    assert trained.prediction_error == 0
+
+
+def test_the_runs_of_a_trials_seeds_are_one(swept, tmp_path, put_run) -> None:
+    study = optuna.load_study(study_name="tiny", storage=f"sqlite:///{tmp_path}/optuna.db")
+    seeds = {seed: swept / f"trial_0004/seed_{seed}" for seed in (0, 1)}
+    for seed, error in ((0, 3.0), (1, 4.0)):
+        put_run(seeds[seed], error, seed=seed)
+    peaks = {"peak_bytes": GIB, "predicted_peak_bytes": GIB}
+    for run_dir in (seeds[0].parent, tmp_path / "gone"):
+        attributes = {"kind": "completed", "run_dir": str(run_dir), **peaks}
+        study.add_trial(optuna.create_trial(value=3.5, user_attrs=attributes))
+    runs = ranked([str(swept)])
+    *_, trial, lost = runs.records
+    assert (trial.value, trial.metrics["test/mae"]) == (3.5, pytest.approx(3.7))
+    assert trial.settings["model.embed_dim"] == "64"
+    assert "trainer.seed" not in trial.settings, "it is of both"
+    assert (trial.run_dir, lost.prediction_error) == (str(seeds[0].parent), 0)
+    assert runs.notes[0].startswith(f"Of 1 trained trial there is no folder in {swept}: ")
+
+
 def test_runs_from_elsewhere_stay(swept, tmp_path, put_run) -> None:
     put_run(tmp_path / "alone", 2.0, started=1.0)
     runs = ranked([str(swept), str(tmp_path / "alone")])

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "config.yaml"
 KEY = "report.runs"
+SPLITS = ("val/", "test/")
 
 
 def runs_in_folders(patterns: Sequence[str]) -> RunSet:
@@ -150,7 +151,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
 def described(result: RunResult) -> dict[str, Metric]:
     """Return the metrics of a run by their bare names, also of one whose record describes none."""
     stored = [Metric.from_dict(one) for one in result.metrics_meta]
-    known = [result.metric(name) for name in result.metrics if "/" in name]
+    known = [result.metric(name) for name in result.metrics if name.startswith(SPLITS)]
     return {metric.name: metric for metric in (*stored, *known)}
 
 

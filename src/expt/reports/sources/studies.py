@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expt.job import Metric
-from expt.reports.records import RunRecord, RunSet
+from expt.reports.records import RunRecord, RunSet, of_seeds, with_prediction_error
 from expt.result import Outcome
 from expt.search.metric import metric_of
 from expt.search.stored import StudyError, load
 from expt.search.trial import CONSTRAINT, FROM, kind_of
 from expt.search.winner import FILE_NAME, SweepSummary
-from expt.units import GIB
+from expt.units import GIB, counted
 
 if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial
+
+NO_FOLDER = "Of {} there is no folder in {}: only what the study knows of them is shown."
 
 
 def with_study(runs: RunSet, folder: Path) -> RunSet:
@@ -45,23 +47,24 @@ def joined(runs: RunSet, study: Study, budget_bytes: int | None, folder: Path) -
 
     """
     metric = metric_of(study)
+    home = folder.resolve()
     by_folder = {
-        str(Path(record.run_dir).resolve()): record for record in runs.records if record.run_dir
+        Path(record.run_dir).resolve(): record for record in runs.records if record.run_dir
     }
     records: list[RunRecord] = []
+    lost = 0
     space: dict[str, Any] = {}
     parameters: dict[int, dict[str, Any]] = {}
     for trial in study.get_trials(deepcopy=False):
         if kind_of(trial) is Outcome.duplicate or FROM in trial.user_attrs:
             continue
-        run_dir = trial.user_attrs.get("run_dir")
-        run = by_folder.get(str(Path(run_dir).resolve())) if run_dir else None
+        run = _run_of(trial, by_folder, home)
         records.append(_record(trial, run, budget_bytes, metric))
+        lost += run is None and records[-1].outcome.trained
         space |= trial.distributions
         parameters[trial.number] = trial.params
     if not records:
         raise StudyError(f"the study {study.study_name} has no trials yet")
-    home = folder.resolve()
     others = [
         record
         for record in runs.records
@@ -70,10 +73,37 @@ def joined(runs: RunSet, study: Study, budget_bytes: int | None, folder: Path) -
     return replace(
         runs,
         records=tuple(sorted([*records, *others], key=lambda record: record.started)),
+        notes=(
+            *runs.notes,
+            *([NO_FOLDER.format(counted(lost, "trained trial"), folder)] if lost else []),
+        ),
         study=None if others else study.study_name,
         space=space,
         parameters=parameters,
     )
+
+
+def _run_of(
+    trial: FrozenTrial, by_folder: Mapping[Path, RunRecord], home: Path
+) -> RunRecord | None:
+    """Return the run of a trial, or those of its seeds as one; None where its folder is not there.
+
+    A search's folder may have been moved since the study noted where its trials are.
+    """
+    noted = trial.user_attrs.get("run_dir")
+    if not noted:
+        return None
+    for folder in (Path(noted).resolve(), home / Path(noted).name):
+        if folder in by_folder:
+            return by_folder[folder]
+        seeds = [
+            run
+            for path, run in by_folder.items()
+            if path.parent == folder and path.name.startswith("seed_")
+        ]
+        if seeds:
+            return replace(of_seeds(seeds), run_dir=str(folder))
+    return None
 
 
 def _record(
@@ -93,7 +123,7 @@ def _record(
     peak = attributes.get("peak_bytes")
     demand = attributes.get("demand_bytes")
     reserved = base.peak_reserved_bytes if demand in (None, peak) else demand
-    return replace(
+    joint = replace(
         base,
         name=f"trial {trial.number}",
         outcome=outcome,
@@ -112,6 +142,7 @@ def _record(
         trial=trial.number,
         detail=attributes.get("error") or ("" if outcome is Outcome.completed else outcome.words),
     )
+    return with_prediction_error(joint)
 
 
 def _predicted_demand(trial: FrozenTrial, outcome: Outcome) -> int | None:
