@@ -126,6 +126,13 @@ def test_csv_has_figures_in_full_and_every_setting_that_differs(record) -> None:
     assert rows[0]["test/mae"] == "3.4"
 
 
+def test_what_has_a_column_in_the_csv_is_there_once(record) -> None:
+    stored = {"seconds": 60.0, "memory/peak_allocated_bytes": 1e9, "memory/oom_events": 2.0}
+    head = as_csv([record("a", 3.0, metrics=stored)], MAE).splitlines()[0].split(",")
+    assert head.count("seconds") == 1
+    assert [name for name in head if name.startswith("memory/")] == ["memory/oom_events"]
+
+
 def test_classes_of_data_stand_in_its_own_column_only(record) -> None:
     settings = [{"data._target_": name, "model._target_": name} for name in ("a.One", "b.Two")]
     records = [record(str(n), 3.0, settings=one) for n, one in enumerate(settings)]

@@ -85,6 +85,16 @@ def test_what_is_not_there_is_said(stored, tmp_path) -> None:
     assert not missing.exists()
 
 
+def test_a_run_that_was_deleted_is_not_there(stored) -> None:
+    from mlflow import MlflowClient
+
+    uri, ids = stored
+    MlflowClient(uri).delete_run(ids["alone"])
+    with pytest.raises(NotThereError, match=r"was deleted from .* brings it back"):
+        runs_under(uri, ids["alone"])
+    MlflowClient(uri).restore_run(ids["alone"])
+
+
 def test_a_server_that_does_not_answer_is_said_without_its_password() -> None:
     with pytest.raises(NotThereError, match="does not answer") as raised:
         runs_of_experiment("http://me:secret@127.0.0.1:9", "x")

@@ -37,6 +37,8 @@ LONGEST = {"run": 24, DATA: 20}
 BESIDE = 3
 """Characters of a column besides its cells."""
 CLASS = "._target_"
+IN_COLUMNS = "memory/"
+"""How a tracker's figures begin that have columns of their own in the CSV file."""
 PIPE_WIDTH = 120
 MOST_DIGITS = 7
 
@@ -183,13 +185,20 @@ def as_markdown(cells: Cells) -> str:
 def as_csv(records: Sequence[RunRecord], metric: Metric) -> str:
     """Return every run with its figures in full, and all settings that differ."""
     settings = varied(records)
-    figures = sorted({name for record in records for name in record.metrics} - {metric.name})
     fixed = [
         "name", "trial", "state", "preset", metric.name, "predicted_peak_bytes",
         "peak_allocated_bytes", "peak_reserved_bytes", "prediction_error", "budget_bytes",
         "seconds", "parameters",
         "device", "precision", "meter", "started", "run_id", "run_dir", "detail", "partial",
     ]  # fmt: skip
+    figures = sorted(
+        {
+            name
+            for record in records
+            for name in record.metrics
+            if name.removeprefix(IN_COLUMNS) not in fixed
+        }
+    )
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*fixed, *figures, *settings])

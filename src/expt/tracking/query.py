@@ -74,6 +74,11 @@ def runs_under(uri: str, run_id: str) -> list[StoredRun]:
         raise _silent(uri, error) from error
     except Exception as error:
         raise _silent(uri, error) from error
+    if run.info.lifecycle_stage == "deleted":
+        raise NotThereError(
+            f"run {run_id} was deleted from {_shown(uri)}; mlflow runs restore --run-id {run_id} "
+            "brings it back"
+        )
     found: list[StoredRun] = []
     waiting = [run_id]
     while waiting:
