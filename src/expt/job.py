@@ -99,6 +99,10 @@ class Metric:
         unit = "%" if self.percent else self.unit
         return f"{self.label} ({unit})" if unit else self.label
 
+    def tick(self, value: float) -> str:
+        """Return a value beside an axis with that label: ``87.5`` for 0.875 of a percentage."""
+        return f"{100 * value if self.percent else value:g}"
+
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, as ``result.json`` keeps them."""
         return asdict(self)

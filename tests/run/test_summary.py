@@ -249,8 +249,11 @@ def test_what_the_plot_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert list(lines["process (resident, peak)"].get_ydata()) == [2.0, 2.0, 2.0]
     assert "peak reserved" not in lines
     assert [(note.get_text(), note.xy) for note in losses.texts] == [("best 3.500", (200, 3.5))]
-    # The higher the better.
-    highest = drawn[2].axes[0].texts
+    # The higher the better, in per cent, and not on the axis of the loss.
+    accuracy, loss, _ = drawn[2].axes
+    assert [line.get_label() for line in loss.lines] == ["training loss"]
+    assert accuracy.yaxis.get_major_formatter()(3.5) == "350"
+    highest = accuracy.texts
     assert [(note.get_text(), note.xy) for note in highest] == [("best 400.0 %", (100, 4.0))]
 
 

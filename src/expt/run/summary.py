@@ -180,7 +180,10 @@ def tested(result: RunResult) -> list[tuple[Metric, float | None]]:
 def plot_history(
     history: Sequence[Mapping[str, float]], monitor: Metric, folder: Path
 ) -> list[Path]:
-    """Draw loss and validation over steps, and memory over steps; return the PNG files."""
+    """Draw loss and validation over steps, and memory over steps; return the PNG files.
+
+    The two share an axis where the metric is the loss, or an error in a unit: the loss is in it too.
+    """
     if not history:
         return []
     import matplotlib
@@ -189,23 +192,33 @@ def plot_history(
     from matplotlib.figure import Figure
 
     steps = [row["step"] for row in history]
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    losses, memory = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    shared = monitor.name == "loss" or (monitor.goal == "min" and monitor.unit != "")
+    heights = (3, 2) if shared else (3, 2, 2)
+    figure = Figure(figsize=(8, 6 if shared else 7.5), layout="constrained")
+    panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    validation, losses, memory = panels[0], panels[-2], panels[-1]
     losses.plot(steps, [row["loss"] for row in history], "o-", label="training loss")
-    losses.plot(steps, [row["val"] for row in history], "o-", label=f"validation {monitor.label}")
+    validation.plot(
+        steps, [row["val"] for row in history], "o-", color="tab:orange",
+        label=f"validation {monitor.label}",
+    )  # fmt: skip
     best = min(history, key=lambda row: monitor.cost(row["val"]))
-    losses.axhline(best["val"], color="0.6", linewidth=0.8, linestyle=":")
-    losses.annotate(
+    validation.axhline(best["val"], color="0.6", linewidth=0.8, linestyle=":")
+    validation.annotate(
         f"best {monitor.text(best['val'], unit=monitor.percent)}",
         (best["step"], best["val"]),
         textcoords="offset points",
-        xytext=(0, -14),
+        xytext=(0, 8 if monitor.goal == "max" else -14),
         ha="center",
         fontsize=9,
     )
-    losses.set_ylabel(monitor.axis())
-    losses.margins(x=0.08, y=0.2)
-    losses.legend(frameon=False)
+    losses.set_ylabel("loss")
+    validation.set_ylabel(monitor.axis())
+    if monitor.percent:
+        validation.yaxis.set_major_formatter(lambda value, _: monitor.tick(value))
+    for axes in panels[:-1]:
+        axes.margins(x=0.08, y=0.2)
+        axes.legend(frameon=False)
     labels = {
         "peak_allocated_bytes": "peak allocated",
         "peak_reserved_bytes": "peak reserved",
@@ -217,7 +230,7 @@ def plot_history(
     memory.set(ylabel="memory (GiB)", xlabel="optimizer step", ylim=(0, None))
     if memory.lines:
         memory.legend(frameon=False)
-    for axes in (losses, memory):
+    for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
     path = folder / "history.png"
     replace_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))

@@ -108,7 +108,7 @@ def metric_axis(axes: Axes, metric: Metric) -> None:
     """Name the upright axis after a metric: ``validation MAE (mph)``; per cent as per cent."""
     axes.set_ylabel(replace(metric, label=metric_words(metric)).axis())
     if metric.percent:
-        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
+        axes.yaxis.set_major_formatter(lambda value, _: metric.tick(value))
 
 
 def without_outliers(axes: Axes, values: Sequence[float], metric: Metric, reach: float) -> int:
