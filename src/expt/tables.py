@@ -8,12 +8,18 @@ from rich.console import Console
 from rich.table import Table
 
 
+PIPE_WIDTH = 120
+
+
+def plain_console() -> Console:
+    """Return a console of the terminal's width, or `PIPE_WIDTH`; brackets in a text are no style."""
+    width = None if Console().is_terminal else PIPE_WIDTH
+    return Console(width=width, markup=False, emoji=False)
+
+
 def print_table(table: Table) -> None:
     """Print a table as wide as it needs, also into a pipe."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
-    console.print(table)
+    plain_console().print(table)
 
 
 def markdown_table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -26,8 +32,8 @@ def markdown_table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> 
 
 
 def escaped(cell: str) -> str:
-    """Return a text as a cell of a Markdown table."""
-    return cell.replace("|", "\\|")
+    """Return a text as a cell of a Markdown table, which is one line."""
+    return " ".join(cell.replace("|", "\\|").splitlines())
 
 
 def csv_cell(value: object) -> object:

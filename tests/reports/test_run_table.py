@@ -112,6 +112,12 @@ def test_under_the_table_it_says_what_claims_are_about(record, capsys) -> None:
     assert "claim" not in capsys.readouterr().out.lower()
 
 
+def test_brackets_in_a_setting_are_text(record, capsys) -> None:
+    print_runs(run_table([record("clips/[a-z]", 3.0), record("b[/c]", 3.0)], MAE, []))
+    out = capsys.readouterr().out
+    assert "clips/[a-z]" in out and "b[/c]" in out
+
+
 def test_csv_has_figures_in_full_and_every_setting_that_differs(record) -> None:
     settings = [{f"model.p{n}": str(value) for n in range(9)} for value in (1, 2)]
     runs = [

@@ -72,6 +72,15 @@ def test_the_bar_shows_step_loss_validation_and_peak() -> None:
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1  # the cursor comes back
 
 
+def test_brackets_on_the_bars_console_are_text() -> None:
+    screen = io.StringIO()
+    bar = BarDisplay(Console(file=screen, force_terminal=True, width=120, color_system=None))
+    bar.start(total_steps=20, step=0)
+    bar.epoch("val L1 [deg] 3.456", "3.456 [deg]", None)
+    bar.stop()
+    assert screen.getvalue().count("[deg]") >= 2
+
+
 def test_the_bar_of_a_resumed_run_begins_where_it_was() -> None:
     screen = io.StringIO()
     bar = BarDisplay(Console(file=screen, force_terminal=True, width=120, color_system=None))

@@ -11,7 +11,6 @@ from types import MappingProxyType
 from typing import Literal
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from expt.job import Metric
@@ -23,7 +22,7 @@ from expt.reports.records import (
     short_names,
     varied,
 )
-from expt.tables import csv_cell, markdown_table
+from expt.tables import csv_cell, markdown_table, plain_console
 from expt.units import format_bytes, format_seconds
 
 NOTHING = "–"  # noqa: RUF001 (a dash is meant)
@@ -39,7 +38,6 @@ BESIDE = 3
 CLASS = "._target_"
 IN_COLUMNS = "memory/"
 """How a tracker's figures begin that have columns of their own in the CSV file."""
-PIPE_WIDTH = 120
 MOST_DIGITS = 7
 
 
@@ -165,9 +163,7 @@ def console_table(cells: Cells, width: int) -> Table:
 
 def print_runs(cells: Cells) -> None:
     """Print the table for the console, with what is to be known about claims under it."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PIPE_WIDTH)
+    console = plain_console()
     table = console_table(cells, console.width)
     console.print(table)
     if len(table.columns) < len(cells.columns):

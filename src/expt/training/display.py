@@ -115,8 +115,11 @@ class BarDisplay:
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  val {task.fields[val]}  {task.fields[peak]}"),
-            TextColumn("{task.fields[memory]}"),
+            TextColumn(
+                "loss {task.fields[loss]}  val {task.fields[val]}  {task.fields[peak]}",
+                markup=False,
+            ),
+            TextColumn("{task.fields[memory]}", markup=False),
             TimeRemainingColumn(),
             console=console,
             refresh_per_second=1,  # each takes milliseconds from the training
@@ -141,7 +144,7 @@ class BarDisplay:
 
     def epoch(self, line: str, value: str, peak_bytes: int | None) -> None:
         """Print the epoch's line above the bar."""
-        self._bar.console.print(line, highlight=False)
+        self._bar.console.print(line, highlight=False, markup=False, emoji=False)
         self._bar.update(self._task, val=value, peak=f"peak {format_bytes(peak_bytes)}")
 
     def stop(self) -> None:
