@@ -117,6 +117,22 @@ def test_runs_on_several_data_are_not_ranked_against_each_other(record, tmp_path
     assert "best validation MAE on la" in page
 
 
+def test_runs_of_another_job_are_said_to_have_another_metric(record, tmp_path) -> None:
+    def on(path: str, value: float | None, **more):
+        settings = {"data._target_": "Data", "data.path": path}
+        return record(path, value, settings=settings, **more)
+
+    runs = (on("la", 3.0), on("clips", None, monitor="accuracy"))
+    found = contents(RunSet(runs, "here"), wanted(), tmp_path)
+    other = "none has val/mae; they monitored val/accuracy"
+    assert found.page.by_data[1] == f"clips (1 run): {other}"
+    runs = (on("la", 3.0), on("own", None, outcome=Outcome.failed))
+    found = contents(RunSet(runs, "here"), wanted(), tmp_path)
+    assert found.page.by_data[1] == "own (1 run): none finished"
+    alone = contents(RunSet((on("clips", None, monitor="accuracy"),), "here"), wanted(), tmp_path)
+    assert alone.page.lead.startswith("No run has val/mae; ")
+
+
 def test_runs_on_the_same_data_are_shown_as_if_there_were_no_other(record, tmp_path) -> None:
     settings = {"data._target_": "Speeds", "data.path": "la.npz"}
     runs = RunSet(tuple(record(str(n), 3.0 + n, settings=settings) for n in range(3)), "here")

@@ -1,6 +1,15 @@
 from __future__ import annotations
 
-from expt.reports.records import RunRecord, RunSet, flattened, labels, short_names, varied
+from expt.job import Metric
+from expt.reports.records import (
+    RunRecord,
+    RunSet,
+    flattened,
+    labels,
+    ranked_by,
+    short_names,
+    varied,
+)
 from expt.result import Outcome
 
 GIB = 2**30
@@ -59,6 +68,16 @@ def test_a_setting_that_some_runs_were_not_given_differs(record) -> None:
     assert varied([run("A", **wide), run("B")]) == ["model._target_"], "B has no width"
     never_started = record("b", None, settings={"model._target_": "A"})
     assert varied([run("A", **wide), never_started]) == []
+
+
+def test_a_metric_is_described_by_the_runs_that_have_its_figure(record) -> None:
+    def run(unit: str, **more) -> RunRecord:
+        return record("a", None, described={"mae": Metric("mae", unit=unit)}, **more)
+
+    done = run("mph", metrics={"val/mae": 3.0})
+    failed = [run("km/h", outcome=Outcome.failed)] * 3
+    assert ranked_by(RunSet((done, *failed), ""), None).metric.unit == "mph"
+    assert ranked_by(RunSet(tuple(failed), ""), None).metric.unit == "km/h"
 
 
 def test_flattened_is_what_a_tracker_has() -> None:

@@ -90,7 +90,7 @@ def contents(runs: RunSet, wanted: Wanted, folder: Path) -> Contents:
         title=wanted.title or (f"Search {runs.study}" if runs.study else "Runs compared"),
         subtitle=_subtitle(runs),
         lead=SEVERAL_DATA.format(len(groups)) if several else _lead(records, best, metric, budget),
-        by_data=_by_data(groups, best_of, metric),
+        by_data=_by_data(groups, best_of, metric, budget),
         cards=_cards(records, best, metric, budget, largest.name if several else ""),
         pictures=[picture for own in drawn for picture in own.pictures()],
         table=run_table(shown, metric, wanted.claims, columns, data),
@@ -191,7 +191,10 @@ def _drawn(
 
 
 def _by_data(
-    groups: Sequence[Group], best_of: Mapping[str, RunRecord | None], metric: Metric
+    groups: Sequence[Group],
+    best_of: Mapping[str, RunRecord | None],
+    metric: Metric,
+    budget: int | None,
 ) -> list[str]:
     """Return the best run of each group in a line, nothing where there is one group."""
     if len(groups) == 1:
@@ -201,7 +204,9 @@ def _by_data(
         best, count = best_of[group.name], len(group.records)
         words = f"{group.name} ({count} run{'s' if count != 1 else ''}): "
         if best is None or best.value is None:
-            found.append(f"{words}none finished inside the budget")
+            inside = "" if budget is None else " inside the budget"
+            without = _without(group.records, metric)
+            found.append(words + (f"none {without}" if without else f"none finished{inside}"))
             continue
         peak = "" if best.demand_bytes is None else f", peak {format_bytes(best.demand_bytes)}"
         found.append(f"{words}{best.name}, {_said(metric, best.value)}{peak}")
@@ -215,6 +220,8 @@ def _lead(
 ) -> str:
     inside = "" if budget is None else f" inside the budget of {format_bytes(budget)}"
     if best is None or best.value is None:
+        if without := _without(records, metric):
+            return f"No run {without}."
         peaks = [r.demand_bytes or r.predicted_peak_bytes for r in records]
         known = [peak for peak in peaks if peak is not None]
         seen = f"; the smallest peak seen is {format_bytes(min(known))}" if known else ""
@@ -231,6 +238,15 @@ def _lead(
         text += f" at a peak of {format_bytes(best.demand_bytes)}"
         text += "" if budget is None else f", {best.demand_bytes / budget:.0%} of the budget"
     return text + "."
+
+
+def _without(records: Sequence[RunRecord], metric: Metric) -> str:
+    """Return what runs have in place of the metric, empty where one has it or none was trained."""
+    trained = [record for record in records if record.outcome.trained]
+    if not trained or any(record.value is not None for record in trained):
+        return ""
+    monitored = sorted({f"val/{record.monitor}" for record in trained})
+    return f"has {metric.name}; they monitored {', '.join(monitored)}"
 
 
 def _cards(

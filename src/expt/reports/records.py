@@ -229,12 +229,14 @@ MONITORED_ELSE = (
 def ranked_by(runs: RunSet, given: str | None) -> RunSet:
     """Return the runs with their figures of a metric, like ``val/mae``; None: what they monitored.
 
-    What the runs describe differently, they describe as most of them do.
+    What the runs describe differently, they describe as most of those with the figure do.
     """
     records = runs.records
     name = given or _monitored(records)
     bare = name.rpartition("/")[2]
-    described = Counter(r.described[bare] for r in records if bare in r.described).most_common(1)
+    known = [r for r in records if bare in r.described]
+    ranked = [r for r in known if r.outcome.trained and name in r.metrics]
+    described = Counter(r.described[bare] for r in ranked or known).most_common(1)
     metric = described[0][0] if described else Metric(bare, label=_label(bare))
     validated = [r for r in records if any(key.startswith("val/") for key in r.metrics)]
     others = sorted({f"val/{r.monitor}" for r in validated} - {name})
