@@ -96,13 +96,20 @@ def test_results_share_no_default() -> None:
         b"[1, 2]",
         b"{}",
         b'{"status": "completed"}',
-        b'{"status": "completed", "stop_reason": "epochs", "unknown": 1}',
+        b'{"status": "completed", "stop_reason": "epochs", "memory": null}',
         b"\xff\xfe\x00",
     ],
 )
 def test_garbage_is_no_result(tmp_path: Path, content: bytes) -> None:
     (tmp_path / FILE_NAME).write_bytes(content)
     assert load_result(tmp_path) is None
+
+
+def test_what_a_later_version_wrote_besides_is_left_out(tmp_path: Path) -> None:
+    filled().save(tmp_path)
+    path = tmp_path / FILE_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), "of_tomorrow": 1}))
+    assert load_result(tmp_path) == filled()
 
 
 def test_no_file_is_no_result(tmp_path: Path) -> None:

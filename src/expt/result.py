@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
@@ -253,11 +253,26 @@ def load_launch(run_dir: Path) -> dict[str, Any] | None:
     return stored if known else None
 
 
+def known_fields(kind: type, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a dataclass among stored values; a later version may have written more.
+
+    Raises:
+        TypeError: a field that is a mapping or a list is stored as something else.
+
+    """
+    found = {part.name: stored[part.name] for part in fields(kind) if part.name in stored}
+    for part in fields(kind):
+        made = None if part.default_factory is MISSING else part.default_factory()
+        if made is not None and not isinstance(found.get(part.name, made), type(made)):
+            raise TypeError(f"{part.name} is {found[part.name]!r}")
+    return found
+
+
 def load_result(run_dir: Path) -> RunResult | None:
     """Return the result stored in a run's directory, or None if there is none that can be read."""
     try:
         stored = json.loads((run_dir / FILE_NAME).read_text(encoding="utf-8"))
-        result = RunResult(**stored)
+        result = RunResult(**known_fields(RunResult, stored))
     except (OSError, ValueError, TypeError):
         return None
     result.run_dir = run_dir

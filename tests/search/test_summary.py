@@ -16,3 +16,10 @@ def test_what_cannot_be_read_is_none(tmp_path):
     assert SweepSummary.load(tmp_path) is None
     (tmp_path / FILE_NAME).write_text('{"strange": 1}')
     assert SweepSummary.load(tmp_path) is None
+
+
+def test_what_a_later_version_wrote_besides_is_left_out(tmp_path):
+    SweepSummary("mine", 4).save(tmp_path)
+    path = tmp_path / FILE_NAME
+    path.write_text(path.read_text().replace("{", '{"of_tomorrow": 1,', 1))
+    assert SweepSummary.load(tmp_path) == SweepSummary("mine", 4)

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from expt.errors import SearchError
 from expt.files import write_json
 from expt.job import Metric
-from expt.result import PLAN_NAME, Outcome, load_result
+from expt.result import PLAN_NAME, Outcome, known_fields, load_result
 from expt.run.process import LOG_NAME
 from expt.search.metric import EARLIER, metric_of
 from expt.search.reservation import Reservations, counts
@@ -105,7 +105,7 @@ class SweepSummary:
         """Return the summary in a sweep's directory, None if there is none that can be read."""
         try:
             stored = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
-            summary = cls(**stored)
+            summary = cls(**known_fields(cls, stored))
         except (OSError, ValueError, TypeError):
             return None
         summary.run_dir = folder

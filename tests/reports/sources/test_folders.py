@@ -72,6 +72,9 @@ def test_a_run_without_a_result_is_unfinished(tmp_path, put_run) -> None:
     (folder / "result.json").unlink()
     run = ranked([str(tmp_path)]).records[0]
     assert (run.outcome.value, run.preset, run.value) == ("unfinished", "lite", None)
+    assert run.detail == "no result was written"
+    (folder / "result.json").write_text("{")
+    assert ranked([str(tmp_path)]).records[0].detail == "result.json cannot be read"
 
 
 def test_copies_and_other_tasks_folders_are_no_runs(tmp_path, put_run) -> None:

@@ -113,9 +113,11 @@ def read_run(folder: Path, name: str) -> RunRecord:
     started = (folder / LAUNCH_NAME).stat().st_mtime if (folder / LAUNCH_NAME).exists() else 0.0
     result = load_result(folder)
     if result is None:
+        unread = (folder / FILE_NAME).exists()
         return RunRecord(
             name, Outcome.unfinished, settings=settings, started=started, run_dir=str(folder),
-            cwd=cwd, preset=settings.get("memory.preset"), detail="no result was written",
+            cwd=cwd, preset=settings.get("memory.preset"),
+            detail=f"{FILE_NAME} cannot be read" if unread else "no result was written",
         )  # fmt: skip
     metrics = {key: value for key, value in result.metrics.items() if value is not None}
     memory = result.memory
