@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,11 +12,14 @@ from expt.jobs.traffic.metrics import error_metrics
 from expt.result import (
     EARLIER_WORDS,
     FILE_NAME,
+    LAUNCH_NAME,
     OUTCOMES,
     Outcome,
     RunResult,
     Status,
     load_result,
+    save_launch,
+    started_seconds,
 )
 
 AHEAD = ("mae_15min", "mae_30min", "mae_60min")
@@ -110,6 +114,16 @@ def test_what_a_later_version_wrote_besides_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / FILE_NAME
     path.write_text(json.dumps({**json.loads(path.read_text()), "of_tomorrow": 1}))
     assert load_result(tmp_path) == filled()
+
+
+def test_a_run_was_started_when_it_first_was(tmp_path: Path) -> None:
+    launch = {"overrides": [], "cwd": "/", "config_dir": None}
+    assert started_seconds(tmp_path) == 0
+    (tmp_path / LAUNCH_NAME).write_text(json.dumps(launch))
+    os.utime(tmp_path / LAUNCH_NAME, (5, 5))
+    assert started_seconds(tmp_path) == 5, "of an earlier version"
+    save_launch(tmp_path, {**launch, "overrides": ["trainer.max_epochs=9"]})
+    assert started_seconds(tmp_path) == 5
 
 
 def test_no_file_is_no_result(tmp_path: Path) -> None:

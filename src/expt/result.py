@@ -7,6 +7,7 @@ metrics describe themselves in ``metrics_meta``, so that no job's code is import
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from enum import Enum
@@ -18,6 +19,7 @@ from expt.job import Metric
 
 FILE_NAME = "result.json"
 LAUNCH_NAME = "launch.json"
+STARTED = "started_seconds"
 PLAN_NAME = "plan.json"
 CONFIG_NAME = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -238,9 +240,21 @@ def save_launch(run_dir: Path, launch: Mapping[str, Any]) -> None:
     """Write how a run was started (`overrides`, `cwd`, `config_dir`), once, for resuming it.
 
     Hydra's own copy in ``.hydra/`` is overwritten by every later command in this directory, also
-    by one that is refused.
+    by one that is refused. When the run was first started stays in the file, too.
     """
-    write_json(run_dir / LAUNCH_NAME, dict(launch), private=True)
+    started = started_seconds(run_dir) or time.time()
+    write_json(run_dir / LAUNCH_NAME, {**launch, STARTED: started}, private=True)
+
+
+def started_seconds(run_dir: Path) -> float:
+    """Return when the run in this directory was first started, since the epoch; 0 if none was."""
+    known = (load_launch(run_dir) or {}).get(STARTED)
+    if isinstance(known, int | float):
+        return float(known)
+    try:  # of earlier versions
+        return (run_dir / LAUNCH_NAME).stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def load_launch(run_dir: Path) -> dict[str, Any] | None:

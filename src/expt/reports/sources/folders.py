@@ -16,7 +16,15 @@ from expt.errors import ConfigError
 from expt.job import Metric
 from expt.reports.records import RunRecord, RunSet, flattened
 from expt.reports.sources.studies import joined, with_study
-from expt.result import FILE_NAME, LAUNCH_NAME, Outcome, RunResult, load_launch, load_result
+from expt.result import (
+    FILE_NAME,
+    LAUNCH_NAME,
+    Outcome,
+    RunResult,
+    load_launch,
+    load_result,
+    started_seconds,
+)
 from expt.search.stored import StudyError
 from expt.search.winner import FILE_NAME as SWEEP_NAME
 
@@ -110,7 +118,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
     settings = _settings(folder)
     launch = load_launch(folder)
     cwd = None if launch is None else str(launch["cwd"])
-    started = (folder / LAUNCH_NAME).stat().st_mtime if (folder / LAUNCH_NAME).exists() else 0.0
+    started = started_seconds(folder)
     result = load_result(folder)
     if result is None:
         unread = (folder / FILE_NAME).exists()
