@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-
 PIPE_WIDTH = 120
 
 
 def plain_console() -> Console:
-    """Return a console of the terminal's width, or `PIPE_WIDTH`; brackets in a text are no style."""
+    """Return a console as wide as the terminal, or a pipe; brackets in a text are no style."""
     width = None if Console().is_terminal else PIPE_WIDTH
     return Console(width=width, markup=False, emoji=False)
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from expt.config.compose import key, prepare_arguments
+from expt.config.compose import key, prepare_arguments, readable_setting, setting, typed
 from expt.errors import ConfigError
 from expt.result import save_launch
 
@@ -34,3 +36,20 @@ def test_a_choice_that_is_not_taken_back_is_kept(started: Path) -> None:
 def test_a_group_that_needs_a_choice_is_not_set_to_nothing() -> None:
     with pytest.raises(ConfigError, match="model=null: one must be chosen"):
         prepare_arguments(["model=null"])
+
+
+@pytest.mark.parametrize("name", ["my runs", "a=1", "a,b", "lr=[1]", "a (1)", 'the "x"', "it's"])
+def test_a_folder_can_be_typed_whatever_its_name(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    for line in (setting("report.runs", folder), readable_setting("report.runs", folder)):
+        parsed = OverridesParser.create().parse_override(line)
+        assert not parsed.is_sweep_override() and parsed.value() == str(folder)
+    save_launch(folder, {"overrides": [], "cwd": str(Path.cwd()), "config_dir": None})
+    lines = prepare_arguments(shlex.split(typed("trainer.resume", folder)))
+    assert lines == ["trainer.resume=true", setting("hydra.run.dir", folder)]
+
+
+def test_a_plain_name_is_typed_as_it_is() -> None:
+    assert typed("trainer.resume", "/home/me/runs/2026-11-30") == (
+        "trainer.resume=/home/me/runs/2026-11-30"
+    )

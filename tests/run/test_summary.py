@@ -126,6 +126,15 @@ def test_what_a_gpu_and_a_tracker_add(capsys: pytest.CaptureFixture[str]) -> Non
     assert printed(result, capsys)["MLflow:"] == "sqlite:///x.db  run abc"
 
 
+def test_what_to_type_works_for_a_folder_with_a_blank(capsys: pytest.CaptureFixture[str]) -> None:
+    result = RunResult("stopped", "signal")
+    result.tracking |= {"uri": "sqlite:////my runs/x.db", "experiment_id": "1"}
+    print_result(result, Path("/my runs/a"))
+    out = capsys.readouterr().out
+    assert "to go on: python -m expt 'trainer.resume=/my runs/a'" in out
+    assert "--backend-store-uri 'sqlite:////my runs/x.db'" in out
+
+
 def test_the_cells_of_a_run() -> None:
     heads, first, second = compared({"0": completed(), "1": RunResult("failed", "error")})
     assert dict(zip(heads, first, strict=True)) == {

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from expt.result import Outcome, RunResult
-from expt.search.runner import Job, ProcessRunner, ProcessTrial, combined, setting
+from expt.search.runner import Job, ProcessRunner, ProcessTrial, combined
 from expt.search.trial import TrialOutcome
 
 PROGRAM = '''
@@ -145,14 +145,6 @@ def test_a_complete_result_is_not_put_aside_by_the_next_attempt(run, home):
 def test_one_seed_is_itself():
     outcome = TrialOutcome(Outcome.completed, 1.0, 5, 5, seconds=2.0, run_id="a")
     assert combined([outcome], [0]) == outcome
-
-
-def test_a_path_is_quoted_for_hydra(tmp_path):
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    path = tmp_path / 'a "b", c=d'
-    parsed = OverridesParser.create().parse_override(setting("hydra.run.dir", path))
-    assert parsed.value() == str(path) or parsed.value().text == str(path)
 
 
 def test_a_trial_that_is_stopped_as_a_seed_ends_does_not_begin_the_next(run, home):

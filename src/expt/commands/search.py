@@ -21,7 +21,7 @@ from optuna.study import Study
 
 from expt.commands.report import write_page
 from expt.config.command_line import Job, run_command
-from expt.config.compose import key
+from expt.config.compose import key, readable_setting
 from expt.config.schema import OnOverflow, TrackingConfig
 from expt.config.search_node import Pruner, SearchConfig
 from expt.errors import ConfigError, ExptError
@@ -177,7 +177,9 @@ def _draw(study: Study, budget_bytes: int | None, folder: Path, whole_page: bool
     except StudyError:
         return  # there is no trial to be drawn
     if whole_page:
-        command = shlex.join(["python", "-m", "expt", "task=report", f"report.runs={folder}"])
+        command = shlex.join(
+            ["python", "-m", "expt", "task=report", readable_setting("report.runs", folder)]
+        )
         try:
             print(f"page: {write_page(runs, folder, command)}")
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,9 @@ from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from expt.config.schema import COMMAND_NODES, Config, Preset
@@ -91,7 +94,7 @@ def prepare_arguments(arguments: Sequence[str]) -> list[str]:
 def _with_settings_of_resumed(prepared: list[str]) -> list[str]:
     """Put the settings of the run that ``trainer.resume`` names before those given."""
     resume = [a for a in prepared if re.match(r"^\+{0,2}trainer\.resume=", a)]
-    target = resume[-1].partition("=")[2].strip("'\"") if resume else ""
+    target = _text_of(resume[-1]) if resume else ""
     if not target or target.lower() in ("true", "false", "null") or target.isdigit():
         return prepared
     if {"-m", "--multirun"} & set(prepared):
@@ -105,7 +108,7 @@ def _with_settings_of_resumed(prepared: list[str]) -> list[str]:
         raise ConfigError(
             f"trainer.resume={target}: its {LAUNCH_NAME}, which says how the run was started, is "
             "damaged; give the run's settings again, with trainer.resume=true "
-            f"hydra.run.dir={target}"
+            f"{typed('hydra.run.dir', target)}"
         )
     if launch is None:
         raise ConfigError(
@@ -120,8 +123,7 @@ def _with_settings_of_resumed(prepared: list[str]) -> list[str]:
     earlier = [line for line in launch["overrides"] if key(line) not in given]
     if launch["config_dir"] and config_dir(rest) is None:
         earlier.insert(0, f"--config-dir={launch['config_dir']}")
-    quoted = QuotedString(str(run_dir), Quote.double).with_quotes()
-    directory = [] if "hydra.run.dir" in given else [f"hydra.run.dir={quoted}"]
+    directory = [] if "hydra.run.dir" in given else [setting("hydra.run.dir", run_dir)]
     return [*earlier, *rest, "trainer.resume=true", *directory]
 
 
@@ -132,7 +134,7 @@ def _with_settings_of(arguments: list[str]) -> list[str]:
     group that is chosen now, nothing that was set then is left.
     """
     named = [a for a in arguments if re.match(r"^\+{0,2}(predict|export|rollout)\.run=", a)]
-    target = named[-1].partition("=")[2].strip("'\"") if named else ""
+    target = _text_of(named[-1]) if named else ""
     if not target or target == "null":
         return arguments
     if {"-m", "--multirun"} & set(arguments):
@@ -184,6 +186,44 @@ def compose_lines(lines: Sequence[str], own: str | None = None) -> DictConfig:
 def key(override: str) -> str:
     """Return the dotted key or group of ``key=value``, without Hydra's prefixes."""
     return override.partition("=")[0].lstrip("+~")
+
+
+def quoted(text: object) -> str:
+    """Return a text in the quotes of Hydra's grammar, whatever is in it."""
+    return str(QuotedString(str(text), Quote.double).with_quotes())
+
+
+def setting(name: str, value: object) -> str:
+    """Return a text as a setting of a command line, whatever is in it."""
+    return f"{name}={quoted(value)}"
+
+
+def readable_setting(name: str, value: object) -> str:
+    """Return the same for a reader, in quotes only where it would be read as something else."""
+    line = f"{name}={value}"
+    try:
+        override = OverridesParser.create().parse_override(line)
+        same = not override.is_sweep_override() and override.value() == str(value)
+    except HydraException:
+        same = False
+    return line if same else setting(name, value)
+
+
+def typed(name: str, value: object) -> str:
+    """Return how to type that setting, in the shell's quotes where it needs them."""
+    return shlex.quote(readable_setting(name, value))
+
+
+def _text_of(argument: str) -> str:
+    """Return the value of a setting without the quotes that Hydra's grammar knows."""
+    value = argument.partition("=")[2]
+    if value[:1] not in ("'", '"'):
+        return value
+    try:
+        text = OverridesParser.create().parse_override(argument).value()
+    except HydraException:
+        return value.strip("'\"")
+    return text.text if isinstance(text, QuotedString) else str(text)
 
 
 def overrides(arguments: Sequence[str]) -> list[str]:

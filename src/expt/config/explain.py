@@ -16,12 +16,12 @@ from typing import Any
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from expt.config.compose import config_dir, key, open_composition, overrides
+from expt.config.compose import config_dir, key, open_composition, overrides, quoted
 from expt.config.schema import OPEN_GROUPS
 from expt.config.settings import locate, parameters_of
 from expt.config.validate import validated
@@ -113,8 +113,7 @@ def _unreadable_hint(lines: list[str], place: int) -> str:
 def _quoted_twice(line: str) -> str:
     """Return how to type a setting whose value is one text, for a shell and for Hydra."""
     name, _, value = line.partition("=")
-    quoted = QuotedString(value, Quote.double).with_quotes()
-    return f"quote it twice: {shlex.quote(f'{name}={quoted}')}"
+    return f"quote it twice: {shlex.quote(f'{name}={quoted(value)}')}"
 
 
 def _unknown_options(override: Override) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -9,6 +10,7 @@ from types import MappingProxyType
 from rich import box
 from rich.table import Table
 
+from expt.config.compose import typed
 from expt.files import replace_atomically
 from expt.job import Metric
 from expt.result import RunResult
@@ -62,7 +64,7 @@ def print_result(result: RunResult, run_dir: Path) -> None:
     print(f"memory measured by: {memory['meter']}" if memory["meter"] else "")
     print(f"files: {run_dir}")
     if result.status == "stopped":
-        print(f"to go on: python -m expt trainer.resume={run_dir}")
+        print(f"to go on: python -m expt {typed('trainer.resume', run_dir)}")
     if result.tracking["uri"]:
         print(
             f"MLflow: {result.tracking['uri']}  run {result.tracking['run_id'] or 'not yet sent'}"
@@ -79,9 +81,8 @@ def runs_link(result: RunResult) -> str | None:
     page = f"#/experiments/{experiment}/runs"
     if uri.startswith(("http://", "https://")):
         return f"runs: {uri.rstrip('/')}/{page}"
-    return (
-        f"runs: http://127.0.0.1:5000/{page}  while this runs: mlflow ui --backend-store-uri {uri}"
-    )
+    server = shlex.join(["mlflow", "ui", "--backend-store-uri", uri])
+    return f"runs: http://127.0.0.1:5000/{page}  while this runs: {server}"
 
 
 def comparison_table(
@@ -182,7 +183,7 @@ def plot_history(
 ) -> list[Path]:
     """Draw loss and validation over steps, and memory over steps; return the PNG files.
 
-    The two share an axis where the metric is the loss, or an error in a unit: the loss is in it too.
+    The two share an axis where the metric is the loss, or an error in a unit, as the loss is then.
     """
     if not history:
         return []

@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from expt.config.compose import compose_lines, conf_dir, groups, key
+from expt.config.compose import compose_lines, conf_dir, groups, key, setting
 from expt.config.explain import first_lines
 from expt.config.schema import OPEN_GROUPS
 from expt.config.search_node import VALIDATION
@@ -33,7 +33,6 @@ from expt.search.metric import EARLIER, metric_of_trials
 from expt.search.plan_cache import FOLDER
 from expt.search.predicting import Limit, advise, predict
 from expt.search.request import Request
-from expt.search.runner import setting
 from expt.search.space import Space, plain, settings_lines
 from expt.search.trial import Prediction
 from expt.units import spell_bytes

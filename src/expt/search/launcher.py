@@ -18,11 +18,12 @@ from typing import Any
 
 from hydra.plugins.launcher import Launcher
 
+from expt.config.compose import setting
 from expt.errors import SearchError
 from expt.result import FILE_NAME, Outcome
 from expt.search.ending import Ending, outcome_of
 from expt.search.reservation import BEAT_SECONDS, beating
-from expt.search.runner import Job, Stop, combined, setting
+from expt.search.runner import Job, Stop, combined
 from expt.search.trial import TrialOutcome
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from hydra.core.override_parser.types import Quote, QuotedString
-
+from expt.config.compose import setting
 from expt.files import write_json
 from expt.job import Metric
 from expt.result import PLAN_NAME, Outcome
@@ -238,8 +237,3 @@ def combined(outcomes: Sequence[TrialOutcome], seeds: Sequence[int]) -> TrialOut
             "spread": statistics.stdev(values),
         },
     )
-
-
-def setting(name: str, path: Path) -> str:
-    """Return a path as a setting of a command line, whatever is in its name."""
-    return f"{name}={QuotedString(str(path), Quote.double).with_quotes()}"

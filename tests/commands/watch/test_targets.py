@@ -145,7 +145,7 @@ def test_what_is_no_run_that_goes_on_is_said_in_a_line(tmp_path: Path) -> None:
     assert "no such folder" in refusal(tmp_path / "none")
     assert "no run in this folder" in refusal(tmp_path)
     save_launch(tmp_path, {"overrides": [], "cwd": ".", "config_dir": None})
-    assert "trainer.resume=" in refusal(tmp_path)
+    assert f"trainer.resume={tmp_path} goes on" in refusal(tmp_path)
     (tmp_path / "run.lock").write_text("4194321\n")
     assert "killed: its process 4194321 is gone" in refusal(tmp_path)
     RunResult("stopped", "signal", steps=3).save(tmp_path)

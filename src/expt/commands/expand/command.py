@@ -23,7 +23,7 @@ from expt.commands.expand.policy import Probe, Step, expand, kept_changes, last_
 from expt.commands.expand.probe import Prober, forced
 from expt.commands.expand.steps import among, step_problems, without_settings
 from expt.config.command_nodes import ExpandConfig
-from expt.config.compose import key
+from expt.config.compose import key, typed
 from expt.config.settings import RunContext, Settings
 from expt.config.validate import validated
 from expt.errors import ConfigError
@@ -206,7 +206,8 @@ class Record:
 
     def _say(self, steps: Sequence[Step], record: Mapping[str, Any], signal: int | None) -> None:
         if signal is not None:
-            print(f"stopped; to go on: python -m expt trainer.resume={self._context.run_dir}")
+            resume = typed("trainer.resume", self._context.run_dir)
+            print(f"stopped; to go on: python -m expt {resume}")
         elif record["command"] is None:
             print(f"the starting point itself cannot be kept: {steps[0].reason}")
         else:
@@ -230,8 +231,8 @@ def _earlier(run_dir: Path, resuming: bool) -> dict[str, Any]:
         return {}
     if not resuming:
         raise ConfigError(
-            f"{run_dir} already holds an expansion; to go on with it, give trainer.resume={run_dir}"
-            ", else another folder as hydra.run.dir"
+            f"{run_dir} already holds an expansion; to go on with it, give "
+            f"{typed('trainer.resume', run_dir)}, else another folder as hydra.run.dir"
         )
     try:
         for step in stored["steps"]:

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra import compose
-from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from expt.commands.expand.policy import Probe
 from expt.config.command_nodes import ExpandConfig
-from expt.config.compose import CONFIG_NAME, key
+from expt.config.compose import CONFIG_NAME, key, setting
 from expt.config.settings import RunContext, Settings
 from expt.config.validate import validated
 from expt.errors import ExptError
@@ -152,8 +151,8 @@ class Prober:
         return [
             *([f"--config-dir={own}"] if own else []),
             *self.lines(changes),
-            f"tracking.parent={_quoted(self.context.run_dir)}",
-            f"hydra.run.dir={_quoted(folder)}",
+            setting("tracking.parent", self.context.run_dir.absolute()),
+            setting("hydra.run.dir", folder.absolute()),
         ]
 
     def _close_in_tracker(self, folder: Path) -> None:
@@ -203,10 +202,6 @@ class Prober:
 
     def _value(self, result: RunResult) -> float | None:
         return result.metrics.get(f"val/{self.metric.name}")
-
-
-def _quoted(path: Path) -> str:
-    return str(QuotedString(str(path.absolute()), Quote.double).with_quotes())
 
 
 def _last_line(path: Path) -> str:

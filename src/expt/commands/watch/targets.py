@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+from expt.config.compose import typed
 from expt.errors import ConfigError
 from expt.locks import RUN_LOCK
 from expt.memory.diagnosis.trend import Reading
@@ -179,7 +180,7 @@ def in_words(result: RunResult) -> str:
 
 def not_running(run_dir: Path, pid: int | None = None) -> str:
     """Say why there is nothing to watch in a folder, and what is known of a run that ended."""
-    setting = f"watch.run={run_dir}"
+    setting, resume = f"watch.run={run_dir}", typed("trainer.resume", run_dir)
     if not run_dir.is_dir():
         return f"{setting}: there is no such folder"
     result = _result_since(run_dir, _held_since(run_dir))
@@ -192,10 +193,10 @@ def not_running(run_dir: Path, pid: int | None = None) -> str:
     if pid is not None:
         return (
             f"{setting}: the run was killed: its process {pid} is gone (or on another machine), "
-            f"and there is no result; trainer.resume={run_dir} goes on with it"
+            f"and there is no result; {resume} goes on with it"
         )
     if (run_dir / LAUNCH_NAME).exists():
-        return f"{setting}: the run is not going on; trainer.resume={run_dir} goes on with it"
+        return f"{setting}: the run is not going on; {resume} goes on with it"
     return f"{setting}: there is no run in this folder"
 
 

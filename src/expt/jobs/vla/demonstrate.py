@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -130,7 +131,8 @@ def read_folder(folder: Path) -> Recordings:
         if len(of_task) < request.episodes:
             raise DataError(
                 f"{folder} has {len(of_task)} of {request.episodes} demonstrations of {task}: "
-                f"it was not finished; `python -m expt.jobs.vla.demonstrate {folder}` goes on"
+                "it was not finished; `python -m expt.jobs.vla.demonstrate "
+                f"{shlex.quote(str(folder))}` goes on"
             )
         episodes += of_task[: request.episodes]
     places = [folder / e.task / str(e.seed) for e in episodes]
