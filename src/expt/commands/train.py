@@ -6,9 +6,12 @@ This file decides whether there is anything to run, with which settings and insi
 
 from __future__ import annotations
 
+import shlex
+
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from expt.config.compose import typed
 from expt.config.settings import RunContext, Settings
 from expt.config.stages import stages_of
 from expt.config.validate import validated
@@ -104,11 +107,12 @@ def _check_stages(context: RunContext, settings: Settings) -> None:
     epochs = OmegaConf.select(before, "trainer.epochs", default=trainer.epochs)
     new = trainer.stages[len(stages_of(trainer.trainable, epochs)) :]
     if new:
+        patterns = ",".join(new[0].patterns)
         raise ConfigError(
             f"trainer.epochs={trainer.epochs} reaches the stage of trainer.trainable that begins "
             f"with epoch {new[0].first_epoch}, which this run of {epochs} epochs was not made for; "
-            f"train it as a run of its own: trainer.start_from={context.run_dir} "
-            f"trainer.trainable=[{','.join(new[0].patterns)}] in another hydra.run.dir"
+            f"train it as a run of its own: {typed('trainer.start_from', context.run_dir)} "
+            f"{shlex.quote(f'trainer.trainable=[{patterns}]')} in another hydra.run.dir"
         )
 
 
