@@ -3,6 +3,8 @@ from __future__ import annotations
 import collections
 import copy
 import gc
+import importlib
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from expt.memory import recover
 from expt.memory.measuring.budget import Budget
 from expt.memory.recovery.decorator import count_samples
 from expt.memory.recovery.limits import Limits
+from expt.memory.techniques.optimizer_in_backward import OptimizerInBackward
 from expt.memory.techniques.techniques import Techniques
 
 CPU = torch.device("cpu")
@@ -116,6 +119,79 @@ def test_a_step_that_breaks_in_the_optimizer_says_to_load_a_checkpoint():
     train_step(batches(1)[0])
     (event,) = train_step.recovery.events
     assert event["replayed"]
+
+
+OPTIMIZERS = [
+    (torch.optim.SGD, {"momentum": 0.9, "foreach": True}),
+    (torch.optim.RMSprop, {"foreach": True}),
+    (torch.optim.AdamW, {"foreach": True}),
+    (torch.optim.SGD, {"fused": True}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), OPTIMIZERS)
+def test_a_step_whose_optimizer_has_not_begun_is_taken_again(kind, options):
+    model = net()
+    optimizer = kind(model.parameters(), lr=0.01, **options)
+    failing = iter([True, False, False])
+
+    @recover(model, optimizer, on_event=lambda event: None)
+    def train_step(batch: Tensor, techniques: Techniques) -> None:
+        for part in batch.chunk(techniques.gradient_accumulation):
+            model(part).square().sum().backward()
+            if next(failing):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        optimizer.step()
+        optimizer.zero_grad()
+
+    train_step(batches(1)[0])
+    (event,) = train_step.recovery.events
+    assert (event["rung"], event["replayed"]) == ("halve_micro_batch", False)
+
+
+def test_an_optimizer_without_memory_steps_weights_one_by_one(monkeypatch):
+    plain, model = net(), net()
+    stepped(plain, adamw(plain))(batches(1)[0])
+    adam = importlib.import_module("torch.optim.adam")
+    real = adam._multi_tensor_adam
+
+    def all_at_once(weights: list[Tensor], *args: object, **options: object) -> None:
+        if len(weights) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        real(weights, *args, **options)
+
+    monkeypatch.setattr(adam, "_multi_tensor_adam", all_at_once)
+    train_step = stepped(model, adamw(model), on_event=lambda event: None)
+    train_step(batches(1)[0])
+    (event,) = train_step.recovery.events
+    assert (event["phase"], event["rung"]) == ("optimizer_step", "one_by_one")
+    for one, other in zip(plain.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), foreach=True)
+
+
+@pytest.mark.parametrize("stepped_before", [0, 1])
+def test_weights_stepped_in_the_backward_pass_are_seen(stepped_before):
+    model = net()
+    inner = torch.optim.SGD(model.parameters(), lr=0.01, fused=True)
+    optimizer = OptimizerInBackward(inner)
+    failures: list[object] = []
+
+    @recover(model, optimizer, on_event=failures.append)
+    def train_step(batch: Tensor, techniques: Techniques) -> None:
+        loss = model(batch).sum()
+        if stepped_before:
+            loss.backward()
+        if not failures:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        optimizer.step()
+
+    with pytest.raises(BrokenStepError) if stepped_before else nullcontext():
+        train_step(batches(1)[0])
+    assert len(failures) == 1
 
 
 def test_the_end_of_the_ladder_is_an_error_that_says_what_was_tried():

@@ -79,19 +79,80 @@ def test_a_step_that_did_not_begin_is_seen_too(options):
     assert undo.undo("optimizer_step")
 
 
-def test_an_optimizer_that_does_not_count_cannot_be_trusted():
-    class Own(torch.optim.SGD):
-        """Stands for one whose kernels write past torch."""
+class Own(torch.optim.SGD):
+    """Stands for one whose kernels write past torch."""
 
-    Own.__module__ = "somewhere"
-    for kind, options in ((Own, {}), (torch.optim.SGD, {"fused": True})):
-        model, optimizer = trained(kind, **options)
-        undo = StepUndo(model, optimizer, CPU)
-        undo.note()
-        assert undo.undo("backward")
-        undo.note()
-        assert not undo.undo("optimizer_step")
-        assert not undo.undo("step")
+
+Own.__module__ = "somewhere"
+UNSEEN = [(Own, {}), (torch.optim.SGD, {"fused": True})]
+
+
+@pytest.mark.parametrize(("kind", "options"), UNSEEN)
+def test_an_optimizer_that_does_not_count_is_trusted_until_it_begins(kind, options):
+    model, optimizer = trained(kind, **options)
+    undo = StepUndo(model, optimizer, CPU)
+    undo.note()
+    for phase in ("backward", "step", "optimizer_step"):
+        assert undo.phase(phase) == phase
+        assert undo.undo(phase)
+    handle = optimizer.register_step_pre_hook(out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.step()
+    assert undo.phase("step") == "optimizer_step"
+    assert not undo.undo("step")
+    handle.remove()
+    undo.note()
+    optimizer.step()
+    assert undo.phase("step") == "step"
+    assert not undo.undo("backward")
+
+
+def out_of_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(("kind", "options"), UNSEEN)
+def test_an_optimizer_whose_hooks_are_not_called_is_not_trusted(kind, options):
+    model, optimizer = trained(kind, **options)
+    undo = StepUndo(model, optimizer, CPU)
+    optimizer.step = lambda: None
+    undo.note()
+    assert undo.undo("forward")
+    assert not undo.undo("step")
+
+
+def test_a_closure_is_no_part_of_the_optimizers_work():
+    model, optimizer = trained(torch.optim.SGD, foreach=True)
+    undo = StepUndo(model, optimizer, CPU)
+    undo.note()
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.step(out_of_memory)
+    assert undo.phase("step") == "step"
+    assert undo.undo("step")
+
+
+def test_hooks_go_with_what_they_were_for():
+    model, optimizer = trained()
+    undo = StepUndo(model, optimizer, CPU)
+    assert len(optimizer._optimizer_step_pre_hooks) == 1
+    del undo
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_weights_that_came_later_are_put_back_too():
+    model, optimizer = trained(torch.optim.SGD)
+    undo = StepUndo(model, optimizer, CPU)
+    model.append(nn.BatchNorm1d(2))
+    optimizer.add_param_group({"params": list(model[3].parameters())})
+    undo.note()
+    model(torch.randn(8, 4)).square().sum().backward()
+    assert undo.undo("backward")
+    assert model[3].weight.grad is None
+    assert not model[3].running_mean.any()
+    with torch.no_grad():
+        model[3].weight.add_(1)
+    assert not undo.undo("backward")
 
 
 def test_a_large_buffer_that_was_written_needs_a_checkpoint():
@@ -122,6 +183,20 @@ def test_stepping_one_by_one_is_the_same_step():
         assert len(optimizer.param_groups) == 1
     for left, right in zip(whole[0].parameters(), one[0].parameters(), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-7)
+
+
+def test_stepping_one_by_one_calls_hooks_once_and_suits_schedulers():
+    _, optimizer = trained(foreach=True)
+    called = []
+    optimizer.register_step_pre_hook(lambda *_: called.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: called.append("post"))
+    before = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    step_one_by_one(optimizer)
+    after = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    optimizer.step()
+    assert called == ["pre", "post"]
+    before.step()  # neither warns that the optimizer was not called
+    after.step()
 
 
 @pytest.mark.parametrize(

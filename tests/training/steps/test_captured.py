@@ -336,6 +336,29 @@ def test_running_out_of_memory_in_a_capture_leaves_eager_steps(tmp_path):
     assert_the_same(run, eager)
 
 
+def test_what_a_failed_capture_began_is_not_held_against_the_eager_step(tmp_path):
+    given = {"optimizer": torch.optim.SGD, "options": {"lr": 1e-2, "fused": True}}
+    eager = Run(tmp_path / "eager", captured=False, **given).fit()
+    run = Run(tmp_path / "run", **given)
+    words = "CUDA out of memory. Tried to allocate 2.00 MiB."
+    raised = list[str]()
+
+    def fail(at: str) -> None:
+        raised.append(at)
+        raise torch.OutOfMemoryError(words)
+
+    def in_step(*_: object) -> None:
+        if capturing() and not raised:
+            fail("capture")
+
+    run.net.hook = lambda: fail("forward") if raised == ["capture"] else None
+    run.trainer.optimizer.optimizer.register_step_pre_hook(in_step)
+    run.fit()
+    events = [(event["phase"], event["replayed"]) for event in run.trainer.recovery.events]
+    assert events == [("capture", False), ("forward", False)]
+    assert_the_same(run, eager)
+
+
 LIBRARIES = [
     "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
     "CUDA driver error: out of memory",

@@ -283,13 +283,14 @@ class LadderState:
         """Take charge of a model that has the techniques, and of its optimizer."""
         self._model, self._optimizer = model, optimizer
 
-    def down(self, phase: str, samples: int, releases: int) -> Move:
+    def down(self, phase: str, samples: int, releases: int, whole_batch: bool = False) -> Move:
         """Go one rung down and return it; `Move.techniques` is None where nothing is left.
 
         Args:
             phase: in which memory ran out.
             samples: in the batch of the step.
             releases: how often releasing memory was all that was tried in this step.
+            whole_batch: do not cut the batch into more parts.
 
         """
         skipped: list[Skipped] = []
@@ -305,7 +306,14 @@ class LadderState:
                 return Move("release", self.techniques, tuple(skipped))
         parts = min(self.techniques.gradient_accumulation, samples)
         situation = Situation(-(-samples // parts), self._device)
-        move = descend(self.techniques, situation, self._predict, self._refusal)
+        before = self.techniques.gradient_accumulation
+
+        def refuse(candidate: Techniques) -> str | None:
+            if whole_batch and candidate.gradient_accumulation != before:
+                return "the model normalises over the batch, and this is only a precaution"
+            return self._refusal(candidate)
+
+        move = descend(self.techniques, situation, self._predict, refuse)
         rung, techniques = move.rung, move.techniques
         if techniques is None and releases < MAX_RELEASES:
             rung, techniques = "release", self.techniques

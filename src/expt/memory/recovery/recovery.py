@@ -97,7 +97,8 @@ class Recovery:
         self.classify = classify
         self._undo: StepUndo | None = None
         self._step_attempts, self._failed_step = Attempts(), -1
-        self._evaluation_attempts, self._loop_attempts = Attempts(), Attempts()
+        self._evaluation_attempts = Attempts()
+        self._loop_attempts, self._failed_between = Attempts(), -1
         self._thrashing = Thrashing(partial(retries, device)) if device.type == "cuda" else None
 
     @property
@@ -140,6 +141,7 @@ class Recovery:
             self.phase, self.alone = "step", False
             self.peers.begin()
             outcome = attempt(partial(work, batch), self.classify, self.evidence)
+            self.phase = self._undo.phase(self.phase)
             outcome = self.peers.settle(outcome, self.phase)
             if isinstance(outcome, Success):
                 self._watch_thrashing(samples)
@@ -169,6 +171,8 @@ class Recovery:
         """
         release(self.device)
         self.phase, self.alone = "loop", True
+        if self.position[0] > self._failed_between:
+            self._loop_attempts, self._failed_between = Attempts(), self.position[0]
         self._loop_attempts.failures += 1
         self._go_down(failure, self._loop_attempts, samples, replayed=True)
 
@@ -222,8 +226,10 @@ class Recovery:
             nonlocal cleanly
             try:
                 return work()
-            except torch.OutOfMemoryError:
-                cleanly = True
+            except Exception as error:
+                cleanly = isinstance(error, torch.OutOfMemoryError)
+                if self._undo is not None:
+                    self._undo.watch.reset()  # what is only captured writes nothing
                 raise
 
         outcome = self._attempt(watched, "capture", Attempts())
@@ -302,7 +308,9 @@ class Recovery:
         """Give up what only makes steps faster, if there is any, or go one rung down."""
         if self.give_way():
             return Move("eager", self.techniques, ())
-        return self.ladder.down(self.phase, samples, attempts.releases)
+        # A precaution may not change what is computed.
+        whole_batch = self.phase == THRASHING and self.over_the_batch
+        return self.ladder.down(self.phase, samples, attempts.releases, whole_batch)
 
     def _record(
         self,

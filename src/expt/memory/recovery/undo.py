@@ -9,16 +9,17 @@ Instead every tensor's version counter is noted, which torch raises with every w
 - A weight or its optimizer state was written: the optimizer's step was broken off half way. Then
   `undo` says so, and only an earlier copy, a checkpoint, helps.
 
-Operators on lists of tensors (``foreach``, ``fused``) and kernels outside torch write past the
-version counters. An optimizer that uses them counts as the second case when its step is broken
-off, except for Adam and AdamW while their own count of steps, the first thing that they write,
-is as it was.
+Fused kernels and kernels outside torch write past the version counters. An optimizer that uses
+them counts as the second case once it has begun its step (`StepWatch`), except for Adam and AdamW
+while their own count of steps, the first thing that they write, is as it was.
 """
 
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Callable, Iterator
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -31,28 +32,43 @@ from expt.memory.techniques.optimizer_in_backward import stepping
 from expt.memory.techniques.wrapping import bare_optimizer
 
 
+@Optimizer.profile_hook_step
+def _step_each_alone(
+    optimizer: Optimizer, closure: Callable[[], float] | None = None
+) -> float | None:
+    """Step every weight that has a gradient, each alone with its group's settings."""
+    loss = None
+    if closure is not None:
+        with torch.enable_grad():
+            loss = closure()
+    step: Any = type(optimizer).step
+    if getattr(step, "hooked", False):
+        step = step.__wrapped__  # the hooks of a step are called around all weights
+    groups = optimizer.param_groups
+    try:
+        for group in groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    optimizer.param_groups = [{**group, "params": [weight]}]
+                    step(optimizer)
+    finally:
+        optimizer.param_groups = groups
+    return loss
+
+
 class OneByOne:
-    """Stands for `optimizer.step`; undone by ``del optimizer.step``."""
+    """Stands for `optimizer.step`, hooks included; undone by ``del optimizer.step``."""
+
+    _wrapped_by_lr_sched = True
+    """To torch's schedulers, which put a function around `step` to see that it was called."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
 
     def __call__(self, closure: Callable[[], float] | None = None) -> float | None:
         """Step every weight that has a gradient, each alone with its group's settings."""
-        optimizer, loss = self.optimizer, None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        groups = optimizer.param_groups
-        try:
-            for group in groups:
-                for weight in group["params"]:
-                    if weight.grad is not None:
-                        optimizer.param_groups = [{**group, "params": [weight]}]
-                        type(optimizer).step(optimizer)
-        finally:
-            optimizer.param_groups = groups
-        return loss
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        return _step_each_alone(self.optimizer, closure)
 
 
 def step_one_by_one(optimizer: Optimizer) -> None:
@@ -97,7 +113,8 @@ COUNTING = (torch.optim.Adam, torch.optim.AdamW)
 """Optimizers that raise the count of steps of all weights first (torch/optim/adam.py)."""
 NO_STEPS = torch.empty(0)
 STEPPING = ("optimizer_step", "step")
-"""Phases in which the optimizer may be at work; ``step`` is a step that names none."""
+"""Phases in which an optimizer that cannot be watched may be at work; ``step`` is one that names
+none."""
 
 
 class RandomState:
@@ -125,6 +142,51 @@ class RandomState:
             torch.mps.set_rng_state(self.accelerator)
 
 
+class StepWatch:
+    """Sees an optimizer begin and end its step, by hooks that are taken off when it is freed."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self.reset()
+        self._hooked = getattr(getattr(type(optimizer), "step", None), "hooked", False)
+        if not self._hooked:
+            return
+        watch = weakref.ref(self)
+
+        def begin(_: Optimizer, args: Any, kwargs: Any) -> None:
+            if own := watch():
+                own._begin(closure=any(x is not None for x in (*args[1:], *kwargs.values())))
+
+        def end(*_: Any) -> None:
+            if own := watch():
+                own._under_way = max(own._under_way - 1, 0)
+
+        for handle in (
+            optimizer.register_step_pre_hook(begin),
+            optimizer.register_step_post_hook(end),
+        ):
+            weakref.finalize(self, handle.remove).atexit = False
+
+    def reset(self) -> None:
+        """Forget what has begun."""
+        self.begun, self._under_way = False, 0
+
+    @property
+    def sees(self) -> bool:
+        """Whether hooks are called; another function that stands for `step` may not call them."""
+        step = vars(self._optimizer).get("step")
+        return self._hooked and (step is None or hasattr(step, "_wrapped_by_lr_sched"))
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a step has begun and not ended."""
+        return self._under_way > 0
+
+    def _begin(self, closure: bool) -> None:
+        self.begun = True
+        self._under_way += not closure  # a closure is forward and backward passes
+
+
 class StepUndo:
     """Notes the state before a step, and puts it back after a failed one.
 
@@ -140,18 +202,29 @@ class StepUndo:
         self, model: nn.Module, optimizer: Optimizer, device: torch.device, scaler: Any = None
     ) -> None:
         self.optimizer = bare_optimizer(optimizer)
+        self.watch = StepWatch(stepping(self.optimizer))
         self.device = device
         self.scaler = scaler
-        own = {id(weight): weight for weight in model.parameters()}
-        for group in self.optimizer.param_groups:
-            own |= {id(weight): weight for weight in group["params"]}
-        self.weights = list(own.values())
-        self._small, large = _by_size(list(model.buffers()), running_statistics(model))
-        self._fixed: list[Tensor] = [*self.weights, *large]
+        self._model = model
+        self._collect()
+
+    def _collect(self) -> None:
+        """Find the weights and buffers that there are now."""
+        self._grouped = self._in_groups()
+        weights = _distinct([*self._model.parameters(), *self._grouped])
+        self._small, large = _by_size(list(self._model.buffers()), running_statistics(self._model))
+        self._fixed: list[Tensor] = [*weights, *large]
         self._copies = [torch.empty_like(buffer) for buffer in self._small]
+
+    def _in_groups(self) -> list[Tensor]:
+        return [weight for group in self.optimizer.param_groups for weight in group["params"]]
 
     def note(self) -> None:
         """Note what is there now; call it before a step."""
+        self.watch.reset()
+        grouped = self._in_groups()
+        if len(grouped) != len(self._grouped) or not all(map(is_, grouped, self._grouped)):
+            self._collect()
         self.random = RandomState(self.device)
         self._versions = [tensor._version for tensor in self._fixed]
         self._state = {
@@ -169,8 +242,8 @@ class StepUndo:
     def undo(self, phase: str) -> bool:
         """Put back what can be, gradients to None; return whether that was all there was."""
         self.random.restore()
-        for trained in self.weights:
-            trained.grad = None
+        for weight in (*self._model.parameters(), *self._in_groups()):
+            weight.grad = None
         if self.scaler is not None:
             # A gradient is unscaled once per step; torch has no public way to begin one again.
             self.scaler._per_optimizer_states.clear()
@@ -187,7 +260,13 @@ class StepUndo:
         with torch.no_grad():
             if self._small:
                 torch._foreach_copy_(self._small, self._copies)
+        self.watch.reset()
         return whole
+
+    def phase(self, told: str) -> str:
+        """Return the phase that a step is in, where it did not tell that its optimizer steps."""
+        at_once = stepping(self.optimizer) is self.optimizer
+        return "optimizer_step" if at_once and self.watch.under_way else told
 
     def _written(self) -> bool:
         """Tell whether a weight, its state or a large buffer was written since `note`."""
@@ -200,14 +279,17 @@ class StepUndo:
 
     def _written_unseen(self, phase: str) -> bool:
         """Tell whether the optimizer may have written past the version counters."""
+        stepped = self._stepped()
+        if stepped is not None:
+            return stepped
         optimizer = stepping(self.optimizer)
+        fused = any(group.get("fused") for group in optimizer.param_groups)
+        if type(optimizer).__module__.startswith("torch.optim") and not fused:
+            return False
+        if self.watch.sees:
+            return self.watch.begun
         in_backward = optimizer is not self.optimizer
-        if phase not in STEPPING and not (in_backward and phase == "backward"):
-            return False
-        known = type(optimizer).__module__.startswith("torch.optim")
-        if known and not steps_at_once(optimizer):
-            return False
-        return self._stepped()
+        return phase in STEPPING or (in_backward and phase == "backward")
 
     def _steps(self) -> list[Tensor] | None:
         """Return every weight's count of steps; None where that tells no more than versions do."""
@@ -218,15 +300,22 @@ class StepUndo:
         alike = len({count.device for count in found}) <= 1
         return found if alike and len(found) == len(counts) else None
 
-    def _stepped(self) -> bool:
-        """Tell whether a count of steps is another than it was; waits for the device."""
+    def _stepped(self) -> bool | None:
+        """Tell whether a count of steps is another than it was; waits for the device.
+
+        None: the optimizer does not count, or not so that it would tell.
+        """
         counts = self._steps()
         if counts is None or self._counts is None:
-            return True
+            return None
         before = self._counts.tolist()
         # A weight that had no state was never stepped.
         before += [0.0] * (len(counts) - len(before))
         return [float(count) for count in counts] != before
+
+
+def _distinct(tensors: list[Tensor]) -> list[Tensor]:
+    return list({id(tensor): tensor for tensor in tensors}.values())
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:
