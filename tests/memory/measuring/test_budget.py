@@ -83,6 +83,17 @@ def test_on_cuda_the_allocator_is_capped_and_set_back(card):
     assert card.emptied == 1
 
 
+def test_a_device_without_a_number_is_the_current_one(card, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    capped = []
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, device: capped.append(device)
+    )
+    with Budget.parse("6GiB", torch.device("cuda")).enforce(torch.device("cuda")):
+        pass
+    assert capped == [torch.device("cuda", 1)] * 2
+
+
 def test_on_the_host_a_ledger_refuses_and_lets_go_afterwards():
     with Budget.parse("1MiB", CPU).enforce(CPU) as ledger:
         kept = torch.zeros(100_000)

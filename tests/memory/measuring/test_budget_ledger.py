@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset
 
 from expt.memory.measuring.budget_ledger import BudgetLedger
 from expt.memory.recovery.attempt import shortage
@@ -72,3 +74,31 @@ def test_every_point_of_a_backward_pass_raises_the_same_class(recomputed):
             work()
         raised += 1
     assert raised > 8
+
+
+class InWorker(Dataset):
+    """Small samples that take more in the making than the budget of who asks for them."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.zeros(10 * KIB)[:2] + index
+
+
+def test_a_forked_worker_has_no_part_in_the_budget():
+    loader = DataLoader(InWorker(), num_workers=1, multiprocessing_context="fork")
+    with BudgetLedger(16 * KIB) as ledger:
+        found = [batch.shape for batch in loader]
+    assert found == [(1, 2)] * 2
+    assert ledger.refusals == 0
+
+
+def test_tensors_without_bytes_are_not_refused():
+    with BudgetLedger(4 * KIB) as ledger:
+        shape = torch.zeros(KIB, KIB, device="meta")
+        shape += shape + 1
+        with FakeTensorMode():
+            torch.zeros(KIB, KIB)
+        torch.zeros(KIB)
+    assert (ledger.refusals, ledger.peak_bytes) == (0, 4 * KIB)

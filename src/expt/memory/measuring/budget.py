@@ -104,6 +104,8 @@ def _capped(device: torch.device, count: int) -> Iterator[None]:
     """Cap what the caching allocator may reserve at `count` bytes."""
     import torch
 
+    if device.index is None:  # torch caps a device by its number
+        device = torch.device("cuda", torch.cuda.current_device())
     before = torch.cuda.get_per_process_memory_fraction(device)
     torch.cuda.empty_cache()  # blocks held ready from earlier work would count
     torch.cuda.set_per_process_memory_fraction(min(count / total_bytes(device), 1.0), device)

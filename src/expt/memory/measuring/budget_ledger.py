@@ -53,6 +53,8 @@ class BudgetLedger(StorageLedger):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run the operator; refuse its result if the limit does not admit it."""
+        if self._forked():
+            return func(*args, **(kwargs or {}))
         before, peak = self.allocated_bytes, self.peak_bytes
         result = super().__torch_dispatch__(func, types, args, kwargs)
         if result is NotImplemented:

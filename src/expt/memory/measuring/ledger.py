@@ -3,12 +3,14 @@
 Every operator's inputs and outputs pass through a dispatch mode; a storage is added when it is
 first seen and taken off when it dies. The sum is the quantity that
 `torch.cuda.max_memory_allocated` reports on a GPU (without its rounding to blocks). What a
-kernel allocates inside itself is invisible, and so is a tensor no operator ever touched. That
+kernel allocates inside itself is invisible, and so is a tensor no operator ever touched. A tensor
+without bytes (on meta, or fake) is none, and a process that was forked inside counts nothing. That
 torch works differently while it is watched is allowed for (`expt.memory.measuring.in_place_sums`).
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -37,9 +39,11 @@ class StorageLedger(TorchDispatchMode):
         self._live: dict[int, int] = {}  # bytes by storage
         self._in_place_sums = InPlaceSums()
         self._contexts: list[ExitStack] = []
+        self._process = os.getpid()
 
     def __enter__(self) -> Self:
         """Begin to count."""
+        self._process = os.getpid()
         self._contexts.append(ExitStack())
         if SHARDING in sys.modules:
             from expt.memory.measuring.sharded import watching_sharded
@@ -61,9 +65,11 @@ class StorageLedger(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run the operator and enter the storages it read and made."""
+        kwargs = kwargs or {}
+        if self._forked():
+            return func(*args, **kwargs)
         if has_shared_out(types):
             return NotImplemented  # and come back with their local parts
-        kwargs = kwargs or {}
         self.add(args, kwargs)
         in_place = self._in_place_sums.has(func, args)
         result = func(*args, **kwargs)
@@ -71,6 +77,10 @@ class StorageLedger(TorchDispatchMode):
             self._hand_over(args[0])
         self.add(result)
         return result
+
+    def _forked(self) -> bool:
+        """Tell whether this is a copy in another process, as in a DataLoader's workers."""
+        return os.getpid() != self._process
 
     def add(self, *trees: Any) -> None:
         """Enter every tensor in these (nested) values."""
@@ -99,6 +109,8 @@ class StorageLedger(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key, count = storage._cdata, storage.nbytes()
         if key not in self._live:
+            if storage.device.type == "meta":
+                return
             # torch keeps one Python object per storage alive as long as the storage itself.
             weakref.finalize(storage, self._remove, key).atexit = False
         self.allocated_bytes += count - self._live.get(key, 0)  # a storage may be resized
@@ -107,6 +119,8 @@ class StorageLedger(TorchDispatchMode):
     def _hand_over(self, tensor: Tensor) -> None:
         """Take off a tensor that would itself have become the result, had nobody watched."""
         key = tensor.untyped_storage()._cdata
+        if key not in self._live:
+            return
         self.allocated_bytes -= self._live[key]
         self._live[key] = 0  # seen again, it would be entered again
 
