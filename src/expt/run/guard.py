@@ -109,7 +109,7 @@ def manager_for(
 ) -> MemoryManager:
     """Return what watches a run's memory, and keeps its alarms in the run's directory."""
     return MemoryManager(
-        device if device.type == "cuda" else None,
+        device,
         gpu_threshold=memory.gpu_threshold,
         cpu_threshold=memory.cpu_threshold,
         interval=memory.cleanup_interval_seconds,

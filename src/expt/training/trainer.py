@@ -84,7 +84,7 @@ class Trainer:
     budget_bytes: int | None = None
     predicted_peak_bytes: int | None = None
     callbacks: Callbacks = field(default_factory=Callbacks)
-    manager: MemoryManager = field(default_factory=lambda: MemoryManager(monitoring=False))
+    manager: MemoryManager = field(default_factory=lambda: MemoryManager("cpu", monitoring=False))
     after_epoch: Callable[[int, bool], Mapping[str, float]] = lambda epoch, whole: {}
     """Returns more figures ``GROUP/NAME`` of an epoch, counted from 0, for its row and tracker; it
     is told whether all of the epoch's steps were done."""
