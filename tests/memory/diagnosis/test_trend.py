@@ -169,6 +169,14 @@ def test_the_line_is_continued() -> None:
     assert (ahead.risk, ahead.action) == (pytest.approx(0, abs=1e-6), "none")
 
 
+def test_what_others_hold_is_no_room() -> None:
+    readings = [replace(one, other_bytes=10 * GB) for one in line(10, 0.01)]
+    ahead = forecast(readings, 24 * GB, horizon_steps=300)
+    assert ahead is not None
+    assert ahead.steps_left == pytest.approx((14 - 11.9) / 0.01, rel=1e-6)
+    assert ahead.risk > 0.9
+
+
 @pytest.mark.parametrize(
     ("capacity", "action"),
     [

@@ -27,12 +27,13 @@ class FakeCard:
 
     def __init__(self) -> None:
         self.used = 5.0
+        self.others = 0
         self.reads = 0
 
     def read(self, step: float) -> Reading:
         self.reads += 1
         count = round(self.used * GIB)
-        return Reading(step, count, count, 0, None, self.total_bytes)
+        return Reading(step, count, count, self.others, None, self.total_bytes)
 
     def used_fraction(self, reading: Reading) -> float:
         return reading.allocated_bytes / self.total_bytes
@@ -233,6 +234,18 @@ def test_a_leak_is_told_and_forecast_from_the_history(card: FakeCard, tmp_path: 
     manager.write_csv(tmp_path / "readings.csv")
     text = (tmp_path / "readings.csv").read_text()
     assert list(read_log(text).readings) == manager.histories["cuda:0"].readings
+
+
+def test_what_others_hold_counts_for_a_device_and_not_for_a_budget(card: FakeCard) -> None:
+    manager = MemoryManager(gauges=[card], reading_seconds=0, interval=1e9)
+    card.used, card.others = 3.0, 6 * GIB
+    for _ in range(20):
+        manager.step()
+        card.used += 0.02
+    assert "runs out" in manager.suggestions()[0]
+    budget = manager.risk(horizon_steps=10, capacity_bytes=4 * GIB)
+    assert budget is not None
+    assert budget.risk < 0.1
 
 
 def test_suggestions_for_a_calm_run(card: FakeCard) -> None:

@@ -168,7 +168,7 @@ def suggest(
         trend: the verdict over the first device.
         ahead: its forecast, if there is one.
         over: names of the devices above their threshold now.
-        peak_fraction: the first device's peak, as a part of its memory.
+        peak_fraction: the first device's peak and what others hold, as a part of its memory.
         on_gpu: whether that device is a GPU.
 
     """
@@ -191,7 +191,7 @@ def suggest(
             found.append(f"{name} is above its threshold. {SMALLER_BATCH}")
     if on_gpu and not found and peak_fraction is not None and 0 < peak_fraction < ROOMY:
         found.append(
-            f"The peak takes {peak_fraction:.0%} of the device: a larger data.batch_size, or fewer "
-            "parts (memory.gradient_accumulation), would fit and train faster"
+            f"At the peak {peak_fraction:.0%} of the device is in use: a larger data.batch_size, "
+            "or fewer parts (memory.gradient_accumulation), would fit and train faster"
         )
     return found

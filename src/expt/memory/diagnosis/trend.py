@@ -265,7 +265,7 @@ def forecast(
     Args:
         readings: in the order of their steps. Where they have peaks, what a step needs on top of
             what is left after it is taken off the capacity.
-        capacity_bytes: what the device or the budget has.
+        capacity_bytes: what the device or the budget has; what others hold now is taken off.
         horizon_steps: how far to look ahead.
         window: readings that count.
 
@@ -287,7 +287,7 @@ def forecast(
     error = max(float((rest**2).sum()) / (n - 2), (1e-3 * float(y.mean())) ** 2, 1.0)
     distance = (at - float(x.mean())) ** 2 / spread if spread else 0.0
     deviation = sqrt(error * (1 + 1 / n + distance))
-    room = capacity_bytes - _transient(last)
+    room = capacity_bytes - (last[-1].other_bytes or 0) - _transient(last)
     risk = float(t.sf((room - expected) / deviation, n - 2))
     left = max((room - float(y[-1])) / slope, 0.0) if slope > 0 else None
     _, action, advice = next(row for row in ACTIONS if risk > row[0] or row[0] == 0.0)

@@ -264,10 +264,12 @@ class MemoryManager:
 
         Args:
             horizon_steps: how far to look ahead.
-            capacity_bytes: a budget; None is what the device has.
+            capacity_bytes: a budget; None is what the device has, less what others hold.
 
         """
-        capacity = self._gauges[0].total_bytes if capacity_bytes is None else capacity_bytes
+        capacity = self._gauges[0].total_bytes
+        if capacity_bytes is not None:  # of this process alone, whatever others hold
+            capacity = min(capacity, capacity_bytes + self._others)
         return forecast(self._first.readings, capacity, horizon_steps)
 
     def statistics(self) -> dict[str, Any]:
@@ -306,7 +308,9 @@ class MemoryManager:
             self.leak(),
             self.risk(),
             over=[name for name, used in fractions.items() if used > self._thresholds[name]],
-            peak_fraction=None if peak is None else peak / self._gauges[0].total_bytes,
+            peak_fraction=(
+                None if peak is None else (peak + self._others) / self._gauges[0].total_bytes
+            ),
             on_gpu=not isinstance(self._gauges[0], HostGauge),
         )
 
@@ -328,6 +332,12 @@ class MemoryManager:
     @property
     def _first(self) -> History:
         return self.histories[self._gauges[0].name]
+
+    @property
+    def _others(self) -> int:
+        """What others hold of the first device now."""
+        last = self._first.last
+        return 0 if last is None else last.other_bytes or 0
 
     def _read(self) -> None:
         began = time.monotonic()

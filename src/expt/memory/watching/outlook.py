@@ -44,8 +44,7 @@ def outlook(
         series.append(last)
     if not _rises(series) or judge(series).verdict != "leak":
         return None
-    room = limit_bytes - (series[-1].other_bytes or 0)
-    ahead = forecast(series[-WINDOW:], room, horizon_steps=1.0)
+    ahead = forecast(series[-WINDOW:], limit_bytes, horizon_steps=1.0)
     if ahead is None or ahead.steps_left is None:
         return None
     return Outlook(limit_bytes, series[-1].step + ahead.steps_left, ahead.steps_left)
