@@ -90,3 +90,21 @@ def test_of_a_long_log_the_end_is_read(expt, home: Path, monkeypatch) -> None:
     assert code == 0
     assert "long.log is long" in out
     assert "not_oom" in out
+
+
+def test_a_long_table_keeps_its_head_and_a_long_list_is_read_whole(
+    expt, home: Path, monkeypatch
+) -> None:
+    from expt.commands import diagnose as module
+
+    monkeypatch.setattr(module, "MOST_BYTES", 1000)
+    rows = [(at, 10_000 + 100 * at) for at in range(200)]
+    lines = "".join(f"2026/01/01 00:00:{at % 60:02d}, 0, {used} MiB\n" for at, used in rows)
+    (home / "smi.csv").write_text("timestamp, index, memory.used [MiB]\n" + lines)
+    assert "smi.csv: leak" in diagnose(expt, "diagnose.log=smi.csv")[1]
+    records = [{"step": at, "memory_mb": used} for at, used in rows]
+    (home / "list.json").write_text(json.dumps(records))
+    assert "from step 0 to 199" in diagnose(expt, "diagnose.log=list.json")[1]
+    monkeypatch.setattr(module, "MOST_JSON_BYTES", 2000)
+    (home / "list.json").write_text("[" + ",\n".join(map(json.dumps, records)) + "]")
+    assert "list.json: leak" in diagnose(expt, "diagnose.log=list.json")[1]

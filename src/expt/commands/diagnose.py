@@ -17,10 +17,15 @@ from expt.config.settings import RunContext
 from expt.errors import ConfigError
 from expt.files import write_json
 from expt.memory.diagnosis.diagnosis import Diagnosis, diagnose
+from expt.memory.diagnosis.log_tables import csv_delimiter
 
 DIAGNOSIS_NAME = "diagnosis.json"
 MOST_BYTES = 8 * 1024**2
 """Of a longer file the end is read: that is where memory ran out."""
+MOST_JSON_BYTES = 64 * 1024**2
+"""Of a longer JSON list or object the end is read as well, of a shorter one all."""
+HEAD_BYTES = 64 * 1024
+"""In which the first line of a table has to end."""
 MOST_GARBLED = 0.05
 """Characters that are no text, as a part of all, from which on a file is taken to be binary."""
 
@@ -71,17 +76,23 @@ def _read(path: Path) -> str:
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
-            encoding = _encoding(file.read(4096))
+            start = file.read(HEAD_BYTES)
+            encoding = _encoding(start[:4096])
+            head = start.decode(encoding, errors="replace").removeprefix("\ufeff")
+            most = MOST_JSON_BYTES if head.lstrip().startswith(("[", "{")) else MOST_BYTES
             file.seek(0)
-            if size > MOST_BYTES:
+            if size > most:
                 print(f"{path} is long; the last {MOST_BYTES // 1024**2} MiB of it are read")
                 file.seek((size - MOST_BYTES) // 2 * 2)  # between two characters of UTF-16
-            content = file.read(MOST_BYTES + 1)
+            content = file.read(most + 1)
     except OSError as error:
         raise ConfigError(f"diagnose.log={path} cannot be read: {error.strerror}") from error
     if not content.strip():
         raise ConfigError(f"diagnose.log={path} is empty; give the log or the error message")
     text = content.decode(encoding, errors="replace").removeprefix("\ufeff")
+    first, ends, _ = head.partition("\n")
+    if size > most and ends and csv_delimiter(first) is not None:
+        text = f"{first}\n{text.partition(chr(10))[2]}"  # a table keeps its head
     if "\0" in text or len(_GARBLED.findall(text)) > MOST_GARBLED * len(text):
         raise ConfigError(
             f"diagnose.log={path} is not text (a checkpoint, a picture, an archive?); give a log, "

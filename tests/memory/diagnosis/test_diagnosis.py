@@ -56,6 +56,34 @@ def test_a_steady_log() -> None:
     assert found.forecast.risk < 0.01
 
 
+def test_a_steady_log_that_ends_in_another_error_is_that_error() -> None:
+    steady = "".join(f"step {at} mem 18.2 GB\n" for at in range(20))
+    crash = "RuntimeError: CUDA error: device-side assert triggered\n"
+    found = diagnose(steady + crash)
+    assert (found.kind, found.evidence[0]) == ("not_oom", crash.strip())
+    assert "steady" in found.evidence[1]
+    assert diagnose(crash + steady).kind == "steady", "it was survived"
+
+
+@pytest.mark.parametrize(
+    "echo", ["cache_size_limit: 64\n", "Can't initialize NVML\nstep 1: 3 GB\n"]
+)
+def test_what_a_log_merely_mentions_hides_no_kill(echo: str) -> None:
+    assert diagnose(f"{echo}exitcode: -9\n").kind == "oom"
+
+
+def test_the_compiler_that_gives_up_is_known() -> None:
+    line = "torch._dynamo hit config.recompile_limit (8)"
+    assert diagnose(line).kind == diagnose_error(RuntimeError(line)).kind == "not_oom"
+    assert "compiler" in diagnose(line).cause
+
+
+def test_a_lookalike_behind_another_error_is_found() -> None:
+    error = ValueError("a bad batch")
+    error.__cause__ = RuntimeError("CUDA error: device-side assert triggered")
+    assert "assertion" in diagnose_error(error).cause
+
+
 def test_a_steady_log_that_ends_in_an_oom_is_an_oom() -> None:
     lines = [f"step {at} mem 18.{at % 3} GB" for at in range(50)]
     assert diagnose("\n".join([*lines, MESSAGE])).kind == "oom"

@@ -352,3 +352,49 @@ def test_nothing_found_is_no_error() -> None:
         content = read_log(text)
         assert content.readings == ()
         assert not content.ran_out
+
+
+@pytest.mark.parametrize(
+    ("line", "steps"),
+    [
+        ("Epoch {e}: 100%|███| {n}/100 [00:30<00:00, 12.9it/s, gpu_mem=18.2GB]", (100,)),
+        ("Epoch {e} [{n}/100] mem: 18.2 GB", (100,)),
+        ("Epoch(train) [{e}][{n}/100] lr: 1e-4 memory: 4672", (50, 100)),
+        ("[{e}/30] [{n}/100] mem 18.2 GB", (50, 100)),
+        ('{{"epoch": {e}, "iter": {n}, "memory": 4672}}', (50, 100)),
+    ],
+)
+def test_steps_that_begin_again_with_an_epoch_are_counted_on(
+    line: str, steps: tuple[int, ...]
+) -> None:
+    text = "\n".join(line.format(e=e, n=n) for e in range(5) for n in steps)
+    found = [one.step for one in read_log(text).readings]
+    assert found == [100 * e + n for e in range(5) for n in steps]
+
+
+def test_steps_of_the_whole_run_stay_as_they_are_where_epochs_are_named() -> None:
+    lines = [(0, 50), (0, 100), (1, 100), (1, 150), (0, 125), (2, 200)]  # a rank is behind
+    text = "\n".join(f"epoch {e} step {n} mem 18.2 GB" for e, n in lines)
+    assert [one.step for one in read_log(text).readings] == [50, 100, 125, 150, 200]
+
+
+@pytest.mark.parametrize("speed", ["steps/s: 2.30", "it/sec=2.3", "s/it: 0.43", "sec/step: 3"])
+def test_a_speed_is_no_step(speed: str) -> None:
+    content = read_log(log(f"{speed} step: {{n}} gpu mem: {{g}} GB"))
+    assert [one.step for one in content.readings] == list(range(1, 13))
+
+
+@pytest.mark.parametrize(
+    ("word", "ran_out"),
+    [
+        ("OOM: 0", False),
+        ("OOM=False", False),
+        ("'OOM': None", False),
+        ("0 OOM", False),
+        ("OOM", True),
+        (": OOM", True),
+        ("OOM: 0.5 GiB missing", True),
+    ],
+)
+def test_a_word_says_that_memory_ran_out_or_that_it_did_not(word: str, ran_out: bool) -> None:
+    assert read_log(log("step {n} mem {g} GB") + f"\nstep 1001 {word}").ran_out == ran_out

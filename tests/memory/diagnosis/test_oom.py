@@ -247,7 +247,9 @@ XPU = (
 WHY = [
     # room left: a limit if one is named, else it was gone for a moment only
     (newer("2.00", "80.00", "50.00", "7.50", "0.30", "8.00 GiB allowed; "), "limit"),
-    (newer("0.02", "24.00", "18.00", "4.00", "1.98", "6.00 GiB allowed; "), "limit"),
+    # under a limit too, pieces that would hold it are fragmentation
+    (newer("0.02", "24.00", "18.00", "4.00", "1.98", "6.00 GiB allowed; "), "fragmentation"),
+    (newer("2.20", "24.00", "18.00", "4.00", "1.90", "6.00 GiB allowed; "), "limit"),
     (newer("2.00", "80.00", "50.00", "28.00", "1.00"), "transient"),
     (older("2.26", "6.00", "0.76", "3.03", "1.24"), "transient"),
     (older("10.84", "23.65", "1.06", "10.26", "12.53"), "fragmentation"),
@@ -432,3 +434,14 @@ def test_importing_memory_stays_without_torch_and_scipy() -> None:
 
     with pytest.raises(AttributeError, match="nothing"):
         _ = expt.memory.nothing
+
+
+def test_the_figures_of_two_ranks_are_not_mixed() -> None:
+    first = "[rank0]: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 23.69 GiB total"
+    second = (
+        "[rank1]: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has 23.69 GiB total. "
+        "Process 77 has 20.00 GiB memory in use. 2.50 GiB is allocated by PyTorch"
+    )
+    report = classify_oom(f"{first}\n{second}")
+    assert report is not None
+    assert report.figures == classify_oom(first).figures  # type: ignore[union-attr]

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from expt.memory.diagnosis import advice
 from expt.memory.diagnosis.log_reader import LogContent, read_log
-from expt.memory.diagnosis.lookalikes import find_lookalike
-from expt.memory.diagnosis.oom import OomReport, classify_oom, probable_oom
+from expt.memory.diagnosis.lookalikes import Lookalike, find_lookalike
+from expt.memory.diagnosis.oom import OomReport, chain, classify_oom, probable_oom
 from expt.memory.diagnosis.oom_explanation import explain, figure_lines
 from expt.memory.diagnosis.oom_wordings import HOST_KINDS
 from expt.memory.diagnosis.trend import FEWEST, Forecast, Reading, Trend, forecast, judge
@@ -38,7 +38,7 @@ class Diagnosis:
 def diagnose(text: str) -> Diagnosis:
     """Diagnose a message, a traceback, or the log, CSV or JSON of a run."""
     content = read_log(text)
-    found = find_lookalike(text)
+    found = find_lookalike(content.after)
     guessed = content.oom is not None and content.oom.kind == "killed"
     if guessed and found is not None and not found[0].follows:
         content = replace(content, oom=None, ran_out=False)
@@ -50,7 +50,7 @@ def diagnose(text: str) -> Diagnosis:
     if worst is not None:
         return _of_trend(worst, trends, content)
     if trends and not content.ran_out:
-        return _steady(trends, content)
+        return _steady(trends, content) if found is None else _lookalike(found, _of_each(trends))
     if content.oom is not None:
         return _of_oom(content.oom, _of_each(trends))
     if content.ran_out:
@@ -59,14 +59,22 @@ def diagnose(text: str) -> Diagnosis:
         return Diagnosis(
             "oom", "Memory ran out; there is no message with figures", evidence, advice.REMEDIES
         )
-    return _not_oom(text)
+    return _not_oom(text) if found is None else _lookalike(found)
 
 
 def diagnose_error(error: BaseException) -> Diagnosis:
     """Diagnose an exception, with those that led to it."""
-    text = f"{type(error).__name__}: {error}"
-    report = classify_oom(error) or (None if find_lookalike(text) else probable_oom(text))
-    return _of_oom(report) if report is not None else _not_oom(text)
+    report = classify_oom(error)
+    if report is not None:
+        return _of_oom(report)
+    texts = [f"{type(one).__name__}: {one}" for one in chain(error)]
+    for text in texts:
+        if found := find_lookalike(text):
+            return _lookalike(found)
+    for text in texts:
+        if guess := probable_oom(text):
+            return _of_oom(guess)
+    return _not_oom(texts[0])
 
 
 def _may_have_run_out(name: str, oom: OomReport | None) -> bool:
@@ -188,12 +196,13 @@ def _outlook(ahead: Forecast) -> str:
     return f"Memory runs out within {steps} with a probability of {ahead.risk:.0%}{left}."
 
 
+def _lookalike(found: tuple[Lookalike, str], more: tuple[str, ...] = ()) -> Diagnosis:
+    lookalike, line = found
+    name = lookalike.name[0].upper() + lookalike.name[1:]
+    return Diagnosis("not_oom", name, (line, *more), (lookalike.advice,))
+
+
 def _not_oom(text: str) -> Diagnosis:
-    found = find_lookalike(text)
-    if found is not None:
-        lookalike, line = found
-        name = lookalike.name[0].upper() + lookalike.name[1:]
-        return Diagnosis("not_oom", name, (line,), (lookalike.advice,))
     return Diagnosis(
         "not_oom",
         "Neither an out-of-memory message nor a series of memory readings was found",

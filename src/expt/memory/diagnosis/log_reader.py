@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from expt.memory.diagnosis.amounts import Amount, amounts
 from expt.memory.diagnosis.labels import Role, describe
-from expt.memory.diagnosis.log_tables import TableHead, read_table, table_head
+from expt.memory.diagnosis.log_tables import EpochSteps, TableHead, read_table, table_head
 from expt.memory.diagnosis.oom import OomReport, classify_oom, probable_oom
 from expt.memory.diagnosis.oom_wordings import IN_PROSE
 from expt.memory.diagnosis.trend import Reading
@@ -35,8 +35,9 @@ UNITS_NOTE = {
 _COUNT = r"(?P<step>\d[\d,]*)(?!\.?\d*\s*(?:[KMGT]i?B|s\b))"
 _STEPS = (
     re.compile(
+        r"(?<!\bs/)(?<!\bms/)(?<!\bsec/)"  # a time for each step
         r"\b(?:global[_ ]?|train(?:ing)?[_ ]?|num_)?(?:steps?|iter(?:ation)?s?|it|updates?)\b"
-        rf"(?:/\w+)?\s*[:=#]?\s*\[?\s*{_COUNT}",
+        rf"(?:/(?!s(?:ec(?:ond)?s?)?\b)\w+)?\s*[:=#]?\s*\[?\s*{_COUNT}",
         re.IGNORECASE,
     ),
     re.compile(r"\bafter (?P<step>\d+) (?:iterations|steps)\b"),  # Megatron
@@ -48,6 +49,11 @@ _STEPS = (
 _EPOCH = re.compile(
     r"\bepochs?\b\s*[:=#]?\s*\[?\s*(?P<step>\d+(?:\.\d+)?)(?:\s*/\s*\d+)?", re.IGNORECASE
 )
+_EPOCH_OF_STEP = re.compile(
+    r"\bepochs?\b(?:\s*\(\w+\))?\s*[:=#]?\s*\[?\s*(\d+)"
+    r"|\[\s*(\d+)\s*/\s*\d+\s*\](?=\s*\[\s*\d+\s*/)",
+    re.IGNORECASE,
+)
 _ANY_STEP = re.compile(
     "|".join(one.pattern.replace("?P<step>", "?:") for one in (*_STEPS, _EPOCH)), re.IGNORECASE
 )
@@ -56,8 +62,9 @@ _ABOUT_MEMORY = re.compile(
     re.ASCII | re.IGNORECASE,
 )
 _OOM_WORD = re.compile(
-    r"(?<!no )(?<!0 )\b(?:OOM\b|(?:CUDA )?[Oo]ut of memory)"
+    r"(?<!no )(?<!\b0 )\b(?:OOM\b|(?:CUDA )?[Oo]ut of memory)"
     r"(?![-_ ](?:event|err|er\b|safe|free|risk|retr|count|guard|score|prot))"
+    r"(?!\s*[=:]\s*(?i:0(?!\.?\d)|false\b|none\b|no\b))"
 )
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _QUOTES = str.maketrans("", "", "'\"`")
@@ -73,6 +80,7 @@ class LogContent:
     ran_out: bool  # the file says that memory ran out, in whatever words
     form: str  # "log", "csv" or "json"
     notes: tuple[str, ...] = ()  # what had to be assumed
+    after: str = ""  # the text below the last reading, all of it where there is none
 
     @property
     def readings(self) -> tuple[Reading, ...]:
@@ -103,7 +111,10 @@ def _read_lines(text: str) -> LogContent:
     step: float | None = None
     ran_out_at: float | None = None
     word = False
-    for line in text.splitlines():
+    counted = EpochSteps()
+    lines = text.splitlines()
+    read = last = 0  # readings so far, and the line of the last
+    for number, line in enumerate(lines, 1):
         whole = line[:LONGEST_LINE]
         line = whole.translate(_QUOTES)
         named = next((found for one in _STEPS if (found := one.search(line))), None)
@@ -111,7 +122,11 @@ def _read_lines(text: str) -> LogContent:
         lines_since += 1
         if named or epoch:
             place, lines_since = (by_step if named else by_epoch, _count(named or epoch)), 0
-        step = _count(named) if named else step
+        if named:
+            step = _count(named)
+            of_epoch = _EPOCH_OF_STEP.search(line)
+            if of_epoch is not None and place is not None:
+                place = (by_step, counted.on(step, int(of_epoch[1] or of_epoch[2])))
         if _says_oom(line, whole, first_at_a_step=named is not None and not word):
             word, ran_out_at = True, step if ran_out_at is None else ran_out_at
             continue  # its amounts are those of the message
@@ -128,11 +143,20 @@ def _read_lines(text: str) -> LogContent:
             head = new
         elif place is not None and lines_since <= LINES_OF_A_STEP and not word:
             place[0].add(place[1], [one for one in amounts(line) if describe(one.label).memory])
+        total = by_step.total + by_epoch.total + by_row.total
+        if total > read:
+            read, last = total, number
     report = classify_oom(text) or probable_oom(text)
     chosen = max((by_step, by_epoch, by_row), key=lambda one: one.longest())
     ran_out = word or report is not None
     return LogContent(
-        chosen.series(), report, ran_out_at if ran_out else None, ran_out, "log", chosen.notes()
+        chosen.series(),
+        report,
+        ran_out_at if ran_out else None,
+        ran_out,
+        "log",
+        chosen.notes(),
+        "\n".join(lines[last:]),
     )
 
 
@@ -155,6 +179,8 @@ class _Collected:
 
     readings: dict[str, list[Reading]] = field(default_factory=dict)
     assumed: set[str] = field(default_factory=set)
+    total: int = 0
+    """Readings taken in."""
 
     def add(self, step: float, found: Sequence[Amount], replaces: bool = False) -> None:
         """Take in what one line or row says; `replaces` what the one before said of its step."""
@@ -163,6 +189,7 @@ class _Collected:
             if replaces and known and known[-1].step == step:
                 known.pop()
             known.append(reading)
+            self.total += 1
             self.assumed |= {one.assumed_unit for one in found if one.assumed_unit}
 
     def longest(self) -> int:

@@ -34,12 +34,15 @@ def read_table(text: str) -> tuple[list[Row], str]:
     if not rows:
         rows, form = _csv_rows(text), "csv"
     numbers: Counter[str] = Counter()
+    counted = EpochSteps()
     found = []
     for row in rows:
         device, column = _device(row)
         amounts = _row_amounts(row, device, column)
         if amounts:
-            step = _step(row)
+            step, epoch = _step(row), _column(row, "epoch")
+            if step is not None and epoch is not None:
+                step = counted.on(step, int(epoch))
             found.append((float(numbers[device]) if step is None else step, amounts))
             numbers[device] += 1
     return found, form
@@ -73,7 +76,7 @@ def _rows_of(value: dict[str, Any]) -> list[Any]:
 
 def _object(line: str) -> dict[str, Any] | None:
     try:
-        value = json.loads(line)
+        value = json.loads(line.rstrip().rstrip("],"))  # a list may have a line for each record
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
@@ -92,11 +95,17 @@ def _flat(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 def _csv_rows(text: str) -> list[Mapping[str, Any]]:
     lines = [line for line in text.splitlines() if line.strip()]
-    delimiter = next((one for one in ",\t;" if lines and one in lines[0]), None)
-    if len(lines) < 2 or delimiter is None or re.search(r"\d", lines[0].split(delimiter)[0]):
+    delimiter = csv_delimiter(lines[0]) if lines else None
+    if len(lines) < 2 or delimiter is None:
         return []
     reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
     return [row for row in reader if None not in row]
+
+
+def csv_delimiter(head: str) -> str | None:
+    """Return what parts the columns of a CSV whose first line this is; None if it is none."""
+    delimiter = next((one for one in ",\t;" if one in head), None)
+    return None if delimiter is None or re.search(r"\d", head.split(delimiter)[0]) else delimiter
 
 
 def _device(row: Mapping[str, Any]) -> tuple[str, str]:
@@ -125,14 +134,40 @@ def _row_amounts(row: Mapping[str, Any], device: str, column: str) -> list[Amoun
 
 
 def _step(row: Mapping[str, Any]) -> float | None:
-    for wanted in STEP_NAMES:
-        for name, value in row.items():
-            # ``global_step/max_steps`` of ``10/22156``, ``train/step``
-            if wanted in re.split(r"[/.]", str(name).strip().lower().lstrip("_")):
-                step = _number(str(value).split("/")[0])
-                if step is not None:
-                    return step
+    return next((at for name in STEP_NAMES if (at := _column(row, name)) is not None), None)
+
+
+def _column(row: Mapping[str, Any], wanted: str) -> float | None:
+    for name, value in row.items():
+        # ``global_step/max_steps`` of ``10/22156``, ``train/step``
+        if wanted in re.split(r"[/.]", str(name).strip().lower().lstrip("_")):
+            number = _number(str(value).split("/")[0])
+            if number is not None:
+                return number
     return None
+
+
+class EpochSteps:
+    """Counts steps on that begin again with every epoch; those of the whole run stay as they are.
+
+    The epoch tells one from the other where an epoch has a single reading, or two.
+    """
+
+    def __init__(self) -> None:
+        self._offsets: dict[int, float] = {}
+        self._first = self._last = self._highest = 0.0
+
+    def on(self, step: float, epoch: int) -> float:
+        """Return a step as one of the whole run; a rank may be an epoch behind."""
+        offset = self._offsets.get(epoch)
+        if offset is None:
+            again = step < self._last or step == self._last == self._first
+            before = next(reversed(self._offsets.values()), 0.0)
+            offset = self._highest if self._offsets and again else before
+            self._offsets[epoch], self._first = offset, step
+        self._last = step
+        self._highest = max(self._highest, step + offset)
+        return step + offset
 
 
 def _number(text: str) -> float | None:

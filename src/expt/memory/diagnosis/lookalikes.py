@@ -76,7 +76,8 @@ LOOKALIKES = (
     ),
     _of(
         "the compiler has given up specialising a function whose shapes keep changing",
-        r"recompile_limit|cache_size_limit",
+        r"hit config\.\w*(?:recompile|cache_size)_limit|recompile_limit reached"
+        r"|FailOn(?:Recompile|Cache)LimitHit",
         "pad inputs to a few fixed shapes, or mark the changing dimension as dynamic",
     ),
     _of(

@@ -73,7 +73,7 @@ def classify_oom(error: BaseException | str) -> OomReport | None:
     """
     if isinstance(error, str):
         return _classify_text(error)
-    for one in _chain(error):
+    for one in chain(error):
         report = _classify_exception(one)
         if report is not None:
             return report
@@ -94,7 +94,7 @@ def probable_oom(text: str) -> OomReport | None:
     return OomReport("killed", "unknown", Figures(), " ".join(line.split())[:400])
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def chain(error: BaseException) -> Iterator[BaseException]:
     """Yield the exception, those in its group, and those it came from, each once."""
     waiting, seen = [error], set()
     while waiting:
@@ -140,7 +140,7 @@ def _classify_text(text: str) -> OomReport | None:
             if not says_figures and IN_PROSE.search(text[line_start : found.start() + 1]):
                 continue
             name = (found.groupdict().get("name") or "").strip()
-            message = text[line_start : found.end() + _MESSAGE_LENGTH]
+            message = text[line_start : _end(text, pattern, found)]
             line_end = text.find("\n", found.end())
             line = text[line_start : line_end if line_end >= 0 else len(text)].strip()
             shortened = found[0].startswith("Tried") and re.search("GPU|PyTorch", message)
@@ -151,6 +151,13 @@ def _classify_text(text: str) -> OomReport | None:
 
 _MESSAGE_LENGTH = 1500
 """Characters after its first words in which a message gives its figures."""
+
+
+def _end(text: str, pattern: re.Pattern[str], found: re.Match[str]) -> int:
+    """Return where a message ends: where another of its wording begins, of another rank say."""
+    end = found.end() + _MESSAGE_LENGTH
+    following = pattern.search(text, found.end(), end)
+    return end if following is None else following.start()
 
 
 def _near_hints(text: str) -> str:

@@ -27,7 +27,8 @@ FRAGMENTED = 0.05
 """Least part of what is reserved that must be without a tensor, though it would hold the request:
 less is the rest of a full device."""
 FRAGMENTED_UNASKED = 0.2
-"""The same where the message does not say how much was asked for (handbook: 20 to 30 %)."""
+"""The same where the message does not say how much was asked for (handbook: 20 to 30 %), or names
+a limit, to which small pieces are no answer."""
 CROWDED = 0.2
 """Least part of the device that others must hold."""
 CONTEXT_BYTES = 3 * GIB // 2
@@ -204,19 +205,30 @@ def likely_cause(figures: Figures) -> Cause:
         return "too_large"
     if total is None and free is None and not figures.allocated_bytes:
         return "unknown"
+    left = _left_under_limit(figures)
+    if left is not None and _is_fragmented(figures, left, FRAGMENTED_UNASKED):
+        return "fragmentation"
     if requested is not None and free is not None and free >= requested:
         return "limit" if _names_limit(figures) else "transient"
     if _is_at_limit(figures):
         return "limit"
     if _is_crowded(figures):
         return "other_process"
-    return "fragmentation" if _is_fragmented(figures) else "full"
+    return "fragmentation" if _is_fragmented(figures, free or 0, FRAGMENTED) else "full"
 
 
 def _names_limit(figures: Figures) -> bool:
     """Tell whether there is a limit lower than the device."""
     limit, total = figures.limit_bytes, figures.total_bytes
     return limit is not None and (total is None or limit < total)
+
+
+def _left_under_limit(figures: Figures) -> int | None:
+    """Return what is free of what a limit lets the allocator reserve; None without a limit."""
+    if figures.limit_bytes is None or not _names_limit(figures):
+        return None
+    left = max(figures.limit_bytes - (figures.reserved_bytes or 0), 0)
+    return left if figures.free_bytes is None else min(left, figures.free_bytes)
 
 
 def _is_at_limit(figures: Figures) -> bool:
@@ -237,10 +249,11 @@ def _is_crowded(figures: Figures) -> bool:
     return others > max(CROWDED * total, 0 if stated else CONTEXT_BYTES)
 
 
-def _is_fragmented(figures: Figures) -> bool:
+def _is_fragmented(figures: Figures, free: int, least: float) -> bool:
     """Tell whether enough is held without a tensor in it, and not just the rest of a full device.
 
     With what is free, the pieces would hold the request; small pieces of a full device would not.
+    They are at least a part `least` of what is reserved.
     """
     unused, fraction = figures.unused_bytes, figures.fragmented_fraction
     if unused is None or fraction is None:
@@ -248,8 +261,8 @@ def _is_fragmented(figures: Figures) -> bool:
     requested = figures.requested_bytes
     if requested is None:
         return fraction > FRAGMENTED_UNASKED
-    enough = unused + (figures.free_bytes or 0) >= requested
-    return enough and unused >= requested / 2 and fraction >= FRAGMENTED
+    enough = unused + free >= requested
+    return enough and unused >= requested / 2 and fraction >= least
 
 
 def _first(patterns: list[re.Pattern[str]], message: str, binary: bool) -> int | None:
