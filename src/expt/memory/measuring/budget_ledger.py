@@ -28,6 +28,8 @@ class BudgetLedger(StorageLedger):
 
     """
 
+    counts_shapes = False
+
     def __init__(self, limit_bytes: int) -> None:
         super().__init__()
         self.limit_bytes = limit_bytes

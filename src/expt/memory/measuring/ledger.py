@@ -3,9 +3,9 @@
 Every operator's inputs and outputs pass through a dispatch mode; a storage is added when it is
 first seen and taken off when it dies. The sum is the quantity that
 `torch.cuda.max_memory_allocated` reports on a GPU (without its rounding to blocks). What a
-kernel allocates inside itself is invisible, and so is a tensor no operator ever touched. A tensor
-without bytes (on meta, or fake) is none, and a process that was forked inside counts nothing. That
-torch works differently while it is watched is allowed for (`expt.memory.measuring.in_place_sums`).
+kernel allocates inside itself is invisible, and so is a tensor no operator ever touched. A process
+that was forked inside counts nothing. That torch works differently while it is watched is allowed
+for (`expt.memory.measuring.in_place_sums`).
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ SHARDING, SHARED_OUT = "expt.memory.techniques.sharding", "DTensor"
 
 class StorageLedger(TorchDispatchMode):
     """Context manager; `allocated_bytes` is live, `peak_bytes` the highest it has been inside."""
+
+    counts_shapes = True
+    """Whether tensors without bytes, on meta or fake, count as if they had them."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -109,7 +112,7 @@ class StorageLedger(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key, count = storage._cdata, storage.nbytes()
         if key not in self._live:
-            if storage.device.type == "meta":
+            if storage.device.type == "meta" and not self.counts_shapes:
                 return
             # torch keeps one Python object per storage alive as long as the storage itself.
             weakref.finalize(storage, self._remove, key).atexit = False
