@@ -271,6 +271,32 @@ def test_a_folder_s_weights_are_read_under_the_adapters(tmp_path) -> None:
             assert torch.equal(weight, read[name.replace(".base_layer", "")]), name
 
 
+def test_minilm_s_weights_are_read_under_the_adapters(tmp_path, monkeypatch) -> None:
+    from safetensors.torch import save_file
+
+    stored = {n: w + 0.01 for n, w in made(rank=0).backbone.language.state_dict().items()}
+    save_file(stored, tmp_path / "model.safetensors")
+    monkeypatch.setattr("expt.jobs.vla.small.minilm_folder", lambda: tmp_path)
+    model = made()
+    model.load_pretrained()
+    for name, weight in model.backbone.language.named_parameters():
+        if LORA not in name:
+            assert torch.equal(weight, stored[name.replace(".base_layer", "")]), name
+    save_file(
+        {n: w for n, w in stored.items() if "layer.5" not in n}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(ConfigError, match=r"model.safetensors: 16 weights are not there, like enc"):
+        model.load_pretrained()
+
+
+def test_what_is_trained_has_a_type_of_its_own() -> None:
+    for wanted in (None, "bfloat16"):
+        model = made(QWEN, dtype="bfloat16", trained_dtype=wanted)
+        trained = {weight.dtype for weight in model.parameters() if weight.requires_grad}
+        assert trained == {getattr(torch, wanted or "float32")}
+        assert {w.dtype for w in model.parameters() if not w.requires_grad} == {torch.bfloat16}
+
+
 def test_sentences_are_tokens_of_one_length() -> None:
     tokens = sentence_tokens(QWEN, ["open the drawer", "push"])
     assert tokens.shape == (2, 3) and tokens[1, 1:].tolist() == [-1, -1]

@@ -98,11 +98,29 @@ def load_weights(
             f"{' '.join(str(error).split())[:300]}. To train on random weights, give the "
             "config as a mapping instead of a folder"
         ) from error
-    stored: dict[str, Tensor] = read.state_dict()
+    put_weights(model, read.state_dict(), f"{key}={folder}", own_names)
+
+
+def put_weights(
+    model: nn.Module,
+    stored: Mapping[str, Tensor],
+    where: str,
+    own_names: Callable[[str], str | None] = lambda name: name,
+) -> None:
+    """Put weights that were read into a model; those that it does not have are left out.
+
+    Args:
+        model: that gets them.
+        stored: the weights by their names.
+        where: they were read from, for messages.
+        own_names: from a name in the model to the one in `stored`; None: it is not there.
+
+    Raises:
+        ConfigError: not all of this model's weights are there.
+
+    """
     names = {name: own_names(name) for name in model.state_dict()}
     missing = sorted(name for name in names.values() if name is not None and name not in stored)
     if missing:
-        raise ConfigError(
-            f"{key}={folder}: {len(missing)} weights are not there, like {missing[0]}"
-        )
+        raise ConfigError(f"{where}: {len(missing)} weights are not there, like {missing[0]}")
     model.load_state_dict({n: stored[o] for n, o in names.items() if o is not None}, strict=False)

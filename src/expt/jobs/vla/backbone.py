@@ -85,6 +85,11 @@ class Backbone(nn.Module, ABC):
         return self
 
 
+def without_adapters(name: str) -> str | None:
+    """Return the name that a weight has in a model without LoRA, None for LoRA's own."""
+    return None if LORA in name else name.replace(".base_layer", "")
+
+
 def random_weights(seed: int = 0) -> Any:
     """Return a context in which weights are drawn from a seed of their own.
 

@@ -111,10 +111,10 @@ class VLA(nn.Module):
             else None
         )
         self.expert = Expert(action_size, chunk, width, expert_depth, expert_heads)
-        if trained_dtype is not None:
-            for weight in self.parameters():
-                if weight.requires_grad:
-                    weight.data = weight.data.to(getattr(torch, trained_dtype))
+        wanted = getattr(torch, trained_dtype or "float32")  # PEFT's are as the frozen ones are
+        for weight in self.parameters():
+            if weight.requires_grad and weight.dtype != wanted:
+                weight.data = weight.data.to(wanted)
 
     @classmethod
     def problems(cls, arguments: Mapping[str, Any]) -> list[str]:

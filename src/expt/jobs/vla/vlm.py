@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from expt.errors import ConfigError
 from expt.jobs.vision_language.prompt import Prompts
 from expt.jobs.vision_language.reading import from_config, load_weights, read_config
-from expt.jobs.vla.backbone import LORA, Backbone, random_weights
+from expt.jobs.vla.backbone import Backbone, random_weights, without_adapters
 from expt.jobs.vla.layers import Catch, HandOn, exchanged, layers_of
 
 AUTO, KEY = "AutoModel", "model.backbone"
@@ -126,7 +126,7 @@ class VisionLanguage(Backbone):
         """
         if self.folder is None:
             return
-        load_weights(AUTO, self.model, self.folder, self.dtype, KEY, _without_adapters)
+        load_weights(AUTO, self.model, self.folder, self.dtype, KEY, without_adapters)
 
     def below(self, tokens: Tensor, images: Tensor | None, depth: int) -> dict[str, Tensor]:
         """See `Backbone.below`; ``positions`` [B, ...] where the model has some of its own."""
@@ -174,8 +174,3 @@ class VisionLanguage(Backbone):
                 use_cache=False,
             )
         return output.last_hidden_state, mask
-
-
-def _without_adapters(name: str) -> str | None:
-    """Return the name that a weight has in a model without LoRA, None for LoRA's own."""
-    return None if LORA in name else name.replace(".base_layer", "")
