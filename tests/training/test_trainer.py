@@ -246,6 +246,24 @@ def test_resuming_with_another_model_is_a_clear_message(make):
         other.resume()
 
 
+def test_resuming_on_other_data_is_told(make, capsys):
+    first = make(max_steps=7)
+    first.recipe = {"fingerprint": "old"}
+    first.fit()
+    stored = torch.load(first.folder / "last.pt")
+    for known in ("old", ""):  # an earlier version kept it beside the best weights alone
+        stored["progress"]["data"] = known
+        torch.save(stored, first.folder / "last.pt")
+        for fingerprint in ("old", "new"):
+            again = make()
+            again.recipe = {"fingerprint": fingerprint}
+            assert again.resume() == 7
+            said = capsys.readouterr().out
+            assert ("the data, or how they are divided, have changed" in said) is (
+                fingerprint == "new"
+            )
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_max_steps_counts_optimizer_steps_and_still_validates(make, accumulation):
     trainer = make(max_steps=10, accumulation=accumulation)

@@ -68,7 +68,8 @@ class Progress:
     `expt.training.tuning`; `recovery` is what
     `Recovery.state` of `expt.memory.recovery.recovery` returned, empty in checkpoints from before
     there was one. The schedule goes from step `schedule_start` to `schedule_end`, 0 where it is not
-    known. `monitor` is the metric that `best` is of. `cut` says where in its epoch a run came to
+    known. `monitor` is the metric that `best` is of, `data` the fingerprint of what is trained on,
+    both empty in checkpoints of earlier versions. `cut` says where in its epoch a run came to
     its end, with the sums up to there: [step_in_epoch, loss, weight]; the epoch was validated, and
     is gone on with from there if the run is.
     """
@@ -92,6 +93,7 @@ class Progress:
     schedule_start: int = 0
     schedule_end: int = 0
     monitor: str = ""
+    data: str = ""
     cut: list[float] | None = None
 
     def uncut(self) -> Progress:
@@ -272,6 +274,15 @@ def read_progress(folder: Path) -> Progress | None:
         with contextlib.suppress(*UNREADABLE):
             return _progress(torch.load(folder / name, map_location="cpu", weights_only=True))
     return None
+
+
+def trained_on(folder: Path, progress: Progress) -> str:
+    """Return the fingerprint of the data that a run was trained on, empty where it is not known."""
+    if not progress.data:
+        with contextlib.suppress(*UNREADABLE):
+            stored = torch.load(folder / BEST, map_location="cpu", weights_only=True, mmap=True)
+            return str(stored.get("recipe", {}).get("fingerprint") or "")
+    return progress.data
 
 
 def save_best(

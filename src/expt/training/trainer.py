@@ -183,6 +183,11 @@ class Trainer:
         self.on_stage(self.stages.current)
         print(self.stages.words(), flush=True)
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the data as they were read, before features stand for them; empty if not known."""
+        return str(self.recipe.get("fingerprint") or "")
+
     def resume(self, extending: bool = False) -> int:
         """Restore the last checkpoint, if there is one; return the step to go on from.
 
@@ -195,6 +200,14 @@ class Trainer:
                     f"trainer.resume: the run has chosen its best epoch by {restored.monitor}, and "
                     f"now monitors {self.monitor.name}; set trainer.monitor={restored.monitor}, or "
                     "choose another hydra.run.dir"
+                )
+            known = checkpoint.trained_on(self.folder, restored)
+            if known and self.fingerprint and known != self.fingerprint:
+                print(
+                    "note: the data, or how they are divided, have changed since the run was last "
+                    "saved: it may have been trained on what it is now tested with. A new run, "
+                    "without trainer.resume, begins with the data as they are",
+                    flush=True,
                 )
             opened = restored.uncut()
             if limit_reached(opened, self.settings) is None:
@@ -544,7 +557,7 @@ class Trainer:
         self.batches.share_skipped()
         self.progress.skipped = sorted([split, index] for split, index in self.batches.skipped)
         self.progress.run_id = self.tracker.run_id
-        self.progress.monitor = self.monitor.name
+        self.progress.monitor, self.progress.data = self.monitor.name, self.fingerprint
         self.progress.recovery = self.recovery.state()
         checkpoint.save_last(
             self.folder, self.fabric, self.model, self.optimizer, self.average, self.progress,
