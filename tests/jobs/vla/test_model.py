@@ -147,6 +147,12 @@ def test_a_step_is_the_same_in_parts_and_reaches_every_trained_weight(objective)
     assert sum(part.item() for part in parts) == pytest.approx(loss.item(), rel=1e-5)
 
 
+def test_in_evaluation_what_was_demonstrated_is_not_looked_at() -> None:
+    model, given = made().eval(), inputs()
+    with torch.no_grad():
+        assert torch.equal(model(**given, actions=torch.ones(3, 5, 4)), model(**given))
+
+
 def test_ddim_is_that_of_diffusers_and_flow_leads_along_a_straight_line() -> None:
     diffusers = pytest.importorskip("diffusers")
     from expt.jobs.vla.objective import Ddpm, Flow

@@ -229,7 +229,7 @@ class VLA(nn.Module):
     ) -> Tensor:
         """Return actions [B,H,A], or [B,K,H,A] with the chosen candidate first.
 
-        With `actions` it returns them plus the error of what the network said of noisy ones: the
+        In training it returns `actions` plus the error of what the network said of noisy ones: the
         squared distance to the actions is then the objective's loss.
 
         Args:
@@ -238,7 +238,7 @@ class VLA(nn.Module):
             level: from 0 to 1, [B].
             tokens: int64 [B,T], negative where there is none.
             images: bytes [B,C,3,P,P].
-            actions: [B,H,A].
+            actions: [B,H,A]; looked at in training only.
             features: what `features` made of tokens and images, in their place.
 
         """
@@ -249,7 +249,7 @@ class VLA(nn.Module):
         context, mask = self._context(features)
         dtype = self.context.weight.dtype
         sensed = self.sensors(state.to(dtype))
-        if actions is not None:
+        if actions is not None and self.training:
             noisy, level, wanted = self.objective.blend(actions, noise[:, 0], level)
             said = self.expert(noisy.to(dtype), level, sensed, context, mask)
             errors: Tensor = said - wanted
