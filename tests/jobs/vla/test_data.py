@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from robots import moving, write_lerobot
+from pyarrow import parquet
+from robots import CAMERA, moving, write_lerobot
 
 from expt.errors import DataError, ModelError
 from expt.job import Batch, protocol_problem
@@ -132,6 +135,25 @@ def test_whole_episodes_of_every_task_are_in_each_part(data):
         assert other.fingerprint() != data.fingerprint(), changed
 
 
+def test_an_episode_s_part_does_not_depend_on_other_tasks(data):
+    one = Demonstrations(SHIPPED, **SIZES, tasks=["push-v3"])
+    for split, part in one.parts.items():
+        assert set(part) <= set(data.parts[split])
+
+
+def test_tasks_with_few_demonstrations_are_divided_together(tmp_path):
+    shown = [replace(moving(n), sentence=f"put {n} into the box") for n in range(20)]
+    folder = write_lerobot(tmp_path / "unique", episodes=shown, pictures=None)
+    data = Demonstrations(str(folder), **SIZES)
+    assert [len(part) for part in data.parts.values()] == [16, 2, 2]
+    shown = [replace(moving(n), sentence="turn the key" if n else "Turn the key") for n in range(4)]
+    folder = write_lerobot(tmp_path / "typo", episodes=shown, pictures=None)
+    data = Demonstrations(str(folder), **SIZES, val_fraction=0.5, test_fraction=0.4)
+    assert [len(part) for part in data.parts.values()] == [2, 1, 1] and 0 in data.parts["train"]
+    with pytest.raises(DataError, match=r"has 1 demonstrations of these tasks.* at least 3"):
+        Demonstrations(str(folder), **SIZES, tasks=["Turn the key"])
+
+
 def test_the_training_part_alone_normalises(data):
     states = np.concatenate([data.recordings.episodes[n].state for n in data.parts["train"]])
     np.testing.assert_allclose(data.state_mean, states.mean(axis=0, dtype=float), atol=1e-6)
@@ -199,6 +221,33 @@ def test_to_predict_all_is_test_and_the_trainings_values_normalise(data):
         Demonstrations(SHIPPED, **SIZES, transforms=short)
 
 
+def test_to_predict_values_and_cameras_are_found_by_their_names(tmp_path):
+    side = "observation.images.side"
+    trained = Demonstrations(str(write_lerobot(tmp_path / "one", pictures="image")), **SIZES)
+    kept = {**trained.transforms(), "cameras": [side, CAMERA]}
+    folder = write_lerobot(tmp_path / "other", pictures="image")
+    info = json.loads((folder / "meta/info.json").read_text())
+    features = info["features"]
+    features[side] = features[CAMERA]
+    features["action"]["names"].reverse()
+    (folder / "meta/info.json").write_text(json.dumps(info))
+    for path in folder.glob("data/*/*.parquet"):
+        table = parquet.read_table(path)
+        parquet.write_table(table.append_column(side, table[CAMERA]), path)
+    other = Demonstrations(str(folder), **SIZES, transforms=kept)
+    assert other.cameras == [side, CAMERA]
+    assert np.array_equal(
+        other.recordings.episodes[0].action, trained.recordings.episodes[0].action[:, ::-1]
+    )
+    assert other.recordings.action_names == trained.recordings.action_names
+    with pytest.raises(DataError, match="trained with pictures of 2 cameras"):
+        Demonstrations(str(folder), **SIZES, transforms=kept, cameras=["side"])
+    features["action"]["names"] = ["Joint 0.pos", "gripper"]
+    (folder / "meta/info.json").write_text(json.dumps(info))
+    with pytest.raises(DataError, match=r"no value 'Joint 1.pos', with which the model was"):
+        Demonstrations(str(folder), **SIZES, transforms=kept)
+
+
 def test_predictions_in_the_robots_own_units(data, tmp_path):
     import pandas as pd
 
@@ -243,14 +292,6 @@ def test_impossible_settings_are_named_before_a_file_is_read():
     for name in wrong:
         assert f"data.{name}" in found
     assert Demonstrations.problems({"chunk": 8}) == []
-
-
-def test_too_few_demonstrations_of_a_task(tmp_path):
-    folder = write_lerobot(tmp_path / "few", episodes=[moving(n) for n in (0, 2, 1, 4)],
-                           pictures=None)  # fmt: skip
-    with pytest.raises(DataError, match=r"has 1 demonstrations of 'turn the key'.* at least 3"):
-        Demonstrations(str(folder), **SIZES)
-    assert Demonstrations(str(folder), **SIZES, tasks=["lift the cup"]).size("train") == 12
 
 
 def test_a_damaged_file(tmp_path):

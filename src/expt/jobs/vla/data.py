@@ -25,7 +25,7 @@ from torch import Tensor
 from expt.errors import DataError
 from expt.job import Batch, Split
 from expt.jobs.vla.augment import augmented
-from expt.jobs.vla.episodes import Array, chosen_cameras, of_tasks
+from expt.jobs.vla.episodes import Array, arranged, chosen_cameras, of_tasks
 from expt.jobs.vla.footage import Footage
 from expt.jobs.vla.metrics import ActionErrors, action_metrics, chosen
 from expt.jobs.vla.predictions import write_actions
@@ -33,7 +33,8 @@ from expt.jobs.vla.sources import open_recordings
 from expt.units import format_bytes
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
-DIVISION_SEED = 0
+LEAST = 3
+"""Demonstrations of a task that are divided by themselves: one to train, validate and test."""
 MOVES = 1e-6
 """Standard deviation, relative to the mean's size, from which on a value is one that moves."""
 FARTHEST = 10.0
@@ -54,7 +55,8 @@ class Demonstrations:
         pixels: of a side of a picture, P; pictures of other sides are squeezed.
         samples: candidates that evaluation draws noise for, K.
         tokenizer: the model's backbone, whose tokens sentences become; None: there are no tokens.
-        val_fraction, test_fraction: of the episodes of each task.
+        val_fraction, test_fraction: of the episodes of each task; tasks with fewer than three are
+            divided together.
         stride: steps from one sample of an episode to the next.
         augmentation: shift training pictures and change their light a little, by lot.
         cache: folder for frames of videos, decoded once.
@@ -92,7 +94,9 @@ class Demonstrations:
         self.tokenizer, self.augments = tokenizer, augmentation
         self.shown = str(path)
         self.recordings = open_recordings(path, pixels, Path(cache), where_to_get)
-        self.cameras = chosen_cameras(self.recordings, cameras, self.shown)
+        if transforms is not None:
+            self.recordings = arranged(self.recordings, transforms, self.shown)
+        self.cameras = self._chosen_cameras(cameras, transforms)
         if self.cameras and self.recordings.pixels not in (None, pixels):
             raise DataError(
                 f"data.pixels={pixels}: the pictures of {self.shown} were drawn with "
@@ -231,6 +235,9 @@ class Demonstrations:
             "state_std": self.state_std,
             "action_mean": self.action_mean,
             "action_std": self.action_std,
+            "state_names": [str(name) for name in self.recordings.state_names],
+            "action_names": [str(name) for name in self.recordings.action_names],
+            "cameras": list(self.cameras),
         }
 
     def normalised(self, state: Array) -> Array:
@@ -306,6 +313,19 @@ class Demonstrations:
         place = int(np.searchsorted(starts, index, side="right")) - 1
         return self.parts[split][place], int(index - starts[place]) * self.stride
 
+    def _chosen_cameras(
+        self, cameras: Sequence[str] | None, transforms: Mapping[str, Any] | None
+    ) -> list[str]:
+        """Return the cameras, to predict those of the training unless others are named."""
+        trained = None if transforms is None else transforms.get("cameras")
+        found = chosen_cameras(self.recordings, trained if cameras is None else cameras, self.shown)
+        if trained is not None and len(found) != len(trained):
+            raise DataError(
+                f"data.cameras={found}: the model was trained with pictures of {len(trained)} "
+                f"cameras, {list(trained)}; name as many, in that order"
+            )
+        return found
+
     def _check_frames(self) -> str:
         """Look at the files of pictures before training does; return what will be decoded.
 
@@ -331,26 +351,22 @@ class Demonstrations:
     def _divide(
         self, numbers: Sequence[int], val: float, test: float, transforms: Mapping[str, Any] | None
     ) -> None:
-        """Give each task's episodes to the parts, by lot; to predict, all are of the test."""
+        """Give each task's episodes to the parts; to predict, all are of the test.
+
+        A hash of an episode's names says where it stands among those of its task, so that its part
+        does not depend on what other tasks there are.
+        """
         self.parts: dict[Split, list[int]] = {split: [] for split in SPLITS}
-        by_task: dict[str, list[int]] = {}
-        for number in numbers:
-            by_task.setdefault(self.recordings.episodes[number].task, []).append(number)
-        rng = np.random.default_rng(DIVISION_SEED)
-        for task, members in by_task.items():
-            if transforms is not None:
-                self.parts["test"] += members
-                continue
-            if len(members) < 3:
-                raise DataError(
-                    f"{self.shown} has {len(members)} demonstrations of {task!r}; to train, "
-                    "validate and test takes at least 3; data.tasks leaves a task out"
-                )
-            order = [members[place] for place in rng.permutation(len(members))]
-            held = [max(round(part * len(order)), 1) for part in (val, test)]
-            self.parts["val"] += order[: held[0]]
-            self.parts["test"] += order[held[0] : sum(held)]
-            self.parts["train"] += order[sum(held) :]
+        if transforms is not None:
+            self.parts["test"] += numbers
+        else:
+            for members in self._groups(numbers):
+                order = sorted(members, key=self._mixed)
+                tested = min(max(round(test * len(order)), 1), len(order) - 2)
+                held = tested + min(max(round(val * len(order)), 1), len(order) - tested - 1)
+                self.parts["test"] += order[:tested]
+                self.parts["val"] += order[tested:held]
+                self.parts["train"] += order[held:]
         self._starts: dict[Split, Array] = {}
         for split in SPLITS:
             self.parts[split].sort()
@@ -359,6 +375,32 @@ class Demonstrations:
                 for number in self.parts[split]
             ]
             self._starts[split] = np.cumsum([0, *counts])
+
+    def _groups(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Return the episodes that are divided together: a task's, or those of all small tasks.
+
+        Where these are fewer than `LEAST`, too, they are trained on.
+        """
+        by_task: dict[str, list[int]] = {}
+        for number in numbers:
+            by_task.setdefault(self.recordings.episodes[number].task, []).append(number)
+        groups = [members for members in by_task.values() if len(members) >= LEAST]
+        others = [number for m in by_task.values() if len(m) < LEAST for number in m]
+        if len(others) >= LEAST:
+            groups.append(others)
+        elif groups:
+            self.parts["train"] += others
+        else:
+            raise DataError(
+                f"{self.shown} has {len(others)} demonstrations of these tasks; to train, validate "
+                f"and test takes at least {LEAST}"
+            )
+        return groups
+
+    def _mixed(self, number: int) -> str:
+        """Return a key that orders episodes as if at random, the same everywhere."""
+        episode = self.recordings.episodes[number]
+        return hashlib.sha256(f"{episode.task}/{episode.name}".encode()).hexdigest()
 
     def _normalise(self, transforms: Mapping[str, Any] | None) -> None:
         """Take mean and standard deviation from the training part, or from where they were kept."""

@@ -15,8 +15,8 @@ import os
 import threading
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -159,6 +159,44 @@ def chosen_cameras(recordings: Recordings, cameras: Sequence[str] | None, shown:
             )
         found.append(whole[0])
     return found
+
+
+def arranged(recordings: Recordings, trained: Mapping[str, Any], shown: str) -> Recordings:
+    """Return recordings whose values stand in the order that a model was trained with.
+
+    Args:
+        recordings: to predict; where either has numbers for names there is nothing to compare.
+        trained: ``state_names`` and ``action_names`` of the training's recordings, if known.
+        shown: where the recordings are, for messages.
+
+    Raises:
+        DataError: their values have other names.
+
+    """
+    places: dict[str, list[int]] = {}
+    for kind, names in (("state", recordings.state_names), ("action", recordings.action_names)):
+        own, wanted = list(map(str, names)), list(trained.get(f"{kind}_names", names))
+        numbers = [str(number) for number in range(len(own))]
+        if len(own) != len(wanted) or numbers in (own, wanted):
+            continue
+        if sorted(own) != sorted(wanted):
+            lacking = next(name for name in wanted if wanted.count(name) > own.count(name))
+            raise DataError(
+                f"{shown}: its {kind}s have no value {lacking!r}, with which the model was "
+                f"trained; {nearest(lacking, own)}"
+            )
+        if own != wanted and len(set(own)) == len(own):
+            places[kind] = [own.index(name) for name in wanted]
+    if not places:
+        return recordings
+    return replace(
+        recordings,
+        episodes=[
+            replace(one, **{kind: getattr(one, kind)[:, order] for kind, order in places.items()})
+            for one in recordings.episodes
+        ],
+        **{f"{kind}_names": list(trained[f"{kind}_names"]) for kind in places},
+    )
 
 
 class StoredFrames:
