@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from videos import HEIGHT, WIDTH, square, write_video
 
 from expt.errors import DataError
-from expt.jobs.clips.decode import Probe, is_clip, probe, read_frames
+from expt.jobs.clips.decode import Probe, _read_late, is_clip, probe, read_frames
 
 pytest.importorskip("av")
 
@@ -50,6 +53,31 @@ def test_a_long_video_is_entered_by_a_seek(tmp_path):
     late = read_frames(path, [300, 350, 399], probed=found)
     assert np.abs(late.mean(axis=(1, 2, 3)) - [150, 175, 199]).max() < 2
     assert np.array_equal(late, read_frames(path, [300, 350, 399]))
+
+
+def test_after_a_seek_no_more_is_held_than_was_asked_for():
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = []
+
+    class Frame:
+        is_corrupt, width, height, rotation = False, 4, 4, 0
+
+        def __init__(self, pts):
+            self.pts = pts
+            alive.add(self)
+
+        def to_ndarray(self, **how):
+            most.append(len(alive))
+            return np.full((2, 2, 3), self.pts, dtype=np.uint8)
+
+    container = SimpleNamespace(
+        seek=lambda at, stream: None, decode=lambda stream: (Frame(n) for n in range(60, 160))
+    )
+    probed = Probe(200, 4, 4, first_time=0, frame_time=1)
+    found = _read_late(container, None, range(64, 164), 2, probed)
+    assert found is None and max(most) <= 2
+    found = _read_late(container, None, [64, 64, 99], 2, probed)
+    assert found[:, 0, 0, 0].tolist() == [64, 64, 99]
 
 
 def test_unevenly_spaced_frames_are_counted_from_the_start(tmp_path):

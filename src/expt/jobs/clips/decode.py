@@ -148,7 +148,7 @@ def read_frames(
         return read_array(path, numbers, short_side)
     if probed is not None and probed.frame_time and numbers[0] >= SEEK_FROM:
         with _opened(path) as (container, stream):
-            found_late = _read_late(container, stream, path, numbers, short_side, probed)
+            found_late = _read_late(container, stream, numbers, short_side, probed)
         if found_late is not None:
             return found_late
     with _opened(path) as (container, stream):
@@ -194,34 +194,37 @@ def _announced(container: Any, stream: Any, steady: bool) -> int:
 def _read_late(
     container: Any,
     stream: Any,
-    path: Path,
     numbers: Sequence[int],
     short_side: int | None,
     probed: Probe,
 ) -> np.ndarray | None:
     """Read after a seek, by the frames' times; None where it does not come out exactly."""
-    first, step = probed.first_time, probed.frame_time
+    wanted = [number - numbers[0] for number in numbers]
     try:
-        container.seek(first + numbers[0] * step, stream=stream)
-        places: list[int] = []
-        frames: list[Any] = []
-        for frame in container.decode(stream):
-            place, rest = divmod(-1 if frame.pts is None else frame.pts - first, step)
-            if frame.is_corrupt or rest or (places and place != places[-1] + 1):
-                return None
-            if not places and place > numbers[0]:
-                return None
-            places.append(place)
-            if place >= numbers[0]:
-                frames.append(frame)
-            if place == numbers[-1]:
-                break
+        container.seek(probed.first_time + numbers[0] * probed.frame_time, stream=stream)
+        pixels, _ = _pick(_from(container, stream, numbers[0], probed), wanted, short_side)
     except (OSError, ValueError):
         return None  # what is wrong with it is said by reading from its start
-    if not frames or places[-1] != numbers[-1]:
-        return None
-    pixels, _ = _pick(iter(frames), [number - numbers[0] for number in numbers], short_side)
-    return np.stack(pixels)
+    return np.stack(pixels) if len(pixels) == len(numbers) else None
+
+
+def _from(container: Any, stream: Any, number: int, probed: Probe) -> Iterator[Any]:
+    """Yield the frames from a number on as they are decoded after a seek, so that none is kept.
+
+    Raises:
+        ValueError: their times do not say exactly which frames they are.
+
+    """
+    before: int | None = None
+    for frame in container.decode(stream):
+        time = -1 if frame.pts is None else frame.pts - probed.first_time
+        place, rest = divmod(time, probed.frame_time)
+        late = place > number if before is None else place != before + 1
+        if frame.is_corrupt or rest or late:
+            raise ValueError(f"the frame with the time {frame.pts} is none that was expected")
+        before = place
+        if place >= number:
+            yield frame
 
 
 def _pick(
