@@ -19,6 +19,7 @@ from expt.errors import DataError, ModelError
 from expt.job import Batch, protocol_problem
 from expt.jobs.vla.augment import augmented
 from expt.jobs.vla.data import Demonstrations
+from expt.jobs.vla.predictions import write_actions
 from expt.training.reading import sample_generator
 
 SHIPPED = "expt://metaworld_state.npz"
@@ -269,6 +270,18 @@ def test_predictions_in_the_robots_own_units(data, tmp_path):
     table = pd.read_parquet(tmp_path / "val.parquet")
     assert len(table) == 30
     assert (table.predicted_x - table.demonstrated_x).abs().max() < 1e-6
+
+
+def test_actions_of_one_name_have_columns_of_their_own(tmp_path):
+    import pandas as pd
+
+    values = np.arange(6.0).reshape(1, 2, 3)
+    columns = {"predicted": values, "demonstrated": values}
+    columns |= {"episode": np.array(["a"]), "step": np.array([0])}
+    write_actions(tmp_path / "a.parquet", ["joint", "joint", "grip"], columns)
+    table = pd.read_parquet(tmp_path / "a.parquet")
+    assert table.predicted_joint.tolist() == [0, 3]
+    assert table.predicted_joint_1.tolist() == [1, 4]
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,17 @@ def test_images_inside_of_parquet(tmp_path, version):
     assert item.inputs["images"].unique().tolist() == [number]
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_images_stand_in_the_order_of_the_steps(tmp_path, version):
+    folder = write_lerobot(tmp_path / "images", version, pictures="image")
+    for path in folder.glob("data/*/*.parquet"):
+        table = parquet.read_table(path)
+        parquet.write_table(table.take(list(reversed(range(len(table))))), path)
+    data = opened(folder, tmp_path)
+    for step in (0, 5):
+        assert np.unique(data.recordings.frames.read(2, step, [CAMERA])) == [10 * step + 2]
+
+
 def test_both_layouts_make_the_same_samples(folders, tmp_path):
     two, three = (opened(folders[version], tmp_path) for version in VERSIONS)
     assert two.parts == three.parts

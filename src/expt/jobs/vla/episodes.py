@@ -195,7 +195,8 @@ def arranged(recordings: Recordings, trained: Mapping[str, Any], shown: str) -> 
             replace(one, **{kind: getattr(one, kind)[:, order] for kind, order in places.items()})
             for one in recordings.episodes
         ],
-        **{f"{kind}_names": list(trained[f"{kind}_names"]) for kind in places},
+        state_names=trained["state_names"] if "state" in places else recordings.state_names,
+        action_names=trained["action_names"] if "action" in places else recordings.action_names,
     )
 
 

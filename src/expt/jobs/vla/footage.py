@@ -22,6 +22,7 @@ from expt.errors import DataError, first_line
 from expt.jobs.clips.decode import Probe, read_frames
 from expt.jobs.clips.inspect import inspect_files
 from expt.jobs.clips.listing import named
+from expt.jobs.vla.columns import STEP, in_order
 from expt.jobs.vla.episodes import Array, StoredFrames
 
 RATE_TOLERANCE = 0.01
@@ -134,6 +135,7 @@ class Footage(StoredFrames):
         status = one.path.stat() if one.path.exists() else None
         told = [one.path.absolute(), one.first, one.length, one.episode, camera, self._pixels]
         told += [status.st_size, status.st_mtime_ns] if status else []
+        told += [] if camera in self._videos else [STEP]  # earlier versions took the file's order
         return self._cache / f"{hashlib.sha256(str(told).encode()).hexdigest()[:24]}.npy"
 
     def _decoded(self, episode: int, camera: str) -> Array:
@@ -179,19 +181,23 @@ def squeezed(frames: Array, pixels: int) -> Array:
 
 
 def _rows(one: Source, camera: str) -> list[Mapping[str, object] | None]:
-    """Return the images of an episode as parquet holds them."""
+    """Return the images of an episode as parquet holds them, in the order of its steps."""
     from pyarrow import parquet
 
     try:
+        known = parquet.read_schema(one.path).names
         table = parquet.read_table(
-            one.path, columns=[camera], filters=[("episode_index", "=", one.episode)]
+            one.path,
+            columns=[camera, STEP] if STEP in known else [camera],
+            filters=[("episode_index", "=", one.episode)],
         )
     except (OSError, ValueError) as error:
         raise DataError(f"{one.path}: {camera} cannot be read: {first_line(error)}") from error
-    rows: list[Mapping[str, object] | None] = table.column(camera).to_pylist()
-    if len(rows) != one.length:
+    if len(table) != one.length:
         raise DataError(
-            f"{one.path} has {len(rows)} images of episode {one.episode}, which has {one.length} "
+            f"{one.path} has {len(table)} images of episode {one.episode}, which has {one.length} "
             "steps"
         )
+    ordered = in_order(one.path, one.episode, table)
+    rows: list[Mapping[str, object] | None] = ordered.column(camera).to_pylist()
     return rows

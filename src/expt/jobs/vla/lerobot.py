@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from expt.errors import DataError, first_line, nearest
+from expt.errors import DataError, nearest
+from expt.jobs.vla.columns import in_order, numbers, one_each
 from expt.jobs.vla.episodes import Array, Episode, Recordings
 from expt.jobs.vla.footage import Footage, Source
 from expt.jobs.vla.lerobot_meta import (
@@ -68,9 +69,9 @@ def read_lerobot(folder: Path, pixels: int, cache: Path) -> Recordings:
     episodes, several = [], 0
     for one in listed:
         values = columns[one.number]
-        numbers = values["task_index"]
-        sentence = tasks.get(int(numbers[0]), one.tasks[0] if one.tasks else "")
-        several += len(np.unique(numbers)) > 1
+        told = values["task_index"]
+        sentence = tasks.get(int(told[0]), one.tasks[0] if one.tasks else "")
+        several += len(np.unique(told)) > 1
         name = f"episode {one.number}"
         episodes.append(Episode(name, sentence, sentence, values[STATE], values[ACTION]))
     notes = (
@@ -124,36 +125,21 @@ def _values(info: Info, path: Path, one: Listed, table: Any, rows: Array) -> dic
         raise DataError(
             f"{path} has {len(rows)} steps of episode {one.number}, and meta lists {one.length}"
         )
-    part = _in_order(path, one, table.take(rows))
+    part = in_order(path, one.number, table.take(rows))
     found: dict[str, Array] = {}
     for key in (STATE, ACTION):
         says = f"meta/info.json says {info.size(key)}: all episodes must be of the same robot"
-        found[key] = _numbers(path, one, part, key, info.size(key), says).astype(np.float32)
+        found[key] = numbers(path, one.number, part, key, info.size(key), says).astype(np.float32)
         if not np.isfinite(found[key]).all():
             raise DataError(f"{path}: {key} of episode {one.number} has values that are no numbers")
     if "timestamp" in part.column_names:
-        _check_times(info, path, one, _one_each(path, one, part, "timestamp"))
+        _check_times(info, path, one, one_each(path, one.number, part, "timestamp"))
     found["task_index"] = (
-        _one_each(path, one, part, "task_index")
+        one_each(path, one.number, part, "task_index")
         if "task_index" in part.column_names
         else np.full(one.length, -1)
     )
     return found
-
-
-def _in_order(path: Path, one: Listed, part: Any) -> Any:
-    """Return an episode's rows in the order of its steps, which must all be there."""
-    if "frame_index" not in part.column_names:
-        return part
-    frames = _one_each(path, one, part, "frame_index")
-    order = np.argsort(frames, kind="stable")
-    wrong = np.flatnonzero(frames[order] != np.arange(one.length))
-    if len(wrong):
-        raise DataError(
-            f"{path}: frame_index of episode {one.number} must go from 0 to {one.length - 1}; "
-            f"in the place of {wrong[0]} there is {frames[order][wrong[0]]:g}"
-        )
-    return part.take(order)
 
 
 def _check_times(info: Info, path: Path, one: Listed, times: Array) -> None:
@@ -177,53 +163,6 @@ def _check_times(info: Info, path: Path, one: Listed, times: Array) -> None:
             f"{path}: steps {first} and {first + 1} of episode {one.number} are "
             f"{apart[first]:.4g} s apart, and {says}; an episode must have no gaps: make it two"
         )
-
-
-def _one_each(path: Path, one: Listed, part: Any, key: str) -> Array:
-    """Return a column with one number a step [T]."""
-    return _numbers(path, one, part, key, 1, "must have 1")[:, 0]
-
-
-def _numbers(path: Path, one: Listed, part: Any, key: str, size: int, says: str) -> Array:
-    """Return a column of an episode [T, size]; `says` why it has this size."""
-    import pyarrow as pa
-
-    column, of = part.column(key), f"{path}: {key} of episode {one.number}"
-    if column.null_count:
-        step = int(np.flatnonzero(column.is_null().to_numpy())[0])
-        raise DataError(f"{of} has nothing (null) at step {step}; every step must have its values")
-    kind = column.type
-    while pa.types.is_nested(kind) and hasattr(kind, "value_type"):
-        kind = kind.value_type
-    if not any(
-        is_(kind) for is_ in (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
-    ):
-        raise DataError(f"{of} must hold numbers; there is {column.type}")
-    try:
-        values = _rows(column)
-    except ValueError as error:  # lists of lists of different lengths
-        raise DataError(f"{of} cannot be read: {first_line(error)}") from error
-    others = {len(value) for value in values} - {size}
-    if others:
-        raise DataError(f"{of} has {min(others)} values, and {says}")
-    return np.stack(values)
-
-
-def _rows(column: Any) -> Sequence[Array]:
-    """Return the values of each step, whatever lists they are in."""
-    import pyarrow as pa
-    from pyarrow import compute
-
-    values = column.combine_chunks()
-    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    if not any(kind(values.type) for kind in kinds):
-        return list(values.to_numpy(zero_copy_only=False)[:, None])
-    flat = values.flatten()
-    if len(values) and len(flat) % len(values) == 0 and pa.types.is_primitive(flat.type):
-        size = len(flat) // len(values)
-        if compute.all(compute.equal(compute.list_value_length(values), size)).as_py():
-            return list(flat.to_numpy(zero_copy_only=False).reshape(len(values), size))
-    return [np.ravel(value) for value in values.to_pylist()]
 
 
 def _footage(info: Info, listed: Sequence[Listed], pixels: int, cache: Path) -> Footage | None:

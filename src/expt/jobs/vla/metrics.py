@@ -32,12 +32,17 @@ def action_metrics(names: Sequence[str], samples: int) -> list[Metric]:
 
 def keys_of(names: Sequence[str]) -> list[str]:
     """Return names that can be keys of figures: letters, digits and underscores, all different."""
+    plain = (re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_").lower() for name in names)
+    return distinct([name or str(number) for number, name in enumerate(plain)])
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Return names that are all different: one that was there before gets a number."""
     found: list[str] = []
     for number, name in enumerate(names):
-        plain = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_").lower() or str(number)
-        key, next_number = plain, number
+        key, next_number = name, number
         while key in found:
-            key, next_number = f"{plain}_{next_number}", next_number + 1
+            key, next_number = f"{name}_{next_number}", next_number + 1
         found.append(key)
     return found
 

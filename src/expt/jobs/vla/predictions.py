@@ -12,6 +12,7 @@ import numpy as np
 
 from expt.files import replace_atomically
 from expt.jobs.vla.episodes import Array
+from expt.jobs.vla.metrics import distinct
 
 
 def write_actions(path: Path, names: Sequence[str], columns: Mapping[str, Array]) -> None:
@@ -19,7 +20,8 @@ def write_actions(path: Path, names: Sequence[str], columns: Mapping[str, Array]
 
     Args:
         path: ``.npz`` holds the arrays as they are, ``.parquet`` a row for each step of a chunk.
-        names: of the values of an action, A.
+        names: of the values of an action, A; where several have one name, parquet's columns get
+            a number.
         columns: ``episode`` and ``step`` [B], where a chunk begins; ``predicted`` and
             ``demonstrated`` [B, H, A] in the robot's own units, NaN beyond an episode's end.
 
@@ -45,5 +47,5 @@ def _parquet(path: Path, names: Sequence[str], columns: Mapping[str, Array]) -> 
     }
     for kind in ("predicted", "demonstrated"):
         flat = columns[kind].reshape(-1, len(names))
-        rows |= {f"{kind}_{name}": flat[:, at] for at, name in enumerate(names)}
+        rows |= {f"{kind}_{name}": flat[:, at] for at, name in enumerate(distinct(names))}
     pd.DataFrame(rows).to_parquet(path)
