@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import pytest
+from omegaconf import OmegaConf
 
 from expt.commands.expand.probe import forced
-from expt.commands.expand.steps import among, step_problems, without_settings
+from expt.commands.expand.steps import among, step_problems, without_effect, without_settings
 from expt.config.command_nodes import ExpandConfig
 
 BASE = ["+memory=minimal"]
@@ -55,6 +56,25 @@ def test_steps_that_can_be(composed) -> None:
     assert len(cfg.expand.steps) == 6
     shipped = step_problems(["+memory=lite"], cfg.expand.steps, FORCED)
     assert shipped == [], "the list that is shipped"
+
+
+def test_steps_that_change_nothing_are_found(composed) -> None:
+    composed()
+    base = ["experiment=vla", "+memory=full"]
+    steps = ["model.rank=32", "model.live_layers=4", "model.live_layers=6", "model.nothing=1"]
+    assert without_effect(base, steps) == ["model.rank=32"]
+
+
+@pytest.mark.parametrize("name", ["vla", "vla_qwen"])
+@pytest.mark.parametrize("preset", ["full", "lite", "minimal"])
+def test_shipped_steps_of_a_vision_language_action_model_grow_it(composed, name, preset) -> None:
+    base = [f"experiment={name}", f"+memory={preset}"]
+    steps = composed("task=expand", *base).expand.steps
+    assert steps
+    for step in steps:
+        option, _, value = step.partition("=")
+        assert int(value) >= OmegaConf.select(composed(*base), option), step
+    assert step_problems([*base, "data.path=FOLDER"], steps, FORCED) == []
 
 
 def test_of_another_model_the_shipped_steps_that_it_does_not_have_are_found(composed) -> None:

@@ -305,6 +305,7 @@ def test_impossible_settings_are_named_before_a_file_is_read():
     for name in wrong:
         assert f"data.{name}" in found
     assert Demonstrations.problems({"chunk": 8}) == []
+    assert "data.pixels is null" in Demonstrations.problems({"pixels": None})[0]
 
 
 def test_a_damaged_file(tmp_path):

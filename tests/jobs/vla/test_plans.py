@@ -13,6 +13,13 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 
+def test_pictures_are_kept_as_large_as_qwen_sees_them(composed) -> None:
+    line = ("experiment=vla_qwen", "data.path=FOLDER")
+    assert composed(*line).data.pixels == 476
+    assert composed(*line, "model.image_size=308").data.pixels == 308
+    assert composed(*line, "data.pixels=224").data.pixels == 224
+
+
 def test_qwen_is_planned_by_its_config_and_a_cached_prefix_takes_a_third(composed) -> None:
     line = (
         "experiment=vla", "model=vla_qwen", "data=metaworld_state", "+memory=full",

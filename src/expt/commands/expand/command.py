@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from expt.commands.expand.figures import as_markdown, expansion_table, plot_expansion
 from expt.commands.expand.policy import Probe, Step, expand, kept_changes, last_values, stored_probe
 from expt.commands.expand.probe import Prober, forced
-from expt.commands.expand.steps import among, step_problems, without_settings
+from expt.commands.expand.steps import among, step_problems, without_effect, without_settings
 from expt.config.command_nodes import ExpandConfig
 from expt.config.compose import key, typed
 from expt.config.settings import RunContext, Settings
@@ -71,6 +71,9 @@ def run(cfg: DictConfig, context: RunContext) -> ExpandResult:
         for step, missing in without_settings(base, expansion.steps).items():
             expansion.steps.remove(step)
             print(f"skipped: {step}: {missing}")
+    for step in without_effect(base, expansion.steps):
+        expansion.steps.remove(step)
+        print(f"skipped: {step}: the starting point has it already")
     problems = expansion.problems() or step_problems(base, expansion.steps, forced(expansion))
     if problems:
         raise ConfigError(problems)

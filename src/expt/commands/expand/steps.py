@@ -40,6 +40,32 @@ def without_settings(base: Sequence[str], steps: Sequence[str]) -> dict[str, str
     return {step: words for step, words in missing.items() if words is not None}
 
 
+def without_effect(base: Sequence[str], steps: Sequence[str]) -> list[str]:
+    """Return the steps that leave the starting point as it is, but for those that go back to it.
+
+    Args:
+        base: the settings of the starting point.
+        steps: the changes, in order.
+
+    """
+    plain = _resolved(base)
+    earlier: set[str] = set()
+    found = []
+    for step in steps:
+        if key(step) not in earlier and plain is not None and _resolved([*base, step]) == plain:
+            found.append(step)
+        earlier.add(key(step))
+    return found
+
+
+def _resolved(lines: Sequence[str]) -> Any:
+    """Return the whole configuration as plain values, None where it cannot be composed."""
+    try:
+        return OmegaConf.to_container(compose(CONFIG_NAME, overrides=list(lines)), resolve=True)
+    except (HydraException, OmegaConfBaseException):
+        return None
+
+
 def step_problems(base: Sequence[str], steps: Sequence[str], forced: Sequence[str]) -> list[str]:
     """Return one message per step that cannot be: unknown keys, values that are refused.
 

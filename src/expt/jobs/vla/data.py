@@ -126,6 +126,11 @@ class Demonstrations:
             for name, limit in least.items()
             if isinstance(arguments.get(name), int) and arguments[name] < limit
         ]
+        found += [
+            f"data.{name} is null; give a number, like data.{name}={limit}"
+            for name, limit in {**least, "pixels": 224}.items()
+            if name in arguments and arguments[name] is None
+        ]
         val, test = arguments.get("val_fraction", 0.1), arguments.get("test_fraction", 0.1)
         if not (val > 0 and test > 0 and val + test < 1):
             found.append(
