@@ -460,8 +460,11 @@ class Tunable(Protocol):
 class Pretrained(Protocol):
     """A model whose weights are read from disk apart from its construction; optional."""
 
-    def load_pretrained(self) -> None:
-        """Read the weights; called once before training, never by a plan."""
+    def load_pretrained(self) -> str | None:
+        """Read the weights; called once before training, never by a plan.
+
+        Returns a note for the user, such as that there are none to read; else nothing.
+        """
 
 
 @runtime_checkable

@@ -49,6 +49,7 @@ class Pretrained(Net):
             raise AssertionError("a plan reads no weights")
         nn.init.constant_(self.head.weight, 0.25)
         print("pretrained weights read")
+        return "the body is made up"
 """
 
 
@@ -162,6 +163,7 @@ def test_pretrained_weights_are_read_for_training_and_not_for_a_plan(expt, line)
     code, out, err = expt(*settings, small=False)
     assert code == 0, err
     assert out.count("pretrained weights read") == 1
+    assert "note: the body is made up" in out
 
 
 def test_a_preset_may_set_other_settings_by_rows_of_an_experiment(expt, toys, home) -> None:

@@ -122,19 +122,28 @@ def build_model(
         ModelError: its forward does not take `inputs`, the data's, by name.
 
     """
-    return model_from(settings, data.model_arguments(), inputs, pretrained)
+    return model_from(settings, data.model_arguments(), inputs, pretrained, announce=True)
 
 
 def model_from(
-    settings: Settings, arguments: Mapping[str, Any], inputs: Iterable[str], pretrained: bool
+    settings: Settings,
+    arguments: Mapping[str, Any],
+    inputs: Iterable[str],
+    pretrained: bool,
+    announce: bool = False,
 ) -> nn.Module:
-    """Build the model with what a data set's `model_arguments` returned; see `build_model`."""
+    """Build the model with what a data set's `model_arguments` returned; see `build_model`.
+
+    With `announce`, what reading its weights returned is said.
+    """
     from expt.memory.techniques.batch_norm import set_batch_norm
 
     model: nn.Module = build(settings, "model", **arguments)
     check_forward(model, inputs)
     if pretrained and isinstance(model, Pretrained):
-        model.load_pretrained()
+        note = model.load_pretrained()
+        if announce and isinstance(note, str):
+            print(f"note: {note}", flush=True)
     set_batch_norm(model, settings.memory.batch_norm.value)
     if stages := settings.trainer.stages:
         one = len(stages) == 1

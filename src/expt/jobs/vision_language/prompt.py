@@ -33,11 +33,15 @@ class Prompts:
         image_size: pixels of a side that pictures are brought to; None: the model's own size, or,
             where it takes any, the pictures' rounded to its patches.
         folder: of the weights, whose processor's settings are read where there are any.
+        answers: the sentence holds an answer, of which no word may look at a later one.
 
     """
 
-    def __init__(self, model: Any, image_size: int | None, folder: Path | None) -> None:
-        self.model, self.image_size = model, image_size
+    def __init__(
+        self, model: Any, image_size: int | None, folder: Path | None, answers: bool = False
+    ) -> None:
+        self.model, self.image_size, self._answers = model, image_size, answers
+        self._taken = inspect.signature(inspect.unwrap(type(model).forward)).parameters
         self.mean, self.deviation = _statistics(folder)
         taken = inspect.signature(inspect.unwrap(type(model).get_image_features)).parameters
         self._in_patches, self._nested = "image_grid_thw" in taken, "pixel_attention_mask" in taken
@@ -56,7 +60,7 @@ class Prompts:
         pad = self.model.config.get_text_config().pad_token_id
         ids = tokens.masked_fill(~present, int(pad) if isinstance(pad, int) and pad >= 0 else 0)
         if images is None:
-            return ids, present, {}
+            return ids, present, self._kinds(ids)
         batch, cameras = images.shape[:2]
         pictures = self.pictures(images.flatten(0, 1))
         arguments: dict[str, Any] = {"pixel_values": pictures}
@@ -79,10 +83,19 @@ class Prompts:
         places = places.flatten(1)
         ids = torch.cat([places, ids], dim=1)
         mask = torch.cat([torch.ones_like(places, dtype=torch.bool), present], dim=1)
-        kinds = inspect.signature(inspect.unwrap(type(self.model).forward)).parameters
-        if "mm_token_type_ids" in kinds:
+        if "mm_token_type_ids" in self._taken:
             more["mm_token_type_ids"] = (ids == self._placeholder()).int()
-        return ids, mask, {**more, "mm_encoder_outputs": {"image": seen}}
+        return ids, mask, {**more, **self._kinds(ids), "mm_encoder_outputs": {"image": seen}}
+
+    def _kinds(self, ids: Tensor) -> dict[str, Tensor]:
+        """Return what kind each token is of [B,N], where the model's mask depends on it."""
+        if "token_type_ids" not in self._taken:
+            return {}
+        pictured = (ids == self._placeholder()).int()
+        if self.model.config.model_type != "paligemma":
+            return {"token_type_ids": pictured}
+        # Its 1 is a word that only later ones look at; all others look at one another.
+        return {"token_type_ids": 1 - pictured if self._answers else torch.zeros_like(pictured)}
 
     def _placeholder(self) -> int:
         config = self.model.config

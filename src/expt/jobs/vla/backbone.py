@@ -60,8 +60,9 @@ class Backbone(nn.Module, ABC):
         """Return plain values beside the weights that decide what `below` makes."""
         return {}
 
-    def load_pretrained(self) -> None:
-        """Read the weights, where there are any; random ones need nothing."""
+    @abstractmethod
+    def load_pretrained(self) -> str | None:
+        """Read the weights; return what to say where they stay random."""
 
     def below_parts(self, depth: int) -> Iterator[tuple[str, nn.Module]]:
         """Yield the modules that `below` runs, with their names."""

@@ -102,4 +102,6 @@ def periodic(level: Tensor, width: int) -> Tensor:
     half = width // 2
     rates = torch.exp(-math.log(PERIOD) * torch.arange(half, device=level.device) / half)
     angles = 1000 * level.float()[:, None] * rates
-    return torch.cat([angles.sin(), angles.cos(), angles.new_zeros(len(level), width % 2)], dim=1)
+    return torch.cat(
+        [angles.sin(), angles.cos(), angles.new_zeros(level.shape[0], width % 2)], dim=1
+    )

@@ -155,9 +155,9 @@ class VLA(nn.Module):
             )
         return found
 
-    def load_pretrained(self) -> None:
+    def load_pretrained(self) -> str | None:
         """Read the backbone's weights, where it has any; see `expt.job.Pretrained`."""
-        self.backbone.load_pretrained()
+        return self.backbone.load_pretrained()
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Return LoRA's weights as ``backbone``, the others as ``expert``."""
@@ -205,9 +205,9 @@ class VLA(nn.Module):
 
         The rank of LoRA and the expert are not among it: trials of a search share features.
         """
-        folder = Path(__file__).parent
-        files = ("backbone", "layers", "small", "vlm")
-        code = [(folder / f"{name}.py").read_bytes() for name in files]
+        jobs = Path(__file__).parents[1]
+        files = ("vla/backbone", "vla/layers", "vla/small", "vla/vlm", "vision_language/prompt")
+        code = [(jobs / f"{name}.py").read_bytes() for name in files]
         return {
             "depth": self._depth(mode),
             "backbone": json.dumps(self.backbone.processing(), sort_keys=True, default=str),
@@ -300,11 +300,11 @@ def chosen_first(candidates: Tensor) -> Tensor:
     """Return candidates [B,K,H,A] with the one first that is nearest to all others (the medoid)."""
     flat = candidates.flatten(2).float()
     chosen = torch.cdist(flat, flat).sum(dim=2).argmin(dim=1)  # [B]
-    index = torch.arange(candidates.shape[1], device=chosen.device).repeat(len(chosen), 1)
+    index = torch.arange(candidates.shape[1], device=chosen.device).repeat(chosen.shape[0], 1)
     order = torch.where(
         index == 0, chosen[:, None], torch.where(index == chosen[:, None], 0, index)
     )
-    return candidates.take_along_dim(order[:, :, None, None], dim=1)
+    return candidates.gather(1, order[:, :, None, None].expand_as(candidates))
 
 
 def _backbone(

