@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -390,8 +391,14 @@ def test_a_model_whose_pictures_reach_several_layers_is_not_cut() -> None:
         made(config)
 
 
-def test_features_depend_on_the_backbone_and_not_on_the_expert() -> None:
+def test_features_depend_on_the_backbone_and_not_on_the_expert(monkeypatch) -> None:
     one = made(QWEN).feature_settings("prefix")
     assert one == made(QWEN, rank=2, expert_width=64).feature_settings("prefix")
     assert one != made(QWEN, live_layers=1).feature_settings("prefix")
     assert one != made(QWEN, image_size=28).feature_settings("prefix")
+    read = Path.read_bytes
+    for changed in ("vlm.py", "prompt.py"):
+        monkeypatch.setattr(
+            Path, "read_bytes", lambda p, c=changed: b"" if p.name == c else read(p)
+        )
+        assert one != made(QWEN).feature_settings("prefix"), changed

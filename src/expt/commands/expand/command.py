@@ -71,9 +71,9 @@ def run(cfg: DictConfig, context: RunContext) -> ExpandResult:
         for step, missing in without_settings(base, expansion.steps).items():
             expansion.steps.remove(step)
             print(f"skipped: {step}: {missing}")
-    for step in without_effect(base, expansion.steps):
-        expansion.steps.remove(step)
-        print(f"skipped: {step}: the starting point has it already")
+        for step in without_effect(base, expansion.steps):
+            expansion.steps.remove(step)
+            print(f"skipped: {step}: the starting point has it already")
     problems = expansion.problems() or step_problems(base, expansion.steps, forced(expansion))
     if problems:
         raise ConfigError(problems)
