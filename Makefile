@@ -37,7 +37,7 @@ check: $(STAMP)  ## style, types, layers
 	$(BIN)/python -m pytest tests/test_layers.py
 
 bench: $(STAMP)  ## the measurements under benchmarks/, resumable: hours on a CPU
-	for name in memory monitor memory_timeline prediction clips vla ranks traps arithmetic allocation techniques attention speed sweep sweep_race sweep_faults sweep_overhead accuracy peers; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in memory monitor memory_timeline prediction clips vla ranks traps arithmetic allocation techniques attention speed shared_cores sweep sweep_race sweep_faults sweep_overhead accuracy peers; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 ui: $(STAMP)  ## the MLflow UI on http://127.0.0.1:5000
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db --host 127.0.0.1 --port 5000

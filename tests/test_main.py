@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from expt.__main__ import let_threads_sleep
 from expt.config.compose import conf_dir
 from expt.result import load_result
 
@@ -444,3 +445,13 @@ def test_checkpointing_changes_the_peak_and_not_the_weights(expt, home):
     assert saving.metrics == pytest.approx(plain.metrics, rel=1e-5)
     peaks = [result.memory["peak_allocated_bytes"] for result in (saving, plain)]
     assert peaks[0] < peaks[1]
+
+
+def test_threads_that_wait_sleep_soon_unless_the_user_has_said_how() -> None:
+    alone: dict[str, str] = {}
+    let_threads_sleep(alone)
+    assert alone == {"GOMP_SPINCOUNT": "1000"}
+    for own in ({"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "5"}):
+        given = dict(own)
+        let_threads_sleep(given)
+        assert given == own

@@ -7,8 +7,12 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import MutableMapping
 
 from expt.config.command_line import run_command
+
+SPINS = "1000"
+"""Turns that a thread waits awake: those of GNU's OpenMP where threads are more than cores."""
 
 
 def main() -> None:
@@ -16,6 +20,7 @@ def main() -> None:
 
     Of several processes that torchrun has started, the others do what the first one does.
     """
+    let_threads_sleep(os.environ)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         _leave(run_command(sys.argv[1:]))
     # torch reads it when it is imported; see `expt.config.command_line.entry_of`.
@@ -28,6 +33,16 @@ def main() -> None:
     if code == 0:
         dismiss()
     _leave(code)
+
+
+def let_threads_sleep(environment: MutableMapping[str, str]) -> None:
+    """Let OpenMP's threads that wait for one another sleep soon, unless it is set how they wait.
+
+    GNU's lets them spin for milliseconds. Beside another process that computes, a step then takes
+    many times as long (`benchmarks/shared_cores.py`). It is read when torch is imported.
+    """
+    if "OMP_WAIT_POLICY" not in environment:
+        environment.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def _leave(code: int) -> None:
