@@ -147,6 +147,13 @@ def test_one_seed_is_itself():
     assert combined([outcome], [0]) == outcome
 
 
+def test_what_recovered_in_any_seed_is_known_of_all():
+    recovered = TrialOutcome(Outcome.completed, 1.0, 5, 5, seconds=2.0, extra={"oom_events": 2})
+    plain = TrialOutcome(Outcome.completed, 2.0, 5, 5, seconds=2.0)
+    assert combined([recovered, plain], [0, 1]).extra["oom_events"] == 2
+    assert "oom_events" not in combined([plain, plain], [0, 1]).extra
+
+
 def test_a_trial_that_is_stopped_as_a_seed_ends_does_not_begin_the_next(run, home):
     trial = ProcessTrial(job(home, seeds=(0, 1)), run)
     trial._process._process.join()

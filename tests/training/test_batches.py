@@ -229,11 +229,13 @@ def test_a_worker_reads_on_after_sigterm_while_the_process_that_trains_saves(mad
     assert worker.exitcode == 0, "it ends when it has nothing more to do"
 
 
-def test_a_worker_that_hangs_ends_a_while_after_sigterm() -> None:
+def test_a_worker_that_hangs_ends_a_while_after_sigterm_and_after_no_other_signal() -> None:
     program = (
         "import os, signal, sys, time; from expt.training import reading\n"
-        "reading.GRACE_SECONDS = 0.1; reading.become_worker(0); print('ready', flush=True)\n"
-        "time.sleep(60)"
+        "signal.signal(signal.SIGALRM, lambda *_: None)\n"
+        "reading.GRACE_SECONDS = 0.1; reading.become_worker(0)\n"
+        "signal.raise_signal(signal.SIGALRM); time.sleep(0.5)\n"
+        "print('ready', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as started:
         assert started.stdout.readline() == b"ready\n"

@@ -101,6 +101,20 @@ def test_what_is_started_with_signals_held_back_hears_them_when_it_asks_to() -> 
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(SIGNALS)
 
 
+def test_what_a_held_server_forks_can_be_ended() -> None:
+    program = (
+        "import multiprocessing, time; from multiprocessing import forkserver\n"
+        "from expt.training.interruption import signals_held\n"
+        "own = multiprocessing.get_context('forkserver')\n"
+        "own.set_forkserver_preload(['expt.training.interruption'])\n"
+        "with signals_held(): forkserver.ensure_running()\n"
+        "other = own.Process(target=time.sleep, args=(60,)); other.start()\n"
+        "other.terminate(); other.join(30); print(other.exitcode)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
+    assert done.stdout.split() == [b"-15"], done.stderr
+
+
 def test_in_another_thread_it_does_nothing(handlers: dict[int, object]) -> None:
     errors: list[BaseException] = []
 

@@ -29,6 +29,8 @@ HEAD_BYTES = 64 * 1024
 MOST_GARBLED = 0.05
 """Characters that are no text, as a part of all, from which on a file is taken to be binary."""
 
+_JSON = re.compile(r'\s*(?:\[\s*[\[{]|\{\s*["}])')
+"""How a document of JSON begins, and a log (``[2026-01-01 …``, ``[rank0]:``) does not."""
 _GARBLED = re.compile("[\x01-\x06\x0e-\x1a\ufffd]")
 
 
@@ -79,7 +81,7 @@ def _read(path: Path) -> str:
             start = file.read(HEAD_BYTES)
             encoding = _encoding(start[:4096])
             head = start.decode(encoding, errors="replace").removeprefix("\ufeff")
-            most = MOST_JSON_BYTES if head.lstrip().startswith(("[", "{")) else MOST_BYTES
+            most = MOST_JSON_BYTES if _JSON.match(head) else MOST_BYTES
             file.seek(0)
             if size > most:
                 print(f"{path} is long; the last {MOST_BYTES // 1024**2} MiB of it are read")

@@ -224,6 +224,7 @@ def combined(outcomes: Sequence[TrialOutcome], seeds: Sequence[int]) -> TrialOut
     values = [outcome.value for outcome in outcomes if outcome.value is not None]
     peaks = [outcome.peak_bytes for outcome in outcomes if outcome.peak_bytes is not None]
     demands = [outcome.demand_bytes for outcome in outcomes if outcome.demand_bytes is not None]
+    events = sum(outcome.extra.get("oom_events", 0) for outcome in outcomes)
     return replace(
         last,
         value=statistics.fmean(values),
@@ -233,6 +234,7 @@ def combined(outcomes: Sequence[TrialOutcome], seeds: Sequence[int]) -> TrialOut
         run_id=None,
         extra={
             **last.extra,
+            **({"oom_events": events} if events else {}),
             "values_by_seed": {str(seed): value for seed, value in zip(seeds, values, strict=True)},
             "spread": statistics.stdev(values),
         },

@@ -228,7 +228,7 @@ def parts_of(count: int, parts: int, full: int) -> int:
     """Return in how many parts samples are taken, when a full batch is taken in `parts`.
 
     None is larger than one of a full batch. As many parts of an epoch's smaller last batch would
-    be of few samples, which costs time, and statistics over a single one do not exist.
+    be of fewer samples, which costs time, and batch normalisation fails over a single one.
     """
     return min(-(-count * parts // full), parts, count)
 
@@ -413,6 +413,9 @@ class Batches:
         iterator = getattr(self._loader, "_iterator", None)
         if iterator is not None:
             iterator._shutdown_workers()
+            for worker in getattr(iterator, "_workers", []):
+                if worker.is_alive():  # it hangs, and the end of this process would wait for it
+                    worker.kill()
         self._loader = None
 
     def _shared(

@@ -9,6 +9,7 @@ job, and those that start others pass it on.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -18,8 +19,9 @@ from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SAME_SECONDS = 2.0
-"""Within so long after a SIGTERM another one is the same, sent on by another process."""
+SAME_SECONDS = 30.0
+"""Within so long after a SIGTERM another one is the same, sent on by another process. It is handled
+when the call that computes at that moment returns, which may take seconds."""
 
 
 class Interruption:
@@ -84,3 +86,12 @@ def signals_held() -> Iterator[None]:
 def hear_signals() -> None:
     """Let through what `signals_held` held back from the process that started this one."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _can_be_ended() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+if hasattr(os, "register_at_fork"):
+    # A server forks what others in this program start as well, and ends it with SIGTERM.
+    os.register_at_fork(after_in_child=_can_be_ended)

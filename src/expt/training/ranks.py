@@ -80,6 +80,10 @@ class OneRank:
         """Return what the first process makes."""
         return make()
 
+    def share(self, count: int) -> Share:
+        """Return the share of this process in `count` samples."""
+        return Share.of(count, self.rank, self.count)
+
     @contextmanager
     def following(self, work: Predict) -> Iterator[Predict]:
         """Give the first process `work`; the others do it with it, where all are needed for it."""
@@ -176,10 +180,6 @@ class SeveralRanks(OneRank):
             random.seed(own)
             np.random.seed(own)
             torch.manual_seed(own)
-
-    def share(self, count: int) -> Share:
-        """Return the share of this process in `count` samples."""
-        return Share.of(count, self.rank, self.count)
 
     def collect(self, value: Any, interrupted: bool) -> Iterator[Any] | None:
         """Give, on the first process, what all have, one after the other; None: interrupted.

@@ -224,7 +224,8 @@ def become_worker(number: int) -> None:
 
 
 def _end_when_told(told: int) -> None:
-    os.read(told, 1)
+    while os.read(told, 1) != bytes([signal.SIGTERM]):
+        pass  # another signal that the data set has a handler for
     time.sleep(GRACE_SECONDS)
     os._exit(1)
 

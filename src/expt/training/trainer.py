@@ -327,6 +327,7 @@ class Trainer:
         self.meter.start_epoch()
         loss_sum = torch.full((), progress.epoch_loss, device=self.fabric.device)
         weight_sum = torch.full((), progress.epoch_weight, device=self.fabric.device)
+        share = self.ranks.share(self.full_batch).largest
         limit = limit_reached(progress, self.settings, before_validation=True)
         while progress.step_in_epoch < self.steps_per_epoch and limit is None:
             start = progress.schedule_start
@@ -346,7 +347,7 @@ class Trainer:
             self.meter.take_in([*samples.on_host(), *self.average.state_dict().values()])
             self.profiler.take_in(samples.on_host())
             with self.meter.step():
-                loss, weight = self.recovery.step(self.steps.run, samples, self.full_batch, undo)
+                loss, weight = self.recovery.step(self.steps.run, samples, share, undo)
             self.average.update(progress.step)
             loss_sum += loss * weight
             weight_sum += weight

@@ -66,6 +66,28 @@ def test_a_steady_log_that_ends_in_another_error_is_that_error() -> None:
 
 
 @pytest.mark.parametrize(
+    "line",
+    [
+        "NCCL watchdog thread terminated normally",
+        "evaluation: 3 boxes out of bounds were clipped",
+        "UserWarning: cannot pin memory",
+    ],
+)
+def test_a_steady_log_that_ends_in_no_error_is_steady(line: str) -> None:
+    steady = "".join(f"step {at} mem 18.2 GB\n" for at in range(20))
+    assert diagnose(steady + line).kind == "steady"
+
+
+def test_what_stands_below_records_of_json_is_an_error_as_below_a_log() -> None:
+    records = "".join(json.dumps({"step": at, "memory_mb": 18000}) + "\n" for at in range(20))
+    crash = "RuntimeError: CUDA error: device-side assert triggered\n"
+    assert diagnose(records).kind == "steady"
+    for end in (crash, crash + "exitcode  : -9\n"):
+        found = diagnose(records + end)
+        assert (found.kind, found.evidence[0]) == ("not_oom", crash.strip())
+
+
+@pytest.mark.parametrize(
     "echo", ["cache_size_limit: 64\n", "Can't initialize NVML\nstep 1: 3 GB\n"]
 )
 def test_what_a_log_merely_mentions_hides_no_kill(echo: str) -> None:

@@ -378,6 +378,13 @@ def test_steps_of_the_whole_run_stay_as_they_are_where_epochs_are_named() -> Non
     assert [one.step for one in read_log(text).readings] == [50, 100, 125, 150, 200]
 
 
+def test_the_steps_of_a_validation_follow_those_of_its_epoch() -> None:
+    lines = [(e, n) for e in range(3) for n in (100, 200, 10, 30)]
+    text = "\n".join(f"epoch {e} step {n} mem 18.2 GB" for e, n in lines)
+    found = [one.step for one in read_log(text).readings]
+    assert found == [230 * e + n for e in range(3) for n in (100, 200, 210, 230)]
+
+
 @pytest.mark.parametrize("speed", ["steps/s: 2.30", "it/sec=2.3", "s/it: 0.43", "sec/step: 3"])
 def test_a_speed_is_no_step(speed: str) -> None:
     content = read_log(log(f"{speed} step: {{n}} gpu mem: {{g}} GB"))

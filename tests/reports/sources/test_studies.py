@@ -120,13 +120,15 @@ def test_the_runs_of_a_trials_seeds_are_one(swept, tmp_path, put_run) -> None:
     for run_dir in (seeds[0].parent, tmp_path / "gone"):
         attributes = {"kind": "completed", "run_dir": str(run_dir), **peaks}
         study.add_trial(optuna.create_trial(value=3.5, user_attrs=attributes))
+    study.add_trial(optuna.create_trial(value=3.5, user_attrs={**attributes, "oom_events": 1}))
     runs = ranked([str(swept)])
-    *_, trial, lost = runs.records
+    *_, trial, lost, recovered = runs.records
+    assert recovered.prediction_error is None, "its peak is of other settings than its prediction"
     assert (trial.value, trial.metrics["test/mae"]) == (3.5, pytest.approx(3.7))
     assert trial.settings["model.embed_dim"] == "64"
     assert "trainer.seed" not in trial.settings, "it is of both"
     assert (trial.run_dir, lost.prediction_error) == (str(seeds[0].parent), 0)
-    assert runs.notes[0].startswith(f"Of 1 trained trial there is no folder in {swept}: ")
+    assert runs.notes[0].startswith(f"Of 2 trained trials there is no folder in {swept}: ")
 
 
 def test_runs_from_elsewhere_stay(swept, tmp_path, put_run) -> None:

@@ -99,8 +99,17 @@ def read_log(text: str) -> LogContent:
         if collected.readings:
             report = classify_oom(text) or probable_oom(text)
             ran_out = report is not None
-            return LogContent(collected.series(), report, None, ran_out, form, collected.notes())
+            after = _below_records(text) if form == "json" else ""
+            notes = collected.notes()
+            return LogContent(collected.series(), report, None, ran_out, form, notes, after)
     return _read_lines(text)
+
+
+def _below_records(text: str) -> str:
+    """Return what stands below the last record of JSON."""
+    lines = text.splitlines()
+    ends = (n for n in range(len(lines), 0, -1) if lines[n - 1].lstrip()[:1] in tuple("{}]"))
+    return "\n".join(lines[next(ends, 0) :])
 
 
 def _read_lines(text: str) -> LogContent:

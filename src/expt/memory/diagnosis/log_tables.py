@@ -155,17 +155,21 @@ class EpochSteps:
 
     def __init__(self) -> None:
         self._offsets: dict[int, float] = {}
-        self._first = self._last = self._highest = 0.0
+        self._lasts: dict[int, float] = {}
+        self._first = self._last = self._most = self._highest = 0.0
 
     def on(self, step: float, epoch: int) -> float:
         """Return a step as one of the whole run; a rank may be an epoch behind."""
         offset = self._offsets.get(epoch)
         if offset is None:
-            again = step < self._last or step == self._last == self._first
+            again = step < self._most or step == self._last == self._first
             before = next(reversed(self._offsets.values()), 0.0)
             offset = self._highest if self._offsets and again else before
             self._offsets[epoch], self._first = offset, step
-        self._last = step
+        elif step < self._lasts[epoch] / 2:  # its validation, which counts its own steps
+            offset = self._offsets[epoch] = self._highest
+        self._last = self._lasts[epoch] = step
+        self._most = max(self._most, step)
         self._highest = max(self._highest, step + offset)
         return step + offset
 

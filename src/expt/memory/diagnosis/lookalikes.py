@@ -126,9 +126,20 @@ LOOKALIKES = (
 )
 
 
-def find_lookalike(text: str) -> tuple[Lookalike, str] | None:
-    """Return the first of these problems in a text, with the line that says so."""
+_ERROR = re.compile(
+    r"(?:Error|Exception|ERROR|FATAL)\b|\berror:|Traceback|CUDA error|terminate called"
+    r"|killed by signal|[Bb]us error"
+)
+
+
+def find_lookalike(text: str, errors_only: bool = False) -> tuple[Lookalike, str] | None:
+    """Return the first of these problems in a text, with the line that says so.
+
+    With `errors_only`, a line counts that says it is an error: a log has other lines, too.
+    """
     for line in text.splitlines():
+        if errors_only and _ERROR.search(line) is None:
+            continue
         for lookalike in LOOKALIKES:
             if lookalike.pattern.search(line):
                 return lookalike, " ".join(line.split())[:400]

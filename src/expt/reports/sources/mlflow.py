@@ -90,6 +90,8 @@ def _as_set(found: Sequence[StoredRun], source: str) -> RunSet:
         record = as_record(run)
         if run.run_id in seeds:
             record = _joined(record, of_seeds(seeds[run.run_id]))
+            if "trial.oom_events" not in run.tags:  # else they are of different settings
+                record = with_prediction_error(record)
         if several and _is_trial(run):
             record = replace(record, name=f"{run.tags.get(STUDY, run.name)}/{record.name}")
         records.append(record)
@@ -109,7 +111,7 @@ def _is_trial(run: StoredRun) -> bool:
 
 def _joined(trial: RunRecord, seeds: RunRecord) -> RunRecord:
     """Return a trial with what only the runs of its seeds know."""
-    joint = replace(
+    return replace(
         trial,
         metrics={**seeds.metrics, **trial.metrics},
         described=seeds.described,
@@ -122,7 +124,6 @@ def _joined(trial: RunRecord, seeds: RunRecord) -> RunRecord:
         detail=trial.detail or seeds.detail,
         partial=seeds.partial,
     )
-    return with_prediction_error(joint)
 
 
 def as_record(run: StoredRun) -> RunRecord:

@@ -142,7 +142,8 @@ def _record(
         trial=trial.number,
         detail=attributes.get("error") or ("" if outcome is Outcome.completed else outcome.words),
     )
-    return with_prediction_error(joint)
+    # Of a run that recovered, prediction and peak are of different settings.
+    return joint if attributes.get("oom_events") else with_prediction_error(joint)
 
 
 def _predicted_demand(trial: FrozenTrial, outcome: Outcome) -> int | None:
