@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from expt.config.schema import BadSample, LoaderConfig
 from expt.errors import DataError, LoaderError
@@ -30,8 +32,9 @@ from expt.training.batches import (
     kept_on_device,
     micro_batches,
 )
+from expt.training.interruption import signals_held
 from expt.training.predictions import write_predictions
-from expt.training.reading import sample_generator
+from expt.training.reading import Items, Order, Request, become_worker, sample_generator
 
 CPU = torch.device("cpu")
 
@@ -227,6 +230,35 @@ def test_a_worker_reads_on_after_sigterm_while_the_process_that_trains_saves(mad
     batches.close()
     worker.join(5)
     assert worker.exitcode == 0, "it ends when it has nothing more to do"
+
+
+class SlowToUnpickle:
+    """A data set that is sent SIGTERM while a worker is still given it."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"some": "state"}
+
+    def item(self, split: str, index: int, generator: torch.Generator) -> Batch:
+        return Batch({"x": torch.zeros(1)}, torch.tensor(index))
+
+    def size(self, split: str) -> int:
+        return 4
+
+
+def test_a_worker_that_is_starting_leaves_sigterm_to_the_process_that_trains() -> None:
+    with signals_held():
+        forkserver.ensure_running()
+    items = Items(SlowToUnpickle(), 0, BadSample.fail)
+    requests = [Request([("train", 0, index)], True) for index in range(4)]
+    loader = DataLoader(
+        items, batch_size=None, sampler=Order(requests), num_workers=1,
+        multiprocessing_context="forkserver", worker_init_fn=become_worker,
+    )  # fmt: skip
+    assert [int(read.batch.target) for read in loader] == [0, 1, 2, 3]
 
 
 def test_a_worker_that_hangs_ends_a_while_after_sigterm_and_after_no_other_signal() -> None:

@@ -46,6 +46,8 @@ def outcome_of(
     if result is None:
         return _without_result(folder, ending, run_id)
     known = _measured(result, ending, run_id)
+    if result.oom_events:
+        known["extra"] = {"oom_events": len(result.oom_events)}
     value = result.value()
     ended = result.outcome
     if ended is Outcome.completed:
@@ -57,9 +59,8 @@ def outcome_of(
             return TrialOutcome(Outcome.diverged, error=error, **known)
         demand = known["demand_bytes"]
         over = budget_bytes is not None and demand is not None and demand > budget_bytes
-        extra = {"oom_events": len(result.oom_events)} if result.oom_events else {}
         kind = Outcome.over_budget if over else Outcome.completed
-        return TrialOutcome(kind, value=value, extra=extra, **known)
+        return TrialOutcome(kind, value=value, **known)
     if ending.stopped == "timeout":
         return TrialOutcome(Outcome.timeout, error=_too_long(ending), **known)
     if ending.stopped == "pruned":

@@ -2,19 +2,19 @@
 
 The step in flight is finished and a checkpoint written; a second signal of the same kind does not
 wait for that: it raises `Stopped` where the program is, so that the run is still recorded. A
-SIGTERM that comes right after another is the same one: a scheduler sends it to every process of a
+SIGTERM within `SAME_SECONDS` of another is the same one: a scheduler sends it to every process of a
 job, and those that start others pass it on.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
+from multiprocessing.util import register_after_fork
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -88,10 +88,24 @@ def hear_signals() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
-def _can_be_ended() -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+class _Forked:
+    """Lets SIGTERM through in what a held server forks for others in this program.
+
+    They end it with SIGTERM. What is ours is held until it calls `hear_signals`.
+    """
+
+    ours = False
+
+    def hear(self) -> None:
+        if not self.ours:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
-if hasattr(os, "register_at_fork"):
-    # A server forks what others in this program start as well, and ends it with SIGTERM.
-    os.register_at_fork(after_in_child=_can_be_ended)
+_FORKED = _Forked()
+if hasattr(signal, "pthread_sigmask"):
+    register_after_fork(_FORKED, _Forked.hear)  # once what it is to do has been unpickled
+
+
+def stay_held() -> None:
+    """Leave this process, which is just being forked, deaf until it calls `hear_signals`."""
+    _FORKED.ours = True

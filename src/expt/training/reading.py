@@ -31,7 +31,7 @@ from expt.job import (
     Split,
     StreamedDataSet,
 )
-from expt.training.interruption import hear_signals
+from expt.training.interruption import hear_signals, stay_held
 
 Key = tuple[Split, int, int]
 """Split, epoch and index of a sample."""
@@ -184,6 +184,11 @@ class Items(Dataset[Any]):
     def __init__(self, data: StreamedDataSet, seed: int, on_bad_sample: BadSample) -> None:
         self._read = Reader(data, seed)
         self._skip = on_bad_sample is BadSample.skip
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Be unpickled, which a worker is for; see `become_worker`."""
+        stay_held()
+        vars(self).update(state)
 
     def __getitem__(self, request: Request) -> Read:
         started = time.perf_counter()

@@ -142,15 +142,26 @@ def test_an_episode_s_part_does_not_depend_on_other_tasks(data):
         assert set(part) <= set(data.parts[split])
 
 
-def test_tasks_with_few_demonstrations_are_divided_together(tmp_path):
+def test_an_episode_of_a_task_with_few_demonstrations_has_a_part_of_its_own(tmp_path):
     shown = [replace(moving(n), sentence=f"put {n} into the box") for n in range(20)]
     folder = write_lerobot(tmp_path / "unique", episodes=shown, pictures=None)
     data = Demonstrations(str(folder), **SIZES)
-    assert [len(part) for part in data.parts.values()] == [16, 2, 2]
+    members = [number for part in data.parts.values() for number in part]
+    assert sorted(members) == list(range(20)) and all(data.parts.values())
+    shares = {"val_fraction": 0.3, "test_fraction": 0.3}
+    data = Demonstrations(str(folder), **SIZES, **shares)
+    sentences = [f"put {n} into the box" for n in range(0, 20, 2)]
+    half = Demonstrations(str(folder), **SIZES, **shares, tasks=sentences)
+    for split, part in half.parts.items():
+        assert part and set(part) <= set(data.parts[split])
+    for n in range(17):  # whatever the hashes say, no part is empty
+        tasks = [f"put {n + k} into the box" for k in range(3)]
+        three = Demonstrations(str(folder), **SIZES, tasks=tasks)
+        assert sorted(map(len, three.parts.values())) == [1, 1, 1]
     shown = [replace(moving(n), sentence="turn the key" if n else "Turn the key") for n in range(4)]
     folder = write_lerobot(tmp_path / "typo", episodes=shown, pictures=None)
     data = Demonstrations(str(folder), **SIZES, val_fraction=0.5, test_fraction=0.4)
-    assert [len(part) for part in data.parts.values()] == [2, 1, 1] and 0 in data.parts["train"]
+    assert sorted(len(set(part) - {0}) for part in data.parts.values()) == [1, 1, 1]
     with pytest.raises(DataError, match=r"has 1 demonstrations of these tasks.* at least 3"):
         Demonstrations(str(folder), **SIZES, tasks=["Turn the key"])
 

@@ -78,6 +78,28 @@ def test_a_steady_log_that_ends_in_no_error_is_steady(line: str) -> None:
     assert diagnose(steady + line).kind == "steady"
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "triton.runtime.errors.OutOfResources: out of resource: shared memory, Required: 147456",
+        "Loss.cu:250: block: [0,0,0], thread: [1,0,0] device-side assert triggered",
+        "tee: train.log: No space left on device",
+        "[rank0]:[E ProcessGroupNCCL.cpp:475] NCCL timeout",
+        "Failed to initialize NVML: Driver/library version mismatch",
+    ],
+)
+def test_a_steady_log_that_ends_in_a_known_error_without_the_word_is_that_error(line: str) -> None:
+    steady = "".join(f"step {at} mem 18.2 GB\n" for at in range(20))
+    assert diagnose(steady + line).kind == "not_oom"
+
+
+def test_what_records_of_json_on_one_line_say_is_not_below_them() -> None:
+    rows = [
+        {"step": at, "memory_mb": 18000, "note": "OSError: Too many open files"} for at in range(20)
+    ]
+    assert diagnose(json.dumps(rows)).kind == "steady"
+
+
 def test_what_stands_below_records_of_json_is_an_error_as_below_a_log() -> None:
     records = "".join(json.dumps({"step": at, "memory_mb": 18000}) + "\n" for at in range(20))
     crash = "RuntimeError: CUDA error: device-side assert triggered\n"

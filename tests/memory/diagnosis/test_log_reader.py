@@ -379,10 +379,33 @@ def test_steps_of_the_whole_run_stay_as_they_are_where_epochs_are_named() -> Non
 
 
 def test_the_steps_of_a_validation_follow_those_of_its_epoch() -> None:
-    lines = [(e, n) for e in range(3) for n in (100, 200, 10, 30)]
-    text = "\n".join(f"epoch {e} step {n} mem 18.2 GB" for e, n in lines)
+    lines = [
+        (e, *one) for e in range(3) for one in (("", 100), ("", 200), ("val ", 10), ("val ", 30))
+    ]
+    text = "\n".join(f"epoch {e} {part}step {n} mem 18.2 GB" for e, part, n in lines)
     found = [one.step for one in read_log(text).readings]
     assert found == [230 * e + n for e in range(3) for n in (100, 200, 210, 230)]
+    text = "\n".join(f"epoch {e} {p}step {n + 200 * e * (not p)} mem 18.2 GB" for e, p, n in lines)
+    found = [one.step for one in read_log(text).readings]
+    assert [one for one in found if one <= 600] == [
+        100,
+        200,
+        210,
+        230,
+        300,
+        400,
+        410,
+        430,
+        500,
+        600,
+    ]
+
+
+def test_the_steps_of_ranks_that_print_one_after_the_other_are_the_same() -> None:
+    lines = [(e, r, n) for e in range(3) for r in range(2) for n in range(0, 100, 5)]
+    text = "\n".join(f"[rank{r}] epoch {e} step {n} mem 18.2 GB" for e, r, n in lines)
+    steps = {one.step for series in read_log(text).series.values() for one in series}
+    assert steps == {95 * e + n for e in range(3) for n in range(0, 100, 5)}
 
 
 @pytest.mark.parametrize("speed", ["steps/s: 2.30", "it/sec=2.3", "s/it: 0.43", "sec/step: 3"])

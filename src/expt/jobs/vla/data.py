@@ -34,7 +34,7 @@ from expt.units import format_bytes
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 LEAST = 3
-"""Demonstrations of a task that are divided by themselves: one to train, validate and test."""
+"""Demonstrations that can be divided: one to train, validate and test each."""
 MOVES = 1e-6
 """Standard deviation, relative to the mean's size, from which on a value is one that moves."""
 FARTHEST = 10.0
@@ -56,7 +56,7 @@ class Demonstrations:
         samples: candidates that evaluation draws noise for, K.
         tokenizer: the model's backbone, whose tokens sentences become; None: there are no tokens.
         val_fraction, test_fraction: of the episodes of each task; tasks with fewer than three are
-            divided together.
+            divided by lot.
         stride: steps from one sample of an episode to the next.
         augmentation: shift training pictures and change their light a little, by lot.
         cache: folder for frames of videos, decoded once.
@@ -359,19 +359,19 @@ class Demonstrations:
         """Give each task's episodes to the parts; to predict, all are of the test.
 
         A hash of an episode's names says where it stands among those of its task, so that its part
-        does not depend on what other tasks there are.
+        does not depend on what other tasks there are. In a task too small to be divided, the hash
+        says the part itself, but where all tasks are small and would leave a part empty.
         """
         self.parts: dict[Split, list[int]] = {split: [] for split in SPLITS}
         if transforms is not None:
             self.parts["test"] += numbers
+        elif len(numbers) < LEAST:
+            raise DataError(
+                f"{self.shown} has {len(numbers)} demonstrations of these tasks; to train, "
+                f"validate and test takes at least {LEAST}"
+            )
         else:
-            for members in self._groups(numbers):
-                order = sorted(members, key=self._mixed)
-                tested = min(max(round(test * len(order)), 1), len(order) - 2)
-                held = tested + min(max(round(val * len(order)), 1), len(order) - tested - 1)
-                self.parts["test"] += order[:tested]
-                self.parts["val"] += order[tested:held]
-                self.parts["train"] += order[held:]
+            self._divide_tasks(numbers, val, test)
         self._starts: dict[Split, Array] = {}
         for split in SPLITS:
             self.parts[split].sort()
@@ -381,26 +381,26 @@ class Demonstrations:
             ]
             self._starts[split] = np.cumsum([0, *counts])
 
-    def _groups(self, numbers: Sequence[int]) -> list[list[int]]:
-        """Return the episodes that are divided together: a task's, or those of all small tasks.
-
-        Where these are fewer than `LEAST`, too, they are trained on.
-        """
+    def _divide_tasks(self, numbers: Sequence[int], val: float, test: float) -> None:
         by_task: dict[str, list[int]] = {}
-        for number in numbers:
+        for number in sorted(numbers, key=self._mixed):
             by_task.setdefault(self.recordings.episodes[number].task, []).append(number)
-        groups = [members for members in by_task.values() if len(members) >= LEAST]
-        others = [number for m in by_task.values() if len(m) < LEAST for number in m]
-        if len(others) >= LEAST:
-            groups.append(others)
-        elif groups:
-            self.parts["train"] += others
-        else:
-            raise DataError(
-                f"{self.shown} has {len(others)} demonstrations of these tasks; to train, validate "
-                f"and test takes at least {LEAST}"
-            )
-        return groups
+        for order in by_task.values():
+            if len(order) >= LEAST:
+                tested = min(max(round(test * len(order)), 1), len(order) - 2)
+                held = tested + min(max(round(val * len(order)), 1), len(order) - tested - 1)
+                self.parts["test"] += order[:tested]
+                self.parts["val"] += order[tested:held]
+                self.parts["train"] += order[held:]
+                continue
+            for number in order:
+                place = int(self._mixed(number), 16) / 16 ** len(self._mixed(number))
+                split: Split = "test" if place < test else "val" if place < test + val else "train"
+                self.parts[split].append(number)
+        for split in SPLITS:
+            if not self.parts[split]:
+                largest = max(self.parts.values(), key=len)
+                self.parts[split].append(largest.pop(0))
 
     def _mixed(self, number: int) -> str:
         """Return a key that orders episodes as if at random, the same everywhere."""

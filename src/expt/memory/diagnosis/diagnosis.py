@@ -38,7 +38,7 @@ class Diagnosis:
 def diagnose(text: str) -> Diagnosis:
     """Diagnose a message, a traceback, or the log, CSV or JSON of a run."""
     content = read_log(text)
-    found = find_lookalike(content.after, errors_only=bool(content.series))
+    found = find_lookalike(content.after, in_log=bool(content.series))
     guessed = content.oom is not None and content.oom.kind == "killed"
     if guessed and found is not None and not found[0].follows:
         content = replace(content, oom=None, ran_out=False)

@@ -54,6 +54,10 @@ _EPOCH_OF_STEP = re.compile(
     r"|\[\s*(\d+)\s*/\s*\d+\s*\](?=\s*\[\s*\d+\s*/)",
     re.IGNORECASE,
 )
+_VALIDATES = re.compile(
+    r"\b(?:val(?:id(?:ation|ating)?)?|eval(?:uation|uating)?|test(?:ing)?)\b", re.I
+)
+"""Says that a line is not of training, and may count steps of its own."""
 _ANY_STEP = re.compile(
     "|".join(one.pattern.replace("?P<step>", "?:") for one in (*_STEPS, _EPOCH)), re.IGNORECASE
 )
@@ -108,8 +112,8 @@ def read_log(text: str) -> LogContent:
 def _below_records(text: str) -> str:
     """Return what stands below the last record of JSON."""
     lines = text.splitlines()
-    ends = (n for n in range(len(lines), 0, -1) if lines[n - 1].lstrip()[:1] in tuple("{}]"))
-    return "\n".join(lines[next(ends, 0) :])
+    records = [n for n, line in enumerate(lines, 1) if line.lstrip()[:1] in tuple("[{}]")]
+    return "\n".join(lines[records[-1] :]) if records else ""
 
 
 def _read_lines(text: str) -> LogContent:
@@ -135,7 +139,8 @@ def _read_lines(text: str) -> LogContent:
             step = _count(named)
             of_epoch = _EPOCH_OF_STEP.search(line)
             if of_epoch is not None and place is not None:
-                place = (by_step, counted.on(step, int(of_epoch[1] or of_epoch[2])))
+                part = "val" if _VALIDATES.search(line) else ""
+                place = (by_step, counted.on(step, int(of_epoch[1] or of_epoch[2]), part))
         if _says_oom(line, whole, first_at_a_step=named is not None and not word):
             word, ran_out_at = True, step if ran_out_at is None else ran_out_at
             continue  # its amounts are those of the message

@@ -154,22 +154,22 @@ class EpochSteps:
     """
 
     def __init__(self) -> None:
-        self._offsets: dict[int, float] = {}
-        self._lasts: dict[int, float] = {}
+        self._offsets: dict[tuple[str, int], float] = {}
+        self._before: dict[str, float] = {}
         self._first = self._last = self._most = self._highest = 0.0
 
-    def on(self, step: float, epoch: int) -> float:
-        """Return a step as one of the whole run; a rank may be an epoch behind."""
-        offset = self._offsets.get(epoch)
+    def on(self, step: float, epoch: int, part: str = "") -> float:
+        """Return a step as one of the whole run; a rank may be an epoch behind.
+
+        A `part` of the run, such as its validation, may count steps of its own.
+        """
+        offset = self._offsets.get((part, epoch))
         if offset is None:
             again = step < self._most or step == self._last == self._first
-            before = next(reversed(self._offsets.values()), 0.0)
-            offset = self._highest if self._offsets and again else before
-            self._offsets[epoch], self._first = offset, step
-        elif step < self._lasts[epoch] / 2:  # its validation, which counts its own steps
-            offset = self._offsets[epoch] = self._highest
-        self._last = self._lasts[epoch] = step
-        self._most = max(self._most, step)
+            offset = self._highest if self._offsets and again else self._before.get(part, 0.0)
+            self._offsets[part, epoch] = self._before[part] = offset
+            self._first = step
+        self._last, self._most = step, max(self._most, step)
         self._highest = max(self._highest, step + offset)
         return step + offset
 

@@ -14,10 +14,13 @@ class Lookalike:
     pattern: re.Pattern[str]
     advice: str
     follows: bool = False  # may follow from a lack of memory elsewhere
+    prose: bool = False  # a line of a run that is well may say the same
 
 
-def _of(name: str, pattern: str, advice: str, follows: bool = False) -> Lookalike:
-    return Lookalike(name, re.compile(pattern, re.IGNORECASE), advice, follows)
+def _of(
+    name: str, pattern: str, advice: str, follows: bool = False, prose: bool = False
+) -> Lookalike:
+    return Lookalike(name, re.compile(pattern, re.IGNORECASE), advice, follows, prose)
 
 
 LOOKALIKES = (
@@ -36,6 +39,7 @@ LOOKALIKES = (
         "a kernel read or wrote where it must not",
         r"illegal memory access|misaligned address|out[- ]of[- ]bounds",
         "run again with CUDA_LAUNCH_BLOCKING=1 to see which operator, and check its indices",
+        prose=True,
     ),
     _of(
         "an assertion inside a kernel failed, mostly a label or an index out of range",
@@ -111,12 +115,14 @@ LOOKALIKES = (
         "a tensor that already is on the GPU was to be pinned",
         r"cannot pin",
         "pin_memory=False where the data set returns CUDA tensors",
+        prose=True,
     ),
     _of(
         "ranks lost each other",
         r"NCCL (?:error|timeout|watchdog)|nccl\w*Error|unhandled cuda error",
         "run again with NCCL_DEBUG=INFO and look for the first rank that failed",
         follows=True,
+        prose=True,
     ),
     _of(
         "the driver cannot be asked about the GPU",
@@ -127,20 +133,22 @@ LOOKALIKES = (
 
 
 _ERROR = re.compile(
-    r"(?:Error|Exception|ERROR|FATAL)\b|\berror:|Traceback|CUDA error|terminate called"
-    r"|killed by signal|[Bb]us error"
+    r"(?:Error|Exception|ERROR|FATAL)\b|\berror\s*:|\[E\b|CUDA error|timeout|illegal"
 )
 
 
-def find_lookalike(text: str, errors_only: bool = False) -> tuple[Lookalike, str] | None:
+def find_lookalike(text: str, in_log: bool = False) -> tuple[Lookalike, str] | None:
     """Return the first of these problems in a text, with the line that says so.
 
-    With `errors_only`, a line counts that says it is an error: a log has other lines, too.
+    Args:
+        text: a message, or what stands below the readings of a log.
+        in_log: whether it is the latter: what may be prose has to say that it is an error.
+
     """
     for line in text.splitlines():
-        if errors_only and _ERROR.search(line) is None:
-            continue
         for lookalike in LOOKALIKES:
             if lookalike.pattern.search(line):
+                if in_log and lookalike.prose and _ERROR.search(line) is None:
+                    continue
                 return lookalike, " ".join(line.split())[:400]
     return None
