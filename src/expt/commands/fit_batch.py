@@ -112,7 +112,8 @@ def confirm(
                 run_dir=run_dir,
                 loader=settings.loader,
             )
-            samples = trainer.batches.of(torch.arange(micro_batch * parts) % data.size("train"))
+            trainer.full_batch = micro_batch * parts
+            samples = trainer.batches.of(torch.arange(trainer.full_batch) % data.size("train"))
             model.train()
             for _ in range(STEPS):
                 trainer.train_step(samples)

@@ -108,6 +108,7 @@ class Trainer:
         )
         self.progress = Progress()
         self.folder = self.run_dir / checkpoint.FOLDER
+        self.full_batch = min(self.data.batch_size, self.data.size("train"))
         batches = -(-self.data.size("train") // self.data.batch_size)
         self.steps_per_epoch = min(batches, self.settings.steps_per_epoch or batches)
         limit = self.settings.max_steps or float("inf")
@@ -164,11 +165,6 @@ class Trainer:
             self.fabric, self.model, self.optimizer, self.data, self.recovery, self.ranks,
             self.profiler, self._clip_gradients,
         )  # fmt: skip
-
-    @property
-    def full_batch(self) -> int:
-        """The samples of a step, but for an epoch's last one."""
-        return min(self.data.batch_size, self.data.size("train"))
 
     def _enter_stage(self) -> None:
         """Train what the stage of this epoch trains; the rates go on as they were."""
