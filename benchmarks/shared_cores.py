@@ -29,7 +29,13 @@ NAME = "shared_cores"
 SETTINGS = ("+memory=lite", "data=metr_la_29", "trainer.device=cpu", "trainer.compile=off")
 ROUNDS, WARM_UP, TIMED = 3, 2, 10
 WAYS = {"default": False, "expt": True}
-BUSY = "import torch; torch.set_num_threads(1); x = torch.rand(256, 256)\nwhile True: x @ x"
+BUSY = """
+import os, torch
+torch.set_num_threads(1)
+x, parent = torch.rand(256, 256), os.getppid()
+while os.getppid() == parent:
+    x @ x
+"""
 
 
 def main() -> None:
