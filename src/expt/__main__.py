@@ -38,8 +38,9 @@ def main() -> None:
 def let_threads_sleep(environment: MutableMapping[str, str]) -> None:
     """Let OpenMP's threads that wait for one another sleep soon, unless it is set how they wait.
 
-    GNU's lets them spin for milliseconds. Beside another process that computes, a step then takes
-    many times as long (`benchmarks/shared_cores.py`). It is read when torch is imported.
+    GNU's lets them spin for milliseconds. Beside other processes that compute, a step then takes
+    up to twice as long, and some take many times as long (`benchmarks/shared_cores.py`). It is read
+    when torch is imported.
     """
     if "OMP_WAIT_POLICY" not in environment:
         environment.setdefault("GOMP_SPINCOUNT", SPINS)
