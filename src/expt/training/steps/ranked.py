@@ -56,6 +56,7 @@ class RankedStep:
         self._fabric, self._model, self._optimizer = fabric, model, optimizer
         self._data, self._recovery, self._ranks, self._clip = data, recovery, ranks, clip
         self._profiler = profiler
+        self._full = ranks.share(min(data.batch_size, data.size("train"))).largest
         self._sums: GradientBuckets | None = None
         self.regroup()
 
@@ -70,8 +71,7 @@ class RankedStep:
         assert isinstance(samples, SharedSamples)
         weight = samples.weight()
         total = torch.zeros((), device=self._fabric.device)
-        full = self._ranks.share(min(self._data.batch_size, self._data.size("train"))).largest
-        parts = list(samples.parts(self._recovery.techniques.gradient_accumulation, full))
+        parts = list(samples.parts(self._recovery.techniques.gradient_accumulation, self._full))
         for number, (part, counts) in enumerate(parts):
             if counts or self._ranks.sharded:
                 total += self._backward(part, counts, weight, last=number == len(parts) - 1)
