@@ -55,7 +55,7 @@ def test_a_run_ends_with_its_table_and_its_record(expt, home, drawn):
     progress = json.loads((home / "run/checkpoints/progress.json").read_text())
     assert (progress["step"], progress["epoch"]) == (8, 2)
     assert progress["val/mae"] >= result["metrics"]["val/mae"] > 0
-    for name in ("forecast.png", "horizon.png", "history.png"):
+    for name in ("forecast.png", "horizon.png", "sensors.png", "history.png"):
         picture = (home / "run/plots" / name).read_bytes()
         assert picture.startswith(b"\x89PNG") and len(picture) > 10_000, name
 

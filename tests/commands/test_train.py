@@ -66,7 +66,7 @@ def test_killed_twice_and_resumed_is_one_run_with_the_same_weights(
     steps = [point.step for point in client.get_metric_history(run.info.run_id, "val/mae")]
     assert sorted(set(steps)) == [20, 40, 60]
     names = {file.path for file in client.list_artifacts(run.info.run_id, "plots")}
-    assert names == {"plots/forecast.png", "plots/horizon.png", "plots/history.png"}
+    assert names == {f"plots/{name}.png" for name in ("forecast", "horizon", "sensors", "history")}
 
 
 def test_resuming_a_completed_run_returns_its_result(expt, home):

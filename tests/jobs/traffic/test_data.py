@@ -378,7 +378,7 @@ def test_readings_in_another_unit_are_not_forecast(metr_la: TrafficData) -> None
         traffic(transforms=kept, unit="km/h")
 
 
-def test_plots_of_a_day_and_of_the_horizon(tmp_path: Path) -> None:
+def test_plots_of_a_day_of_the_horizon_and_of_sensors(tmp_path: Path) -> None:
     data = traffic(path=saved(tmp_path, times(800)), eval_batch_size=50)
     sizes = []
 
@@ -390,7 +390,7 @@ def test_plots_of_a_day_and_of_the_horizon(tmp_path: Path) -> None:
     batch = data.gather("test", torch.arange(20))
     metrics.update(batch.inputs["speed"], batch)
     paths = data.plots(predict, metrics, tmp_path / "plots")
-    assert [path.name for path in paths] == ["forecast.png", "horizon.png"]
+    assert [path.name for path in paths] == ["forecast.png", "horizon.png", "sensors.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
     assert sizes == [50, 50, 50, data.size("test") - 150]  # in evaluation batches
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 import expt.jobs.traffic.figures as module
 from expt.errors import StorageError
-from expt.jobs.traffic.figures import plot_day, plot_horizon
+from expt.jobs.traffic.figures import plot_day, plot_horizon, plot_sensors
 from expt.jobs.traffic.series import Series
 
 START = np.datetime64("2012-03-01T00:00:00")
@@ -129,3 +129,53 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "plots").write_text("a file")
     with pytest.raises(StorageError, match=r"horizon\.png"):
         plot_horizon([1.0, 2.0], 300, tmp_path / "plots", "mph")
+
+
+def sums(periods: int, sensors: int) -> np.ndarray:
+    """Return errors of 2 at 100 readings of every sensor and period, as many above as below."""
+    found = np.zeros((periods, 3, sensors))
+    found[:, 0], found[:, 2] = 200, 100
+    return found
+
+
+def test_a_sensor_whose_level_has_changed_is_the_first_row(
+    tmp_path: Path, figures: list[Figure]
+) -> None:
+    errors = sums(10, 6)
+    errors[7:, 0, 4], errors[7:, 1, 4] = 1500, -1500
+    errors[2, :, 1] = 0  # nothing measured
+    errors[3, :, 2] = [40, 40, 1]  # a single reading, of a sensor that failed
+    times = START + np.arange(10) * np.timedelta64(1, "D")
+    path = plot_sensors(errors, times, [f"s{n}" for n in range(6)], tmp_path, "mph")
+    assert path == tmp_path / "sensors.png"
+    assert_png(path)
+    grid, bars = figures[0].axes[:2]
+    assert [label.get_text() for label in grid.get_yticklabels()][:2] == ["s4", "s2"]
+    field = grid.images[0].get_array()
+    assert field is not None and field.shape == (6, 10)
+    np.testing.assert_allclose(field[0], [0] * 7 + [-15] * 3)
+    assert field[1, 3] == 40
+    (row,) = [n for n, label in enumerate(grid.get_yticklabels()) if label.get_text() == "s1"]
+    assert [bool(hidden) for hidden in np.ma.getmaskarray(field)[row]] == [
+        column == 2 for column in range(10)
+    ]
+    assert bars.patches[0].get_width() == pytest.approx((7 * 200 + 3 * 1500) / 1000)
+    assert bars.get_title(loc="left").startswith("all: 2.")
+
+
+def test_many_sensors_and_periods_are_summed_up(tmp_path: Path, figures: list[Figure]) -> None:
+    errors = sums(150, 70)
+    errors[:, 1] = np.arange(70)  # the last is the most one-sided
+    errors[:, :, 69] = 0  # but was never measured
+    times = START + np.arange(150) * np.timedelta64(1, "D")
+    plot_sensors(errors, times, [str(n) for n in range(70)], tmp_path, "km/h")
+    grid = figures[0].axes[0]
+    assert grid.get_title(loc="left") == "Mean error by sensor and time, 40 of 70 sensors"
+    assert [label.get_text() for label in grid.get_yticklabels()] == [
+        str(n) for n in range(68, 28, -1)
+    ]
+    field = grid.images[0].get_array()
+    assert field is not None and field.shape == (40, 50)
+    np.testing.assert_allclose(field[0], 0.68)
+    shown = [label.get_text() for label in grid.get_xticklabels()]
+    assert shown[:2] == [str(times[0])[:10], str(times[21])[:10]]

@@ -135,7 +135,30 @@ def test_half_precision_predictions_are_judged_in_float32() -> None:
     assert figures["mae"] == pytest.approx(0.125)
 
 
+@pytest.mark.parametrize(
+    ("step_seconds", "windows"), [(300, 288), (900, 192), (3600, 168), (86_400, 168)]
+)
+def test_errors_by_sensor_are_those_of_each_period_whatever_the_batches(
+    step_seconds: int, windows: int
+) -> None:
+    drawn = batches((200, 64, 190, 64), horizon=2)
+    metrics = added(drawn, 2, step_seconds)
+    prediction = torch.cat([p for p, _ in drawn]).double() * STD + MEAN
+    target = torch.cat([batch.target for _, batch in drawn]).double()
+    error = torch.where(target > 0, prediction - target, 0.0)
+    found = metrics.by_sensor()
+    assert metrics.windows_per_period == windows
+    assert len(found) == -(-len(target) // windows)
+    for period, sums in enumerate(found):
+        part = error[period * windows : (period + 1) * windows]
+        observed = target[period * windows : (period + 1) * windows] > 0
+        torch.testing.assert_close(sums[0], part.abs().sum(dim=(0, 1)), rtol=1e-6, atol=1e-3)
+        torch.testing.assert_close(sums[1], part.sum(dim=(0, 1)), rtol=1e-6, atol=1e-3)
+        torch.testing.assert_close(sums[2], observed.sum(dim=(0, 1)).double())
+
+
 def test_nothing_added_is_an_error() -> None:
-    for ask in (MaskedErrors(to_speed, 12, 300).compute, MaskedErrors(to_speed, 12, 300).by_step):
+    none = MaskedErrors(to_speed, 12, 300)
+    for ask in (none.compute, none.by_step, none.by_sensor):
         with pytest.raises(ValueError, match="no batch was added"):
             ask()

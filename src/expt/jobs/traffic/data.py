@@ -265,11 +265,11 @@ class TrafficData:
     def plots(
         self, predict: Callable[[Batch], Tensor], metrics: MaskedErrors, folder: Path
     ) -> list[Path]:
-        """Draw one day of the test part for a few sensors, and the error of every step.
+        """Draw one day of the test part for a few sensors, and errors by step, and by sensor.
 
         Of what is only forecast there is no error.
         """
-        from expt.jobs.traffic.figures import plot_day, plot_horizon
+        from expt.jobs.traffic.figures import plot_day, plot_horizon, plot_sensors
 
         count = min(self.series.steps_per_day, self.size("test"))
         windows = torch.arange(count, device=self._offsets.device)
@@ -281,8 +281,12 @@ class TrafficData:
         day = plot_day(torch.cat(forecasts).cpu().numpy(), self.series, first, folder, self.unit)
         if not self._observed_targets["test"].any():
             return [day]
-        errors = metrics.by_step()
-        return [day, plot_horizon(errors, self.series.step_seconds, folder, self.unit)]
+        steps = plot_horizon(metrics.by_step(), self.series.step_seconds, folder, self.unit)
+        sums = metrics.by_sensor().numpy()
+        begins = self.split_starts["test"][:: metrics.windows_per_period][: len(sums)]
+        times = self.series.timestamps[begins + self.input_steps]
+        sensors = plot_sensors(sums, times, self.series.sensor_ids, folder, self.unit)
+        return [day, steps, sensors]
 
     def to_speed(self, prediction: Tensor) -> Tensor:
         """Undo the scaling of a prediction; the result is in `unit`."""

@@ -1,4 +1,4 @@
-"""Plots of traffic forecasts: one day against the truth, and the error of every step."""
+"""Plots of traffic forecasts: a day against the truth, and errors by step and by sensor."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from expt.jobs.traffic.metrics import reported_steps
 from expt.jobs.traffic.series import Series
 
 SENSORS_SHOWN = 4
+ROWS, COLUMNS = 40, 60
+"""Sensors and spans of time that the map of errors has at most."""
+USUAL = 0.98
+"""Share of the map's fields inside its colours; the few readings of a failing sensor are beyond."""
 
 
 def plot_day(
@@ -73,6 +77,65 @@ def plot_horizon(mae_by_step: Sequence[float], step_seconds: int, folder: Path, 
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title("Error by horizon", fontsize=11, loc="left")
     return _save(figure, folder / "horizon.png")
+
+
+def plot_sensors(
+    sums: np.ndarray, times: np.ndarray, sensor_ids: Sequence[str], folder: Path, unit: str
+) -> Path:
+    """Draw each sensor's mean error over time, and its MAE; the most one-sided are at the top.
+
+    A sensor that was moved, or whose level has changed, is a row of one colour; a day that is
+    unlike all others is a column.
+
+    Args:
+        sums: of |error|, of error (forecast - truth), and of readings, [periods, 3, N].
+        times: when each period begins, [periods].
+        sensor_ids: names of the N sensors.
+        folder: of the figure.
+        unit: of the errors.
+
+    """
+    joined = -(-len(sums) // COLUMNS)
+    begins = np.arange(0, len(sums), joined)
+    spans = np.add.reduceat(sums, begins, axis=0)  # [spans, 3, N]
+    whole = sums.sum(axis=0)
+    bias = _ratio(spans[:, 1], spans[:, 2]).T  # [N, spans]
+    mae = _ratio(whole[0], whole[2])
+    one_sided = _ratio((spans[:, 2].T * np.nan_to_num(bias) ** 2).sum(axis=1), whole[2])
+    seen = np.flatnonzero(whole[2] > 0)
+    rows = seen[np.argsort(-one_sided[seen], kind="stable")][:ROWS]
+    height = 0.2 * len(rows) + 1.5
+    figure = Figure(figsize=(10, height), layout="constrained")
+    grid, bars = figure.subplots(1, 2, sharey=True, width_ratios=(5, 1))
+    top = float(np.nanquantile(np.abs(bias[rows]), USUAL)) or 1.0
+    image = grid.imshow(
+        np.ma.masked_invalid(bias[rows]), aspect="auto", cmap="RdBu_r", vmin=-top, vmax=top,
+        interpolation="nearest",
+    )  # fmt: skip
+    grid.set_facecolor("0.85")
+    grid.set_yticks(range(len(rows)), [sensor_ids[row] for row in rows], fontsize=7)
+    shown = begins[:: -(-len(begins) // 8)]
+    grid.set_xticks(shown // joined, [str(times[place])[:10] for place in shown], fontsize=8)
+    grid.set_xlabel("first forecast (grey: nothing measured)")
+    of = "" if len(rows) == len(sensor_ids) else f", {len(rows)} of {len(sensor_ids)} sensors"
+    grid.set_title(f"Mean error by sensor and time{of}", fontsize=11, loc="left")
+    figure.colorbar(
+        image, ax=grid, pad=0.01, extend="both", label=f"forecast too low | too high ({unit})"
+    )
+    bars.barh(range(len(rows)), mae[rows], color="0.55")
+    overall = float(whole[0].sum() / whole[2].sum())
+    bars.axvline(overall, color="tab:red", linewidth=1)
+    bars.set_xlabel(f"MAE ({unit})")
+    bars.set_title(f"all: {overall:.2f}", fontsize=9, loc="left", color="tab:red")
+    bars.tick_params(labelleft=False, left=False)
+    bars.spines[["top", "right"]].set_visible(False)
+    return _save(figure, folder / "sensors.png")
+
+
+def _ratio(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return means, NaN where nothing was counted."""
+    found: np.ndarray = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
+    return found
 
 
 def _save(figure: Figure, path: Path) -> Path:

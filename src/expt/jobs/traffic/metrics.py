@@ -14,8 +14,11 @@ from torch import Tensor
 
 from expt.errors import ModelError
 from expt.job import Batch, Metric
+from expt.jobs.traffic.series import SECONDS_PER_DAY
 
 REPORTED_MINUTES = (15, 30, 60)
+LEAST_WINDOWS = 168
+"""Of a part of the time whose errors are told apart: a week of hours."""
 
 
 def reported_steps(horizon: int, step_seconds: int) -> dict[str, int]:
@@ -63,7 +66,17 @@ def check_shape(prediction: Tensor, batch: Batch) -> None:
 
 
 class MaskedErrors:
-    """Errors per forecast step, in the target's unit; implements `expt.job.Accumulator`."""
+    """Errors per forecast step, and per sensor and time; implements `expt.job.Accumulator`.
+
+    Windows come in the order of the series. Their errors are added up over whole days, of which
+    `windows_per_period` have the steps: one of 5 minutes, seven of hours.
+
+    Args:
+        to_speed: undoes the scaling of a prediction, into the target's unit.
+        horizon: steps P.
+        step_seconds: between two steps, which windows are apart as well.
+
+    """
 
     def __init__(
         self, to_speed: Callable[[Tensor], Tensor], horizon: int, step_seconds: int
@@ -71,19 +84,39 @@ class MaskedErrors:
         self.to_speed = to_speed
         self.horizon = horizon
         self.step_seconds = step_seconds
+        day = max(SECONDS_PER_DAY // step_seconds, 1)
+        self.windows_per_period = day * -(-LEAST_WINDOWS // day)
         self.sums: Tensor | None = None  # [4, P] float64: |e|, e^2, |e|/truth, observed
+        self._periods: list[Tensor] = []  # of each [3, N]: |e|, e, observed
+        self._windows = 0
 
     def update(self, prediction: Tensor, batch: Batch) -> None:
         """Add predictions [B,P,N] (normalised) for targets [B,P,N], 0 = missing."""
         check_shape(prediction, batch)
-        observed = batch.target > 0
-        error = torch.where(observed, self.to_speed(prediction) - batch.target, 0.0)
-        relative = error.abs() / torch.where(observed, batch.target, 1.0)
-        parts = (error.abs(), error.square(), relative, observed)
+        start = 0
+        while start < len(batch.target):
+            left = self.windows_per_period - self._windows % self.windows_per_period
+            part = slice(start, start + left)
+            self._add(prediction[part], batch.target[part])
+            start += left
+
+    def _add(self, prediction: Tensor, target: Tensor) -> None:
+        """Add windows of one period."""
+        observed = target > 0
+        error = torch.where(observed, self.to_speed(prediction) - target, 0.0)
+        relative = error.abs() / torch.where(observed, target, 1.0)
+        parts = (error.abs(), error.square(), relative, observed, error)
         # MPS has no float64; the per-batch sums there are exact enough in float32.
         dtype = torch.float32 if error.device.type == "mps" else torch.float64
-        sums = torch.stack([part.sum(dim=(0, 2), dtype=dtype) for part in parts])
-        self.sums = sums if self.sums is None else self.sums + sums
+        sums = torch.stack([part.sum(dim=0, dtype=dtype) for part in parts])  # [5, P, N]
+        by_step, by_sensor = sums[:4].sum(dim=2), sums.sum(dim=1)
+        of_period = torch.stack((by_sensor[0], by_sensor[4], by_sensor[3]))
+        self.sums = by_step if self.sums is None else self.sums + by_step
+        if self._windows % self.windows_per_period:
+            self._periods[-1] += of_period
+        else:
+            self._periods.append(of_period)
+        self._windows += len(target)
 
     def compute(self) -> dict[str, float]:
         """Return ``mae``, ``rmse``, ``mape`` (a fraction), and ``mae_15min`` and other steps.
@@ -109,3 +142,12 @@ class MaskedErrors:
             raise ValueError("no batch was added")
         absolute, _, _, observed = self.sums.cpu().double()
         return [float(value) for value in absolute / observed]
+
+    def by_sensor(self) -> Tensor:
+        """Return sums [periods, 3, N] of |error|, of error (forecast - truth), and of readings.
+
+        A period is `windows_per_period` windows, the last one what is left.
+        """
+        if not self._periods:
+            raise ValueError("no batch was added")
+        return torch.stack(self._periods).cpu().double()
