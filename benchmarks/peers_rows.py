@@ -45,9 +45,11 @@ SEARCH = (
     "trainer.epochs=4", "trainer.steps_per_epoch=300", "trainer.early_stopping_patience=null",
     f"trainer.time_limit_seconds={60 * MINUTES / SHARE_OF_TRIAL:g}",
     "data.batch_size=8", "model.dropout=0.2", "model.sensor_dropout=0.1", "memory.precision=fp32",
+    "optimizer.lr=1e-3",
 )  # fmt: skip
-"""Sizes and the rate are searched for. What keeps a long training from overfitting would only harm
-in a short one, and of larger batches a step counts as one all the same: these are the experiment's.
+"""Sizes are searched for. What keeps a long training from overfitting would only harm in a short
+one, the rate that is best in a short one is too high for a long one (docs/log.md), and of larger
+batches a step counts as one all the same: these are the experiment's.
 """
 
 # What is trained is that of the papers, or of our own experiments: sizes, batch, optimizer, rates.

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from expt.commands.allocate.allocator import first_level
+from expt.commands.allocate.measures import trained_without_the_largest
 from expt.commands.allocate.scales import levels
 from expt.units import parse_bytes
 
@@ -101,6 +103,38 @@ def test_what_a_later_step_makes_needless_is_taken_back_and_sizes_grow_again(exp
     assert not {line for step in back for line in step["changes"]} & set(changes)
     peak = planned_peak(expt, home, "model.embed_dim=32", *CHECKPOINTED, *changes)
     assert peak == record["chosen"]["peak_bytes"] <= budget
+
+
+def test_a_whole_batch_that_takes_less_than_its_parts_is_nothing_to_give_up_for(expt, home) -> None:
+    line = ("model.embed_dim=128", "data.batch_size=2", "data.eval_batch_size=2", *ONE_WAY)
+    whole = planned_peak(expt, home, *line)
+    halves = planned_peak(expt, home, *line, "memory.gradient_accumulation=2")
+    assert whole < halves, "the gradients of the first half are kept"
+    budget = f"memory.budget={(whole + halves) // 2}"
+    record = allocated(expt, home, *line, budget, "fit.margin=1")
+    assert not record["emergency"] and record["chosen"]["micro_batch"] == 2
+    assert record["chosen"]["peak_bytes"] == whole
+
+
+def test_what_saves_nothing_at_one_peak_is_tried_again_at_the_next(expt, home) -> None:
+    sizes = ("data.batch_size=16", "data.eval_batch_size=32", "model.num_layers=3")
+    line = ("model.embed_dim=256", *sizes, *CHECKPOINTED)
+    steps = allocated(expt, home, *line, "memory.budget=1MiB", code=1)["emergency"]
+    order = [step["changes"][0].partition("=")[0] for step in steps if step.get("kept")]
+    assert order.index("memory.forward_chunks") > order.index("optimizer"), (
+        "the training's peak comes first here, and evaluation's when that is lower"
+    )
+
+
+def test_the_largest_part_frozen_leaves_the_others_trained() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sensor = torch.nn.Parameter(torch.zeros(3, 4))
+            self.scale = torch.nn.Parameter(torch.zeros(2), requires_grad=False)
+            self.window, self.head = torch.nn.Linear(50, 50), torch.nn.Linear(50, 3)
+
+    assert trained_without_the_largest(Model()) == ["head.*", "sensor"]
 
 
 @pytest.mark.parametrize(

@@ -62,13 +62,17 @@ def first_that_fits(
         best = largest(sizes, partial(plan, way), limit, sizes[-1]).best
         if best is not None:
             return Choice(way, best, plan(way, best), True)
-    return least(ways, sizes[0], plan, limit)
+    return least(ways, sizes, plan, limit)
 
 
 def least(
-    ways: Sequence[Way], size: int, plan: Callable[[Way, int], Plan], limit: Limit
+    ways: Sequence[Way], sizes: Sequence[int], plan: Callable[[Way, int], Plan], limit: Limit
 ) -> Choice[Way]:
-    """Return the way that takes least with a micro-batch of `size`."""
-    way = min(ways, key=lambda way: limit.demand(plan(way, size)))
+    """Return the way and micro-batch that take least, of a micro-batch's ascending `sizes`.
+
+    That is the smallest, or the whole batch: only parts of it keep the gradients of those before.
+    """
+    tried = [(way, size) for way in ways for size in dict.fromkeys((sizes[0], sizes[-1]))]
+    way, size = min(tried, key=lambda one: limit.demand(plan(*one)))
     planned = plan(way, size)
     return Choice(way, size, planned, limit.allows(planned))

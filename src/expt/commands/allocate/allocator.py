@@ -16,6 +16,7 @@ from typing import Any
 from expt.commands.allocate.measures import Measure, emergency
 from expt.commands.allocate.scales import Level, levels, scales
 from expt.commands.allocate.variants import Changes, Variants
+from expt.config.compose import key
 from expt.config.settings import Settings
 from expt.errors import ConfigError
 from expt.memory.planning.predict import Plan
@@ -100,7 +101,8 @@ class Allocator:
         """Return the settings to add to the command line for a choice."""
         parts = self.variants(choice.way).parts.get(choice.micro_batch)
         more = [] if parts is None else [f"memory.gradient_accumulation={parts}"]
-        return [*choice.way, *more]
+        lines = {key(line): line for line in (*choice.way, *more)}  # the last of a setting holds
+        return list(lines.values())
 
     def largest(self, limit: Limit, given_up: Changes = ()) -> Choice[Changes]:
         """Return the first way of the largest sizes that fits, or the one that takes least.
@@ -124,14 +126,18 @@ class Allocator:
         smallest = next(
             ways for level in reversed(every) if (ways := [*self._ways(level.changes, given_up)])
         )
-        return least(smallest, min(self.variants(smallest[0]).parts), self.plan, limit)
+        return least(smallest, list(self.variants(smallest[0]).parts), self.plan, limit)
 
     def _fits(self, level: Level, given_up: Changes, limit: Limit) -> bool:
-        """Tell whether any way fits at a level, sample by sample; most arithmetic needs least."""
+        """Tell whether any way fits at a level; the one of most arithmetic needs least."""
         return any(
-            limit.allows(self.plan(way, min(self.variants(way).parts)))
+            self._least(way, limit).fits
             for way in self._ways(level.changes, given_up, most_first=True)
         )
+
+    def _least(self, way: Changes, limit: Limit) -> Choice[Changes]:
+        """Return a way with the micro-batch that takes least."""
+        return least([way], list(self.variants(way).parts), self.plan, limit)
 
     def _ways(
         self, level: Changes, given_up: Changes = (), most_first: bool = False
@@ -164,23 +170,28 @@ class Allocator:
     def _give_up(self, nearest: Choice[Changes], limit: Limit) -> Found:
         """Give up one thing after the other until it fits."""
         choice = nearest
-        steps: list[Given] = []
-        for measure in emergency(self.variants(choice.way)):
-            way = (*choice.way, *measure.changes)
-            try:
-                micro_batch = min(self.variants(way).parts)
-                planned = self.plan(way, micro_batch)
-            except Exception as error:  # not for this model; the reason is kept
-                refused = " ".join(str(error).split())[:300]
-                steps.append(Given(measure, refused=refused))
-                continue
-            saved = limit.taken(choice.planned) - limit.taken(planned)
-            steps.append(Given(measure, saved > 0, saved, planned))
-            if saved > 0:
-                choice = Choice(way, micro_batch, planned, limit.allows(planned))
-            if choice.fits:
-                break
-        return Found(choice, tuple(steps))
+        steps: dict[Measure, Given] = {}
+        left = list(emergency(self.variants(choice.way)))
+        gained = True
+        while gained and not choice.fits:
+            gained = False  # what saves nothing at one peak may save at the next
+            for measure in list(left):
+                way = (*choice.way, *measure.changes)
+                try:
+                    tried = self._least(way, limit)
+                except Exception as error:  # not for this model; the reason is kept
+                    steps[measure] = Given(measure, refused=" ".join(str(error).split())[:300])
+                    left.remove(measure)
+                    continue
+                saved = limit.taken(choice.planned) - limit.taken(tried.planned)
+                steps.pop(measure, None)
+                steps[measure] = Given(measure, saved > 0, saved, tried.planned)
+                if saved > 0:
+                    choice, gained = tried, True
+                    left.remove(measure)
+                if choice.fits:
+                    break
+        return Found(choice, tuple(steps.values()))
 
     def _take_back(self, nearest: Choice[Changes], found: Found, limit: Limit) -> Found:
         """Take back what is not needed, and then make sizes as large as they can be."""
@@ -199,10 +210,8 @@ class Allocator:
         return Found(larger, steps) if larger.fits else found
 
     def _allowed(self, way: Changes, limit: Limit) -> bool:
-        """Tell whether a way fits, sample by sample."""
-        if not self._possible(way):
-            return False
-        return limit.allows(self.plan(way, min(self.variants(way).parts)))
+        """Tell whether a way fits with any micro-batch."""
+        return self._possible(way) and self._least(way, limit).fits
 
 
 def _changes(given: Sequence[Given]) -> Changes:

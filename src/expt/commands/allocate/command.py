@@ -193,8 +193,8 @@ def _budget(settings: Settings, target: Target) -> int:
         found = card_bytes(settings.memory.card, target) if settings.memory.card else None
     if found is None:
         raise ConfigError(
-            "task=allocate divides a budget, and there is none; give memory.budget=24GiB, or "
-            "memory.card=24GiB for what CUDA leaves of a card"
+            "task=allocate divides a budget, and there is none; give memory.budget=24GiB"
+            + (", or memory.card=24GiB for what CUDA leaves of a card" if target == "cuda" else "")
         )
     return found
 

@@ -49,7 +49,7 @@ def emergency(variant: Variant) -> Iterator[Measure]:
     yield Measure("an optimizer with hardly any state", ("optimizer=adafactor",))
     smallest = trained_without_the_largest(variant.model)
     if smallest is not None:
-        patterns = ",".join(f'"{name}.*"' for name in smallest)
+        patterns = ",".join(f'"{name}"' for name in smallest)
         yield Measure("the largest part frozen", (f"trainer.trainable=[{patterns}]",))
 
 
@@ -77,7 +77,7 @@ def single_changes(variant: Variant, dimensions: dict[str, list[object]]) -> Ite
                 )
     for name, values in dimensions.items():
         group, _, argument = name.partition(".")
-        listed = list(arguments[group].get("scale", {}).get(name, values))
+        listed = list((arguments[group].get("scale") or {}).get(name, values))
         configured = arguments[group][argument]
         others = [value for value in listed if value != configured]
         for value in others:
@@ -92,11 +92,13 @@ def single_changes(variant: Variant, dimensions: dict[str, list[object]]) -> Ite
 
 
 def trained_without_the_largest(model: nn.Module) -> list[str] | None:
-    """Return the top parts of a model that are trained, less the one with the most weights."""
+    """Return patterns of what is trained at the top of a model, less the part of most weights."""
     sizes = {
-        name: sum(w.numel() for w in part.parameters() if w.requires_grad)
+        f"{name}.*": sum(w.numel() for w in part.parameters() if w.requires_grad)
         for name, part in model.named_children()
     }
+    own = model.named_parameters(recurse=False)
+    sizes |= {name: weight.numel() for name, weight in own if weight.requires_grad}
     trained = {name: size for name, size in sizes.items() if size}
     if len(trained) < 2:
         return None

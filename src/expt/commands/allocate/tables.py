@@ -118,11 +118,12 @@ def _parts(record: Mapping[str, Any]) -> list[tuple[str, tuple[str, ...], Rows]]
 
 
 def _saved(step: Mapping[str, Any]) -> str:
-    """Return what a step saved when it was tried, and that it is not needed after all if so."""
+    """Return what a step saved when it was tried, and whether it is left out after all."""
     if "saved_bytes" not in step:
         return "-"
-    words = format_bytes(step["saved_bytes"])
-    return f"{words}, taken back" if step["taken_back"] else words
+    if step["taken_back"]:
+        return f"{format_bytes(step['saved_bytes'])}, taken back"
+    return format_bytes(step["saved_bytes"]) if step["kept"] else "nothing, left out"
 
 
 def _way(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
