@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import stat
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 from expt.errors import StorageError
-from expt.files import remove_empty_date, replace_atomically, write_json
+from expt.files import remove_empty_date, replace_atomically, write_json, write_text
 
 
 def text_writer(text: str) -> Any:
@@ -181,3 +183,43 @@ def test_only_an_empty_folder_of_a_day_is_removed(tmp_path: Path) -> None:
         remove_empty_date(folder)
     remove_empty_date(tmp_path / "2026-11-23")
     assert {path.name for path in tmp_path.iterdir()} == {"2026-11-22", "2026-11-21b", "lab"}
+
+
+def test_several_writers_of_one_path_do_not_get_in_each_others_way(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    began, go_on = threading.Event(), threading.Event()
+
+    def slowly(temporary: Path) -> None:
+        temporary.write_text("slow")
+        began.set()
+        go_on.wait(10)
+
+    thread = threading.Thread(target=replace_atomically, args=(path, slowly))
+    thread.start()
+    assert began.wait(10)
+    replace_atomically(path, text_writer("fast"))
+    assert path.read_text() == "fast"
+    go_on.set()
+    thread.join()
+    assert path.read_text() == "slow"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_left_is_removed_when_nobody_can_write_it_any_more(
+    tmp_path: Path,
+) -> None:
+    names = (".old.pt.12-140.tmp", ".new.pt.12-140.tmp", ".mine.tmp", "old.12-140.tmp")
+    for name in names:
+        (tmp_path / name).touch()
+        age = time.time() - (3600 if "new" in name else 30 * 3600)
+        os.utime(tmp_path / name, (age, age))
+    replace_atomically(tmp_path / "file.txt", text_writer("new"))
+    assert {path.name for path in tmp_path.iterdir()} == {*names[1:], "file.txt"}
+
+
+def test_names_of_files_in_another_encoding_are_written_as_escapes(tmp_path: Path) -> None:
+    name = os.fsdecode(b"/data/caf\xe9.h5")
+    write_text(tmp_path / "file.txt", name)
+    assert (tmp_path / "file.txt").read_text() == r"/data/caf\udce9.h5"
+    write_json(tmp_path / "file.json", {"path": name})
+    assert json.loads((tmp_path / "file.json").read_text()) == {"path": name}

@@ -6,17 +6,25 @@ import contextlib
 import json
 import os
 import re
+import threading
+import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from expt.errors import StorageError
 
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
+_TEMPORARY = re.compile(r"\..+\.\d+-\d+\.tmp")
+_LEFTOVER_SECONDS = 24 * 3600.0
+"""Nobody, on another machine either, still writes a temporary file that is as old as this."""
 
 
 def replace_atomically(path: Path, write: Callable[[Path], None], durable: bool = True) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in its place.
+
+    Several processes and threads may do so for one path at once: it is the last one's, whole.
 
     Args:
         path: the file to make or replace; its folder is made.
@@ -27,9 +35,10 @@ def replace_atomically(path: Path, write: Callable[[Path], None], durable: bool 
         StorageError: the disk refused; what was at `path` before is intact.
 
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path.parent)
         write(temporary)
         if durable:
             with temporary.open("rb") as file:
@@ -52,6 +61,16 @@ def replace_atomically(path: Path, write: Callable[[Path], None], durable: bool 
             temporary.unlink(missing_ok=True)
 
 
+@cache  # once for a folder: some hold thousands of files
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of processes that were killed."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            old = time.time() - _LEFTOVER_SECONDS
+            if _TEMPORARY.fullmatch(entry.name) and entry.stat().st_mtime < old:
+                Path(entry).unlink(missing_ok=True)
+
+
 def _sync_folder(folder: Path) -> None:
     """Put the new name itself on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -62,7 +81,10 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str, durable: bool = True, private: bool = False) -> None:
-    """Write `text` as UTF-8 atomically; a `private` file is for its owner only, mode 0600."""
+    """Write `text` as UTF-8 atomically; a `private` file is for its owner only, mode 0600.
+
+    What is no text, as in the name of a file in another encoding, becomes an escape (`printable`).
+    """
     replace_atomically(path, lambda temporary: _write(temporary, text, private), durable)
 
 
@@ -80,11 +102,16 @@ def make_private(*paths: Path) -> None:
                 file.chmod(0o600)
 
 
+def printable(text: str) -> str:
+    r"""Return text that UTF-8 can say: a byte of a file's name that was none is ``\udcXX`` in it."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _write(path: Path, text: str, private: bool) -> None:
     if private:  # before there is anything in it
         path.touch(mode=0o600)
         path.chmod(0o600)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(printable(text), encoding="utf-8")
 
 
 def _finite(value: Any) -> Any:

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
-import threading
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -257,9 +255,7 @@ def keep(path: Path, array: Array) -> None:
         StorageError: the disk refused.
 
     """
-    own = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}")
-    replace_atomically(own, lambda temporary: save(temporary, array), durable=False)
-    own.replace(path)
+    replace_atomically(path, lambda temporary: save(temporary, array), durable=False)
 
 
 def save(path: Path, array: Array) -> None:
