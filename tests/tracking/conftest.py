@@ -47,7 +47,10 @@ def make(uri: str, tmp_path: Path) -> Iterator[Callable[..., MlflowTracker]]:
 
 
 class FakeStore:
-    """Takes everything and remembers it; fails as often as `failures` says."""
+    """Takes everything and remembers it; fails as often as `failures` says.
+
+    It answers unless the last failure was a ConnectionError.
+    """
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, Any]] = []
@@ -57,7 +60,10 @@ class FakeStore:
 
     def _call(self, name: str, value: Any) -> None:
         if self.failures:
-            raise self.failures.pop(0)
+            error = self.failures.pop(0)
+            self.alive = not isinstance(error, ConnectionError)
+            raise error
+        self.alive = True
         self.calls.append((name, value))
 
     def open_run(self, experiment: str, root: str, key: str, name: str, *rest: Any) -> str:
@@ -77,7 +83,7 @@ class FakeStore:
     def artifact(self, run_id: str, path: str, folder: str) -> None:
         self._call("artifact", path)
 
-    def answers(self, run_id: str) -> bool:
+    def answers(self, run_id: str | None) -> bool:
         return self.alive
 
     def end(self, run_id: str, status: str, time: int) -> None:

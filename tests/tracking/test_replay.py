@@ -65,6 +65,17 @@ def test_a_silent_store_is_asked_once_and_others_are_served(tmp_path: Path, stor
     assert replay(tmp_path).complete
 
 
+def test_one_run_that_a_store_cannot_take_does_not_stop_the_others(
+    tmp_path: Path, store: Any
+) -> None:
+    record(tmp_path / "a")
+    record(tmp_path / "b")
+    store.failures = [ValueError("no such letter")]
+    report = replay(tmp_path)
+    assert [(entry.sent, entry.left) for entry in report.directories] == [(0, 2), (2, 0)]
+    assert report.directories[0].reason == "http://server does not take it (no such letter)"
+
+
 def test_the_state_says_where_to(tmp_path: Path, store: Any, monkeypatch: Any) -> None:
     from expt.tracking import sender as sender_module
 

@@ -82,6 +82,35 @@ def test_one_refused_record_does_not_hold_up_the_others(
     ]
 
 
+def test_a_record_that_the_store_cannot_take_is_skipped_while_it_answers(
+    tmp_path: Path, store: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "PAUSES_SECONDS", (0.0, 0.0))
+    record(tmp_path)
+    sender = Sender(tmp_path)
+    sender.send_group()
+    store.failures = [ValueError("bad batch"), ValueError("bad"), ValueError("bad step 0")]
+    send(sender)
+    sent = [value for name, value in store.calls if name == "metrics"]
+    assert [[point.step for point in points] for points in sent] == [[1], [2]]
+    assert store.calls[-1] == ("end", "FINISHED")
+    assert applied(tmp_path) == 6
+    assert [entry.message for entry in caplog.records] == [
+        "the store refused a record of metrics, it is skipped: bad step 0"
+    ]
+
+
+def test_parameters_that_the_store_cannot_take_do_not_hold_up_the_figures(
+    tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "PAUSES_SECONDS", (0.0,))
+    record(tmp_path)
+    sender = Sender(tmp_path)
+    monkeypatch.setattr(store, "resume", lambda *values: store._call("resume", 1 / 0))
+    send(sender)
+    assert [name for name, _ in store.calls] == ["open", "metrics", "end"]
+
+
 def test_a_run_the_store_lost_is_sent_again_whole(
     tmp_path: Path, store: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import uuid
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,33 @@ def test_refusals_are_told_apart(opened: MlflowStore, tmp_path: Path, client: An
     client.delete_run(run_id)
     with pytest.raises(RefusedError):
         opened.tags(run_id, {"a": "b"})
+
+
+def test_names_of_files_in_another_encoding_are_taken_as_escapes(
+    opened: MlflowStore, tmp_path: Path, client: Any
+) -> None:
+    name = os.fsdecode(b"caf\xe9.h5")
+    root = (tmp_path / "a").as_uri()
+    run_id = opened.open_run("test-store", root, uuid.uuid4().hex, name, 1, {"first": name})
+    opened.resume(run_id, {"path": name}, {name: name})
+    opened.dataset(run_id, name, "1", name)
+    stored = client.get_run(run_id)
+    assert stored.info.run_name == stored.data.tags["first"] == r"caf\udce9.h5"
+    assert stored.data.params["path"] == stored.data.tags["caf_.h5"] == r"caf\udce9.h5"
+
+
+def test_a_store_that_can_only_be_read_does_not_answer(
+    opened: MlflowStore, tmp_path: Path, monkeypatch: Any, client: Any
+) -> None:
+    run_id = open_run(opened, tmp_path)
+    assert opened.answers(None) and opened.answers(run_id)
+    assert "expt.probe" not in client.get_run(run_id).data.tags
+
+    def refuse(*values: Any, **more: Any) -> None:
+        raise OSError("database or disk is full")
+
+    monkeypatch.setattr(opened._client, "log_batch", refuse)
+    assert not opened.answers(run_id)
 
 
 def test_what_was_deleted_in_the_store_is_restored(

@@ -65,7 +65,7 @@ def _parents_first(root: Path) -> list[Path]:
 
 
 def _send(directory: Path, silent: dict[str, str]) -> Replayed | None:
-    """Send one journal; `silent` holds the stores that failed, so that each fails once."""
+    """Send one journal; `silent` holds the stores that do not answer, each asked once."""
     sender = Sender(directory)
     try:
         outstanding = left = sender.outstanding()
@@ -85,9 +85,13 @@ def _send(directory: Path, silent: dict[str, str]) -> Replayed | None:
             left = sender.outstanding()
             return Replayed(directory, outstanding - left, left, str(error))
         except Exception as error:
+            answers = sender.answers()
+            does = "does not take it" if answers else "does not answer"
+            why = f"{without_password(uri)} {does} ({reason(error)})"
+            if not answers:
+                silent[uri] = why
             left = sender.outstanding()
-            silent[uri] = f"{without_password(uri)} does not answer ({reason(error)})"
-            return Replayed(directory, outstanding - left, left, silent[uri])
+            return Replayed(directory, outstanding - left, left, why)
     except NotReadyError as error:
         return Replayed(directory, 0, 0, str(error))
     except OSError as error:

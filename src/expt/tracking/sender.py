@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from expt.errors import StorageError
@@ -36,40 +38,53 @@ from expt.uri import absolute_uri, with_password, without_password
 _logger = logging.getLogger(__name__)
 
 PAUSES_SECONDS = (0.5, 2.0, 0.0)
-"""The rest after each attempt to store an artifact; as many attempts as there are rests."""
+"""The rest after each attempt to store something; as many attempts as there are rests."""
+
+
+def attempt(store: MlflowStore, run_id: str, work: Callable[[], None]) -> str | None:
+    """Do something in a run, several times over if need be; return why it cannot be done.
+
+    Raises:
+        Exception: what the store raised, if it does not answer: it is to be done later, then.
+
+    """
+    why = None
+    for pause in PAUSES_SECONDS:
+        try:
+            work()
+            return None
+        except RunMissingError:
+            raise
+        except RefusedError as error:
+            return str(error)
+        except Exception as error:
+            if not store.answers(run_id):
+                raise
+            why = reason(error)
+        time.sleep(pause)
+    return why
 
 
 def send_artifact(store: MlflowStore, run_id: str, path: str, folder: str) -> bool:
     """Store a file, or say why it is skipped; return whether it is stored.
 
     Raises:
-        Exception: what the store raised, if it does not answer at all or refuses the record.
+        Exception: what the store raised, if it does not answer at all.
 
     """
     if not os.access(path, os.R_OK):
         _logger.warning("an artifact is skipped: %s is gone or cannot be read", path)
         return False
-    for pause in PAUSES_SECONDS:
-        try:
-            store.artifact(run_id, path, folder)
-            return True
-        except (RefusedError, RunMissingError):
-            raise
-        except Exception as error:
-            # Metrics must not wait for where artifacts live.
-            if not store.answers(run_id):
-                raise
-            failure = reason(error)
-        time.sleep(pause)
+    # Metrics must not wait for where artifacts live.
+    why = attempt(store, run_id, lambda: store.artifact(run_id, path, folder))
+    if why is None:
+        return True
     _logger.warning(
         "the artifact %s cannot be stored (%s), it is skipped; the file stays where it is",
         path,
-        failure,
+        why,
     )
     return False
-
-
-_logger = logging.getLogger(__name__)
 
 
 class NotReadyError(Exception):
@@ -186,6 +201,10 @@ class Sender:
         self._save()
         return True
 
+    def answers(self) -> bool:
+        """Tell whether the store works, whatever became of the last call."""
+        return self._store is not None and self._store.answers(self._opened().run_id)
+
     def _next_group(self) -> list[Line]:
         assert self._reader is not None
         if not self._pending:
@@ -208,15 +227,20 @@ class Sender:
             return
         if records[0]["kind"] == "start" or self._opened().run_id is None:
             self._start(store, records[0])
+        run_id = self._opened().run_id
+        assert run_id is not None
         try:
             self._apply(store, records)
-        except RefusedError:
+        except RunMissingError:
+            raise
+        except Exception as error:
+            if not isinstance(error, RefusedError) and not store.answers(run_id):
+                raise
             # One of them only, perhaps.
             for record in records:
-                try:
-                    self._apply(store, [record])
-                except RefusedError as error:
-                    self._skipped(record["kind"], error)
+                why = attempt(store, run_id, partial(self._apply, store, [record]))
+                if why is not None:
+                    self._skipped(record["kind"], why)
 
     def _start(self, store: MlflowStore, record: Record) -> None:
         state = self._opened()
@@ -234,15 +258,18 @@ class Sender:
                 tags,
             )
             self._save()
-        try:
-            parameters = record.get("parameters") or {}
-            state.experiment_id = store.resume(state.run_id, parameters, tags) or None
-            if "data.name" in tags:
-                store.dataset(
-                    state.run_id, tags["data.name"], tags["data.fingerprint"], tags["data.source"]
-                )
-        except RefusedError as error:
-            self._skipped("start", error)
+        why = attempt(store, state.run_id, partial(self._resume, store, record, tags))
+        if why is not None:
+            self._skipped("start", why)
+
+    def _resume(self, store: MlflowStore, record: Record, tags: dict[str, str]) -> None:
+        state = self._opened()
+        assert state.run_id is not None
+        state.experiment_id = store.resume(state.run_id, record.get("parameters") or {}, tags) or None
+        if "data.name" in tags:
+            store.dataset(
+                state.run_id, tags["data.name"], tags["data.fingerprint"], tags["data.source"]
+            )
 
     def _apply(self, store: MlflowStore, records: list[Record]) -> None:
         run_id = self._opened().run_id
@@ -301,8 +328,8 @@ class Sender:
         except StorageError as error:
             self._warn_once("state", str(error))
 
-    def _skipped(self, kind: str, error: RefusedError) -> None:
-        self._warn_once(kind, f"the store refused a record of {kind}, it is skipped: {error}")
+    def _skipped(self, kind: str, why: str) -> None:
+        self._warn_once(kind, f"the store refused a record of {kind}, it is skipped: {why}")
 
     def _warn_once(self, about: str, message: str) -> None:
         if about not in self._warned:

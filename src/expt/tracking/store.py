@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from expt.files import printable
 from expt.locks import Lock
 from expt.tracking.metric_tags import TAG_LENGTH
 from expt.uri import sqlite_path, without_password
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 KEY_TAG = "expt.key"
 """Names a run before its id is known, so that it is created once."""
+PROBE_TAG = "expt.probe"
+"""Written and removed to see whether a store takes records."""
 PARENT_TAG = "mlflow.parentRunId"
 CHANGED = "expt.changed."
 """How the tag of a parameter begins that has another value since the run was resumed."""
@@ -94,7 +97,7 @@ class MlflowStore:
                 experiment_id,
                 start_time=time,
                 tags=_legal(tags, TAG_LENGTH) | {KEY_TAG: key},
-                run_name=name,
+                run_name=printable(name),
             )
             return str(created.info.run_id)
 
@@ -130,7 +133,7 @@ class MlflowStore:
         """Record what the run trains on as its input; the same is recorded once."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        data = Dataset(name, digest[:_DIGEST_LENGTH], "local", json.dumps({"uri": source}))
+        data = Dataset(printable(name), digest[:_DIGEST_LENGTH], "local", json.dumps({"uri": source}))
         tags = [InputTag("mlflow.data.context", "training")]
         with _mlflow_errors():
             self._client.log_inputs(run_id, [DatasetInput(data, tags)])
@@ -163,10 +166,19 @@ class MlflowStore:
         with _mlflow_errors():
             self._client.log_artifact(run_id, path, _legal_name(folder) if folder else None)
 
-    def answers(self, run_id: str) -> bool:
-        """Tell whether the store itself works, whatever became of the last call."""
+    def answers(self, run_id: str | None) -> bool:
+        """Tell whether the store works, whatever became of the last call.
+
+        For a run it must take a tag, too: a full or a locked database can still be read.
+        """
         try:
-            self._client.get_run(run_id)
+            if run_id is None:
+                self._client.search_experiments(max_results=1)
+            else:
+                self.tags(run_id, {PROBE_TAG: "1"})
+                self._client.delete_tag(run_id, PROBE_TAG)
+        except RefusedError:  # a run that was deleted
+            return True
         except Exception:
             return False
         return True
@@ -256,7 +268,7 @@ def _mlflow_errors() -> Iterator[None]:
 
 
 def _legal(values: Mapping[str, Any], length: int) -> dict[str, str]:
-    return {_legal_name(name): str(value)[:length] for name, value in values.items()}
+    return {_legal_name(name): printable(str(value))[:length] for name, value in values.items()}
 
 
 def _legal_name(name: str) -> str:
