@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from sqlalchemy.engine import make_url
 
 from expt.uri import (
     PASSWORD,
@@ -10,6 +11,7 @@ from expt.uri import (
     absolute_uri,
     is_server,
     sqlite_path,
+    sqlite_uri,
     with_password,
     without_password,
 )
@@ -41,6 +43,8 @@ def test_a_hidden_password_comes_from_the_environment(monkeypatch: pytest.Monkey
     [
         ("sqlite:///outputs/mlflow.db", "outputs/mlflow.db"),
         ("sqlite:////data/mlflow.db?timeout=5", "/data/mlflow.db"),
+        ("sqlite:///my%20lab/a%25b.db", "my lab/a%b.db"),
+        ("sqlite:///my lab/a%b#c.db", "my lab/a%b#c.db"),
         ("sqlite:///:memory:", None),
         ("postgresql://me@host/db", None),
         ("postgresql://me@/db?host=/run/postgresql", None),
@@ -78,3 +82,16 @@ def test_a_password_among_the_options_comes_from_the_environment_too(
     monkeypatch.setenv(PASSWORD, "a&b")
     assert with_password("http://host/?password=***") == "http://host/?password=a%26b"
     assert with_password("http://host/?password=word") == "http://host/?password=word"
+
+
+@pytest.mark.parametrize("name", ["a b", "a%20b", "a%b", "a?b", "a#b", "ü[1]", "a%3Fb?"])
+def test_a_folder_of_any_name_has_the_database_that_sqlalchemy_opens(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    database = tmp_path / name / "x.db"
+    uri = sqlite_uri(database)
+    assert sqlite_path(uri) == database
+    assert absolute_uri("sqlite:///x.db") == absolute_uri(uri) == uri
+    assert make_url(f"{uri}?timeout=5").database == str(database)

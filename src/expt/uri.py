@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 PASSWORD = "MLFLOW_TRACKING_PASSWORD"
 """MLflow's own environment variable for the password of a server."""
@@ -29,19 +29,27 @@ class PasswordMissingError(Exception):
     """A URI was written down without its password, and the environment does not have it."""
 
 
+def sqlite_uri(database: Path) -> str:
+    """Return the URI of a database file, with ``%`` and ``?`` escaped, which mean something in it.
+
+    Nothing else is: `sqlite_path` of a URI that somebody typed is the file that they mean.
+    """
+    return f"sqlite:///{str(database).replace('%', '%25').replace('?', '%3F')}"
+
+
 def absolute_uri(uri: str) -> str:
     """Return a SQLite URI with the path made absolute, so that a later chdir changes nothing."""
     database = sqlite_path(uri)
     if database is None:
         return uri
     _, mark, query = uri.partition("?")
-    return f"sqlite:///{database.absolute()}{mark}{query}"
+    return f"{sqlite_uri(database.absolute())}{mark}{query}"
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """Return the database file of a ``sqlite:///`` URI, None for any other store."""
+    """Return the database file of a ``sqlite:///`` URI as SQLAlchemy does, None for any other."""
     scheme, _, rest = uri.partition(":///")
-    path = rest.partition("?")[0]
+    path = unquote(rest.partition("?")[0])
     return Path(path) if scheme == "sqlite" and path not in ("", ":memory:") else None
 
 

@@ -34,6 +34,14 @@ def test_the_default_is_beside_the_tracking_store(home):
     assert default_storage(None) == f"sqlite:///{home}/outputs/optuna.db"
 
 
+def test_the_default_of_one_project_is_not_that_of_another(home, monkeypatch):
+    for name in ("my lab", "my%20lab"):
+        (home / name).mkdir()
+        monkeypatch.chdir(home / name)
+        opened(open_storage(default_storage(None)))
+        assert (home / name / "outputs/optuna.db").exists()
+
+
 @pytest.mark.parametrize("text", ["sqlite:///a/optuna.db", "a/study.journal", "a/study.log"])
 def test_a_study_is_found_again(home, text):
     opened(open_storage(text)).enqueue_trial({"x": 0.5})

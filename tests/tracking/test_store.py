@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sqlite3
 import uuid
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from expt.tracking.store import (
     RunMissingError,
     reason,
 )
+from expt.uri import sqlite_path, sqlite_uri
 
 
 @pytest.fixture
@@ -172,6 +176,19 @@ def test_two_processes_may_make_one_store_and_experiment(tmp_path: Path, forked:
     names = [experiment.name for experiment in MlflowClient(uri).search_experiments()]
     assert sorted(names) == ["Default", "both"]
     assert not (tmp_path / "new" / "mlflow.db.new").exists()
+
+
+def test_a_store_is_in_the_folder_that_is_named_and_leaves_no_other(
+    uri: str, tmp_path: Path
+) -> None:
+    database = tmp_path / "my%20lab" / "mlflow.db"
+    database.parent.mkdir()
+    shutil.copy(sqlite_path(uri) or "", database)
+    opened = MlflowStore(sqlite_uri(database))
+    run_id = open_run(opened, tmp_path)
+    with closing(sqlite3.connect(database)) as rows:
+        assert rows.execute("select 1 from runs where run_uuid = ?", [run_id]).fetchall()
+    assert list(tmp_path.iterdir()) == [database.parent]
 
 
 def test_the_reason_is_the_innermost_cause_in_one_line() -> None:

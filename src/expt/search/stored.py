@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expt.search.winner import SweepSummary
-from expt.uri import HIDDEN
+from expt.uri import HIDDEN, sqlite_path
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -33,8 +33,8 @@ def load(summary: SweepSummary) -> Study:
     where = summary.storage
     if where is None:
         raise StudyError(f"the search {summary.study} does not say where its study is stored")
-    database = Path(where.removeprefix("sqlite:///").partition("?")[0])
-    if ("://" not in where or where.startswith("sqlite:///")) and not database.exists():
+    database = sqlite_path(where) if "://" in where else Path(where)
+    if database is not None and not database.exists():
         raise StudyError(f"the study {summary.study} is not read: there is no file {database}")
     try:
         return optuna.load_study(study_name=summary.study, storage=_storage(where))

@@ -32,7 +32,7 @@ from expt.job import Metric
 from expt.locks import Lock
 from expt.run.process import identity
 from expt.search.metric import ATTRIBUTE as METRIC
-from expt.uri import absolute_uri, sqlite_path, without_password
+from expt.uri import absolute_uri, sqlite_path, sqlite_uri, without_password
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def default_storage(tracking_uri: str | None) -> str:
     """Return the URL of ``optuna.db`` beside the tracking store's file, else in ``outputs/``."""
     database = sqlite_path(tracking_uri) if tracking_uri else None
     folder = database.parent if database is not None else Path("outputs")
-    return absolute_uri(f"sqlite:///{folder / DATABASE_NAME}")
+    return sqlite_uri((folder / DATABASE_NAME).absolute())
 
 
 def absolute_storage(text: str) -> str:
@@ -117,7 +117,7 @@ def open_storage(text: str) -> BaseStorage:
 def _file_problem(path: Path) -> str | None:
     """Say why a file cannot be a SQLite database that is written to."""
     if path.is_dir():
-        return f"this is a folder; name a file in it, like sqlite:///{path / DATABASE_NAME}"
+        return f"this is a folder; name a file in it, like {sqlite_uri(path / DATABASE_NAME)}"
     if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         return "it may not be written; choose another file, or change its permissions"
     return None

@@ -12,14 +12,14 @@ import os
 import re
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from expt.files import printable
 from expt.locks import Lock
 from expt.tracking.metric_tags import TAG_LENGTH
-from expt.uri import sqlite_path, without_password
+from expt.uri import sqlite_path, sqlite_uri, without_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -236,6 +236,15 @@ def connect(uri: str) -> MlflowClient:
         return MlflowClient(uri)
     finally:
         lock.release()
+        _remove_literal_folder(uri, database)
+
+
+def _remove_literal_folder(uri: str, database: Path) -> None:
+    # MLflow makes the folder of the URI as it is spelled, where % and ? are still escaped.
+    literal = Path(uri.removeprefix("sqlite:///")).parent
+    if literal != database.parent:
+        with suppress(OSError):  # not empty
+            os.removedirs(literal)
 
 
 def _create_database(database: Path) -> None:
@@ -247,7 +256,7 @@ def _create_database(database: Path) -> None:
     for leftover in (unfinished, unfinished.with_name(f"{unfinished.name}-journal")):
         leftover.unlink(missing_ok=True)
     store = SqlAlchemyStore(  # type: ignore[no-untyped-call]
-        f"sqlite:///{unfinished}", str(database.parent / "artifacts")
+        sqlite_uri(unfinished), str(database.parent / "artifacts")
     )
     store.engine.dispose()
     unfinished.replace(database)
