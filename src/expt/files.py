@@ -103,7 +103,7 @@ def make_private(*paths: Path) -> None:
 
 
 def printable(text: str) -> str:
-    r"""Return text that UTF-8 can say: a byte of a file's name that was none is ``\udcXX`` in it."""
+    r"""Return text that UTF-8 can say; what it cannot, in a file's name, is as ``\udcXX`` in it."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 

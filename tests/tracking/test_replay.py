@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from expt.tracking import sender as sender_module
 from expt.tracking.journal import Journal, State
 from expt.tracking.mlflow import DeferredTracker, MlflowTracker
 from expt.tracking.replay import Replayed, replay
@@ -77,8 +78,6 @@ def test_one_run_that_a_store_cannot_take_does_not_stop_the_others(
 
 
 def test_the_state_says_where_to(tmp_path: Path, store: Any, monkeypatch: Any) -> None:
-    from expt.tracking import sender as sender_module
-
     record(tmp_path)
     asked: list[str] = []
     monkeypatch.setattr(sender_module, "MlflowStore", lambda uri: asked.append(uri) or store)
@@ -96,8 +95,6 @@ def test_a_broken_journal_is_passed_over(tmp_path: Path, store: Any, content: st
 def test_a_password_is_sent_and_never_written(
     tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from expt.tracking import sender as sender_module
-
     asked: list[str] = []
     monkeypatch.setattr(sender_module, "MlflowStore", lambda uri: asked.append(uri) or store)
     monkeypatch.delenv(PASSWORD, raising=False)
@@ -138,3 +135,47 @@ def test_artifacts_move_with_their_run_and_one_that_is_gone_is_left(
     assert sent == [str(after / "plots/a.png"), str(outside)]
     assert (entry.sent, entry.left) == (3, 1)
     assert entry.reason == f"gone or not to be stored: {after / 'gone.png'}"
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_moved_tree_is_replayed_into_the_database_that_moved_with_it(
+    tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(sender_module, "MlflowStore", lambda uri: asked.append(uri) or store)
+    old, new = tmp_path / "old", tmp_path / "new"
+    (old / "a").mkdir(parents=True)
+    (old / "mlflow.db").touch()
+    for folder in (old, old / "a"):
+        parent = None if folder == old else old
+        uri = f"sqlite:///{old}/mlflow.db?timeout=5"
+        tracker = DeferredTracker(uri, "e", folder, old / "artifacts", parent)
+        tracker.start(folder.name, {}, {})
+        if begun:
+            sender = Sender(folder)
+            sender.send_group()
+            sender.close()
+        tracker.finish("FINISHED")
+    old.rename(new)
+    asked.clear()
+    assert replay(new).complete
+    assert set(asked) == {f"sqlite:///{new}/mlflow.db?timeout=5"}
+    state = State.load(new / "a")
+    assert state is not None and state.parent_run_id == "id-old-1"
+    assert state.artifact_root == (new / "artifacts").as_uri()
+    assert store.opened == 2
+    assert [value for name, value in store.calls if name == "end"] == ["FINISHED"] * 2
+    new.rename(tmp_path / "newer")  # and once more
+    DeferredTracker(uri, "e", tmp_path / "newer/a", None).finish("FAILED")
+    assert replay(tmp_path / "newer").complete
+    assert asked[-1] == f"sqlite:///{tmp_path}/newer/mlflow.db?timeout=5"
+
+
+def test_a_database_that_a_run_was_sent_to_is_not_made_anew(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/gone/mlflow.db"
+    DeferredTracker(uri, "e", tmp_path / "a", None).start("a", {}, {})
+    State(uri, "e", None, "key", run_id="known").save(tmp_path / "a")
+    (entry,) = replay(tmp_path).directories
+    assert (entry.sent, entry.left) == (0, 1)
+    assert f"there is no file {tmp_path}/gone/mlflow.db; put it back" in str(entry.reason)
+    assert not (tmp_path / "gone").exists()

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from expt.tracking import sender as artifacts
-from expt.tracking.journal import JOURNAL, STATE, Journal, State
+from expt.tracking.journal import JOURNAL, STATE, Journal, State, is_closed
 from expt.tracking.sender import NotReadyError, Sender, Target
 from expt.tracking.store import RefusedError, RunMissingError
 
@@ -150,6 +151,38 @@ def test_a_journal_shorter_than_what_was_acknowledged_is_sent_again(
     send(Sender(tmp_path))
     assert [name for name, _ in store.calls] == ["resume", "metrics", "end"]
     assert applied(tmp_path) == 6
+
+
+def test_a_journal_that_lost_its_end_and_grew_again_is_sent_again(
+    tmp_path: Path, store: Any
+) -> None:
+    record(tmp_path)
+    sender = Sender(tmp_path)
+    send(sender)
+    sender.close()
+    assert is_closed(tmp_path)
+    lines = (tmp_path / JOURNAL).read_bytes().splitlines(keepends=True)
+    (tmp_path / JOURNAL).write_bytes(b"".join(lines[:-2]))  # a power cut
+    assert not is_closed(tmp_path)
+    journal = Journal(tmp_path, HEADER)
+    for step in (7, 8):
+        journal.append("metrics", {"step": step, "values": {"a": 1.0}})
+    journal.append("end", {"status": "FINISHED"})
+    assert not is_closed(tmp_path)
+    store.calls.clear()
+    send(Sender(tmp_path))
+    assert [name for name, _ in store.calls] == ["resume", "metrics", "end"]
+    assert [point.step for point in store.calls[1][1]] == [0, 1, 7, 8]
+    assert is_closed(tmp_path)
+
+
+def test_the_state_of_an_earlier_version_is_gone_on_with(tmp_path: Path, store: Any) -> None:
+    record(tmp_path)
+    stored = {"uri": "http://server", "experiment": "e", "artifact_root": None, "key": "key",
+              "run_id": "known", "parent_run_id": None, "applied": 4}  # fmt: skip
+    (tmp_path / STATE).write_text(json.dumps(stored))
+    send(Sender(tmp_path))
+    assert [name for name, _ in store.calls] == ["metrics", "end"]
 
 
 def test_two_senders_take_turns(tmp_path: Path, store: Any) -> None:

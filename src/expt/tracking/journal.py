@@ -1,7 +1,7 @@
 """The files of one tracked run: what was recorded, and how much of it has arrived.
 
 ``tracking.jsonl``  one JSON object per line, appended by the training thread, never rewritten
-``tracking.json``   the run's id and the number of journal lines the store acknowledged
+``tracking.json``   the run's id, and how many journal lines the store acknowledged
 ``tracking.lock``   held (flock) while somebody is sending this journal
 
 A process may be killed at any time. A line torn by that is ended by the next one to append, and
@@ -15,8 +15,10 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +37,17 @@ def now_milliseconds() -> int:
     return time.time_ns() // 1_000_000
 
 
+_LATER = ("experiment_id", "digest", "nearby")
+"""Fields of `State` that earlier versions did not write."""
+
+
 @dataclass
 class State:
-    """What the sender knows; `applied` counts the journal lines acknowledged, header included."""
+    """What the sender knows.
+
+    `applied` counts the journal lines acknowledged, header included, and `digest` is the last
+    one's. `nearby` is as in `Target`.
+    """
 
     uri: str
     experiment: str
@@ -47,15 +57,16 @@ class State:
     parent_run_id: str | None = None
     applied: int = 1
     experiment_id: str | None = None
+    digest: str | None = None
+    nearby: dict[str, str] | None = None
 
     @classmethod
     def load(cls, directory: Path) -> State | None:
         """Read ``tracking.json``; None while there is none, or none that can be read."""
         try:
             values = json.loads((directory / STATE).read_bytes())
-            known = [name for name in cls.__dataclass_fields__ if name != "experiment_id"]
-            given = {name: values[name] for name in known}
-            return cls(**given, experiment_id=values.get("experiment_id"))
+            given = {name: values[name] for name in cls.__dataclass_fields__ if name not in _LATER}
+            return cls(**given, **{name: values.get(name) for name in _LATER})
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -65,7 +76,7 @@ class State:
 
 
 def read_header(directory: Path) -> Record | None:
-    """Return the journal's first line (key, uri, experiment, artifact_root, parent), if whole."""
+    """Return the journal's first line (key, uri, parent, and so on), if whole."""
     try:
         with (directory / JOURNAL).open("rb") as file:
             line = file.readline()
@@ -143,10 +154,20 @@ class Journal:
 
 @dataclass(frozen=True)
 class Line:
-    """One whole line: its record (None if it is not one) and the byte it ends at."""
+    """One whole line, and the byte it ends at."""
 
-    record: Record | None
+    text: bytes
     end: int
+
+    @cached_property
+    def record(self) -> Record | None:
+        """What it says; None if it is no record."""
+        return _parse(self.text)
+
+    @property
+    def digest(self) -> str:
+        """A hash of it; every line has its time."""
+        return sha256(self.text).hexdigest()[:16]
 
 
 class Reader:
@@ -155,27 +176,43 @@ class Reader:
     def __init__(self, directory: Path) -> None:
         self._path = directory / JOURNAL
         self._position = 0
+        self.passed = 0
+        """Lines up to here."""
+        self.last = Line(b"", 0)
+
+    @classmethod
+    def after(cls, directory: Path, state: State) -> Reader:
+        """Return a reader past the lines that were acknowledged, or past the first if they changed.
+
+        A power cut may take the end of a journal and leave the state, which was written later;
+        what is sent twice does not matter.
+        """
+        reader = cls(directory)
+        whole = reader.skip(state.applied) == state.applied
+        if not whole or (state.digest is not None and reader.last.digest != state.digest):
+            reader = cls(directory)
+            reader.skip(1)
+        return reader
 
     def skip(self, lines: int) -> int:
         """Pass over lines; return how many there were, which may be fewer."""
-        with self._path.open("rb") as file:
-            file.seek(self._position)
-            for passed in range(lines):
-                line = file.readline()
-                if not line.endswith(b"\n"):
-                    return passed
-                self._position += len(line)
-        return lines
+        return sum(1 for _ in self._lines(lines))
 
     def read(self, lines: int) -> list[Line]:
         """Return the next lines, at most so many; a last line that is not whole is left."""
-        found: list[Line] = []
+        return list(self._lines(lines))
+
+    def _lines(self, lines: int) -> Iterator[Line]:
         with self._path.open("rb") as file:
             file.seek(self._position)
-            while len(found) < lines and (line := file.readline()).endswith(b"\n"):
-                self._position += len(line)
-                found.append(Line(_parse(line), self._position))
-        return found
+            for _ in range(lines):
+                text = file.readline()
+                if not text.endswith(b"\n"):
+                    return
+                self._position += len(text)
+                self.passed += 1
+                self.last = Line(text, self._position)
+                yield self.last
 
     @property
     def position(self) -> int:
@@ -195,9 +232,11 @@ def is_closed(directory: Path) -> bool:
     """Tell whether a run's end was recorded and acknowledged, or nothing was ever recorded."""
     if read_header(directory) is None:
         return True
-    reader, count, last = Reader(directory), 0, None
-    while lines := reader.read(1000):
-        count, last = count + len(lines), lines[-1].record
     state = State.load(directory)
-    ended = last is not None and last["kind"] == "end"
-    return ended and state is not None and state.applied >= count
+    if state is None:
+        return False
+    reader = Reader.after(directory, state)
+    if reader.read(1):
+        return False
+    last = reader.last.record
+    return last is not None and last["kind"] == "end"

@@ -51,7 +51,7 @@ class MlflowTracker:
         directory = directory.absolute()
         root = None if artifact_root is None or is_server(uri) else artifact_root.absolute()
         self._target = Target(absolute_uri(uri), experiment, root.as_uri() if root else None)
-        # Relative, so that a whole tree of runs can be moved and replayed elsewhere.
+        # Relative, as `nearby` is: a whole tree of runs can be moved and replayed elsewhere.
         parent = parent_directory and os.path.relpath(
             parent_directory.resolve(), directory.resolve()
         )
@@ -62,6 +62,7 @@ class MlflowTracker:
                 "experiment": experiment,
                 "artifact_root": self._target.artifact_root,
                 "parent": parent,
+                "nearby": self._target.nearby(directory),
             },
         )
         self._flush_seconds = flush_seconds

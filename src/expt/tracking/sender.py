@@ -8,16 +8,18 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from expt.errors import StorageError
 from expt.locks import Lock
 from expt.tracking.journal import (
     JOURNAL,
     LOCK,
+    STATE,
     Line,
     Reader,
     Record,
@@ -33,7 +35,7 @@ from expt.tracking.store import (
     RunMissingError,
     reason,
 )
-from expt.uri import absolute_uri, with_password, without_password
+from expt.uri import absolute_uri, sqlite_path, sqlite_uri, with_password, without_password
 
 _logger = logging.getLogger(__name__)
 
@@ -99,12 +101,37 @@ class Target:
     experiment: str
     artifact_root: str | None
 
+    def nearby(self, directory: Path) -> dict[str, str] | None:
+        """Return where a database and its artifacts are, as seen from a run's folder."""
+        database = sqlite_path(self.uri)
+        if database is None:
+            return None
+        paths = {"database": database.parent.resolve() / database.name}
+        if self.artifact_root is not None:
+            paths["artifacts"] = Path(unquote(urlsplit(self.artifact_root).path)).resolve()
+        run = directory.resolve()
+        return {name: os.path.relpath(path, run) for name, path in paths.items()}
+
+    def moved(self, directory: Path, nearby: Mapping[str, str] | None) -> Target:
+        """Return the target that was moved together with a run's folder, or this if it is there."""
+        database = sqlite_path(self.uri)
+        if database is None or database.exists() or not nearby:
+            return self
+        paths = {n: Path(os.path.normpath(directory.resolve() / p)) for n, p in nearby.items()}
+        here = paths["database"]
+        if not here.exists() and (database.parent.exists() or not here.parent.exists()):
+            return self
+        _, mark, query = self.uri.partition("?")
+        root = paths["artifacts"].as_uri() if "artifacts" in paths else None
+        return replace(self, uri=f"{sqlite_uri(here)}{mark}{query}", artifact_root=root)
+
 
 class Sender:
     """One journal on its way to one run.
 
     `send_group` raises `NotReadyError`, or whatever the store raised; call it again later.
-    Without a `target` the run goes where ``tracking.json``, or else the journal's first line, says;
+    Without a `target` the run goes where ``tracking.json``, or else the journal's first line, says,
+    or to the database that was moved with it; a database that a run was sent to is not made anew.
     `store` is an open one of that place, for whoever sends many journals.
     """
 
@@ -147,19 +174,19 @@ class Sender:
         if header is None:
             raise NotReadyError(f"nothing was recorded in {self.directory / JOURNAL}")
         saved = State.load(self.directory)
-        target = self._target or Target(
-            saved.uri if saved else header["uri"],
-            saved.experiment if saved else header["experiment"],
-            saved.artifact_root if saved else header["artifact_root"],
-        )
+        before = header if saved is None else asdict(saved)
+        kept = Target(before["uri"], before["experiment"], before["artifact_root"])
+        kept = kept.moved(self.directory, before.get("nearby"))
+        target = self._target or kept
         self._uri = target.uri
         shown = without_password(target.uri)
-        if saved and (without_password(saved.uri), saved.experiment) == (shown, target.experiment):
-            self.state = replace(saved, uri=shown)
+        if saved and (without_password(kept.uri), kept.experiment) == (shown, target.experiment):
+            self.state = replace(saved, uri=shown, artifact_root=target.artifact_root)
         else:
             self.state = State(shown, target.experiment, target.artifact_root, key=header["key"])
+        self.state.nearby = target.nearby(self.directory)
         self._parent = header.get("parent")
-        self._rewind(self.state.applied)
+        self._rewind()
         self._save()
 
     def close(self) -> None:
@@ -170,8 +197,7 @@ class Sender:
     def outstanding(self) -> int:
         """Return how many lines the store does not have yet."""
         self.open()
-        reader = Reader(self.directory)
-        reader.skip(self._opened().applied)
+        reader = Reader.after(self.directory, self._opened())
         count = 0
         while lines := reader.read(METRICS_PER_CALL):
             count += len(lines)
@@ -184,7 +210,7 @@ class Sender:
         if not group:
             return False
         if self._store is None:
-            self._store = MlflowStore(with_password(self._uri))
+            self._store = self._connected()
         try:
             self._send(self._store, group)
         except RunMissingError as error:
@@ -192,14 +218,24 @@ class Sender:
                 raise
             _logger.warning("%s: the whole run is sent again from %s", error, JOURNAL)
             self._rewound = True
-            self._opened().run_id = None
-            self._rewind(1)
+            state = self._opened()
+            state.run_id, state.applied, state.digest = None, 1, None
+            self._rewind()
             return True
         del self._pending[: len(group)]
-        self._opened().applied += len(group)
-        self.position = group[-1].end
+        self._acknowledged(self._opened().applied + len(group), group[-1])
         self._save()
         return True
+
+    def _connected(self) -> MlflowStore:
+        database = sqlite_path(self._uri)
+        begun = self._target is None and self._opened().run_id is not None
+        if begun and database is not None and not database.exists():
+            raise FileNotFoundError(
+                f"there is no file {database}; put it back, or remove "
+                f"{self.directory / STATE} and the run is sent to a new one"
+            )
+        return MlflowStore(with_password(self._uri))
 
     def answers(self) -> bool:
         """Tell whether the store works, whatever became of the last call."""
@@ -265,7 +301,8 @@ class Sender:
     def _resume(self, store: MlflowStore, record: Record, tags: dict[str, str]) -> None:
         state = self._opened()
         assert state.run_id is not None
-        state.experiment_id = store.resume(state.run_id, record.get("parameters") or {}, tags) or None
+        parameters = record.get("parameters") or {}
+        state.experiment_id = store.resume(state.run_id, parameters, tags) or None
         if "data.name" in tags:
             store.dataset(
                 state.run_id, tags["data.name"], tags["data.fingerprint"], tags["data.source"]
@@ -308,15 +345,14 @@ class Sender:
         same = parent_uri == absolute_uri(self._opened().uri)
         return parent.run_id if same else None
 
-    def _rewind(self, lines: int) -> None:
-        self._reader = Reader(self.directory)
-        if self._reader.skip(lines) < lines:
-            # A power cut took the end of the journal; what is sent twice does not matter.
-            self._reader = Reader(self.directory)
-            lines = self._reader.skip(1)
-        self._opened().applied = lines
+    def _rewind(self) -> None:
+        self._reader = Reader.after(self.directory, self._opened())
+        self._acknowledged(self._reader.passed, self._reader.last)
         self._pending = []
-        self.position = self._reader.position
+
+    def _acknowledged(self, lines: int, last: Line) -> None:
+        state = self._opened()
+        state.applied, state.digest, self.position = lines, last.digest, last.end
 
     def _opened(self) -> State:
         assert self.state is not None

@@ -133,7 +133,8 @@ class MlflowStore:
         """Record what the run trains on as its input; the same is recorded once."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        data = Dataset(printable(name), digest[:_DIGEST_LENGTH], "local", json.dumps({"uri": source}))
+        name, where = printable(name), json.dumps({"uri": source})
+        data = Dataset(name, digest[:_DIGEST_LENGTH], "local", where)
         tags = [InputTag("mlflow.data.context", "training")]
         with _mlflow_errors():
             self._client.log_inputs(run_id, [DatasetInput(data, tags)])
