@@ -5,13 +5,15 @@ import time
 import pytest
 
 from expt.tracking.delivery import Deliveries
-from expt.tracking.journal import LOCK, Lock
+from expt.tracking.journal import LOCK, Lock, Reader, State
 from expt.tracking.mlflow import DeferredTracker, MlflowTracker
+from expt.tracking.sender import NotReadyError, Sender, Target
+from expt.tracking.store import PARENT_TAG
 
 
 @pytest.fixture
 def deliveries(store):
-    thread = Deliveries("sqlite:///unused.db", lambda uri: store)
+    thread = Deliveries(Target.of("sqlite:///unused.db", "e", None), lambda uri: store)
     yield thread
     thread.close(0)
 
@@ -104,7 +106,7 @@ def test_a_process_of_its_own_goes_on_with_the_same_run(uri, client, tmp_path):
     last = DeferredTracker(directory=tmp_path / "run", **arguments)
     last.tags({"trial.state": "FAIL"})
     last.finish("FAILED")
-    deliveries = Deliveries(uri)
+    deliveries = Deliveries(last.target)
     deliveries.add(tmp_path / "run")
     assert deliveries.close(20)
     experiment = client.get_experiment_by_name("deferred")
@@ -115,3 +117,44 @@ def test_a_process_of_its_own_goes_on_with_the_same_run(uri, client, tmp_path):
     assert run.data.metrics == {"val/mae": 3.0}
     assert run.data.tags["trial.state"] == "FAIL"
     assert run.data.tags["model"] == "M"
+
+
+def test_a_search_that_goes_on_with_another_store_is_whole_and_nested_there(store, tmp_path):
+    asked = []
+    for uri in ("http://first", "http://second"):
+        arguments = {"uri": uri, "experiment": "e", "artifact_root": None}
+        parent = DeferredTracker(directory=tmp_path, **arguments)
+        parent.start("search", {}, {})
+        child = DeferredTracker(
+            directory=tmp_path / uri[7:], parent_directory=tmp_path, **arguments
+        )
+        child.start(uri[7:], {}, {})
+        own = Sender(tmp_path / uri[7:], child.target)
+        with pytest.raises(NotReadyError):  # the parent has no id in this store yet
+            own.send_group()
+        own.close()
+        deliveries = Deliveries(parent.target, lambda uri: asked.append(uri) or store)
+        deliveries.add(tmp_path)
+        deliveries.add(tmp_path / uri[7:])
+        assert deliveries.close(20)
+        assert State.load(tmp_path).uri == uri
+    assert asked == ["http://first", "http://second"]
+    assert [name for call, name in store.calls if call == "open"] == [
+        "search", "first", "search", "second",
+    ]  # fmt: skip
+    parents = [value.get(PARENT_TAG) for call, value in store.calls if call == "resume"]
+    assert parents == [None, "id-search-1", None, None, "id-search-3"]
+
+
+def test_a_figure_is_recorded_once_whoever_records_it_again(tmp_path):
+    first = journal(tmp_path)
+    first.metrics({"m": 1.0, "n": 2.0}, 1)
+    first.metrics({"m": 1.5}, 1)
+    first.finish("FINISHED")
+    second = DeferredTracker("sqlite:///unused.db", "e", tmp_path, None)
+    second.tags({"a": "b"})
+    second.metrics({"n": 2.0, "o": 3.0}, 1)
+    recorded = [line.record for line in Reader(tmp_path).read(100)]
+    assert [line["values"] for line in recorded if line["kind"] == "metrics"] == [
+        {"m": 1.0}, {"n": 2.0}, {"m": 1.5}, {"o": 3.0},
+    ]  # fmt: skip

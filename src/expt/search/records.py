@@ -53,8 +53,8 @@ class Records:
         if tracking.uri is not None:
             from expt.tracking.delivery import Deliveries
 
-            self._deliveries = Deliveries(tracking.uri)
-            self.parent = self._tracker(folder, None)
+            self.parent = tracker = self._tracker(folder, None)
+            self._deliveries = Deliveries(tracker.target)
 
     def open(self, parameters: Mapping[str, Any]) -> None:
         """Open the parent run, or go on with it."""

@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from expt.tracking.sender import NotReadyError, Sender
+from expt.tracking.sender import NotReadyError, Sender, Target
 from expt.tracking.store import MlflowStore, reason
-from expt.uri import absolute_uri, without_password
+from expt.uri import without_password
 
 _logger = logging.getLogger(__name__)
 
@@ -28,14 +28,16 @@ class Deliveries(threading.Thread):
     """Sends journals in the background; nothing that fails in here gets out.
 
     Args:
-        uri: of the store that all of them go to.
+        target: where all of them go, also those that went elsewhere before.
         open_store: opens it; for tests.
 
     """
 
-    def __init__(self, uri: str, open_store: Callable[[str], MlflowStore] = MlflowStore) -> None:
+    def __init__(
+        self, target: Target, open_store: Callable[[str], MlflowStore] = MlflowStore
+    ) -> None:
         super().__init__(name="expt-deliveries", daemon=True)
-        self._uri = absolute_uri(uri)
+        self._target = target
         self._open_store = open_store
         self._store: MlflowStore | None = None
         self._changed = threading.Condition()
@@ -75,7 +77,7 @@ class Deliveries(threading.Thread):
             _logger.warning(
                 "some records have not reached %s; they are kept beside the runs. When it "
                 "answers: %s",
-                without_password(self._uri),
+                without_password(self._target.uri),
                 REPLAY_COMMAND,
             )
         return arrived
@@ -101,8 +103,8 @@ class Deliveries(threading.Thread):
         """Send one journal; return how long to rest before the next."""
         try:
             if self._store is None:
-                self._store = self._open_store(self._uri)
-            sender = Sender(directory, store=self._store)
+                self._store = self._open_store(self._target.uri)
+            sender = Sender(directory, self._target, self._store)
             try:
                 while sender.send_group():
                     pass

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import csv
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from expt.config.schema import TrackingConfig
+from expt.errors import StorageError
+from expt.files import replace_atomically
 from expt.tracking.tracker import NullTracker, Tracker
 
 log = logging.getLogger(__name__)
+
+_ASIDE = ".metrics.before"
 
 
 class _Logger(Protocol):
@@ -139,31 +143,61 @@ def _made(name: str, run_dir: Path) -> Tracker:
         )
         return FabricTracker(logger)
     folder = run_dir / "csv"
-    earlier = list(_earlier(folder))
-    tracker = FabricTracker(CSVLogger(run_dir, name="csv", version=""), set())
-    for step, values in earlier:
-        tracker.metrics(values, step)
-    if earlier:
-        _before(folder).unlink(missing_ok=True)
-    return tracker
+    rows = _earlier(folder)
+    table = CSVLogger(run_dir, name="csv", version="")
+    if rows:
+        try:
+            _put_together(folder, rows, table.experiment)
+        except (OSError, StorageError) as error:
+            log.warning("the figures of earlier parts stay in %s: %s", _set_aside(folder)[0], error)
+    return FabricTracker(table, {(name, step) for step, values in rows for name in values})
 
 
-def _earlier(folder: Path) -> Iterator[tuple[int, dict[str, float]]]:
-    """Yield what an earlier part of the run wrote, which Fabric's logger would remove."""
-    current = folder / "metrics.csv"
-    if current.exists() and not _before(folder).exists():
-        current.replace(_before(folder))
-    current.unlink(missing_ok=True)  # the beginning of a copy that was cut short
-    if not _before(folder).exists():
-        return
-    with _before(folder).open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            try:
-                step = int(row.pop("step"))
-                yield step, {k: float(v) for k, v in row.items() if v}
-            except (TypeError, ValueError, KeyError, AttributeError):
-                continue  # a line that was cut short
+def _earlier(folder: Path) -> list[tuple[int, dict[str, float]]]:
+    """Return what earlier parts of the run wrote, which Fabric's logger would remove: set aside.
+
+    There are several parts where the disk was full when they were to be put together.
+    """
+    current, parts = folder / "metrics.csv", _set_aside(folder)
+    if current.exists():
+        parts.append(current.replace(folder.parent / f"{_ASIDE}.{len(parts)}.csv"))
+    rows, known = [], set()
+    for part in parts:
+        with part.open(newline="", encoding="utf-8") as file:
+            for step, values in _rows(file):
+                new = {name: value for name, value in values.items() if (name, step) not in known}
+                known |= {(name, step) for name in new}
+                if new:
+                    rows.append((step, new))
+    return sorted(rows, key=lambda row: row[0])
 
 
-def _before(folder: Path) -> Path:
-    return folder.parent / ".metrics.before.csv"
+def _rows(file: Iterable[str]) -> Iterator[tuple[int, dict[str, float]]]:
+    for row in csv.DictReader(file):
+        try:
+            step = int(row.pop("step"))
+            yield step, {k: float(v) for k, v in row.items() if v}
+        except (TypeError, ValueError, KeyError, AttributeError):
+            continue  # a line that was cut short
+
+
+def _put_together(
+    folder: Path, rows: Sequence[tuple[int, Mapping[str, float]]], writer: Any
+) -> None:
+    """Write all rows as the file that Fabric's writer goes on with, then remove the parts."""
+    columns = sorted({"step"}.union(*(values for _, values in rows)))
+
+    def write(path: Path) -> None:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, columns)
+            table.writeheader()
+            table.writerows({**values, "step": step} for step, values in rows)
+
+    replace_atomically(folder / "metrics.csv", write)
+    writer.metrics_keys = columns
+    for part in _set_aside(folder):
+        part.unlink()
+
+
+def _set_aside(folder: Path) -> list[Path]:
+    return sorted(folder.parent.glob(f"{_ASIDE}*.csv"))

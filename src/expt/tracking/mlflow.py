@@ -15,13 +15,14 @@ import math
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from expt.tracking.delivery import REPLAY_COMMAND, Writer
 from expt.tracking.journal import Journal, Reader
-from expt.tracking.sender import Sender, Target
-from expt.uri import absolute_uri, is_server, without_password
+from expt.tracking.sender import NotReadyError, Sender, Target
+from expt.uri import without_password
 
 _logger = logging.getLogger(__name__)
 
@@ -49,8 +50,7 @@ class MlflowTracker:
         flush_seconds: float = 30.0,
     ) -> None:
         directory = directory.absolute()
-        root = None if artifact_root is None or is_server(uri) else artifact_root.absolute()
-        self._target = Target(absolute_uri(uri), experiment, root.as_uri() if root else None)
+        self.target = Target.of(uri, experiment, artifact_root)
         # Relative, as `nearby` is: a whole tree of runs can be moved and replayed elsewhere.
         parent = parent_directory and os.path.relpath(
             parent_directory.resolve(), directory.resolve()
@@ -58,24 +58,25 @@ class MlflowTracker:
         self._journal = Journal(
             directory,
             {
-                "uri": without_password(self._target.uri),
+                "uri": without_password(self.target.uri),
                 "experiment": experiment,
-                "artifact_root": self._target.artifact_root,
+                "artifact_root": self.target.artifact_root,
                 "parent": parent,
-                "nearby": self._target.nearby(directory),
+                "nearby": self.target.nearby(directory),
             },
         )
         self._flush_seconds = flush_seconds
-        self._sender = Sender(directory, self._target)
+        self._sender = Sender(directory, self.target)
         self._writer: Writer | None = None
-        self._before = _Recorded()
+        self._before: _Recorded | None = None
+        self._last: dict[str, tuple[int, float]] = {}
         self._lost_records = False
         self._warned_incomplete = False
 
     @property
     def uri(self) -> str:
         """Where the records go, as it may be shown."""
-        return without_password(self._target.uri)
+        return without_password(self.target.uri)
 
     @property
     def run_id(self) -> str | None:
@@ -94,12 +95,7 @@ class MlflowTracker:
 
     def start(self, name: str, parameters: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         """Open the run, or go on with the one this directory already belongs to."""
-        try:
-            self._journal.open()
-            if self._journal.resumed:
-                self._before = _Recorded.read(self._journal.path.parent)
-        except OSError:
-            pass  # The append below meets the same attempts, and says so.
+        self._earlier()
         origin = {
             "mlflow.user": _user(),
             "mlflow.source.name": sys.argv[0] if sys.argv and sys.argv[0] else "<console>",
@@ -113,14 +109,14 @@ class MlflowTracker:
         )
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Record figures; what an interrupted run already recorded alike is left out."""
-        numbers = {name: float(value) for name, value in values.items()}
-        if self._before.last_step >= step:
-            numbers = {
-                name: value
-                for name, value in numbers.items()
-                if not self._before.has(name, step, value)
-            }
+        """Record figures; what was recorded alike, by an interrupted run too, is left out."""
+        before = self._earlier()
+        numbers = {
+            name: number
+            for name, number in ((name, float(value)) for name, value in values.items())
+            if self._last.get(name) != (step, number) and not before.has(name, step, number)
+        }
+        self._last |= {name: (step, number) for name, number in numbers.items()}
         if numbers:
             # JSON has no NaN or infinity; float() reads these words back.
             words = {k: v if math.isfinite(v) else repr(v) for k, v in numbers.items()}
@@ -166,6 +162,16 @@ class MlflowTracker:
             self._writer = None
         self._journal.close()
 
+    def _earlier(self) -> _Recorded:
+        """Return what other processes recorded before this one opened the journal."""
+        if self._before is None:
+            self._before = _Recorded()
+            with suppress(OSError):  # the append that follows meets the same, and says so
+                self._journal.open()
+                if self._journal.resumed:
+                    self._before = _Recorded.read(self._journal.path.parent)
+        return self._before
+
     def _record(self, kind: str, **fields: Any) -> None:
         try:
             self._journal.append(kind, fields)
@@ -185,7 +191,7 @@ class MlflowTracker:
         """Let the thread that sends know that there is more."""
         if self._writer is None:
             # A new sender: an earlier writer may still be inside a long request.
-            self._sender = Sender(self._journal.path.parent, self._target)
+            self._sender = Sender(self._journal.path.parent, self.target)
             self._writer = Writer(self._sender, self._journal.path)
             self._writer.start()
             atexit.register(self.close)
@@ -216,7 +222,7 @@ class _Recorded:
 
     def has(self, name: str, step: int, value: float) -> bool:
         """Tell whether this very point is there."""
-        return hash((name, step, repr(value))) in self._points
+        return step <= self.last_step and hash((name, step, repr(value))) in self._points
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -238,6 +244,14 @@ def _user() -> str:
 
 class DeferredTracker(MlflowTracker):
     """A `Tracker` whose records stay in the journal until `Deliveries` or a replay sends them."""
+
+    def start(self, name: str, parameters: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        """Open the run, and say in ``tracking.json`` where it goes: those under it look there."""
+        super().start(name, parameters, tags)
+        self._sender = Sender(self._journal.path.parent, self.target)
+        with suppress(NotReadyError, OSError):  # another sends it, or nothing could be recorded
+            self._sender.open()
+            self._sender.close()
 
     def _deliver(self) -> None:
         """Send nothing."""

@@ -35,7 +35,14 @@ from expt.tracking.store import (
     RunMissingError,
     reason,
 )
-from expt.uri import absolute_uri, sqlite_path, sqlite_uri, with_password, without_password
+from expt.uri import (
+    absolute_uri,
+    is_server,
+    sqlite_path,
+    sqlite_uri,
+    with_password,
+    without_password,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -100,6 +107,12 @@ class Target:
     uri: str
     experiment: str
     artifact_root: str | None
+
+    @classmethod
+    def of(cls, uri: str, experiment: str, artifact_root: Path | None) -> Target:
+        """Return where settings say, whatever folder a later process is in."""
+        root = None if artifact_root is None or is_server(uri) else artifact_root.absolute()
+        return cls(absolute_uri(uri), experiment, root.as_uri() if root else None)
 
     def nearby(self, directory: Path) -> dict[str, str] | None:
         """Return where a database and its artifacts are, as seen from a run's folder."""
@@ -174,9 +187,12 @@ class Sender:
         if header is None:
             raise NotReadyError(f"nothing was recorded in {self.directory / JOURNAL}")
         saved = State.load(self.directory)
-        before = header if saved is None else asdict(saved)
-        kept = Target(before["uri"], before["experiment"], before["artifact_root"])
-        kept = kept.moved(self.directory, before.get("nearby"))
+        if saved is None and self._target is not None:
+            kept = self._target
+        else:
+            before = header if saved is None else asdict(saved)
+            kept = Target(before["uri"], before["experiment"], before["artifact_root"])
+            kept = kept.moved(self.directory, before.get("nearby"))
         target = self._target or kept
         self._uri = target.uri
         shown = without_password(target.uri)
