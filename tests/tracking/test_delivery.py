@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import time
 
 import pytest
@@ -158,3 +159,32 @@ def test_a_figure_is_recorded_once_whoever_records_it_again(tmp_path):
     assert [line["values"] for line in recorded if line["kind"] == "metrics"] == [
         {"m": 1.0}, {"n": 2.0}, {"m": 1.5}, {"o": 3.0},
     ]  # fmt: skip
+
+
+def test_a_copy_that_goes_on_is_a_run_of_its_own_and_a_moved_run_is_not(store, tmp_path):
+    arguments = {"uri": "http://server", "experiment": "e", "artifact_root": None}
+
+    def go_on(name, step):
+        tracker = DeferredTracker(directory=tmp_path / name, **arguments)
+        tracker.start("run", {}, {})
+        tracker.metrics({"m": 1.0}, step)
+        tracker.close()
+        deliveries = Deliveries(tracker.target, lambda uri: store)
+        deliveries.add(tmp_path / name)
+        assert deliveries.close(20)
+        return State.load(tmp_path / name)
+
+    first = go_on("run", 1)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert go_on("moved", 2).run_id == first.run_id
+    shutil.copytree(tmp_path / "moved", tmp_path / "copy")
+    (tmp_path / "link").symlink_to(tmp_path / "moved")
+    assert go_on("link", 3).run_id == first.run_id
+    store.calls.clear()
+    copy = go_on("copy", 3)
+    assert (copy.run_id, copy.key != first.key) == ("id-run-2", True)
+    points = [point.step for call, points in store.calls if call == "metrics" for point in points]
+    assert points == [1, 2, 3]
+    assert go_on("copy", 4).run_id == copy.run_id
+    assert go_on("moved", 4).run_id == first.run_id
+    assert store.opened == 2

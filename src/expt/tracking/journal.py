@@ -37,7 +37,7 @@ def now_milliseconds() -> int:
     return time.time_ns() // 1_000_000
 
 
-_LATER = ("experiment_id", "digest", "nearby")
+_LATER = ("experiment_id", "digest", "nearby", "folder")
 """Fields of `State` that earlier versions did not write."""
 
 
@@ -46,7 +46,8 @@ class State:
     """What the sender knows.
 
     `applied` counts the journal lines acknowledged, header included, and `digest` is the last
-    one's. `nearby` is as in `Target`.
+    one's. `nearby` is as in `Target`; `folder` is where the run was recorded last, so that a copy
+    is told from a run that was moved.
     """
 
     uri: str
@@ -59,6 +60,7 @@ class State:
     experiment_id: str | None = None
     digest: str | None = None
     nearby: dict[str, str] | None = None
+    folder: str | None = None
 
     @classmethod
     def load(cls, directory: Path) -> State | None:

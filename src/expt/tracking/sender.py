@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -186,24 +187,43 @@ class Sender:
         header = read_header(self.directory)
         if header is None:
             raise NotReadyError(f"nothing was recorded in {self.directory / JOURNAL}")
-        saved = State.load(self.directory)
-        if saved is None and self._target is not None:
-            kept = self._target
-        else:
+        self.state = self._found(header, State.load(self.directory))
+        self._parent = header.get("parent")
+        self._rewind()
+        self._save()
+
+    def _found(self, header: Record, saved: State | None) -> State:
+        """Return the state to go on with; it says where to and which run, if that is known."""
+        kept = self._target
+        if saved is not None or kept is None:
             before = header if saved is None else asdict(saved)
             kept = Target(before["uri"], before["experiment"], before["artifact_root"])
             kept = kept.moved(self.directory, before.get("nearby"))
         target = self._target or kept
         self._uri = target.uri
         shown = without_password(target.uri)
-        if saved and (without_password(kept.uri), kept.experiment) == (shown, target.experiment):
-            self.state = replace(saved, uri=shown, artifact_root=target.artifact_root)
-        else:
-            self.state = State(shown, target.experiment, target.artifact_root, key=header["key"])
-        self.state.nearby = target.nearby(self.directory)
-        self._parent = header.get("parent")
-        self._rewind()
-        self._save()
+        state = State(shown, target.experiment, target.artifact_root, key=header["key"])
+        if saved is not None:
+            state.key, state.folder = saved.key, saved.folder
+            if (without_password(kept.uri), kept.experiment) == (shown, target.experiment):
+                if self._target is not None and self._is_copy(header, saved):
+                    state.key = uuid.uuid4().hex
+                else:
+                    state = replace(saved, uri=shown, artifact_root=target.artifact_root)
+        state.nearby = target.nearby(self.directory)
+        if self._target is not None:
+            state.folder = str(self.directory.absolute())
+        return state
+
+    def _is_copy(self, header: Record, saved: State) -> bool:
+        """Tell whether the folder where this run was recorded has it still: two would be one."""
+        original = Path(saved.folder or self.directory)
+        there = read_header(original)
+        return (
+            there is not None
+            and there["key"] == header["key"]
+            and not original.samefile(self.directory)
+        )
 
     def close(self) -> None:
         """Give the lock back."""
