@@ -64,11 +64,13 @@ def replace_atomically(path: Path, write: Callable[[Path], None], durable: bool 
 @cache  # once for a folder: some hold thousands of files
 def _remove_leftovers(folder: Path) -> None:
     """Remove the temporary files of processes that were killed."""
-    with contextlib.suppress(OSError):
-        for entry in os.scandir(folder):
-            old = time.time() - _LEFTOVER_SECONDS
-            if _TEMPORARY.fullmatch(entry.name) and entry.stat().st_mtime < old:
-                Path(entry).unlink(missing_ok=True)
+    old = time.time() - _LEFTOVER_SECONDS
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if _TEMPORARY.fullmatch(entry.name):
+                with contextlib.suppress(OSError):  # put in its place meanwhile, or another's
+                    if entry.stat().st_mtime < old:
+                        Path(entry).unlink()
 
 
 def _sync_folder(folder: Path) -> None:
