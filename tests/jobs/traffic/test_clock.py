@@ -124,6 +124,9 @@ def test_the_clock_of_the_zone_is_read(tmp_path, write, zone):
         (zoneinfo.ZoneInfo("UTC"), 0, "in UTC"),
         (zoneinfo.ZoneInfo("Europe/Berlin"), 1, "Europe/Berlin"),
         (datetime.timezone(datetime.timedelta(hours=-8)), -8, "UTC-08:00"),
+        (datetime.timezone(datetime.timedelta(hours=-8), "UTC-8"), -8, "UTC-08:00"),
+        (datetime.timezone(datetime.timedelta(hours=9), "UTC"), 9, "UTC+09:00"),
+        (zoneinfo.ZoneInfo("Etc/UTC"), 0, "in UTC"),
     ],
 )
 def test_a_pickled_zone_is_recognised_without_unpickling(tmp_path, zone, hours, note):

@@ -452,3 +452,39 @@ def test_what_was_read_and_left_is_in_the_lines_about_the_data(tmp_path: Path) -
     assert channel.startswith("data: read channel 0 of data, of 2;")
     assert warning.startswith("data: warning: a typical reading is")
     assert len(traffic(**given, channel=1).describe().splitlines()) == 3
+
+
+def three(folder: Path, ids: list[str] | None, name: str = "new.npz") -> str:
+    """Save three sensors, whose readings begin with 10, 20 and 30; those of `ids` by their name."""
+    speed = np.arange(90)[:, None] / 90 + [10.0, 20.0, 30.0]
+    order = list(range(3)) if ids is None else [int(name[-1]) for name in ids]
+    named = {} if ids is None else {"sensor_ids": np.array(ids)}
+    np.savez(folder / name, speed=speed[:, order], timestamps=times(90), **named)
+    return str(folder / name)
+
+
+@pytest.mark.parametrize(
+    ("trained", "found"),
+    [(None, ["1", "0", "2"]), (["1", "2", "0"], None), (["s1", "s2", "s0"], ["s0", "s1", "s2"])],
+)
+def test_sensors_of_a_forecast_are_found_by_name_in_any_order(
+    tmp_path: Path, trained: list[str] | None, found: list[str] | None
+) -> None:
+    before = traffic(path=three(tmp_path, trained, "trained.npz"))
+    after = traffic(path=three(tmp_path, found), transforms=before.transforms())
+    assert after.series.sensor_ids == before.series.sensor_ids
+    np.testing.assert_array_equal(after.series.values[:90], before.series.values)
+    assert after.series.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("trained", "found", "unnamed"),
+    [(None, ["s0", "s1", "s2"], "the training's file"), (["s0", "s1", "s2"], None, "the file")],
+)
+def test_sensors_without_ids_are_taken_in_order_and_said_to_be(
+    tmp_path: Path, trained: list[str] | None, found: list[str] | None, unnamed: str
+) -> None:
+    before = traffic(path=three(tmp_path, trained, "trained.npz"))
+    after = traffic(path=three(tmp_path, found), transforms=before.transforms())
+    assert after.series.values[0].tolist() == [10, 20, 30]
+    assert f"data: {unnamed} has no sensor ids: its sensors are taken in" in after.describe()

@@ -231,10 +231,10 @@ def _zone(text: str) -> str | timezone:
     """Return the zone that PyTables wrote: its name, or a pickle (protocol 0), which is not run."""
     if "\n" not in text:
         return text
-    named = re.search(r"UTC|(?<=[V'])[A-Z][a-z]\w*/[\w/+-]+", text)
     distance = re.search(r"timedelta\n.*?\(I(-?\d+)\nI(\d+)\n", text, re.DOTALL)
-    if named is None and distance is not None:
+    if distance is not None:  # before any name, which may be another than UTC's, like UTC-8
         return timezone(timedelta(days=int(distance[1]), seconds=int(distance[2])))
+    named = re.search(r"(?<=[V'_])UTC(?![\w/+-])|(?<=[V'])[A-Z][a-z]\w*/[\w/+-]+", text)
     return text if named is None else named[0]
 
 

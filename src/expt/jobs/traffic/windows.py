@@ -101,13 +101,19 @@ def for_forecasts(
 
 
 def _with_sensors(series: Series, wanted: list[str]) -> Series:
-    """Return the series with these sensors in this order; numbers stand for any of as many."""
+    """Return the series with these sensors in this order.
+
+    Numbers from 0 on, of a file without ids, stand for as many sensors of other names in their
+    order.
+    """
     found = list(series.sensor_ids)
     if found == wanted:
         return series
-    numbers = [str(number) for number in range(len(found))]
-    if len(found) == len(wanted) and numbers in (found, wanted):
-        return series
+    numbers = [str(number) for number in range(len(wanted))]
+    if numbers in (found, wanted) and len(found) == len(wanted) and set(found) != set(wanted):
+        unnamed = "the file" if found == numbers else "the training's file"
+        note = f"{unnamed} has no sensor ids: its sensors are taken in the order of the other's"
+        return dataclasses.replace(series, notes=(*series.notes, note))
     absent = [name for name in wanted if name not in found]
     if absent:
         raise DataError(
