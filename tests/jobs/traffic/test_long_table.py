@@ -1,11 +1,14 @@
 """Long tables, a row per time and sensor, against the same series as a wide one."""
 
+import time
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from expt.errors import DataError
 from expt.jobs.traffic.choice import Choice
+from expt.jobs.traffic.long_table import sensor_column
 from expt.jobs.traffic.reading import read_series
 
 TIMES = pd.date_range("2017-01-01", periods=40, freq="5min", name="timestamp")
@@ -121,3 +124,81 @@ def test_a_wide_table_stays_one(tmp_path):
     series = read_series(saved(table, tmp_path, index=True))
     assert series.sensor_ids == ("sensor_1", "node", "400003")
     assert series.notes == ()
+
+
+TWICE = np.repeat(TIMES, 2)
+DRAW = np.random.default_rng(0)
+
+
+def test_readings_are_not_taken_for_sensors(tmp_path):
+    fast = np.where(np.arange(80) % 2, DRAW.integers(50, 60, 80), DRAW.integers(30, 40, 80))
+    for direction in ([1, 2], ["N", "S"]):
+        table = pd.DataFrame({"time": TWICE, "speed": fast, "direction": np.tile(direction, 40)})
+        series = read_series(saved(table, tmp_path))
+        assert series.sensor_ids == tuple(map(str, direction))
+        np.testing.assert_array_equal(series.values, np.float32(fast.reshape(40, 2)))
+    table = table.rename(columns={"speed": "v"})
+    assert read_series(saved(table, tmp_path)).sensor_ids == ("N", "S")
+
+
+def test_of_two_columns_that_are_called_so_one_tells_rows_apart(tmp_path):
+    table = long(wide())
+    table.insert(1, "number", DRAW.integers(0, 3, len(table)))
+    table.insert(1, "road_name", "A 1")
+    assert set(read_series(saved(table, tmp_path)).sensor_ids) == {"400001", "400002", "400003"}
+
+
+@pytest.mark.parametrize("name", ["counter", "number", "link"])
+def test_counts_beside_one_detectors_speeds_are_no_sensors(tmp_path, name):
+    times = pd.date_range("2017-11-01", periods=500, freq="5min").append(TIMES[:6])
+    table = pd.DataFrame({"time": times, name: DRAW.integers(0, 40, 506), "speed": 50.5})
+    table.loc[500:, "time"] = times[100:106]  # as in an hour of autumn
+    for given in (table, table[:500]):
+        with pytest.raises(DataError, match=rf"'{name}' is called like .* hardly any time has two"):
+            read_series(saved(given, tmp_path))
+    one = table[:500].assign(site="A 1")
+    assert read_series(saved(one, tmp_path)).sensor_ids == ("A 1",)
+
+
+@pytest.mark.parametrize("offset", ["30s", "2min"])
+def test_sensors_with_times_of_their_own_are_refused(tmp_path, offset):
+    sensors = [
+        long(wide(3, TIMES + n * pd.Timedelta(offset))).assign(
+            sensor_id=lambda t, n=n: t.sensor_id + n * 10
+        )
+        for n in range(2)
+    ]
+    with pytest.raises(DataError, match=r"long table .* 6 sensors whose times differ.* resample"):
+        read_series(saved(pd.concat(sensors), tmp_path))
+
+
+def test_sensors_that_miss_most_rows_are_read(tmp_path):
+    table = long(wide(30)).sample(frac=0.3, random_state=0)
+    series = read_series(saved(table, tmp_path))
+    assert series.step_seconds == 300 and (series.values == 0).mean() == pytest.approx(
+        0.7, abs=0.01
+    )
+
+
+@pytest.mark.parametrize("prefix", ["", "s"])
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_rows_without_a_sensor_are_left_out(tmp_path, prefix, suffix):
+    table = long(wide())
+    ids = table["sensor_id"].astype(float if not prefix else str)
+    table["sensor_id"] = ids if not prefix else prefix + ids
+    table.loc[[3, 50], "sensor_id"] = np.nan if not prefix else None
+    if suffix == "csv":
+        series = read_series(saved(table, tmp_path))
+    else:
+        table.to_parquet(tmp_path / "x.parquet")
+        series = read_series(tmp_path / "x.parquet")
+    assert series.sensor_ids == tuple(prefix + name for name in wide().columns)
+    assert (series.values == 0).sum() == 2
+    assert "2 rows without a sensor in sensor_id: left out" in series.notes
+
+
+def test_many_columns_are_looked_through_at_once():
+    names, times = [str(400_000 + n) for n in range(20_000)], TIMES.to_numpy().astype("M8[s]")
+    started = time.perf_counter()
+    assert sensor_column(names, [np.zeros(40)] * len(names), times) is None
+    assert time.perf_counter() - started < 10  # took minutes when every pair of names was compared

@@ -16,17 +16,16 @@ from expt.errors import DataError
 from expt.jobs.traffic.choice import Arrays, Choice, speed_rank
 from expt.jobs.traffic.clock import Times, repeated_hour, repeated_hour_advice
 from expt.jobs.traffic.series import to_sensor_ids
-
-Column = npt.NDArray[Any]
-"""Cells of a column [R]: numbers, or text in an object array."""
+from expt.jobs.traffic.time_of_day import Column, is_clock_column
+from expt.units import counted
 
 _SENSOR = re.compile(
     "(sensor|station|detector|segment|link|node|site|vds|tmc|counter)s?|"
     "(sensor|station|detector|det|device|segment|seg|link|node|site|vds|tmc|counter|camera|loop|"
     "edge|road|location|section|point|milepost)?(id|ids|code|uid|name|no|nr|number|index|key)"
 )
-_TOO_SPARSE = 50
-"""Cells of the wide table for one of the long one; sensors with times of their own make more."""
+_HARDLY = 1.05
+"""Rows per time; several sensors have more, and one detector as many, but for an autumn's hour."""
 
 
 def sensor_column(names: Sequence[str], columns: Sequence[Column], times: Times) -> int | None:
@@ -34,26 +33,50 @@ def sensor_column(names: Sequence[str], columns: Sequence[Column], times: Times)
 
     It is one that is called so beside one of readings, or, where times are repeated all over, one
     that tells the rows of a time apart.
+
+    Raises `DataError` when one is called so, but the rows are not those of several sensors.
     """
-    if len(names) < 2:
+    if len(names) < 2 or not len(times):
         return None
     steps, step = np.unique(times, return_inverse=True)
     is_repeated = len(times) >= 1.5 * len(steps)
+    readings = {place for place, name in enumerate(names) if _is_readings(name)}
+    called = {}
     for place, column in enumerate(columns):
-        others = [name for name in names if name != names[place]]
-        has_readings = any(_is_readings(name) for name in others) or (
-            len(others) == 1 and not others[0].isdigit()
+        if is_sensor_name(names[place]) and _is_label(column):
+            beside = readings - {place} or (len(names) == 2 and not names[1 - place].isdigit())
+            count = len(_labels(column)[0])
+            if (is_repeated or beside) and count < len(times):
+                called[place] = count
+    single = [place for place, count in called.items() if count == 1]
+    if single and not is_repeated:
+        return single[0]
+    if called and len(times) < _HARDLY * len(steps):
+        place, count = next(iter(called.items()))
+        raise DataError(
+            f"is like a long table (time, sensor, value): {names[place]!r} is called like a column "
+            f"of sensors and has {count:,} different values, but hardly any time has two rows. If "
+            "all rows are of one sensor, leave that column out; if they are of several, resample "
+            "them to the same times first; if it holds readings, call it otherwise"
         )
-        called = is_sensor_name(names[place]) and (is_repeated or has_readings)
-        if called and _is_label(column) and len(_labels(column)[0]) < len(times):
-            return place
+    apart = {place: count for place in called if (count := _told_apart(columns[place], step))}
+    if called:
+        return next(iter(apart or called))
     for place, column in enumerate(columns if is_repeated else ()):
-        if _is_label(column):
-            ids, _, which = _labels(column)
-            pairs = np.unique(step * len(ids) + which)
-            if 1 < len(ids) <= len(times) / 2 and len(pairs) == len(times):
-                return place
-    return None
+        is_other = place in readings or is_clock_column(names[place], column)
+        if not is_other and _is_label(column) and not _absent(column).any():
+            count = _told_apart(column, step)
+            if 1 < count <= len(times) / 2:
+                apart[place] = count
+    return min(apart, key=apart.__getitem__, default=None)
+
+
+def _told_apart(column: Column, step: npt.NDArray[Any]) -> int:
+    """Return how many ids there are, 0 where two rows of a time have the same."""
+    ids, _, which = _labels(column)
+    rows = np.flatnonzero(~_absent(column))
+    pairs = np.unique(step[rows] * len(ids) + which)
+    return len(ids) if len(pairs) == len(rows) else 0
 
 
 def is_sensor_name(name: str) -> bool:
@@ -67,15 +90,30 @@ def _is_readings(name: str) -> bool:
 
 
 def _labels(column: Column) -> tuple[list[str], npt.NDArray[Any], npt.NDArray[Any]]:
-    """Return the different ids as text, where each is first, and which every row has."""
-    text = column if column.dtype.kind in "iuf" else column.astype(str)
+    """Return the different ids as text, where each is first, and which a row has that has one."""
+    seen = column[~_absent(column)]
+    text = seen if seen.dtype.kind in "iuf" else seen.astype(str)
     ids, first, which = np.unique(text, return_index=True, return_inverse=True)
     return [*to_sensor_ids(ids)], first, which
 
 
+def _absent(column: Column) -> npt.NDArray[np.bool_]:
+    """Which cells are empty."""
+    if column.dtype.kind == "f":
+        return np.isnan(column)
+    empty: npt.NDArray[np.bool_] = np.zeros(len(column), dtype=bool)
+    if column.dtype.kind == "O":
+        import pandas as pd
+
+        empty = pd.isna(column)
+    if column.dtype.kind in "OSU":
+        empty = np.where(empty, "", column.astype(object)) == ""
+    return empty
+
+
 def _is_label(column: Column) -> bool:
     if column.dtype.kind == "f":
-        return bool(np.all(column == np.round(column)))
+        return bool(np.all(np.isnan(column) | (column == np.round(column))))
     return column.dtype.kind in "iuOSU"
 
 
@@ -88,6 +126,9 @@ def to_wide(
     a time.
     """
     value = _value_column(names, columns, sensors, choice.channel)
+    present = ~_absent(columns[sensors])
+    unnamed = len(times) - int(present.sum())
+    columns, times = [column[present] for column in columns], times[present]
     unique_times, row = np.unique(times, return_inverse=True)
     found, first, which = _labels(columns[sensors])
     order = np.argsort(first)  # as they come in the file
@@ -106,10 +147,11 @@ def to_wide(
                 else repeated_hour_advice(hour)
             )
         )
-    if len(labels) * len(unique_times) > _TOO_SPARSE * len(times):
+    if (own := _usual_step(times, column)) > (joint := _usual_step(unique_times)) > 0:
         raise DataError(
             f"is a long table (time, sensor, value) of {len(labels):,} sensors whose times differ, "
-            f"{len(unique_times):,} in all; resample every sensor to the same times first"
+            f"{len(unique_times):,} in all: one sensor's are mostly {own} s apart, and those of "
+            f"all {joint} s; resample every sensor to the same times first"
         )
     speed = np.full((len(unique_times), len(labels)), np.nan)
     speed[row, column] = _numbers(columns[value], names[value])
@@ -117,8 +159,20 @@ def to_wide(
     note = f"long table: read {names[value]} by {names[sensors]}, a column for each"
     if left:
         note += f", left {', '.join(left)}; data.channel names another"
+    notes = [note]
+    if unnamed:
+        notes.append(f"{counted(unnamed, 'row')} without a sensor in {names[sensors]}: left out")
     ids = np.array(labels)
-    return Arrays(speed=speed, timestamps=unique_times, sensor_ids=ids).noted(note)
+    return Arrays(speed=speed, timestamps=unique_times, sensor_ids=ids).noted(*notes)
+
+
+def _usual_step(times: Times, sensors: npt.NDArray[Any] | None = None) -> int:
+    """Return the most common distance in seconds of a sensor's times, 0 where none has two."""
+    sensors = np.zeros(len(times), dtype=int) if sensors is None else sensors
+    order = np.lexsort((times, sensors))
+    steps = np.diff(times[order]).astype(np.int64)[np.diff(sensors[order]) == 0]
+    found, counts = np.unique(steps, return_counts=True)
+    return int(found[counts.argmax()]) if found.size else 0
 
 
 def _value_column(

@@ -17,6 +17,7 @@ from expt.jobs.traffic.clock import Times, local_clock, parsed
 from expt.jobs.traffic.long_table import is_sensor_name, sensor_column, to_wide
 from expt.jobs.traffic.source import translated
 from expt.jobs.traffic.text_table import opened_csv, without_empty_end
+from expt.jobs.traffic.time_of_day import is_clock_column, with_time_of_day
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,7 +84,7 @@ def read_parquet(path: Path, choice: Choice | None = None) -> Arrays:
                 f"has no timestamp column; found {', '.join(columns[:6])}; expected times as "
                 "the index, or a column of them: frame.index = pandas.to_datetime(…)"
             )
-        position = kinds.index("M")
+        position = _finer(frame, kinds.index("M"))
         times = pd.DatetimeIndex(frame.iloc[:, position])
         rest = frame.iloc[:, [column for column in range(len(columns)) if column != position]]
         columns.pop(position)
@@ -100,6 +101,11 @@ def _arrays(names: list[str], frame: pd.DataFrame, times: Times, choice: Choice 
             "data.channel=NAME reads one of its columns"
         )
     columns = [frame.iloc[:, place].to_numpy() for place in range(len(names))]
+    times, clocks, notes = with_time_of_day(names, columns, times)
+    if clocks:
+        rest = [place for place in range(len(names)) if place not in clocks]
+        names, frame = [names[place] for place in rest], frame.iloc[:, rest]
+        return _arrays(names, frame, times, choice).noted(*notes)
     sensors = sensor_column(names, columns, times)
     if sensors is not None:
         return to_wide(names, columns, times, sensors, choice)
@@ -114,13 +120,33 @@ def _arrays(names: list[str], frame: pd.DataFrame, times: Times, choice: Choice 
 
 
 def _time_column(names: list[str], frame: pd.DataFrame) -> int:
-    """Return which column has the times: the first, but for row numbers and sensor ids before."""
+    """Return which column has the times: the first, but for row numbers and sensor ids before.
+
+    Of one of dates and one of times it is that of times.
+    """
     for place, name in enumerate(names):
-        if not _is_numeric(frame.iloc[:, place]) and _parsed(frame.iloc[:, place]).notna().all():
-            return place
-        if not (is_sensor_name(name) or _counts_rows(name, frame.iloc[:, place])):
+        column = frame.iloc[:, place]
+        if not _is_numeric(column) and _parsed(column).notna().all():
+            return _finer(frame, place)
+        passed = is_sensor_name(name) or _counts_rows(name, column)
+        if not (passed or is_clock_column(name, column.to_numpy())):
             break
     return 0
+
+
+def _finer(frame: pd.DataFrame, place: int) -> int:
+    """Return the first column after this one of dates that has times, else this one."""
+    if _are_dates(frame.iloc[:, place]) and frame.iloc[:, place].duplicated().any():
+        for other in range(place + 1, frame.shape[1]):
+            column = frame.iloc[:, other]
+            if not _is_numeric(column) and _parsed(column).notna().all() and not _are_dates(column):
+                return other
+    return place
+
+
+def _are_dates(column: pd.Series[Any]) -> bool:
+    times = _parsed(column)
+    return times.dtype.kind == "M" and bool((times == times.dt.normalize()).all())
 
 
 def _counts_rows(name: str, column: pd.Series[Any]) -> bool:

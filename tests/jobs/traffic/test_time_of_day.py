@@ -1,0 +1,134 @@
+"""Dates in one column and the time of day in another, in files of each kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+
+from expt.errors import DataError
+from expt.jobs.traffic.choice import Choice
+from expt.jobs.traffic.reading import read_series
+from expt.jobs.traffic.series import Series
+
+TIMES = pd.date_range("2024-01-01", periods=72, freq="h")
+DATES = TIMES.strftime("%Y-%m-%d")
+HOURS = TIMES.hour.to_numpy()
+
+
+def read(table: pd.DataFrame, folder: Path, **choice: str) -> Series:
+    table.to_csv(folder / "x.csv", index=False)
+    return read_series(folder / "x.csv", choice=Choice(**choice))  # type: ignore[arg-type]
+
+
+def speeds(rows: int = 72) -> np.ndarray:
+    return np.random.default_rng(0).integers(20, 70, rows).astype(float) + 0.5
+
+
+CLOCKS = {
+    "time": TIMES.strftime("%H:%M"),
+    "Time": TIMES.strftime("%H:%M:%S"),
+    "hour": HOURS,
+    "Hour of day": HOURS,
+    "of the day": TIMES.strftime("%H:%M"),
+}
+
+
+@pytest.mark.parametrize("name", CLOCKS)
+@pytest.mark.parametrize("columns", [["speed"], ["773869"], ["773869", "767541"]])
+def test_dates_and_the_time_of_day_are_put_together(
+    tmp_path: Path, name: str, columns: list[str]
+) -> None:
+    table = pd.DataFrame({"date": DATES, name: CLOCKS[name]})
+    for column in columns:
+        table[column] = speeds()
+    for given in (table, table[[name, "date", *columns]]):
+        series = read(given, tmp_path)
+        np.testing.assert_array_equal(series.timestamps, TIMES.to_numpy().astype("M8[s]"))
+        assert series.sensor_ids == tuple(columns)
+        np.testing.assert_array_equal(series.values[:, 0], np.float32(speeds()))
+        assert series.notes == (f"the times are the dates with the time of day in {name}",)
+
+
+def test_one_column_of_such_a_table_is_read(tmp_path: Path) -> None:
+    table = pd.DataFrame({"date": DATES, "hour": HOURS, "a": speeds(), "b": 1.0})
+    assert read(table, tmp_path, channel="a").values.shape == (72, 1)
+
+
+def test_hours_and_minutes_are_put_together(tmp_path: Path) -> None:
+    times = pd.date_range("2024-01-01", periods=600, freq="5min")
+    clock = {"hour": times.hour, "minute": times.minute, "period": np.arange(600) % 288}
+    table = pd.DataFrame({"date": times.strftime("%Y-%m-%d"), **clock, "speed": speeds(600)})
+    series = read(table, tmp_path)
+    np.testing.assert_array_equal(series.timestamps, times.to_numpy().astype("M8[s]"))
+    assert series.notes[0].endswith("time of day in hour, minute, left period")
+
+
+def test_a_long_table_of_dates_and_hours(tmp_path: Path) -> None:
+    table = pd.DataFrame({"date": np.repeat(DATES, 2), "hour": np.repeat(HOURS, 2)})
+    table["sensor_id"], table["speed"] = np.tile([11, 12], 72), speeds(144)
+    series = read(table, tmp_path)
+    assert series.sensor_ids == ("11", "12")
+    np.testing.assert_array_equal(series.values, np.float32(speeds(144)).reshape(72, 2))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "h5"])
+def test_other_files_of_dates_and_hours(tmp_path: Path, kind: str) -> None:
+    days = pd.to_datetime(pd.Series(DATES))
+    if kind == "parquet":
+        clock = pd.Series([time.time() for time in TIMES])
+        pd.DataFrame({"date": days, "time": clock, "a": speeds()}).to_parquet(
+            tmp_path / "x.parquet"
+        )
+    else:
+        with h5py.File(tmp_path / "x.h5", "w") as file:
+            group = file.create_group("df")
+            group["axis0"] = group["block0_items"] = np.array(["hour", "a"], "S")
+            group["axis1"] = days.to_numpy().astype("M8[ns]").view("i8")
+            group["axis1"].attrs["kind"] = "datetime64"
+            group["block0_values"] = np.stack([HOURS, speeds()], axis=1)
+    series = read_series(tmp_path / f"x.{kind}")
+    assert series.sensor_ids == ("a",)
+    np.testing.assert_array_equal(series.timestamps, TIMES.to_numpy().astype("M8[s]"))
+
+
+def test_of_dates_and_full_times_the_times_are_read(tmp_path: Path) -> None:
+    table = pd.DataFrame({"date": np.repeat(DATES, 2), "stamp": np.repeat(TIMES, 2)})
+    table["sensor_id"], table["speed"] = np.tile([11, 12], 72), speeds(144)
+    for suffix in ("csv", "parquet"):
+        if suffix == "csv":
+            table.to_csv(tmp_path / "x.csv", index=False)
+        else:
+            table.assign(date=pd.to_datetime(table["date"])).to_parquet(tmp_path / "x.parquet")
+        series = read_series(tmp_path / f"x.{suffix}")
+        np.testing.assert_array_equal(series.timestamps, TIMES.to_numpy().astype("M8[s]"))
+        assert series.sensor_ids == ("11", "12")
+
+
+@pytest.mark.parametrize(
+    "clock",
+    [
+        {"hour": HOURS + 1},
+        {"time": HOURS * 100},
+        {"interval": HOURS},
+        {"time": TIMES.strftime("%I:%M %p")},
+        {"minute": HOURS},
+    ],
+)
+def test_a_time_of_day_that_is_not_clear_is_refused(
+    tmp_path: Path, clock: dict[str, object]
+) -> None:
+    table = pd.DataFrame({"date": DATES, **clock, "speed": speeds()})
+    with pytest.raises(DataError, match=rf"it seems to be in {next(iter(clock))}, the first "):
+        read(table, tmp_path)
+
+
+def test_daily_means_of_several_sensors_stay_so(tmp_path: Path) -> None:
+    days = pd.date_range("2024-01-01", periods=30)
+    table = pd.DataFrame({"date": np.repeat(days, 2), "sensor_id": np.tile([1, 2], 30)})
+    table["speed"], table["time"], table["interval"] = speeds(60), speeds(60), 1440
+    series = read(table, tmp_path)
+    assert series.values.shape == (30, 2) and series.step_seconds == 86_400
