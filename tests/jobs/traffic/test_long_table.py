@@ -202,3 +202,17 @@ def test_many_columns_are_looked_through_at_once():
     started = time.perf_counter()
     assert sensor_column(names, [np.zeros(40)] * len(names), times) is None
     assert time.perf_counter() - started < 10  # took minutes when every pair of names was compared
+
+
+@pytest.mark.parametrize("ids", [("0401", "0402"), ("1", "01"), ("7", "010"), ("007", "")])
+def test_ids_keep_their_leading_zeros(tmp_path, ids):
+    table = pd.DataFrame({"time": TWICE, "sensor_id": np.tile(ids, 40), "speed": 50.5})
+    series = read_series(saved(table, tmp_path))
+    assert series.sensor_ids == tuple(name for name in ids if name)
+
+
+@pytest.mark.parametrize("ids", [("401", "402"), ("401.0", "402.0"), (" 401", "402 "), ("0", "10")])
+def test_ids_without_leading_zeros_are_whole_numbers(tmp_path, ids):
+    table = pd.DataFrame({"time": TWICE, "sensor_id": np.tile(ids, 40), "speed": 50.5})
+    series = read_series(saved(table, tmp_path))
+    assert series.sensor_ids == tuple(name.strip().removesuffix(".0") for name in ids)

@@ -23,6 +23,8 @@ def write_csv(folder, text):
     [
         GOOD,
         "\ufeff" + GOOD,
+        "\n" + GOOD,
+        "\r\n  \r\n" + GOOD.replace("\n", "\r\n"),
         GOOD.replace("\n", "\r\n"),
         GOOD.replace("60.5,\n", "60.5,NaN\n"),
         GOOD.replace("timestamp", ""),

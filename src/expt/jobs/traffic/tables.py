@@ -5,6 +5,9 @@ Letters: `S` time steps, `N` sensors.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +19,8 @@ from expt.jobs.traffic.choice import Arrays, Choice, column_note, one_channel
 from expt.jobs.traffic.clock import Times, local_clock, parsed
 from expt.jobs.traffic.long_table import is_sensor_name, sensor_column, to_wide
 from expt.jobs.traffic.source import translated
-from expt.jobs.traffic.text_table import opened_csv, without_empty_end
-from expt.jobs.traffic.time_of_day import is_clock_column, with_time_of_day
+from expt.jobs.traffic.text_table import blank_lines, opened_csv, without_empty_end
+from expt.jobs.traffic.time_of_day import Column, is_clock_column, with_time_of_day
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,6 +36,7 @@ def read_csv(path: Path, choice: Choice | None = None) -> Arrays:
     import pandas as pd
 
     with opened_csv(path) as encoding:
+        first = blank_lines(path, encoding) + 1  # of the rows
         header = pd.read_csv(
             path, header=None, nrows=1, dtype=str, keep_default_na=False, encoding=encoding
         )
@@ -42,7 +46,9 @@ def read_csv(path: Path, choice: Choice | None = None) -> Arrays:
         while len(names) > 1 and not names[-1].strip():  # of trailing commas
             names.pop()
         try:
-            frame = pd.read_csv(path, header=None, skiprows=1, low_memory=False, encoding=encoding)
+            frame = pd.read_csv(
+                path, header=None, skiprows=first, low_memory=False, encoding=encoding
+            )
         except pd.errors.EmptyDataError:
             raise DataError("has a header but no rows; expected one row per time step") from None
     frame = without_empty_end(frame, keep=len(names))
@@ -58,7 +64,19 @@ def read_csv(path: Path, choice: Choice | None = None) -> Arrays:
     if place and _counts_rows(names[0], frame[0]):
         names, frame, place = names[1:], frame.iloc[:, 1:], place - 1
     rest = frame.drop(columns=frame.columns[place])
-    return _arrays([*names[:place], *names[place + 1 :]], rest, clock, choice).noted(*notes)
+    names.pop(place)
+    return _arrays(names, rest, clock, choice, partial(_as_written, path, first)).noted(*notes)
+
+
+def _as_written(path: Path, first: int, column: int) -> Column:
+    """Return the cells of one column as text, without spaces around."""
+    import pandas as pd
+
+    with opened_csv(path) as encoding:
+        cells = pd.read_csv(
+            path, header=None, skiprows=first, usecols=[column], dtype=str, encoding=encoding
+        )
+    return cells[column].str.strip().to_numpy(object)
 
 
 def read_parquet(path: Path, choice: Choice | None = None) -> Arrays:
@@ -92,8 +110,17 @@ def read_parquet(path: Path, choice: Choice | None = None) -> Arrays:
     return _arrays(columns, rest, clock, choice).noted(*notes)
 
 
-def _arrays(names: list[str], frame: pd.DataFrame, times: Times, choice: Choice | None) -> Arrays:
-    """Return a wide table's columns, or a long table made wide."""
+def _arrays(
+    names: list[str],
+    frame: pd.DataFrame,
+    times: Times,
+    choice: Choice | None,
+    as_written: Callable[[int], Column] | None = None,
+) -> Arrays:
+    """Return a wide table's columns, or a long table made wide.
+
+    `as_written` returns a column as text, by its label, where numbers were text in the file.
+    """
     choice = choice or Choice()
     if choice.key is not None:
         raise DataError(
@@ -105,9 +132,13 @@ def _arrays(names: list[str], frame: pd.DataFrame, times: Times, choice: Choice 
     if clocks:
         rest = [place for place in range(len(names)) if place not in clocks]
         names, frame = [names[place] for place in rest], frame.iloc[:, rest]
-        return _arrays(names, frame, times, choice).noted(*notes)
+        return _arrays(names, frame, times, choice, as_written).noted(*notes)
     sensors = sensor_column(names, columns, times)
     if sensors is not None:
+        if as_written is not None and columns[sensors].dtype.kind in "iuf":
+            texts = as_written(frame.columns[sensors])
+            if any(re.fullmatch(r"0\d+", str(text)) for text in texts):
+                columns[sensors] = texts  # 0401 is another id than 401
         return to_wide(names, columns, times, sensors, choice)
     if choice.channel is not None and str(choice.channel) in names:
         place = names.index(str(choice.channel))

@@ -46,6 +46,12 @@ def opened_csv(path: Path) -> Iterator[str]:
             ) from error
 
 
+def blank_lines(path: Path, encoding: str) -> int:
+    """Return how many lines without anything the file begins with."""
+    with path.open(encoding=encoding) as file:
+        return next((number for number, line in enumerate(file) if line.strip("\ufeff \t\n")), 0)
+
+
 def _encoding(path: Path) -> str:
     with path.open("rb") as file:
         head = file.read(256)
