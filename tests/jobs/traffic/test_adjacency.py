@@ -92,6 +92,9 @@ def test_a_csv_is_read_with_or_without_ids(graph, tmp_path, header, index):
         ("a,b\n1,x\n0,1\n", "row 0, column 1 .* is 'x', which is not a number"),
         (",a,b\na,1,0\nc,0,1\n", "name different sensors, or in another order"),
         ("from,to,cost\n" + "1,2,0.5\n" * 5, r"shape \(6, 3\); expected N x N. A list of edges"),
+        ("from,to,cost\n" + "1,2,0.5\n" * 3, "expected N x N. A list of edges"),
+        ("from,to,cost\n" + "1,2,0.5\n" * 2, "expected N x N. A list of edges"),
+        (",From Node,To_ID,w\n" + "0,1,2,0.5\n" * 3, "expected N x N. A list of edges"),
         ("1,0\n0\n1,1,1\n", "cannot be read as CSV"),
         ("0,0,1\n0,1,0\n", "names 1 different sensors for a matrix of 2"),
         ("1,0,0,0\n0,1,0,0\n", r"shape \(2, 4\)"),
@@ -138,6 +141,12 @@ def test_a_malicious_pickle_is_refused_and_not_run(graph, tmp_path):
     with pytest.raises(DataError, match=r"adj.pkl: is a pickle with anything but arrays.*system"):
         read_adjacency(path)
     assert not mark.exists()
+
+
+def test_ids_as_python_objects_are_named(tmp_path):
+    np.savez(tmp_path / "x.npz", adjacency=np.eye(2), sensor_ids=np.array(["a", "b"], object))
+    with pytest.raises(DataError, match=r"sensor_ids holds Python objects.*sensor_ids.astype\(str"):
+        read_adjacency(tmp_path / "x.npz")
 
 
 def test_an_npz_without_a_graph_is_refused(tmp_path):

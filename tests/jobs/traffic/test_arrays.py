@@ -51,9 +51,15 @@ def test_a_file_of_another_format_is_refused(tmp_path):
 
 
 def test_pickled_objects_are_refused(tmp_path):
-    np.savez(tmp_path / "x.npz", speed=np.array([{}], dtype=object), timestamps=TIMES)
-    with pytest.raises(DataError, match="Object arrays cannot be loaded"):
-        read_npz(tmp_path / "x.npz")
+    objects = np.array([{}, "a"], dtype=object)
+    for key in ("speed", "timestamps", "sensor_ids"):
+        arrays = {"speed": np.ones((2, 2)), "timestamps": TIMES, key: objects}
+        np.savez(tmp_path / "x.npz", **arrays)
+        with pytest.raises(
+            DataError, match=rf"{key} holds Python objects.*{key}.astype\(str\)"
+        ) as e:
+            read_npz(tmp_path / "x.npz")
+        assert "damaged" not in str(e.value)
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.99])
@@ -82,6 +88,14 @@ def test_times_of_every_resolution_are_understood(unit):
     for raw in (fine, fine.astype(np.int64)):
         np.testing.assert_array_equal(to_seconds(raw), TIMES)
         assert to_seconds(raw).dtype == TIMES.dtype
+
+
+@pytest.mark.parametrize("missing", [[0], [1], [0, 1]])
+def test_a_missing_time_is_no_number(missing):
+    times = TIMES.astype("datetime64[ns]")
+    times[missing] = "NaT"
+    np.testing.assert_array_equal(to_seconds(times.view("i8")), times)
+    assert to_seconds(times[:0].view("i8")).dtype == TIMES.dtype
 
 
 def test_times_as_text_are_understood():

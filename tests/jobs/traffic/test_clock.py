@@ -138,6 +138,17 @@ def test_a_pickled_zone_is_recognised_without_unpickling(tmp_path, zone, hours, 
     assert note in series.notes[0]
 
 
+@pytest.mark.parametrize("zone", ["Z", "+01:00", "-08"])
+@pytest.mark.parametrize("zoned", [range(3), range(3, 9)])
+def test_a_zone_that_some_times_lack_is_told(tmp_path, zone, zoned):
+    table = frame(pd.date_range("2017-01-01", periods=9, freq="5min"))
+    stamps = table.index.strftime("%Y-%m-%d %H:%M:%S")
+    table.index = pd.Index([s + zone * (n in zoned) for n, s in enumerate(stamps)], name="time")
+    row = 3 if 0 in zoned else 0
+    with pytest.raises(DataError, match=f"others none, the first '2017-01-01 00:.*' in row {row} "):
+        read_series(as_csv(table, tmp_path))
+
+
 def test_distances_to_utc_that_change_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"distance to UTC changes.*standard time"):
         read_series(as_csv(frame(zoned()), tmp_path))

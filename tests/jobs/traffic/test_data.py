@@ -488,3 +488,29 @@ def test_sensors_without_ids_are_taken_in_order_and_said_to_be(
     after = traffic(path=three(tmp_path, found), transforms=before.transforms())
     assert after.series.values[0].tolist() == [10, 20, 30]
     assert f"data: {unnamed} has no sensor ids: its sensors are taken in" in after.describe()
+
+
+def test_of_a_series_to_forecast_only_what_was_read_is_told(tmp_path: Path) -> None:
+    path = three(tmp_path, None)
+    before = traffic(path=path)
+    line = traffic(path=path, transforms=before.transforms()).describe()
+    assert line == "data: 3 sensors, every 5 min, 90 steps, 0.00 % missing; windows: 79 test"
+
+
+def test_what_cannot_be_opened_is_not_called_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DataError, match=r"there is no such file\. Ask the librarian"):
+        traffic(path=str(tmp_path / "x.npz"))
+    with pytest.raises(DataError, match=r"there is no such file\. Ask the librarian"):
+        traffic(path="~nobody-of-this-name/x.npz")
+    for name, reason in (("x" * 300 + ".npz", "File name too long"), ("\0.npz", "null")):
+        with pytest.raises(DataError, match=f"cannot be opened: .*{reason}"):
+            traffic(path=str(tmp_path / name))
+
+    def refuse(self: Path, **_: Any) -> None:  # chmod does not stop root, under which tests may run
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(DataError, match=r"x\.npz: permission denied; make it readable"):
+        traffic(path=str(tmp_path / "x.npz"))

@@ -133,6 +133,16 @@ def test_a_damaged_frame_is_refused(week, tmp_path, damage, message):
         read_hdf5(path)
 
 
+@pytest.mark.parametrize(("rows", "message"), [(0, "0 time steps"), (5, "row 0 is empty")])
+def test_frames_without_rows_or_a_first_time_are_refused(tmp_path, rows, message):
+    times = TIMES[:rows].copy()
+    times[:1] = "NaT"
+    ids = np.array(["a", "b"], "S1")
+    path = write_frame(tmp_path / "x.h5", np.ones((rows, 2)), times, ids)
+    with pytest.raises(DataError, match=message):
+        read_series(path)
+
+
 def test_speeds_beyond_float32_are_refused(week, tmp_path):
     speed = week["speed"].astype(np.float64)
     speed[1, 2] = 1e300

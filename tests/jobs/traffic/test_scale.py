@@ -23,6 +23,7 @@ def series(**columns: float) -> Series:
         ({"a": 60, "b": 12, "c": 68, "d": 45}, "mph"),
         ({"a": 130, "b": 20, "c": 0}, "km/h"),
         ({"a": 220, "b": 900, "c": 140}, "vehicles/h"),
+        ({"a": 203, "b": 9, "c": 182, "d": 173}, "veh/5min"),
         ({"id_1": 60, "id_2": 61}, "mph"),
         ({"avg_speed_lane_1": 60, "b": 61}, "mph"),
     ],

@@ -123,6 +123,12 @@ def test_a_graph_in_another_order_is_reordered():
     np.testing.assert_array_equal(series.adjacency, [[4, 3], [2, 1]])
 
 
+def test_of_a_larger_graph_its_own_sensors_are_taken():
+    series = small().with_adjacency(np.arange(9, dtype=np.float32).reshape(3, 3), ("b", "c", "a"))
+    np.testing.assert_array_equal(series.adjacency, [[8, 6], [2, 0]])
+    assert series.notes == ("left 1 of the graph's 3 sensors, of no reading",)
+
+
 def test_a_graph_without_ids_is_kept_as_it_is():
     series = small().with_adjacency(np.float32([[1, 2], [3, 4]]))
     np.testing.assert_array_equal(series.adjacency, [[1, 2], [3, 4]])

@@ -61,6 +61,13 @@ def test_an_unreadable_file_is_refused(tmp_path, monkeypatch):
         checked_suffix(path, KNOWN)
 
 
+def test_a_path_that_cannot_be_one_is_refused(tmp_path):
+    with pytest.raises(DataError, match="cannot be opened: File name too long"):
+        checked_suffix(tmp_path / ("x" * 300 + ".csv"), KNOWN)
+    with pytest.raises(DataError, match=r"cannot be opened: .*null"):
+        checked_suffix(Path("\0.csv"), KNOWN)
+
+
 def test_the_path_is_put_in_front():
     with pytest.raises(DataError, match=r"^speed.csv: is odd$"), named(Path("speed.csv")):
         raise DataError("is odd")
@@ -81,6 +88,15 @@ def test_a_damaged_file_is_described(tmp_path, content, found):
     with pytest.raises(DataError, match=found) as caught, translated(path, "NumPy", KeyError):
         raise KeyError("first line\nsecond line")
     assert "cannot be read as NumPy (KeyError" in str(caught.value)
+
+
+def test_a_file_that_is_locked_is_not_called_damaged(tmp_path):
+    (tmp_path / "x.h5").write_bytes(b"x")
+    with (
+        pytest.raises(DataError, match="open for writing in another program"),
+        translated(tmp_path / "x.h5", "HDF5", OSError),
+    ):
+        raise BlockingIOError(11, "unable to lock file")
 
 
 def test_other_errors_pass(tmp_path):

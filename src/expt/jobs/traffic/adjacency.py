@@ -5,7 +5,8 @@ Letters: `N` sensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ import numpy.typing as npt
 
 from expt.errors import DataError
 from expt.jobs.traffic.array_pickle import PickledSparse, load_array_pickle
-from expt.jobs.traffic.arrays import opened_npz
+from expt.jobs.traffic.arrays import array_of, opened_npz
 from expt.jobs.traffic.series import to_float32, to_sensor_ids
 from expt.jobs.traffic.source import checked_suffix, named
 from expt.jobs.traffic.sparse import to_dense
 from expt.jobs.traffic.tables import is_number
 from expt.jobs.traffic.text_table import opened_csv, without_empty_end
 
+_EDGES = r"^(from|source|src|origin)[\w ]*\n(to|target|dst|dest|destination)[\w ]*$"
+"""In the header of a list of edges, a name per line."""
 Graph = tuple[npt.NDArray[np.float32], tuple[str, ...] | None]
 """Edge weights [N, N], row = from, column = to, and the sensors' ids if the file has them."""
 
@@ -44,8 +47,10 @@ def read_adjacency(path: Path) -> Graph:
         return adjacency, sensor_ids
 
 
-def _check_square(shape: tuple[int, ...]) -> None:
-    if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
+def _check_square(shape: tuple[int, ...], names: Iterable[str] = ()) -> None:
+    """Refuse another shape, and a list of edges, which may have as many rows as columns."""
+    is_list = re.search(_EDGES, "\n".join(names), re.I | re.M) is not None
+    if is_list or len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
         raise DataError(
             f"holds a matrix of shape {shape}; expected N x N. A list of edges "
             "(from, to, cost) must be made into a matrix first"
@@ -89,7 +94,7 @@ def _read_npz(path: Path) -> tuple[Any, tuple[str, ...] | None]:
     """Read the key `adjacency`, or the only array, or what `scipy.sparse.save_npz` wrote."""
     with opened_npz(path) as archive:
         if {"format", "shape", "data"} <= set(archive.files):
-            return to_dense({name: archive[name] for name in archive.files}), None
+            return to_dense({name: array_of(archive, name) for name in archive.files}), None
         others = [name for name in archive.files if name != "sensor_ids"]
         key = others[0] if len(others) == 1 else "adjacency"
         if key not in others:
@@ -97,8 +102,8 @@ def _read_npz(path: Path) -> tuple[Any, tuple[str, ...] | None]:
                 f"has no adjacency; found {', '.join(archive.files) or 'nothing'}; "
                 "expected the key `adjacency`"
             )
-        ids = archive["sensor_ids"] if "sensor_ids" in archive.files else None
-        return np.asarray(archive[key]), None if ids is None else to_sensor_ids(ids)
+        ids = array_of(archive, "sensor_ids") if "sensor_ids" in archive.files else None
+        return array_of(archive, key), None if ids is None else to_sensor_ids(ids)
 
 
 def _read_csv(path: Path) -> tuple[Any, tuple[str, ...] | None]:
@@ -114,7 +119,7 @@ def _read_csv(path: Path) -> tuple[Any, tuple[str, ...] | None]:
     has_header = labelled or rows == columns + 1
     has_index = labelled or columns == rows + 1
     matrix = cells[int(has_header) :, int(has_index) :]
-    _check_square(matrix.shape)
+    _check_square(matrix.shape, cells[0])
     header = tuple(cells[0, int(has_index) :].tolist()) if has_header else None
     index = tuple(cells[int(has_header) :, 0].tolist()) if has_index else None
     if header and index and header != index:

@@ -100,12 +100,12 @@ def read_npz(path: Path, choice: Choice | None = None) -> Arrays:
     choice = choice or Choice()
     with opened_npz(path) as archive:
         keys = wanted_keys(archive.files, choice)
-        arrays = Arrays({name: np.asarray(archive[key]) for name, key in keys.items()})
+        arrays = Arrays({name: array_of(archive, key) for name, key in keys.items()})
         steps = arrays["speed"].shape[:1]
         left = [
             name
             for name in archive.files
-            if name not in keys.values() and _shape(archive, name)[:1] == steps
+            if name not in keys.values() and _header(archive, name)[0][:1] == steps
         ]
     arrays.noted(*choice_note(keys["speed"], left))
     if arrays["speed"].ndim == 1 and {"timestamps", "sensor_ids"} <= arrays.keys():
@@ -122,8 +122,21 @@ def _from_long(arrays: Arrays, name: str, choice: Choice) -> Arrays:
     return wide.noted(*arrays.notes, *notes)
 
 
-def _shape(archive: NpzFile, name: str) -> tuple[int, ...]:
-    """Return an array's shape without reading the array; () of what is no array."""
+def array_of(archive: NpzFile, key: str) -> npt.NDArray[Any]:
+    """Return an array of an archive.
+
+    Raises `DataError` when it is of Python objects, which NumPy pickles.
+    """
+    if _header(archive, key)[1].hasobject:
+        raise DataError(
+            f"{key} holds Python objects, which are pickled and not read; save it as text, "
+            f"{key}.astype(str), or as numbers, {key}.astype(float)"
+        )
+    return np.asarray(archive[key])
+
+
+def _header(archive: NpzFile, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Return an array's shape and type without reading the array; () of what is no array."""
     assert archive.zip is not None
     try:
         with archive.zip.open(f"{name}.npy") as member:
@@ -131,9 +144,10 @@ def _shape(archive: NpzFile, name: str) -> tuple[int, ...]:
             read = np.lib.format.read_array_header_1_0
             if version > (1, 0):
                 read = np.lib.format.read_array_header_2_0
-            return read(member)[0]
+            shape, _, dtype = read(member)
+            return shape, dtype
     except (KeyError, ValueError):
-        return ()
+        return (), np.dtype(np.void)
 
 
 def to_seconds(raw: npt.NDArray[Any]) -> npt.NDArray[np.datetime64]:
@@ -148,8 +162,9 @@ def to_seconds(raw: npt.NDArray[Any]) -> npt.NDArray[np.datetime64]:
         return raw.astype("datetime64[s]")
     if raw.dtype.kind in _TEXT:
         return _clock_of_text(raw)[0]
-    if raw.dtype.kind in "iu" and raw.size:
-        first = int(raw.reshape(-1)[0])
+    if raw.dtype.kind in "iu":
+        known = raw[raw != _NO_TIME]
+        first = int(known[0]) if known.size else _YEAR_1980
         for unit, per_second in (("s", 1), ("ms", 10**3), ("us", 10**6), ("ns", 10**9)):
             if _YEAR_1980 <= first // per_second < _YEAR_2100:
                 return raw.astype(np.int64).astype(f"datetime64[{unit}]").astype("datetime64[s]")
@@ -183,5 +198,7 @@ def _clock_of_text(raw: npt.NDArray[Any]) -> tuple[Times, tuple[str, ...]]:
 
 _TEXT = "SUO"
 """Kinds of arrays of text."""
+_NO_TIME = np.iinfo(np.int64).min
+"""A missing time as a whole number."""
 _YEAR_1980 = int(np.datetime64("1980-01-01", "s").astype(np.int64))
 _YEAR_2100 = int(np.datetime64("2100-01-01", "s").astype(np.int64))

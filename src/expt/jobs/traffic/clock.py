@@ -19,6 +19,8 @@ Times = npt.NDArray[np.datetime64]
 """Clock times [S], ``datetime64[s]``."""
 
 _HOUR = 3600
+_ZONE = r":\d\d(?:\.\d+)?\s*(?:Z|[+-]\d\d:?(?:\d\d)?)\s*$"
+"""The end of a time with its distance to UTC."""
 _NIGHT = range(4)
 """Hours of the day in which clocks go back somewhere."""
 _SUNDAY = 6
@@ -48,7 +50,7 @@ def parsed(texts: pd.Series[Any], name: str) -> pd.Series[Any]:
         name: of where they come from, for the message.
 
     Raises:
-        DataError: they are in several zones.
+        DataError: they are in several zones, or only some of them say theirs.
 
     """
     import pandas as pd
@@ -56,6 +58,15 @@ def parsed(texts: pd.Series[Any], name: str) -> pd.Series[Any]:
     try:
         return pd.to_datetime(texts, errors="coerce", format="ISO8601")
     except ValueError as error:
+        zoned = texts.astype(str).str.contains(_ZONE)
+        without = np.flatnonzero(~zoned & texts.notna())
+        if zoned.any() and without.size:
+            row = int(without[0])
+            raise DataError(
+                f"the times in {name} cannot be read: some have a zone, like "
+                f"{texts[zoned].iloc[0]!r}, and others none, the first {texts.iloc[row]!r} in row "
+                f"{row} (counted from 0); write all in the same way"
+            ) from error
         raise DataError(
             f"the times in {name} cannot be read: their distance to UTC changes, as where "
             "clocks are changed; write standard time throughout, or all of them in UTC"

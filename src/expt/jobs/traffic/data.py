@@ -13,8 +13,10 @@ Letters: `S` steps in the series, `N` sensors, `W` windows, `B` batch, `T` input
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -139,13 +141,17 @@ class TrafficData:
         """
         if path is None:
             raise DataError(f"data.path is not set. {where_to_get}")
-        graph = Path(adjacency_path).expanduser() if adjacency_path else None
+        graph = Path(os.path.expanduser(adjacency_path)) if adjacency_path else None
         if path.startswith(SHIPPED):
             file = Path(str(files("expt.jobs.traffic") / "files" / path.removeprefix(SHIPPED)))
         else:
-            file = Path(path).expanduser()
-        if not file.exists():
-            raise DataError(f"data.path={path}: there is no such file. {where_to_get}")
+            file = Path(os.path.expanduser(path))
+        try:
+            file.stat()
+        except FileNotFoundError:
+            raise DataError(f"data.path={path}: there is no such file. {where_to_get}") from None
+        except (OSError, ValueError):
+            pass  # `read_series` says what is wrong
         return read_series(file, graph, self.choice)
 
     @classmethod
@@ -296,9 +302,14 @@ class TrafficData:
         """Return a line of facts about the series, and one line per warning."""
         sizes = {split: len(starts) for split, starts in self.split_starts.items()}
         possible = len(self.series.values) - (self.input_steps + self.horizon) + 1
+        series = self.series
         if self._whole is not None:
             del sizes["train"], sizes["val"]
-        return describe(self.series, sizes, possible, self.unit)
+            read = len(series.values) - self.horizon  # what is forecast after it was not read
+            series = dataclasses.replace(
+                series, values=series.values[:read], timestamps=series.timestamps[:read]
+            )
+        return describe(series, sizes, possible, self.unit)
 
     def fingerprint(self) -> str:
         """Return a short hash of the series, and of what is forecast and compared of it."""

@@ -2,7 +2,8 @@
 
 The npz holds ``forecast`` [W, P, N] in the series' unit, ``issued`` [W] (the time of the last
 reading that a forecast saw), ``timestamps`` [W, P] (what it is for), and ``sensor_ids`` [N]. The
-parquet has a row per forecast step with ``issued``, ``timestamp``, and a column per sensor.
+parquet has a row per forecast step with ``issued``, ``timestamp``, and a column per sensor, called
+``sensor issued`` where a sensor has one of these names.
 
 Letters: `W` windows, `P` horizon, `N` sensors.
 """
@@ -57,9 +58,12 @@ class Forecasts:
         import pandas as pd
 
         windows, steps, sensors = self.values.shape
-        table = pd.DataFrame(
-            self.values.reshape(windows * steps, sensors), columns=list(self.sensor_ids)
-        )
-        table.insert(0, "issued", np.repeat(self.issued, steps))
-        table.insert(1, "timestamp", self.timestamps.reshape(-1))
+        times = {
+            "issued": np.repeat(self.issued, steps),
+            "timestamp": self.timestamps.reshape(-1),
+        }
+        names = [f"sensor {name}" if name in times else name for name in self.sensor_ids]
+        table = pd.DataFrame(self.values.reshape(windows * steps, sensors), columns=names)
+        for place, (name, column) in enumerate(times.items()):
+            table.insert(place, name, column)
         table.to_parquet(path, index=False)

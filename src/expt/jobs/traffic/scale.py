@@ -38,7 +38,7 @@ def scale_warnings(series: Series, unit: str) -> list[str]:
         return []
     likely = seen[seen <= LARGEST_TYPICAL] if is_speed else seen
     middle = float(np.median(likely if likely.size else seen))
-    apart = (typical > 0) & ((typical > APART * middle) | (typical < middle / APART))
+    apart = is_speed & (typical > 0) & ((typical > APART * middle) | (typical < middle / APART))
     if is_speed and likely.size:
         apart |= (typical > LARGEST_TYPICAL) & (typical > 2 * middle)
     called = np.array([_is_called_otherwise(name) for name in series.sensor_ids])

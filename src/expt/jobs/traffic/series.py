@@ -83,10 +83,12 @@ class Series:
     ) -> Series:
         """Return the series with this graph [N, N], reordered from `sensor_ids` to its own order.
 
-        Without `sensor_ids` the graph is taken to be in the series' order.
+        Without `sensor_ids` the graph is taken to be in the series' order; with them it may have
+        more sensors, which are left out.
         """
-        _check_adjacency(adjacency, len(self.sensor_ids))
+        notes = self.notes
         if sensor_ids is not None:
+            _check_adjacency(adjacency, len(sensor_ids))
             position = {name: row for row, name in enumerate(sensor_ids)}
             absent = [name for name in self.sensor_ids if name not in position]
             if absent:
@@ -97,7 +99,9 @@ class Series:
                 )
             order = [position[name] for name in self.sensor_ids]
             adjacency = adjacency[np.ix_(order, order)]
-        return dataclasses.replace(self, adjacency=adjacency)
+            if left := len(sensor_ids) - len(order):
+                notes += (f"left {left} of the graph's {len(sensor_ids)} sensors, of no reading",)
+        return dataclasses.replace(self, adjacency=adjacency, notes=notes)
 
     @property
     def step_seconds(self) -> int:

@@ -42,14 +42,19 @@ def checked_suffix(path: Path, known: Collection[str]) -> str:
             raise DataError("is empty (0 bytes); copy or download it again")
         with path.open("rb"):
             pass
+    except DataError:
+        raise
     except FileNotFoundError:
         raise DataError(
             f"no such file; check the path (a relative one starts at {Path.cwd()})"
         ) from None
     except PermissionError as error:
-        raise DataError("permission denied; make it readable, `chmod +r`") from error
-    except OSError as error:
-        raise DataError(f"cannot be opened: {error.strerror or error}; check the path") from error
+        raise DataError(
+            "permission denied; make it readable, `chmod +r`, and its folders open, `chmod +x`"
+        ) from error
+    except (OSError, ValueError) as error:  # a path with a zero byte is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot be opened: {reason}; check the path") from error
     return path.suffix.lower()
 
 
@@ -69,6 +74,11 @@ def translated(path: Path, expected: str, *errors: type[Exception]) -> Iterator[
         yield
     except DataError:
         raise
+    except BlockingIOError as error:
+        raise DataError(
+            "is open for writing in another program, which has locked it: close it there, or wait "
+            "until it is written"
+        ) from error
     except errors as error:
         reason = (str(error).splitlines() or [""])[0]
         raise DataError(

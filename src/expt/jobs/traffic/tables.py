@@ -136,7 +136,7 @@ def _arrays(
     sensors = sensor_column(names, columns, times)
     if sensors is not None:
         if as_written is not None and columns[sensors].dtype.kind in "iuf":
-            texts = as_written(frame.columns[sensors])
+            texts = as_written(int(frame.columns[sensors]))
             if any(re.fullmatch(r"0\d+", str(text)) for text in texts):
                 columns[sensors] = texts  # 0401 is another id than 401
         return to_wide(names, columns, times, sensors, choice)
