@@ -246,8 +246,8 @@ def plot_confusion(table: np.ndarray, classes: Sequence[str], folder: Path) -> P
     number = " (number of the class)"
     if len(classes) <= MOST_NAMES:
         places, number = np.arange(len(classes)), ""
-        axes.set_xticks(places, classes, rotation=45, ha="right", fontsize=8)
-        axes.set_yticks(places, classes, fontsize=8)
+        axes.set_xticks(places, classes, rotation=45, ha="right", fontsize=8, parse_math=False)
+        axes.set_yticks(places, classes, fontsize=8, parse_math=False)
     if len(classes) <= MOST_COUNTS:
         for row, column in zip(*np.nonzero(table), strict=True):
             dark = shares[row, column] > 0.5

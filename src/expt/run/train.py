@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from expt.config.settings import RunContext, Settings
-from expt.errors import ExptError, RecoveryError, UserError, first_line
+from expt.drawing import drawn
+from expt.errors import RecoveryError, UserError
 from expt.files import write_json, write_text
 from expt.job import (
     Accumulator,
@@ -427,7 +428,7 @@ class TrainJob:
             result.weights_sha256 = self.guard.recovery.retry_once(hashed, "conclusion")
         folder = self.context.run_dir / "plots"
         history, monitor = trainer.progress.history, trainer.monitor
-        plots = _drawn(lambda: plot_history(history, monitor, folder))
+        plots = drawn(lambda: plot_history(history, monitor, folder))
         if outcome.status == "completed" and trainer.settings.test:
             outcome, more = self._test(trainer, outcome, folder)
             plots += more
@@ -493,7 +494,7 @@ class TrainJob:
         write_json(path, signature(inputs, ask(batch)))
         self.recorder.tracker.artifact(path, checkpoint.FOLDER)
         data = self.data
-        return _drawn(lambda: data.plots(ask, metrics, folder)) if isinstance(data, Plotted) else []
+        return drawn(lambda: data.plots(ask, metrics, folder)) if isinstance(data, Plotted) else []
 
     def _note_memory(self, trainer: Trainer) -> None:
         """Take over the peaks measured so far: of several processes the largest, and each."""
@@ -526,22 +527,6 @@ def _tracker(settings: Settings, context: RunContext) -> Tracker:
     from expt.tracking.loggers import beside
 
     return beside(first, settings.tracking, context.run_dir)
-
-
-def _drawn(draw: Callable[[], Iterable[Path]]) -> list[Path]:
-    """Return the plots that `draw` makes, none where it fails: the training is over and well.
-
-    Raises:
-        ExptError: the disk refused a write, or memory ran out for good.
-
-    """
-    try:
-        return list(draw())
-    except ExptError:
-        raise
-    except Exception as error:
-        print(f"note: a plot of this run cannot be drawn ({first_line(error)})")
-        return []
 
 
 def _set_deterministic(wanted: bool) -> None:

@@ -395,6 +395,21 @@ def test_plots_of_a_day_of_the_horizon_and_of_sensors(tmp_path: Path) -> None:
     assert sizes == [50, 50, 50, data.size("test") - 150]  # in evaluation batches
 
 
+def test_one_plot_that_fails_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyError("no such sensor")
+
+    data = traffic(path=saved(tmp_path, times(200)), input_steps=4, horizon=4)
+    metrics, batch = data.accumulator(), data.gather("test", torch.arange(3))
+    metrics.update(batch.inputs["speed"], batch)
+    monkeypatch.setattr("expt.jobs.traffic.figures.plot_day", fail)
+    paths = data.plots(lambda batch: batch.inputs["speed"], metrics, tmp_path)
+    assert [path.name for path in paths] == ["horizon.png", "sensors.png"]
+    assert "a plot of this run cannot be drawn (KeyError: 'no such" in capsys.readouterr().out
+
+
 def test_plots_show_one_day_at_most(tmp_path: Path) -> None:
     data = traffic(path=saved(tmp_path, times(200, step=3600)), input_steps=4, horizon=4)
     seen = []

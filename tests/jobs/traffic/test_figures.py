@@ -84,6 +84,36 @@ def test_a_forecast_stands_at_the_time_it_is_for(
     np.testing.assert_array_equal(predicted, speeds.values[first + ahead, 5])
 
 
+def test_across_a_gap_forecasts_stand_at_their_times_and_lines_are_broken(
+    tmp_path: Path, figures: list[Figure]
+) -> None:
+    kept = np.r_[0:150, 200:400]
+    whole = series()
+    speeds = Series.from_arrays(whole.values[kept], whole.timestamps[kept])
+    first = np.r_[100:151, 162:300]  # the windows before 150 are forecast into the gap
+    plot_day(np.full((len(first), 12, 6), 50.0), speeds, first, tmp_path, "mph")
+    for label, distance in (("15 min ahead", 3), ("60 min ahead", 12)):
+        when, values = line(figures[0], 0, label)
+        expected = speeds.timestamps[first - 1] + 300 * distance
+        np.testing.assert_array_equal(when[~np.isnan(values)], expected)
+        assert np.isnan(values).sum() == 1
+    when, values = line(figures[0], 0, "measured")
+    broken = np.flatnonzero(np.diff(when.astype("M8[s]").astype(int)) > 300) + 1
+    assert len(broken) == 2 and np.isnan(values[broken]).all()
+
+
+def test_names_and_units_are_no_formulas(tmp_path: Path, figures: list[Figure]) -> None:
+    names = ("I-5 $\\x$", "a_{$b$", "$$")
+    values = np.random.default_rng(0).uniform(30, 60, (50, 3))
+    speeds = Series.from_arrays(values, START + np.arange(50) * np.timedelta64(300), names)
+    plot_day(np.full((20, 3, 3), 50.0), speeds, np.arange(10, 30), tmp_path, "$\\y$")
+    plot_horizon([1.0, 2.0], 300, tmp_path, "$\\y$")
+    plot_sensors(sums(5, 3), speeds.timestamps[:5], names, tmp_path, "$\\y$")
+    assert {axes.get_title(loc="left") for axes in figures[0].axes} == {
+        f"sensor {n}" for n in names
+    }
+
+
 @pytest.mark.parametrize("fastest", [0.9, 65.0, 130.0])
 def test_the_axis_holds_any_unit(tmp_path: Path, figures: list[Figure], fastest: float) -> None:
     values = np.linspace(0.5, 1, 100)[:, None] * fastest

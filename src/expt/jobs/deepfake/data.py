@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from expt.drawing import drawn
 from expt.errors import DataError
 from expt.job import Batch
 from expt.jobs.classification import (
@@ -112,8 +113,10 @@ class FrameSequences(ClipData):
         table = torch.zeros((2, 2), dtype=torch.int64).numpy()
         for label, taken in zip(labels.astype(int), (scores > 0.5).astype(int), strict=True):
             table[label, taken] += 1
-        curve = plot_roc(labels, scores, folder)
-        return [path for path in (curve, plot_confusion(table, self.classes, folder)) if path]
+        return drawn(
+            lambda: plot_roc(labels, scores, folder),
+            lambda: plot_confusion(table, self.classes, folder),
+        )
 
     @cached_property
     def _spans(self) -> dict[Path, tuple[int, int]]:

@@ -31,7 +31,6 @@ from expt.jobs.traffic.choice import (
     speed_rank,
 )
 from expt.jobs.traffic.clock import Times, local_clock, parsed
-from expt.jobs.traffic.long_table import to_wide
 from expt.jobs.traffic.source import translated
 
 OPTIONAL_KEYS = ("sensor_ids", "adjacency", "locations")
@@ -114,6 +113,8 @@ def read_npz(path: Path, choice: Choice | None = None) -> Arrays:
 
 
 def _from_long(arrays: Arrays, name: str, choice: Choice) -> Arrays:
+    from expt.jobs.traffic.long_table import to_wide
+
     speed, sensors = arrays["speed"], arrays["sensor_ids"]
     if not speed.shape == sensors.shape == arrays["timestamps"].shape:
         return arrays

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from expt.drawing import drawn
 from expt.errors import DataError
 from expt.job import Batch, Split
 from expt.jobs.traffic.arrays import made_times
@@ -275,7 +276,14 @@ class TrafficData:
 
         Of what is only forecast there is no error.
         """
-        from expt.jobs.traffic.figures import plot_day, plot_horizon, plot_sensors
+        return drawn(
+            lambda: self._plot_day(predict, folder),
+            lambda: self._plot_horizon(metrics, folder),
+            lambda: self._plot_sensors(metrics, folder),
+        )
+
+    def _plot_day(self, predict: Callable[[Batch], Tensor], folder: Path) -> Path:
+        from expt.jobs.traffic.figures import plot_day
 
         count = min(self.series.steps_per_day, self.size("test"))
         windows = torch.arange(count, device=self._offsets.device)
@@ -284,15 +292,24 @@ class TrafficData:
             for chunk in windows.split(self.eval_batch_size)
         ]
         first = self.split_starts["test"][:count] + self.input_steps
-        day = plot_day(torch.cat(forecasts).cpu().numpy(), self.series, first, folder, self.unit)
+        return plot_day(torch.cat(forecasts).cpu().numpy(), self.series, first, folder, self.unit)
+
+    def _plot_horizon(self, metrics: MaskedErrors, folder: Path) -> Path | None:
+        from expt.jobs.traffic.figures import plot_horizon
+
         if not self._observed_targets["test"].any():
-            return [day]
-        steps = plot_horizon(metrics.by_step(), self.series.step_seconds, folder, self.unit)
+            return None
+        return plot_horizon(metrics.by_step(), self.series.step_seconds, folder, self.unit)
+
+    def _plot_sensors(self, metrics: MaskedErrors, folder: Path) -> Path | None:
+        from expt.jobs.traffic.figures import plot_sensors
+
+        if not self._observed_targets["test"].any():
+            return None
         sums = metrics.by_sensor().numpy()
         begins = self.split_starts["test"][:: metrics.windows_per_period][: len(sums)]
         times = self.series.timestamps[begins + self.input_steps]
-        sensors = plot_sensors(sums, times, self.series.sensor_ids, folder, self.unit)
-        return [day, steps, sensors]
+        return plot_sensors(sums, times, self.series.sensor_ids, folder, self.unit)
 
     def to_speed(self, prediction: Tensor) -> Tensor:
         """Undo the scaling of a prediction; the result is in `unit`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
@@ -14,6 +15,8 @@ from expt.jobs.traffic.metrics import reported_steps
 from expt.jobs.traffic.series import Series
 
 SENSORS_SHOWN = 4
+AS_WRITTEN: dict[str, Any] = {"parse_math": False}
+"""Of texts with names of sensors and units, in which a $ begins no formula."""
 ROWS, COLUMNS = 40, 60
 """Sensors and spans of time that the map of errors has at most."""
 USUAL = 0.98
@@ -27,6 +30,7 @@ def plot_day(
 
     The sensors shown are those whose speed varies most; missing readings are marked on the axis.
     """
+    issued, step_seconds = series.timestamps[first - 1], np.timedelta64(series.step_seconds, "s")
     truth = series.values[first]  # [W, N], 0 = missing
     spread = np.ma.masked_equal(truth, 0).std(axis=0).filled(0)
     sensors = np.argsort(spread)[::-1][:SENSORS_SHOWN]
@@ -38,19 +42,19 @@ def plot_day(
     top = 1.15 * float(truth[:, sensors].max()) or 1.0
     for axes, sensor in zip(rows, sensors, strict=True):
         observed = truth[:, sensor] > 0
-        axes.plot(
-            times, np.where(observed, truth[:, sensor], np.nan), color="0.25", label="measured"
-        )
+        measured = np.where(observed, truth[:, sensor], np.nan)
+        axes.plot(*_with_gaps(times, measured, step_seconds), color="0.25", label="measured")
         for minutes, step in shown:
-            ahead = step - 1
-            reached = first + ahead < len(series.timestamps)
-            when = series.timestamps[(first + ahead)[reached]]
-            predicted = forecasts[reached, ahead, sensor]
-            axes.plot(when, predicted, linewidth=1.2, label=f"{minutes} min ahead")
+            predicted = _with_gaps(
+                issued + step * step_seconds, forecasts[:, step - 1, sensor], step_seconds
+            )
+            axes.plot(*predicted, linewidth=1.2, label=f"{minutes} min ahead")
         missing = times[~observed]
         axes.plot(missing, np.full(len(missing), top / 40), "|", color="tab:red", label="missing")
-        axes.set(ylabel=unit, ylim=(0, top))
-        axes.set_title(f"sensor {series.sensor_ids[sensor]}", fontsize=9, loc="left")
+        axes.set_ylim(0, top)
+        axes.set_ylabel(unit, **AS_WRITTEN)
+        name = f"sensor {series.sensor_ids[sensor]}"
+        axes.set_title(name, fontsize=9, loc="left", **AS_WRITTEN)
         axes.spines[["top", "right"]].set_visible(False)
     locator = AutoDateLocator()
     rows[-1].xaxis.set_major_locator(locator)
@@ -72,7 +76,8 @@ def plot_horizon(mae_by_step: Sequence[float], step_seconds: int, folder: Path, 
         axes.annotate(
             f"{value:.2f}", (at, value), textcoords="offset points", xytext=(0, 7), ha="center"
         )
-    axes.set(xlabel="minutes ahead", ylabel=f"test MAE ({unit})", xticks=minutes)
+    axes.set(xlabel="minutes ahead", xticks=minutes)
+    axes.set_ylabel(f"test MAE ({unit})", **AS_WRITTEN)
     axes.margins(y=0.15)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title("Error by horizon", fontsize=11, loc="left")
@@ -113,23 +118,31 @@ def plot_sensors(
         interpolation="nearest",
     )  # fmt: skip
     grid.set_facecolor("0.85")
-    grid.set_yticks(range(len(rows)), [sensor_ids[row] for row in rows], fontsize=7)
+    names = [sensor_ids[row] for row in rows]
+    grid.set_yticks(range(len(rows)), names, fontsize=7, **AS_WRITTEN)
     shown = begins[:: -(-len(begins) // 8)]
     grid.set_xticks(shown // joined, [str(times[place])[:10] for place in shown], fontsize=8)
     grid.set_xlabel("first forecast (grey: nothing measured)")
     of = "" if len(rows) == len(sensor_ids) else f", {len(rows)} of {len(sensor_ids)} sensors"
     grid.set_title(f"Mean error by sensor and time{of}", fontsize=11, loc="left")
-    figure.colorbar(
-        image, ax=grid, pad=0.01, extend="both", label=f"forecast too low | too high ({unit})"
-    )
+    colors = figure.colorbar(image, ax=grid, pad=0.01, extend="both")
+    colors.set_label(f"forecast too low | too high ({unit})", **AS_WRITTEN)
     bars.barh(range(len(rows)), mae[rows], color="0.55")
     overall = float(whole[0].sum() / whole[2].sum())
     bars.axvline(overall, color="tab:red", linewidth=1)
-    bars.set_xlabel(f"MAE ({unit})")
+    bars.set_xlabel(f"MAE ({unit})", **AS_WRITTEN)
     bars.set_title(f"all: {overall:.2f}", fontsize=9, loc="left", color="tab:red")
     bars.tick_params(labelleft=False, left=False)
     bars.spines[["top", "right"]].set_visible(False)
     return _save(figure, folder / "sensors.png")
+
+
+def _with_gaps(
+    times: np.ndarray, values: np.ndarray, step: np.timedelta64
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the points of a line that is broken where a step is left out."""
+    breaks = np.flatnonzero(np.diff(times) > step) + 1
+    return np.insert(times, breaks, times[breaks]), np.insert(values, breaks, np.nan)
 
 
 def _ratio(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
