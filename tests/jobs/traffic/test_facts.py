@@ -30,6 +30,7 @@ def test_few_windows_lost_to_missing_rows_are_a_fact_and_many_a_warning() -> Non
     assert facts.endswith("20 of 100 (20.0 %) lost to gaps")
     assert warning.startswith("data: warning: the most common interval is 5 min, and 1 of 11 diff")
     assert "Rows are missing" in warning
+    assert "another data.input_steps other windows are left to test on" in warning
 
 
 def test_irregular_timestamps_are_always_a_warning() -> None:

@@ -159,7 +159,10 @@ def describe(series: Series, windows: Mapping[Split, int], possible: int, unit: 
         line += f"; {lost:,} of {possible:,} ({100 * lost / possible:.1f} %) lost to gaps"
     lines = [line, *(f"data: {note}" for note in series.notes)]
     if is_irregular(series) or lost > LARGE_SHARE * possible:
-        lines.append(f"data: warning: {deviations(series)}")
+        lines.append(
+            f"data: warning: {deviations(series)}. With another data.input_steps other windows are "
+            "left to test on, whose figures do not compare with these"
+        )
     silent = [series.sensor_ids[column] for column in np.flatnonzero(~values.any(axis=0))]
     if silent:
         names = ", ".join(silent[:NAMED]) + (", …" if len(silent) > NAMED else "")
