@@ -172,12 +172,19 @@ def test_sensors_with_times_of_their_own_are_refused(tmp_path, offset):
         read_series(saved(pd.concat(sensors), tmp_path))
 
 
-def test_sensors_that_miss_most_rows_are_read(tmp_path):
-    table = long(wide(30)).sample(frac=0.3, random_state=0)
+@pytest.mark.parametrize("share", [0.3, 0.05])
+def test_sensors_that_miss_most_rows_are_read(tmp_path, share):
+    times = pd.date_range("2017-01-01", periods=400, freq="5min", name="timestamp")
+    table = long(wide(30, times)).sample(frac=share, random_state=0)
     series = read_series(saved(table, tmp_path))
-    assert series.step_seconds == 300 and (series.values == 0).mean() == pytest.approx(
-        0.7, abs=0.01
-    )
+    assert series.step_seconds == 300 and (series.values > 0).sum() == len(table)
+
+
+def test_sensors_at_other_intervals_than_one_are_refused(tmp_path):
+    slow = long(wide(8, TIMES[::3]))
+    fast = long(wide(1)).assign(sensor_id=7)
+    with pytest.raises(DataError, match="mostly 900 s apart, and those of all 300 s; resample"):
+        read_series(saved(pd.concat([slow, fast]), tmp_path))
 
 
 @pytest.mark.parametrize("prefix", ["", "s"])

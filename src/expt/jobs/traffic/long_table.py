@@ -46,13 +46,12 @@ def sensor_column(names: Sequence[str], columns: Sequence[Column], times: Times)
         if is_sensor_name(names[place]) and _is_label(column):
             beside = readings - {place} or (len(names) == 2 and not names[1 - place].isdigit())
             count = len(_labels(column)[0])
-            if (is_repeated or beside) and count < len(times):
+            if (is_repeated or beside) and 0 < count < len(times):
                 called[place] = count
-    single = [place for place, count in called.items() if count == 1]
-    if single and not is_repeated:
-        return single[0]
     if called and len(times) < _HARDLY * len(steps):
-        place, count = next(iter(called.items()))
+        place, count = min(called.items(), key=lambda item: item[1])
+        if count == 1:
+            return place
         raise DataError(
             f"is like a long table (time, sensor, value): {names[place]!r} is called like a column "
             f"of sensors and has {count:,} different values, but hardly any time has two rows. If "
@@ -147,11 +146,16 @@ def to_wide(
                 else repeated_hour_advice(hour)
             )
         )
-    if (own := _usual_step(times, column)) > (joint := _usual_step(unique_times)) > 0:
+    joint, _ = _usual_step(np.diff(unique_times))
+    order = np.lexsort((times, column))
+    own = np.diff(times[order])[np.diff(column[order]) == 0]
+    usual, count = _usual_step(own)
+    if np.count_nonzero(own == joint) < count / 2:
         raise DataError(
             f"is a long table (time, sensor, value) of {len(labels):,} sensors whose times differ, "
-            f"{len(unique_times):,} in all: one sensor's are mostly {own} s apart, and those of "
-            f"all {joint} s; resample every sensor to the same times first"
+            f"{len(unique_times):,} in all: those of a sensor are mostly {usual.astype(int)} s "
+            f"apart, and those of all {joint.astype(int)} s; resample every sensor to the same "
+            "times first"
         )
     speed = np.full((len(unique_times), len(labels)), np.nan)
     speed[row, column] = _numbers(columns[value], names[value])
@@ -166,13 +170,12 @@ def to_wide(
     return Arrays(speed=speed, timestamps=unique_times, sensor_ids=ids).noted(*notes)
 
 
-def _usual_step(times: Times, sensors: npt.NDArray[Any] | None = None) -> int:
-    """Return the most common distance in seconds of a sensor's times, 0 where none has two."""
-    sensors = np.zeros(len(times), dtype=int) if sensors is None else sensors
-    order = np.lexsort((times, sensors))
-    steps = np.diff(times[order]).astype(np.int64)[np.diff(sensors[order]) == 0]
+def _usual_step(steps: npt.NDArray[np.timedelta64]) -> tuple[np.timedelta64, int]:
+    """Return the most common of the steps between times, and how often it is; 0 of none."""
     found, counts = np.unique(steps, return_counts=True)
-    return int(found[counts.argmax()]) if found.size else 0
+    if not found.size:
+        return np.timedelta64(0, "s"), 0
+    return found[counts.argmax()], int(counts.max())
 
 
 def _value_column(
