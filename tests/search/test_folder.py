@@ -52,3 +52,35 @@ def test_a_folder_of_another_machine_cannot_be_known_to_be_gone(study, tmp_path,
     monkeypatch.setattr(folders, "identity", lambda: {"host": "node2"})
     with pytest.raises(ConfigError, match="on node1"):
         claim(study, tmp_path / "here")
+
+
+@pytest.mark.parametrize("left", ["study.token", "trial_000/result.json"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_new_study_does_not_take_over_what_another_left(study, tmp_path, left, begun):
+    if begun:  # in a folder that was removed
+        claim(study, tmp_path / "gone")
+        shutil.rmtree(tmp_path / "gone")
+    path = tmp_path / "here" / left
+    path.parent.mkdir(parents=True)
+    path.write_text("anything")
+    with pytest.raises(ConfigError, match=r"here holds another search.*search\.study=mine_2"):
+        claim(study, tmp_path / "here")
+    assert path.read_text() == "anything"
+
+
+def test_a_study_of_an_earlier_version_keeps_the_folder_of_its_trials(study, tmp_path):
+    study.tell(study.ask(), 1.0)
+    (tmp_path / "here/trial_000").mkdir(parents=True)
+    claim(study, tmp_path / "here")
+    claim(study, tmp_path / "here")
+    with pytest.raises(ConfigError, match="holds another search"):
+        claim(optuna.create_study(study_name="other"), tmp_path / "here")
+
+
+def test_a_folder_that_was_removed_may_be_begun_anew_in_its_place(study, tmp_path):
+    """Also by a worker that was killed before it could write the token."""
+    claim(study, tmp_path / "here")
+    shutil.rmtree(tmp_path / "here")
+    (tmp_path / "here").mkdir()  # as the lock makes it
+    claim(study, tmp_path / "here")
+    claim(study, tmp_path / "here")

@@ -135,6 +135,18 @@ def test_a_trial_that_goes_wrong_costs_that_trial_alone(make, kind, state, const
     assert (summary.failed, summary.infeasible_measured) == (int(failed), int(not failed))
 
 
+def test_what_another_study_left_in_a_trials_folder_is_moved_aside(make, tmp_path):
+    """Its complete result would be taken for that of the trial."""
+    search = make(n_trials=2, n_jobs=2)
+    old = search.trial_folder(1) / "result.json"
+    old.parent.mkdir(parents=True)
+    old.write_text("{}")
+    search.run()
+    assert not old.exists()
+    assert (search.folder / "aside_trial_001_1/result.json").read_text() == "{}"
+    assert not (search.folder / "aside_trial_000_1").exists()
+
+
 def test_a_kill_that_was_predicted_to_come_is_for_lack_of_memory(make):
     def over(params):
         return Prediction(101 * MIB, 101 * MIB, (95 * MIB, 110 * MIB), {})

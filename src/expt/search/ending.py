@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import signal
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 from expt.job import Metric
 from expt.result import FILE_NAME, Outcome, RunResult, load_result
-from expt.run.process import LOG_NAME
+from expt.run.process import LOG_NAME, kill_leftover
 from expt.search.metric import mismatch
 from expt.search.trial import TrialOutcome
 from expt.tracking.journal import State
@@ -86,6 +87,19 @@ def set_aside(folder: Path) -> int:
         earlier += 1
         (folder / FILE_NAME).rename(folder / f"result.attempt_{earlier}.json")
     return earlier
+
+
+def move_aside(folder: Path) -> Path | None:
+    """Rename a folder that is there although its trial was never started; return where it is now.
+
+    It is of another study, as where a storage was set back to a copy of earlier times.
+    """
+    if not folder.exists():
+        return None
+    for path in (folder, *folder.glob("seed_*")):
+        kill_leftover(path)
+    names = (folder.with_name(f"aside_{folder.name}_{number}") for number in itertools.count(1))
+    return folder.rename(next(path for path in names if not path.exists()))
 
 
 def _without_result(folder: Path, ending: Ending, run_id: str | None) -> TrialOutcome:

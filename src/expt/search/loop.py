@@ -23,6 +23,7 @@ from optuna.trial import FrozenTrial, Trial
 from expt.config.search_node import SearchConfig
 from expt.result import Outcome
 from expt.run.process import kill_leftover
+from expt.search.ending import move_aside
 from expt.search.exhaustion import (
     LEAST_SUGGESTIONS,
     LEAST_TRIALS,
@@ -253,6 +254,10 @@ class Search:
         if attempts > 1:
             trial.set_user_attr(RESUMED_AT, time.time())
         folder = self.trial_folder(trial.number)
+        if attempts == 1 and (aside := move_aside(folder)):
+            self.say(
+                f"trial {trial.number}: {folder} was there, of another study; it is {aside} now"
+            )
         job = Job(
             trial.number,
             lines,

@@ -346,25 +346,36 @@ TOKEN_NAME, ATTRIBUTE = "study.token", "expt.folder"
 def claim(study: Study, folder: Path) -> None:
     """Make `folder` the study's, or check that it is; to be called under the folder's lock.
 
-    A folder that was removed on this machine may be begun anew.
+    A folder that was removed on this machine may be begun anew. A study of an earlier version, which
+    has trials and does not say where, has them in this one.
 
     Raises:
-        ConfigError: the study's folder is another one.
+        ConfigError: the study's folder is another one, or this one holds another search.
 
     """
     known = study.user_attrs.get(ATTRIBUTE)
-    host = identity()["host"]
+    here = {"path": str(folder), "host": identity()["host"]}
     path = folder / TOKEN_NAME
     token = path.read_text(encoding="utf-8").strip() if path.exists() else None
     if known is not None and token == known["token"]:
         return
-    if known is not None and (known["host"] != host or Path(known["path"]).exists()):
+    empty = token is None and not any(folder.glob("trial_*"))
+    if known is not None and not (empty and here.items() <= known.items()):
+        if known["host"] != here["host"] or Path(known["path"]).exists():
+            raise ConfigError(
+                f"the study {study.study_name} is kept in {known['path']} on {known['host']}, and "
+                f"this is {folder}: workers of one study share one folder. Give "
+                f"hydra.sweep.dir=FOLDER as it is seen from here, or, if it is gone, another "
+                f"search.study={study.study_name}_2"
+            )
+    earlier = known is None and token is None and bool(study.get_trials(deepcopy=False))
+    if not empty and not earlier:
         raise ConfigError(
-            f"the study {study.study_name} is kept in {known['path']} on {known['host']}, and "
-            f"this is {folder}: workers of one study share one folder. Give "
-            f"hydra.sweep.dir=FOLDER as it is seen from here, or, if it is gone, another "
-            f"search.study={study.study_name}_2"
+            f"{folder} holds another search, whose trials would be taken for those of this one "
+            f"(it is of another search.storage, or its study is gone); give another one, like "
+            f"search.study={study.study_name}_2, or hydra.sweep.dir=FOLDER, or remove the folder"
         )
     token = uuid.uuid4().hex
+    # The study first: killed in between, it finds its folder empty, and goes on.
+    study.set_user_attr(ATTRIBUTE, {"token": token, **here})
     write_text(path, f"{token}\n")
-    study.set_user_attr(ATTRIBUTE, {"token": token, "path": str(folder), "host": host})
