@@ -10,8 +10,8 @@ from expt.run.process import WorkerError
 from expt.search.candidates import (
     TrialJobs,
     advise,
+    base_data,
     base_facts,
-    base_metric,
     checker,
     predict,
     preset_values,
@@ -148,7 +148,21 @@ def test_a_trial_does_not_learn_the_address_of_the_study(tmp_path):
     ],
 )
 def test_the_metric_of_these_settings_or_what_stands_in_the_way(home, lines, found):
-    answer = base_metric(["tracking=none", *lines], None)
+    answer = base_data(["tracking=none", *lines], None, [])
     kind, words = found
-    assert list(answer) == [kind]
+    assert list(answer) == ([kind, "fingerprint"] if kind == "metric" else [kind])
     assert words in str(answer[kind])
+
+
+@pytest.mark.parametrize(
+    ("point", "shared"),
+    [
+        (["model.embed_dim=8", "data.batch_size=4"], True),
+        (["data.horizon=6"], False),
+        (["data.horizon=${trainer.seed}", "trainer.seed=6"], False),
+        (["data.horizon=${model.nothing}"], False),
+    ],
+)
+def test_the_fingerprint_is_that_of_data_that_all_trials_share(home, point, shared):
+    found = base_data(["tracking=none"], None, [["tracking=none"], ["tracking=none", *point]])
+    assert (found["fingerprint"] is not None) is shared

@@ -43,6 +43,20 @@ def test_a_result_says_how_a_trial_ended(tmp_path, status, reason, ending, kind)
 
 
 @pytest.mark.parametrize(
+    ("own", "wanted", "kind"),
+    [("a", "a", "completed"), ("b", "a", "refused"), (None, "a", "completed"),
+     ("b", None, "completed")],
+)  # fmt: skip
+def test_a_trial_on_other_data_is_not_ranked(tmp_path, own, wanted, kind):
+    result = RunResult("completed", "epochs", data_fingerprint=own)
+    result.metrics["val/mae"] = 3.0
+    result.save(tmp_path)
+    found = outcome_of(tmp_path, Ending(0), BUDGET, data=wanted)
+    assert (found.kind.value, found.value) == (kind, 3.0 if kind == "completed" else None)
+    assert kind == "completed" or "fingerprint b, and of the search a" in found.error
+
+
+@pytest.mark.parametrize(
     ("ending", "kind", "error"),
     [
         (Ending(-signal.SIGKILL), "killed", "killed by SIGKILL, perhaps for lack of host memory"),

@@ -9,7 +9,7 @@ from expt.errors import ConfigError
 from expt.job import Metric
 from expt.result import RunResult
 from expt.run.process import WorkerError
-from expt.search.candidates import learn_metric
+from expt.search.candidates import learn_data
 from expt.search.metric import EARLIER, mismatch, objectives_of
 from expt.search.space import Space
 
@@ -41,8 +41,9 @@ class Answers:
     def __init__(self, *answers: Any) -> None:
         self.answers, self.asked = list(answers), []
 
-    def call(self, function, lines, own, seconds):
+    def call(self, function, lines, own, points, seconds):
         self.asked.append(lines)
+        self.points = points
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
@@ -50,28 +51,33 @@ class Answers:
 
 
 def request(tmp_path, objectives=("val",)):
-    config = SimpleNamespace(plan_time_limit_seconds=1.0, objectives=list(objectives))
-    return SimpleNamespace(config=config, given=["a=1"], own=None, folder=tmp_path)
+    config = SimpleNamespace(plan_time_limit_seconds=1.0, objectives=list(objectives), repeats=2)
+    cfg = SimpleNamespace(trainer=SimpleNamespace(seed=7))
+    return SimpleNamespace(config=config, cfg=cfg, given=["a=1"], own=None, folder=tmp_path)
 
 
 def test_the_base_configurations_data_set_is_asked(tmp_path):
-    worker = Answers({"metric": ACCURACY.as_dict()})
-    space = Space.parse({"optimizer.lr": "interval(0,1)"})
-    assert learn_metric(request(tmp_path), space, worker) == ACCURACY
+    worker = Answers({"metric": ACCURACY.as_dict(), "fingerprint": "abc"})
+    space = Space.parse({"model.width": "choice(8,16,32)"})
+    assert learn_data(request(tmp_path), space, worker) == (ACCURACY, "abc")
     assert worker.asked == [["a=1"]]
+    assert worker.points == [["a=1", "model.width=8"],
+                             ["a=1", "model.width=32", "trainer.seed=8"]]  # fmt: skip
 
 
 def test_where_the_data_are_varied_the_first_of_them_may_be_asked(tmp_path):
-    worker = Answers({"reason": "data.path is not set"}, {"metric": ACCURACY.as_dict()})
+    worker = Answers(
+        {"reason": "no data.path"}, {"metric": ACCURACY.as_dict(), "fingerprint": None}
+    )
     space = Space.parse({"data.path": "choice(x,y)", "optimizer.lr": "interval(0,1)"})
-    assert learn_metric(request(tmp_path), space, worker) == ACCURACY
+    assert learn_data(request(tmp_path), space, worker) == (ACCURACY, None)
     assert worker.asked == [["a=1"], ["a=1", "data.path=x"]]
 
 
 def test_a_monitor_that_is_none_is_refused(tmp_path):
     worker = Answers({"problems": ["trainer.monitor=auc: no such metric"]})
     with pytest.raises(ConfigError, match=r"trainer\.monitor=auc"):
-        learn_metric(request(tmp_path), Space.parse({"x": "interval(0,1)"}), worker)
+        learn_data(request(tmp_path), Space.parse({"x": "interval(0,1)"}), worker)
 
 
 def test_where_data_cannot_be_made_here_an_earlier_trial_says_it(tmp_path, capsys):
@@ -81,14 +87,14 @@ def test_where_data_cannot_be_made_here_an_earlier_trial_says_it(tmp_path, capsy
     result.save(tmp_path / "trial_000")
     space = Space.parse({"x": "interval(0,1)"})
     worker = Answers(WorkerError("it took more than 1 s"))
-    assert learn_metric(request(tmp_path), space, worker).goal == "max"
+    assert learn_data(request(tmp_path), space, worker)[0].goal == "max"
     assert capsys.readouterr().out == ""
 
 
 def test_without_any_of_these_it_is_assumed_and_said(tmp_path, capsys):
     space = Space.parse({"x": "interval(0,1)"})
     dead = WorkerError("its process died")
-    assert learn_metric(request(tmp_path), space, Answers(dead)) == EARLIER
+    assert learn_data(request(tmp_path), space, Answers(dead)) == (EARLIER, None)
     assert "(its process died); val/mae is taken to be monitored" in capsys.readouterr().out
-    named = learn_metric(request(tmp_path, ["val/loss"]), space, Answers(dead))
+    named, _ = learn_data(request(tmp_path, ["val/loss"]), space, Answers(dead))
     assert (named.name, named.goal) == ("loss", "min")

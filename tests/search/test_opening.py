@@ -7,7 +7,8 @@ import pytest
 from optuna.trial import TrialState, create_trial
 
 from expt.errors import ConfigError
-from expt.search.opening import put_first, settled_budget
+from expt.result import RunResult
+from expt.search.opening import put_first, settle_data, settled_budget
 from expt.search.trial import FROM
 from expt.units import GIB
 
@@ -53,3 +54,25 @@ def test_what_an_earlier_study_tried_was_not_tried_here(study):
     for x in (0.25, 0.5):
         put_first(study, {"x": x})
     assert [t.system_attrs["fixed_params"] for t in waiting(study)] == [{"x": 0.25}]
+
+
+def begun_on(study, folder, data):
+    """Add a trial as an earlier version left it."""
+    RunResult("completed", "epochs", data_fingerprint=data).save(folder)
+    study.add_trial(create_trial(
+        params={"data.batch_size": 4}, value=1.0, user_attrs={"run_dir": str(folder)},
+        distributions={"data.batch_size": optuna.distributions.IntDistribution(1, 8)},
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_study_does_not_go_on_over_other_data(study, tmp_path, earlier):
+    if earlier:
+        begun_on(study, tmp_path, "abc")
+    settle_data(study, None)
+    settle_data(study, "abc")
+    settle_data(study, "abc")
+    settle_data(study, None)  # where they are not, or are varied
+    with pytest.raises(ConfigError, match=r"other data .*abc, and here xyz.*search\.study=s_2"):
+        settle_data(study, "xyz")
+    settle_data(study, "abc")

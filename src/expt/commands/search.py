@@ -35,7 +35,7 @@ from expt.search.candidates import (
     base_facts,
     check_presets,
     checker,
-    learn_metric,
+    learn_data,
     memory_lines,
 )
 from expt.search.exhaustion import smallest_seen
@@ -106,10 +106,10 @@ def search(
         space.distributions,
         request.cfg.memory.on_overflow is OnOverflow.adapt,
     )
-    metric = learn_metric(request, space, jobs.worker)
+    metric, data = learn_data(request, space, jobs.worker)
     node.objectives = objectives_of(node.objectives, metric)
     reservations = open_search(
-        request, space, storage, made, jobs, metric, text, facts["device"],
+        request, space, storage, made, jobs, metric, data, text, facts["device"],
         None if launcher is not None else facts["device_bytes"],
     )  # fmt: skip
     if isinstance(made, GridSampler) and space.size is not None:

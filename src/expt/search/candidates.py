@@ -31,8 +31,8 @@ from expt.run.build import build
 from expt.run.process import Worker, WorkerError
 from expt.search.metric import EARLIER, metric_of_trials
 from expt.search.plan_cache import FOLDER
-from expt.search.predicting import Limit, advise, predict
-from expt.search.request import Request
+from expt.search.predicting import Limit, advise, composer, predict
+from expt.search.request import BATCHES, Request
 from expt.search.space import Space, plain, settings_lines
 from expt.search.trial import Prediction
 from expt.units import spell_bytes
@@ -146,29 +146,33 @@ def memory_lines(budget_bytes: int | None) -> list[str]:
     return lines if budget_bytes is None else [*lines, f"memory.budget={spell_bytes(budget_bytes)}"]
 
 
-def learn_metric(request: Request, space: Space, worker: Worker) -> Metric:
-    """Return the metric that the trials of a search will monitor.
+def learn_data(request: Request, space: Space, worker: Worker) -> tuple[Metric, str | None]:
+    """Return the metric that the trials of a search will monitor, and their data's fingerprint.
 
     The data set of the base configuration says so, where the data are varied that of their first
     values. Where no data set can be made here, a trial that was trained before is looked at; else
-    it is assumed, and a trial that turns out to monitor another metric is refused.
+    it is assumed, and a trial that turns out to monitor another metric is refused. The fingerprint
+    is None where it is not known, or trials have different data.
 
     Raises:
         ConfigError: `trainer.monitor` names none of the data set's metrics.
 
     """
-    first = space.lines(space.first_point())
+    first, last = (space.lines(point) for point in space.extreme_points())
     varied = [line for line in first if key(line).partition(".")[0] == "data"]
+    if request.config.repeats > 1:
+        last = [*last, f"trainer.seed={request.cfg.trainer.seed + 1}"]
     tries = [request.given, [*request.given, *varied]] if varied else [request.given]
     seconds = request.config.plan_time_limit_seconds
     reason = ""
     try:
         for lines in tries:
-            found = worker.call(base_metric, list(lines), request.own, seconds=seconds)
+            points = [[*lines, *first], [*lines, *last]]
+            found = worker.call(base_data, list(lines), request.own, points, seconds=seconds)
             if found.get("problems"):
                 raise ConfigError(found["problems"])
             if "metric" in found:
-                return Metric.from_dict(found["metric"])
+                return Metric.from_dict(found["metric"]), found["fingerprint"]
             reason = reason or found["reason"]
     except WorkerError as error:
         reason = str(error)
@@ -180,7 +184,7 @@ def learn_metric(request: Request, space: Space, worker: Worker) -> Metric:
             f"note: the data set cannot be asked for its metric here ({reason}); val/{known.name} "
             "is taken to be monitored, and lower to be better"
         )
-    return known
+    return known, None
 
 
 def checker(cfg: DictConfig, own: str | None = None) -> Callable[[str], str | None]:
@@ -253,9 +257,10 @@ def base_facts(given: list[str], own: str | None) -> dict[str, Any]:
     return {"problems": [], "budget_bytes": budget, "device": kind, "device_bytes": memory}
 
 
-def base_metric(given: list[str], own: str | None) -> dict[str, Any]:
+def base_data(given: list[str], own: str | None, points: Sequence[list[str]]) -> dict[str, Any]:
     """Return the metric that these settings monitor, as ``metric``, or why there is none.
 
+    With it comes the ``fingerprint`` of their data, None where those of `points` are others.
     ``problems`` is what is wrong with `trainer.monitor`; ``reason`` is why there is no data set to
     ask, with these settings or on this machine.
     """
@@ -265,19 +270,22 @@ def base_metric(given: list[str], own: str | None) -> dict[str, Any]:
     except (UserError, HydraException, OmegaConfBaseException) as error:
         return {"reason": first_lines(error)}
     try:
-        return {"metric": monitored(data.metrics, settings.trainer.monitor).as_dict()}
+        metric = monitored(data.metrics, settings.trainer.monitor)
     except ConfigError as error:
         return {"problems": error.problems}
+    same = _arguments_of_data(given, own)
+    shared = same is not None and all(_arguments_of_data(one, own) == same for one in points)
+    return {"metric": metric.as_dict(), "fingerprint": data.fingerprint() if shared else None}
 
 
-def base_fingerprint(given: list[str], own: str | None) -> str | None:
-    """Return the fingerprint of the data of these settings, None where they cannot be made here."""
+def _arguments_of_data(lines: list[str], own: str | None) -> dict[str, Any] | None:
+    """Return the arguments that a data set's fingerprint may depend on; None: nobody knows them."""
     try:
-        settings = validated(compose_lines(given, own), {key(line) for line in given})
-        data: DataSet = build(settings, "data")
-    except (UserError, HydraException, OmegaConfBaseException):
+        cfg = composer.compose(lines, own)
+        found = cast(dict[str, Any], OmegaConf.to_container(cfg.data, resolve=True))
+    except Exception:  # a resolver may raise anything
         return None
-    return data.fingerprint()
+    return {name: value for name, value in found.items() if f"data.{name}" not in BATCHES}
 
 
 def preset_values(

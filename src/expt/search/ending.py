@@ -30,7 +30,11 @@ class Ending:
 
 
 def outcome_of(
-    folder: Path, ending: Ending, budget_bytes: int | None, metric: Metric | None = None
+    folder: Path,
+    ending: Ending,
+    budget_bytes: int | None,
+    metric: Metric | None = None,
+    data: str | None = None,
 ) -> TrialOutcome:
     """Classify the run in a trial's folder.
 
@@ -39,6 +43,8 @@ def outcome_of(
         ending: of its process.
         budget_bytes: the limit, None without one.
         metric: that trials are compared by; a run that monitored another one is refused.
+        data: the fingerprint of those that trials share, None where it is not known; a run on
+            others is refused.
 
     """
     result = load_result(folder)
@@ -53,6 +59,9 @@ def outcome_of(
     ended = result.outcome
     if ended is Outcome.completed:
         other = None if metric is None else mismatch(result.metric(), metric)
+        own = result.data_fingerprint
+        if None not in (data, own) and own != data:
+            other = f"its data are others (fingerprint {own}, and of the search {data})"
         if other is not None:
             return TrialOutcome(Outcome.refused, error=other, **known)
         if value is None or not math.isfinite(value):

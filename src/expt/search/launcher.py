@@ -163,7 +163,9 @@ class LauncherRunner:
             except Exception as error:  # raised again by Hydra, from the job
                 code, said = 1, error
         job = trial.job
-        found = outcome_of(_next_folder(trial), Ending(code), job.budget_bytes, job.metric)
+        found = outcome_of(
+            _next_folder(trial), Ending(code), job.budget_bytes, job.metric, job.data
+        )
         if returned is None and found.kind is Outcome.killed:
             return replace(found, error=f"lost by hydra's launcher: {lost}")
         if said is not None and found.kind in (Outcome.refused, Outcome.failed):

@@ -40,7 +40,7 @@ from expt.search.records import Records
 from expt.search.reservation import BEAT_SECONDS, Reservations, Reserved, beating, counts
 from expt.search.runner import Job, Runner, Running
 from expt.search.space import Space, settings_lines
-from expt.search.study import answering
+from expt.search.study import DATA, answering
 from expt.search.trial import (
     RESUMED_AT,
     RETRIED,
@@ -134,6 +134,7 @@ class Search:
     def __post_init__(self) -> None:
         self.study = self.reservations.study
         self.metric = metric_of(self.study)
+        self.data = self.study.user_attrs.get(DATA)
         self.limited = self.jobs.budget_bytes is not None
 
     def run(self) -> SweepSummary:
@@ -267,6 +268,7 @@ class Search:
             self.jobs.budget_bytes,
             self.config.trial_time_limit_seconds,
             metric=self.metric,
+            data=self.data,
         )
         folder.mkdir(parents=True, exist_ok=True)
         self.records.start(trial.number, folder, own_process=len(self.seeds) == 1)

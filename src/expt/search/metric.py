@@ -1,6 +1,6 @@
 """Which metric a search compares its trials by, and where it learns that.
 
-`expt.search.candidates.learn_metric` asks the data set before the first trial, or looks into the
+`expt.search.candidates.learn_data` asks the data set before the first trial, or looks into the
 ``result.json`` of a trial that was trained before. From then on the study keeps it, for whoever
 reads the study later.
 """

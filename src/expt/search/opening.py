@@ -7,7 +7,7 @@ to the space (`search.presets`), and the points of `search.enqueue`.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 from optuna.samplers import BaseSampler, GridSampler
 from optuna.storages import BaseStorage
@@ -16,14 +16,20 @@ from optuna.study import Study
 from expt.errors import ConfigError
 from expt.job import Metric
 from expt.run.process import WorkerError
-from expt.search.candidates import TrialJobs, base_fingerprint, preset_values
+from expt.search.candidates import TrialJobs, preset_values
 from expt.search.request import Request, fixed_settings, given_points, resolved_settings
 from expt.search.reservation import Reservations
 from expt.search.samplers import make_pruner, make_sampler, seed_of
 from expt.search.space import Space
-from expt.search.study import claim, open_study
+from expt.search.study import DATA, claim, open_study
 from expt.search.trial import FROM
-from expt.search.warm_start import Task, begin_warm, open_earlier, record_settings
+from expt.search.warm_start import (
+    Task,
+    begin_warm,
+    data_of,
+    open_earlier,
+    record_settings,
+)
 from expt.units import format_bytes
 
 BUDGET_BYTES = "expt.budget_bytes"
@@ -38,6 +44,7 @@ def open_search(
     sampler: BaseSampler,
     jobs: TrialJobs,
     metric: Metric,
+    data: str | None,
     where: str,
     device: str,
     available: int | None = None,
@@ -51,13 +58,15 @@ def open_search(
         sampler: of its first worker.
         jobs: its trials.
         metric: that they are compared by.
+        data: the fingerprint of the data that they share, None where it is not known.
         where: `storage` as it was given.
         device: the kind that trials run on, as far as they share one.
         available: the memory of the device that trials run on; None where another machine has it.
 
     Raises:
-        ConfigError: it is another search, or begun with more memory than is available here; or a
-            point, preset or earlier study is not what it should be, and no study is left behind.
+        ConfigError: it is another search, or begun with other data or more memory than is available
+            here; or a point, preset or earlier study is not what it should be, and no study is left
+            behind.
 
     """
     node = request.config
@@ -65,7 +74,6 @@ def open_search(
     budget = request.cfg.memory.budget
     pruner = make_pruner(node.pruner, request.cfg.trainer.epochs)
     enqueued, fixed = given_points(node, space), fixed_settings(request.cfg, space)
-    data = _fingerprint(request, jobs) if node.earlier_studies else None
     task = Task(
         node.study, where, space, resolved_settings(request.cfg, space, device), metric,
         node.objectives, data=data, repeats=node.repeats,
@@ -84,6 +92,7 @@ def open_search(
              "repeats": node.repeats, "setting": fixed},
         )  # fmt: skip
         claim(study, request.folder)
+        settle_data(study, data)
         record_settings(study, task)
         worker = int(study.user_attrs.get(WORKERS, 0))
         study.set_user_attr(WORKERS, worker + 1)
@@ -128,6 +137,30 @@ def settled_budget(study: Study, here: int | None, text: Any, available: int | N
     return int(known)
 
 
+def settle_data(study: Study, here: str | None) -> None:
+    """Write down which data the trials of a study share, or check that they are these.
+
+    Args:
+        study: of an earlier version, its trials say it.
+        here: their fingerprint; None where it is not known, or trials have different data.
+
+    Raises:
+        ConfigError: the data are others, so that figures would not compare.
+
+    """
+    if here is None:
+        return
+    known = data_of(study)
+    if known is not None and known != here:
+        raise ConfigError(
+            f"the study {study.study_name} was begun with other data (fingerprint {known}, and "
+            f"here {here}), whose figures do not compare; go on with those, or give another "
+            f"search.study={study.study_name}_2"
+        )
+    if study.user_attrs.get(DATA) is None:
+        study.set_user_attr(DATA, here)
+
+
 def put_first(study: Study, point: dict[str, Any]) -> None:
     """Let a point be tried next, unless the study has it; what it was shown was not tried here."""
     for trial in study.get_trials(deepcopy=False):
@@ -135,18 +168,6 @@ def put_first(study: Study, point: dict[str, Any]) -> None:
         if FROM not in trial.user_attrs and tried == point:
             return
     study.enqueue_trial(point)
-
-
-def _fingerprint(request: Request, jobs: TrialJobs) -> str | None:
-    """Return the fingerprint of the data that all trials share; None where it is not known."""
-    try:
-        found = jobs.worker.call(
-            base_fingerprint, request.given, request.own,
-            seconds=request.config.plan_time_limit_seconds,
-        )  # fmt: skip
-    except WorkerError:
-        return None
-    return cast("str | None", found)
 
 
 def _preset_points(request: Request, space: Space, jobs: TrialJobs) -> list[dict[str, Any]]:

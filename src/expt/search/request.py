@@ -35,6 +35,8 @@ MAY_DIFFER = {
         "fallback_settings")),
 }  # fmt: skip
 """Settings that may be others when a study is gone on with: they do not change what is found."""
+BATCHES = {"data.batch_size", "data.eval_batch_size"}
+"""Settings of data that do not make them others."""
 CHANGES_PEAKS = {"trainer.device", "trainer.compile", "memory.card", "memory.target"}
 """Those of them by which peaks, and what is predicted of them, are others all the same."""
 ON_OVERFLOW = "memory.on_overflow"

@@ -38,6 +38,7 @@ class Job:
         time_limit_seconds: for each run; longer is a hang.
         test: test the best weights too.
         metric: that trials are compared by.
+        data: the fingerprint of those that trials share, None where it is not known.
 
     """
 
@@ -50,6 +51,7 @@ class Job:
     time_limit_seconds: float | None = None
     test: bool = False
     metric: Metric | None = None
+    data: str | None = None
 
     def run_folder(self, index: int) -> Path:
         """Return the folder of the run with one of the seeds."""
@@ -136,7 +138,7 @@ class ProcessTrial:
             return None
         folder = self.job.run_folder(len(self._outcomes))
         ending = Ending(code, self._stopped, self._process.seconds)
-        outcome = outcome_of(folder, ending, self.job.budget_bytes, self.job.metric)
+        outcome = outcome_of(folder, ending, self.job.budget_bytes, self.job.metric, self.job.data)
         self._outcomes.append(outcome)
         if self._ending and len(self._outcomes) < len(self.job.seeds):
             return replace(outcome, kind=Outcome.killed, error="stopped between two seeds")

@@ -102,9 +102,11 @@ class Space:
         """Return a point as settings of a command line."""
         return [line(name, params[name]) for name in self.distributions]
 
-    def first_point(self) -> dict[str, Any]:
-        """Return a point of the first choices, and of some value in each interval."""
-        return {name: _samples(one)[0] for name, one in self.distributions.items()}
+    def extreme_points(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return a point of the first choices and one of the last, with some value of intervals."""
+        samples = {name: _samples(one) for name, one in self.distributions.items()}
+        first = {name: values[0] for name, values in samples.items()}
+        return first, {name: values[-1] for name, values in samples.items()}
 
     def point(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the part of `values` that lies in the space, as the study writes it."""

@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 PREFIX = "expt."
 """Of the study's attributes that say which search it is."""
+DATA = f"{PREFIX}data"
+"""Attribute of a study: the fingerprint of the data that its trials share, where it is known."""
 JOURNALS = (".journal", ".log")
 SCHEMAS = {"trainer": TrainerConfig, "memory": MemoryConfig}
 """Groups whose settings have defaults that a study may not name."""
@@ -346,8 +348,8 @@ TOKEN_NAME, ATTRIBUTE = "study.token", "expt.folder"
 def claim(study: Study, folder: Path) -> None:
     """Make `folder` the study's, or check that it is; to be called under the folder's lock.
 
-    A folder that was removed on this machine may be begun anew. A study of an earlier version, which
-    has trials and does not say where, has them in this one.
+    A folder that was removed on this machine may be begun anew. A study of an earlier version that
+    has trials and does not say where has them in this one.
 
     Raises:
         ConfigError: the study's folder is another one, or this one holds another search.
@@ -360,14 +362,17 @@ def claim(study: Study, folder: Path) -> None:
     if known is not None and token == known["token"]:
         return
     empty = token is None and not any(folder.glob("trial_*"))
-    if known is not None and not (empty and here.items() <= known.items()):
-        if known["host"] != here["host"] or Path(known["path"]).exists():
-            raise ConfigError(
-                f"the study {study.study_name} is kept in {known['path']} on {known['host']}, and "
-                f"this is {folder}: workers of one study share one folder. Give "
-                f"hydra.sweep.dir=FOLDER as it is seen from here, or, if it is gone, another "
-                f"search.study={study.study_name}_2"
-            )
+    if (
+        known is not None
+        and not (empty and here.items() <= known.items())  # begun anew in its place
+        and (known["host"] != here["host"] or Path(known["path"]).exists())
+    ):
+        raise ConfigError(
+            f"the study {study.study_name} is kept in {known['path']} on {known['host']}, and "
+            f"this is {folder}: workers of one study share one folder. Give "
+            f"hydra.sweep.dir=FOLDER as it is seen from here, or, if it is gone, another "
+            f"search.study={study.study_name}_2"
+        )
     earlier = known is None and token is None and bool(study.get_trials(deepcopy=False))
     if not empty and not earlier:
         raise ConfigError(

@@ -30,6 +30,7 @@ from expt.job import Metric
 from expt.result import Outcome, RunResult, load_result
 from expt.search.metric import metric_of, mismatch
 from expt.search.request import (
+    BATCHES,
     CHANGES_PEAKS,
     ON_OVERFLOW,
     SEVERAL,
@@ -38,7 +39,7 @@ from expt.search.request import (
 )
 from expt.search.space import Space, typed
 from expt.search.stored import StudyError, load
-from expt.search.study import PREFIX, absolute_storage, changed_settings
+from expt.search.study import DATA, PREFIX, absolute_storage, changed_settings
 from expt.search.trial import CONSTRAINT, FROM, FROM_KIND, PREDICTED, TECHNIQUES, kind_of
 from expt.search.winner import FILE_NAME, SweepSummary
 from expt.units import GIB
@@ -101,7 +102,7 @@ class Task:
         metric: that trials are compared by.
         objectives: of the study.
         budget_bytes: the limit, None without one.
-        data: the fingerprint of the data, None where it is not known.
+        data: the fingerprint of the data that trials share, None where it is not known.
         repeats: how many seeds a figure is the mean of.
 
     """
@@ -115,11 +116,6 @@ class Task:
     budget_bytes: int | None = None
     data: str | None = None
     repeats: int = 1
-
-    @property
-    def varies_data(self) -> bool:
-        """Whether trials have different data."""
-        return any(key(name).partition(".")[0] == "data" for name in self.space.distributions)
 
     @property
     def adapts(self) -> bool:
@@ -290,15 +286,18 @@ def _problem(source: Source, task: Task) -> str | None:
     if (other := mismatch(metric, task.metric)) is not None:
         return other.replace("it monitors", "it compared").replace("the search", "this search")
     data = data_of(earlier)
-    if task.data is not None and data is not None and not task.varies_data and data != task.data:
+    if None not in (task.data, data) and data != task.data:
         return f"its data are others (fingerprint {data}, and here {task.data})"
     return None
 
 
 def data_of(study: Study) -> str | None:
     """Return the fingerprint of a study's data; None where they are varied, or it is not known."""
+    if (known := study.user_attrs.get(DATA)) is not None:
+        return str(known)
     trials = study.get_trials(deepcopy=False)
-    if any(key(name).partition(".")[0] == "data" for trial in trials for name in trial.params):
+    varied = {key(name) for trial in trials for name in trial.params} - BATCHES
+    if any(name.partition(".")[0] == "data" for name in varied):
         return None
     known = (result.data_fingerprint for result in _results(study))
     return next((mark for mark in known if mark is not None), None)

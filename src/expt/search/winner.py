@@ -23,6 +23,7 @@ from expt.search.metric import EARLIER, metric_of
 from expt.search.reservation import Reservations, counts
 from expt.search.runner import Job, Runner
 from expt.search.space import typed
+from expt.search.study import DATA
 from expt.search.trial import (
     CONSTRAINT,
     FROM,
@@ -290,7 +291,16 @@ def run_test(
         except (OSError, ValueError):
             plan = None
         metric = metric_of(study)
-        job = Job(winner.number, lines, folder, seeds, plan, test=True, metric=metric)
+        job = Job(
+            winner.number,
+            lines,
+            folder,
+            seeds,
+            plan,
+            test=True,
+            metric=metric,
+            data=study.user_attrs.get(DATA),
+        )
         outcome = _run(runner, job)
         runs = [figures_of_test(job.run_folder(index)) for index in range(len(seeds))]
         if not outcome.kind.trained or not all(runs):
