@@ -32,7 +32,7 @@ def searched(make):
             "out of memory (memory ran out)",
         ),
         (TrialOutcome(Outcome.timeout), "timeout; its output"),
-        (TrialOutcome(Outcome.completed, 1.0), "its run left no test figures"),
+        (TrialOutcome(Outcome.completed, 1.0), "its run left no test/mae, or one that is not a"),
     ],
 )
 def test_a_test_that_goes_wrong_says_which_trial_why_and_how_to_go_on(searched, outcome, why):
@@ -66,3 +66,26 @@ def test_what_went_wrong_is_tested_again_and_then_never_more(searched):
     started = len(search.runner.trials)
     test()
     assert len(search.runner.trials) == started
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_a_figure_that_one_seed_does_not_have_has_no_mean(searched, turn):
+    search, winner, folder, _ = searched
+    nan = float("nan")
+
+    def test(first, second):
+        def objective(params):
+            for seed, figures in zip((0, 1), (first, second)[::turn], strict=True):
+                result = RunResult("completed", "epochs")
+                result.metrics |= figures
+                result.save(folder / f"seed_{seed}")
+            return TrialOutcome(Outcome.completed, 1.0)
+
+        search.runner.objective = objective
+        run_test(search.study, winner, search.reservations, search.runner, [], folder, [0, 1])
+
+    with pytest.raises(SearchError, match="one of its seeds left no test/mae, or one that is not"):
+        test({"test/mae": 3.0, "test/f1": 0.5}, {"test/mae": nan, "test/f1": 0.7})
+    test({"test/mae": 3.0, "test/f1": 0.5}, {"test/mae": 4.0, "test/f1": nan})
+    figures = search.study.user_attrs[TESTED][str(winner.number)]
+    assert figures == {"test/mae": 3.5, "test/mae_spread": pytest.approx(0.5**0.5)}

@@ -303,18 +303,24 @@ def run_test(
         )
         outcome = _run(runner, job)
         runs = [figures_of_test(job.run_folder(index)) for index in range(len(seeds))]
-        if not outcome.kind.trained or not all(runs):
-            raise _untested(winner, outcome, job)
-        figures = {name: statistics.fmean(run[name] for run in runs) for name in runs[0]}
+        tested = f"test/{metric.name}"
+        if not outcome.kind.trained or not all(tested in run for run in runs):
+            raise _untested(winner, outcome, job, tested)
+        figures = {
+            name: statistics.fmean(run[name] for run in runs)
+            for name in runs[0]
+            if all(name in run for run in runs)
+        }
         if len(runs) > 1:
-            tested = f"test/{metric.name}"
             figures[f"{tested}_spread"] = statistics.stdev(run[tested] for run in runs)
         study.set_user_attr(TESTED, {**study.user_attrs.get(TESTED, {}), number: figures})
 
 
-def _untested(winner: FrozenTrial, outcome: TrialOutcome, job: Job) -> SearchError:
+def _untested(winner: FrozenTrial, outcome: TrialOutcome, job: Job, tested: str) -> SearchError:
     if outcome.kind.trained:
-        why = "its run left no test figures"
+        why = f"its run left no {tested}, or one that is not a number"
+        if len(job.seeds) > 1:
+            why = why.replace("its run", "the run of one of its seeds")
     else:
         why = outcome.kind.words + (f" ({outcome.error})" if outcome.error else "")
     logs = " and ".join(str(job.run_folder(n) / LOG_NAME) for n in range(len(job.seeds)))
