@@ -5,7 +5,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from expt.errors import ConfigError
-from expt.search.space import Space, choices, line, typed
+from expt.search.space import Space, choices, line, same, typed
 
 
 def test_the_grammar_is_hydras():
@@ -181,3 +181,23 @@ def test_choices_that_the_study_would_take_for_one_another_are_refused(text, bot
         ConfigError, match=f"^search.space: x=choice.{text}. has {both}, which a study cannot tell"
     ):
         Space.parse({"x": f"choice({text})"})
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "found"),
+    [
+        (1, 1.0, True),
+        (NAN, float("nan"), True),
+        (NAN, 0.0, False),
+        ([1, NAN], [1, float("nan")], True),
+        ({"a": [NAN]}, {"a": (float("nan"),)}, True),
+        ({"a": NAN}, {"b": NAN}, False),
+        ([1], [1, 2], False),
+        (None, 0, False),
+    ],
+)
+def test_what_is_not_a_number_is_itself(one, other, found):
+    assert same(one, other) is found

@@ -9,6 +9,7 @@ from expt.errors import ConfigError, UserError
 from expt.job import Metric
 from expt.result import Outcome
 from expt.search.metric import EARLIER, metric_of
+from expt.search.space import Space
 from expt.search.study import absolute_storage, default_storage, open_storage, open_study
 from expt.search.trial import KIND, kind_of
 from expt.search.winner import summarize
@@ -208,3 +209,17 @@ def test_a_study_of_an_earlier_version_is_gone_on_with():
         opened(storage, setting={**now, "memory.batch_norm": "frozen"})
     with pytest.raises(ConfigError, match=r"another setting: model.width differs"):
         opened(storage, setting={**now, "model.width": 8})
+
+
+@pytest.mark.parametrize("text", ["sqlite:///a/optuna.db", "a/study.journal"])
+def test_a_study_with_a_setting_that_is_not_a_number_is_gone_on_with(home, text):
+    """Read back, it is another object, which no comparison takes for the first."""
+
+    def settings(fill):
+        space = Space.parse({"data.fill": "choice(nan,0.0)"})
+        return {"space": space.as_json(), "setting": {"data.fill": fill, "data.scales": [fill, 1]}}
+
+    opened(open_storage(text), **settings(float("nan")))
+    opened(open_storage(text), **settings(float("nan")))
+    with pytest.raises(ConfigError, match=r"another setting: data\.fill, data\.scales differ"):
+        opened(open_storage(text), **settings(0.0))

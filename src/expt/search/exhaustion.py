@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from expt.errors import SearchError
 from expt.result import Outcome
-from expt.search.space import Space, choices
+from expt.search.space import Space, choices, same
 from expt.search.trial import (
     CONSTRAINT,
     KIND,
@@ -98,7 +98,7 @@ def lighter_point(trials: Sequence[FrozenTrial], space: Space) -> dict[str, Any]
 
     def excess(change: tuple[str, Any]) -> float:
         name, value = change
-        seen = [t.constraints[CONSTRAINT] for t in known if t.params.get(name) == value]
+        seen = [t.constraints[CONSTRAINT] for t in known if same(t.params.get(name), value)]
         return statistics.fmean(seen) if seen else float("inf")
 
     best = min(changed, key=excess, default=None)

@@ -32,7 +32,7 @@ from expt.locks import Lock
 from expt.result import Outcome
 from expt.run.process import identity, is_alive
 from expt.search.samplers import SeenStudy
-from expt.search.space import Space
+from expt.search.space import Space, same
 from expt.search.trial import STARTED, WORKER, kind_of, stored
 
 log = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ class Reservations:
             kind = kind_of(other)
             if kind is None and other.state.is_finished():
                 continue  # ended by someone else's hand, so that nothing is known of it
-            if other.params == params and kind is not Outcome.duplicate:
+            if same(other.params, params) and kind is not Outcome.duplicate:
                 return other
         return None
 

@@ -151,6 +151,15 @@ def plain(value: Any) -> Any:
     return value.name if isinstance(value, Enum) else value
 
 
+def same(one: Any, other: Any) -> bool:
+    """Tell whether two plain values are equal; unlike for `==`, NaN is itself, also inside."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other or (one != one and other != other))
+
+
 def choices(one: BaseDistribution) -> list[Any] | None:
     """Return all values of a distribution, None if there are infinitely many."""
     if isinstance(one, CategoricalDistribution):
@@ -206,7 +215,7 @@ def _categorical(written: str, values: Iterable[CategoricalChoiceType]) -> BaseD
     """
     found: list[CategoricalChoiceType] = []
     for value in values:
-        equal = [one for one in found if one == value or (one != one and value != value)]
+        equal = [one for one in found if same(one, value)]
         if equal:
             both = f"{line('', equal[0])[1:]} and {line('', value)[1:]}"
             raise ConfigError(

@@ -32,6 +32,7 @@ from expt.job import Metric
 from expt.locks import Lock
 from expt.run.process import identity
 from expt.search.metric import ATTRIBUTE as METRIC
+from expt.search.space import same
 from expt.uri import absolute_uri, sqlite_path, sqlite_uri, without_password
 
 log = logging.getLogger(__name__)
@@ -317,7 +318,7 @@ def _difference(name: str, key: str, known: Any, value: Any) -> str | None:
         if not changed:
             return None
         what = f"another {key}: {', '.join(changed[:6])} {'differ' if changed[1:] else 'differs'}"
-    elif known == value:
+    elif same(known, value):
         return None
     else:
         what = f"{key}={known}, not {value}"
@@ -327,7 +328,7 @@ def _difference(name: str, key: str, known: Any, value: Any) -> str | None:
 def changed_settings(known: Mapping[str, Any], value: Mapping[str, Any]) -> list[str]:
     """Return the names of settings that are not what they were, by this version's names."""
     names = known.keys() | value.keys()
-    return sorted(name for name in names if _now(known, name) != _now(value, name))
+    return sorted(name for name in names if not same(_now(known, name), _now(value, name)))
 
 
 def _now(settings: Mapping[str, Any], name: str) -> Any:

@@ -37,7 +37,7 @@ from expt.search.request import (
     is_interpolation,
     resolved,
 )
-from expt.search.space import Space, typed
+from expt.search.space import Space, same, typed
 from expt.search.stored import StudyError, load
 from expt.search.study import DATA, PREFIX, absolute_storage, changed_settings
 from expt.search.trial import CONSTRAINT, FROM, FROM_KIND, PREDICTED, TECHNIQUES, kind_of
@@ -329,7 +329,7 @@ def point_of(
     for bare in own.keys() - names:
         now = task.fixed.get(bare)
         # One whose value is not known now says nothing.
-        if bare not in task.fixed or (now != own[bare] and not is_interpolation(now)):
+        if bare not in task.fixed or not (same(now, own[bare]) or is_interpolation(now)):
             return None
     return point
 
