@@ -155,6 +155,20 @@ def test_a_setting_whose_value_is_not_known_now_leaves_no_point_out(storage):
         assert len(look_back(source, task).shown) == count
 
 
+def test_a_setting_that_is_not_a_number_is_the_same_then_and_now(storage):
+    nan = float("nan")
+    varied = Space.parse({"data.fill": "choice(nan,0.0)"})
+    old = study_of(storage, setting=FIXED)
+    old.set_user_attr("expt.space", varied.as_json())
+    old.add_trial(create_trial(value=1.0, params={"data.fill": nan}, user_attrs={KIND: "completed"},
+                               distributions=varied.distributions))  # fmt: skip
+    task = replace(TASK, space=Space.parse({"model.depth": "range(1,4)"}), budget_bytes=None)
+    for fill, count in ((float("nan"), 1), (0.0, 0)):
+        fixed = {"trainer.epochs": 4, "trainer.device": "cpu", "data.fill": fill}
+        found = look_back(Source(old, identity_of(HERE, "old")), replace(task, fixed=fixed))
+        assert (found.changed, len(found.shown)) == ([], count)
+
+
 def test_figures_of_other_settings_do_not_compare(storage):
     old = source_of(storage, *TRIALS, setting={**FIXED, "trainer.epochs": 1})
     found = look_back(old, TASK)
@@ -314,6 +328,35 @@ def test_they_are_shown_once_and_never_win(storage):
     sampler = optuna.samplers.GPSampler(seed=0)
     shown = seen([one for one in trials if FROM in one.user_attrs], sampler, new.directions)
     assert all(one.state is TrialState.COMPLETE for one in shown), "GP reads no other"
+
+
+@pytest.mark.parametrize("killed_at", [0, 3, 5])
+def test_a_start_that_was_killed_is_gone_on_with(storage, monkeypatch, killed_at):
+    old = source_of(storage, *TRIALS)
+    new = study_of(storage, name="new", sampler=optuna.samplers.TPESampler())
+    create = storage.create_new_trial
+    left = [killed_at]
+
+    def dying(*arguments, **settings):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return create(*arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "create_new_trial", dying)
+        with pytest.raises(KeyboardInterrupt):
+            begin_warm(new, TASK, [old])
+    assert len(new.get_trials()) == killed_at
+    begin_warm(new, TASK, [old])
+    trials = new.get_trials()
+    shown = [one.user_attrs[FROM] for one in trials if FROM in one.user_attrs]
+    assert len(set(shown)) == len(shown) == 5
+    assert all(one.startswith(f"{HERE} old ") for one in shown)
+    assert [one.state.name for one in trials].count("WAITING") == 1
+    new.set_user_attr(SHOWN, [])  # killed after the point was put first
+    begin_warm(new, TASK, [old])
+    assert len(new.get_trials()) == len(trials)
 
 
 def test_a_study_that_is_not_there_is_named_with_the_nearest(storage, tmp_path, monkeypatch):

@@ -22,12 +22,12 @@ from expt.search.reservation import Reservations
 from expt.search.samplers import make_pruner, make_sampler, seed_of
 from expt.search.space import Space
 from expt.search.study import DATA, claim, open_study
-from expt.search.trial import FROM
 from expt.search.warm_start import (
     Task,
     begin_warm,
     data_of,
     open_earlier,
+    put_first,
     record_settings,
 )
 from expt.units import format_bytes
@@ -159,15 +159,6 @@ def settle_data(study: Study, here: str | None) -> None:
         )
     if study.user_attrs.get(DATA) is None:
         study.set_user_attr(DATA, here)
-
-
-def put_first(study: Study, point: dict[str, Any]) -> None:
-    """Let a point be tried next, unless the study has it; what it was shown was not tried here."""
-    for trial in study.get_trials(deepcopy=False):
-        tried = trial.system_attrs.get("fixed_params", trial.params)
-        if FROM not in trial.user_attrs and tried == point:
-            return
-    study.enqueue_trial(point)
 
 
 def _preset_points(request: Request, space: Space, jobs: TrialJobs) -> list[dict[str, Any]]:

@@ -22,7 +22,8 @@ but the study; the same are tags of its run in the tracker, with the prefix ``tr
 
 A trial that an earlier study trained (`expt.search.warm_start`) has no ``kind``; instead:
 
-``from``                  the earlier study's name and the trial's number there
+``from``                  where the earlier study is kept, its name, and the trial's number there
+                          (without the place, if an earlier version wrote it)
 ``from_kind``             how it ended there
 """
 

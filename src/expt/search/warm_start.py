@@ -193,7 +193,7 @@ def look_back(source: Source, task: Task, reads: bool = True) -> Earlier:
         if point is None:
             found.left_out[OUTSIDE] += 1
             continue
-        shown = _shown(trial, kind, point, earlier, task)
+        shown = _shown(trial, kind, point, source, task)
         if shown is None:
             found.left_out[WITHOUT_FIGURES] += 1
             continue
@@ -228,10 +228,12 @@ def begin_warm(study: Study, task: Task, earlier: Sequence[Source]) -> list[str]
     # Earlier versions wrote down names alone.
     new = [one for one in earlier if not {one.identity, one.study.study_name} & set(known)]
     found = [look_back(one, task, reads) for one in new]
+    # Of a start that was killed on the way.
+    have = {trial.user_attrs.get(FROM) for trial in study.get_trials(deepcopy=False)}
     for one in found:
-        study.add_trials(one.shown)
+        study.add_trials([trial for trial in one.shown if trial.user_attrs[FROM] not in have])
         for point in one.first:
-            study.enqueue_trial(point)
+            put_first(study, point)
         known.append(one.identity)
         study.set_user_attr(SHOWN, known)
     lines = [one.words() for one in found]
@@ -243,6 +245,15 @@ def begin_warm(study: Study, task: Task, earlier: Sequence[Source]) -> list[str]
             "(hydra.sweeper.sampler.n_startup_trials), up to which points are drawn at random"
         )
     return lines
+
+
+def put_first(study: Study, point: dict[str, Any]) -> None:
+    """Let a point be tried next, unless the study has it; what it was shown was not tried here."""
+    for trial in study.get_trials(deepcopy=False):
+        tried = trial.system_attrs.get("fixed_params", trial.params)
+        if FROM not in trial.user_attrs and same(tried, point):
+            return
+    study.enqueue_trial(point)
 
 
 def record_settings(study: Study, task: Task) -> None:
@@ -354,7 +365,7 @@ def _changed(then: Mapping[str, Any], earlier: Study, task: Task) -> list[str]:
 
 
 def _shown(
-    trial: FrozenTrial, kind: Outcome, point: dict[str, Any], earlier: Study, task: Task
+    trial: FrozenTrial, kind: Outcome, point: dict[str, Any], source: Source, task: Task
 ) -> FrozenTrial | None:
     """Return a trial as the new study is shown it, None if nothing is known of it there."""
     excess = _excess(trial, kind, task.budget_bytes)
@@ -387,7 +398,7 @@ def _shown(
         distributions=dict(task.space.distributions),
         user_attrs={
             **attributes,
-            FROM: f"{earlier.study_name} {trial.number}",
+            FROM: f"{source.identity} {trial.number}",
             FROM_KIND: kind.value,
         },
         intermediate_values=trial.intermediate_values if len(task.objectives) == 1 else {},
