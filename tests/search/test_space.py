@@ -5,6 +5,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from expt.errors import ConfigError
+from expt.search.exhaustion import _values
 from expt.search.space import Space, choices, line, same, typed
 
 
@@ -43,9 +44,40 @@ def test_the_values_of_a_discrete_distribution_are_counted():
     assert choices(FloatDistribution(0.0, 1.0)) is None
 
 
+def test_a_large_range_is_counted_without_making_its_values(monkeypatch):
+    monkeypatch.setattr("expt.search.space.choices", None)
+    space = Space.parse({"trainer.seed": "range(0,20000000)", "x": "range(0.0,1.0,1e-9)"})
+    assert space.size == 20000000 * 1000000000
+    second = {name: _values(one)[1] for name, one in space.distributions.items()}
+    assert second == pytest.approx({"trainer.seed": 5_000_000, "x": 0.25})
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("tag(log,range(8,256))", IntDistribution(8, 255, log=True)),
+        ("tag(log,interval(8,256))", FloatDistribution(8.0, 256.0, log=True)),
+        ("int(interval(1,8))", IntDistribution(1, 8)),
+        ("tag(log,int(interval(1,8)))", IntDistribution(1, 8, log=True)),
+        ("sort(choice(2,1))", CategoricalDistribution([1, 2])),
+    ],
+)
+def test_a_form_has_its_effect(text, found):
+    assert Space.parse({"x": text}).distributions == {"x": found}
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
+        ({"x": "shuffle(choice(a,b,c,d))"}, "another order each time that it is read"),
+        ({"x": "shuffle(range(1,9))"}, "leave shuffle out"),
+        ({"x": "tag(int,interval(1,8))"}, "the tag int says nothing of this; write tag(log,"),
+        ({"x": "tag(log,int,interval(1,8))"}, "int(interval(1,8)) for whole numbers"),
+        ({"x": "tag(log,choice(1,2))"}, "the tag log says nothing"),
+        ({"x": "tag(mine,range(1,8))"}, "the tag mine says nothing"),
+        ({"x": "tag(log,range(8,256,8))"}, "only a range in steps of 1"),
+        ({"x": "tag(log,range(0.1,0.9,0.2))"}, "only a range in steps of 1"),
+        ({"x": "tag(log,range(0,8))"}, "is no distribution"),
         ({}, "search.space is empty"),
         ({"x": "0.3"}, "x=0.3 is a single value"),
         ({"x": "interval(2,1)"}, "x=interval(2,1) is no distribution"),

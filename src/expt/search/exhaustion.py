@@ -11,7 +11,7 @@ fits, it is the way there.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from expt.errors import SearchError
 from expt.result import Outcome
-from expt.search.space import Space, choices, same
+from expt.search.space import Space, count_of, same, value_at
 from expt.search.trial import (
     CONSTRAINT,
     KIND,
@@ -113,11 +113,11 @@ def waiting(trials: Sequence[FrozenTrial]) -> bool:
 def _values(one: BaseDistribution) -> Sequence[Any]:
     if isinstance(one, FloatDistribution) and one.step is None:
         return one.low, one.high
-    every = choices(one) or []
-    if len(every) <= MOST_VALUES:
-        return every
-    last = len(every) - 1
-    return [every[round(place * last / (MOST_VALUES - 1))] for place in range(MOST_VALUES)]
+    count = count_of(one) or 0
+    places: Iterable[int] = range(count)
+    if count > MOST_VALUES:
+        places = (round(place * (count - 1) / (MOST_VALUES - 1)) for place in range(MOST_VALUES))
+    return [value_at(one, place) for place in places]
 
 
 def _point(params: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:

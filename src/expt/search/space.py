@@ -15,7 +15,14 @@ from functools import cached_property
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import (
+    ChoiceSweep,
+    Override,
+    Quote,
+    QuotedString,
+    RangeSweep,
+    Sweep,
+)
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from optuna.distributions import (
@@ -92,10 +99,10 @@ class Space:
         """Return the number of points, None if it is infinite."""
         count = 1
         for one in self.distributions.values():
-            values = choices(one)
+            values = count_of(one)
             if values is None:
                 return None
-            count *= len(values)
+            count *= values
         return count
 
     def lines(self, params: Mapping[str, Any]) -> list[str]:
@@ -160,18 +167,29 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other or (one != one and other != other))
 
 
+def count_of(one: BaseDistribution) -> int | None:
+    """Return how many values a distribution has, None if infinitely many."""
+    if isinstance(one, CategoricalDistribution):
+        return len(one.choices)
+    if isinstance(one, IntDistribution):
+        return (one.high - one.low) // one.step + 1
+    if isinstance(one, FloatDistribution) and one.step is not None:
+        return round((one.high - one.low) / one.step) + 1
+    return None
+
+
+def value_at(one: BaseDistribution, index: int) -> Any:
+    """Return one of the values that `count_of` counts, in their order from 0."""
+    if isinstance(one, CategoricalDistribution):
+        return one.choices[index]
+    assert isinstance(one, IntDistribution | FloatDistribution) and one.step is not None
+    return min(one.low + index * one.step, one.high)
+
+
 def choices(one: BaseDistribution) -> list[Any] | None:
     """Return all values of a distribution, None if there are infinitely many."""
-    if isinstance(one, CategoricalDistribution):
-        return list(one.choices)
-    if isinstance(one, IntDistribution) and not one.log:
-        return list(range(one.low, one.high + 1, one.step))
-    if isinstance(one, IntDistribution):
-        return list(range(one.low, one.high + 1))
-    if isinstance(one, FloatDistribution) and one.step is not None:
-        count = round((one.high - one.low) / one.step)
-        return [min(one.low + index * one.step, one.high) for index in range(count + 1)]
-    return None
+    count = count_of(one)
+    return None if count is None else [value_at(one, index) for index in range(count)]
 
 
 def _distribution(name: str, text: str) -> BaseDistribution:
@@ -188,9 +206,14 @@ def _distribution(name: str, text: str) -> BaseDistribution:
         raise ConfigError(f"search.space: {name} cannot be varied, the search decides it itself")
     try:
         override = _parsed(name, text)
+        value = override.value()
+        if isinstance(value, Sweep):
+            _check_form(f"{name}={text}", value)
         if override.is_choice_sweep():
             return _categorical(f"{name}={text}", map(_choice, override.sweep_iterator()))
         found = create_optuna_distribution_from_override(override)
+        if isinstance(value, RangeSweep) and value.tags:
+            return _logarithmic(f"{name}={text}", found)
     except ConfigError:
         raise
     except (HydraException, AssertionError, ValueError, NotImplementedError) as error:
@@ -204,6 +227,41 @@ def _distribution(name: str, text: str) -> BaseDistribution:
             "set it outside of the space"
         )
     return found
+
+
+def _check_form(written: str, sweep: Sweep) -> None:
+    """Refuse what would say nothing, or something else each time that it is read.
+
+    Raises:
+        ConfigError: the values are shuffled, or have a tag that a search does not know.
+
+    """
+    if isinstance(sweep, ChoiceSweep | RangeSweep) and sweep.shuffle:
+        raise ConfigError(
+            f"search.space: {written} has another order each time that it is read, by which no "
+            "study is found again, and a sampler has an order of its own; leave shuffle out"
+        )
+    known = set() if isinstance(sweep, ChoiceSweep) else {"log"}
+    if unknown := sorted(sweep.tags - known):
+        raise ConfigError(
+            f"search.space: {written}: the tag {unknown[0]} says nothing of this; write "
+            "tag(log,…) of an interval or a range, int(interval(1,8)) for whole numbers, or no tag"
+        )
+
+
+def _logarithmic(written: str, one: BaseDistribution) -> BaseDistribution:
+    """Return a range whose small values are drawn as often as its large ones.
+
+    Raises:
+        ConfigError: there is none of steps other than 1.
+
+    """
+    if not isinstance(one, IntDistribution) or one.step != 1:
+        raise ConfigError(
+            f"search.space: {written}: only a range in steps of 1 can be drawn by its logarithm; "
+            "write tag(log,interval(0.1,0.9)), or list the values with choice(…)"
+        )
+    return IntDistribution(one.low, one.high, log=True)
 
 
 def _categorical(written: str, values: Iterable[CategoricalChoiceType]) -> BaseDistribution:
