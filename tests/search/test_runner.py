@@ -142,6 +142,13 @@ def test_a_complete_result_is_not_put_aside_by_the_next_attempt(run, home):
     assert (home / "trial 3/result.attempt_1.json").exists()
 
 
+def test_each_attempt_has_its_own_plan(home):
+    """Its techniques may have been chosen anew."""
+    for peak in (5, 7):
+        job(home, plan={"peak_bytes": peak}).prepare()
+        assert json.loads((home / "trial 3/plan.json").read_text()) == {"peak_bytes": peak}
+
+
 def test_one_seed_is_itself():
     outcome = TrialOutcome(Outcome.completed, 1.0, 5, 5, seconds=2.0, run_id="a")
     assert combined([outcome], [0]) == outcome

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import optuna
 import pytest
 
 from expt.result import Outcome
-from expt.search.trial import Prediction, TrialOutcome
+from expt.search.trial import CONSTRAINT, KIND, Prediction, TrialOutcome, tell_study
 from expt.units import GIB
 
 OVER = Prediction(12 * GIB, 12 * GIB, (11 * GIB, 13 * GIB))
@@ -37,3 +38,24 @@ def test_no_constraint_is_invented():
     assert TrialOutcome(Outcome.out_of_memory).constraint(None, 10 * GIB) is None
     assert TrialOutcome(Outcome.failed).constraint(None, 10 * GIB) is None
     assert TrialOutcome(Outcome.completed, 1.0, GIB, GIB).constraint(None, None) is None
+
+
+def test_what_a_killed_worker_was_about_to_tell_does_not_stay(tmp_path, monkeypatch):
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
+    trial = study.ask({"x": optuna.distributions.FloatDistribution(0.0, 1.0)})
+
+    def tell(outcome):
+        tell_study(study, trial, outcome, OVER, 10 * GIB, ["val/mae"], tmp_path)
+
+    def die(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "tell", die)
+        with pytest.raises(KeyboardInterrupt):
+            tell(TrialOutcome(Outcome.failed, error="no such file"))
+    assert study.trials[0].constraints == {CONSTRAINT: 2.0}
+    tell(TrialOutcome(Outcome.completed, 1.0, 7 * GIB, 8 * GIB))
+    (told,) = study.trials
+    assert told.constraints == {CONSTRAINT: -2.0}
+    assert (told.user_attrs[KIND], told.user_attrs["error"]) == ("completed", None)

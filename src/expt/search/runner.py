@@ -69,12 +69,12 @@ class Job:
     def prepare(self) -> None:
         """Write what the runs read, and put aside what an earlier attempt left."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.plan is not None and not (self.folder / PLAN_NAME).exists():
-            write_json(self.folder / PLAN_NAME, self.plan, durable=False)
         for index in range(len(self.seeds)):
             kill_leftover(self.run_folder(index))
             if self.run_folder(index).exists():
                 set_aside(self.run_folder(index))
+        if self.plan is not None:  # in the place of that of an earlier attempt
+            write_json(self.folder / PLAN_NAME, self.plan, durable=False)
 
 
 class Running(Protocol):

@@ -37,6 +37,7 @@ from typing import Any
 
 from optuna.samplers import GridSampler
 from optuna.study import Study
+from optuna.study._constrained_optimization import _CONSTRAINTS_KEY
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from expt.config.search_node import PEAK
@@ -185,8 +186,8 @@ def tell_study(
     if state is not TrialState.COMPLETE:
         values = None
     _set_attributes(trial, outcome, prediction, budget_bytes, folder, copy_of)
-    if excess is not None and CONSTRAINT not in trial.constraints:
-        trial.set_constraint(CONSTRAINT, excess)
+    if excess is not None:
+        _set_constraint(trial, excess)
     _finish(study, trial, state, values)
 
 
@@ -225,11 +226,23 @@ def _set_attributes(
         known["recalled"] = prediction.recalled or None
         known[TECHNIQUES] = with_techniques(trial, prediction) or None
     for name, value in known.items():
-        if value is not None and trial.user_attrs.get(name) != value:
+        if trial.user_attrs.get(name) != value:  # also None in the place of what was told before
             trial.set_user_attr(name, value)
     # Last: a trial with a kind has all the rest.
     kind = Outcome.duplicate if copy_of is not None else outcome.kind
     trial.set_user_attr(KIND, kind.value)
+
+
+def _set_constraint(trial: Trial, excess: float) -> None:
+    """Say by how much a trial exceeds the budget.
+
+    Of one that a worker was about to tell when it was killed, Optuna would keep the earlier figure.
+    """
+    if CONSTRAINT not in trial.constraints:
+        trial.set_constraint(CONSTRAINT, excess)
+    elif trial.constraints[CONSTRAINT] != excess:
+        name = f"{_CONSTRAINTS_KEY}:{CONSTRAINT}"
+        trial.storage.set_trial_system_attr(trial._trial_id, name, excess)
 
 
 def _finish(study: Study, trial: Trial, state: TrialState, values: list[float] | None) -> None:

@@ -253,7 +253,7 @@ def told_line(trial: FrozenTrial, is_best: bool, metric: Metric) -> str:
         return f"{line}not started, the same as trial {attributes.get('duplicate_of')}"
     if trial.state is TrialState.COMPLETE:
         line += f"val {metric.label} {metric.text(trial.values[0])}"
-        line += f", peak {format_bytes(peak_of(trial))}, {attributes.get('seconds', 0.0):.1f} s"
+        line += f", peak {format_bytes(peak_of(trial))}, {attributes.get('seconds') or 0.0:.1f} s"
         chosen = technique_lines(trial)
         line += f", with {' '.join(chosen)}" if chosen else ""
         return line + ("  above the budget" if kind.columns.over else "  * best" if is_best else "")
