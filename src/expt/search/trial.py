@@ -37,7 +37,6 @@ from typing import Any
 
 from optuna.samplers import GridSampler
 from optuna.study import Study
-from optuna.study._constrained_optimization import _CONSTRAINTS_KEY
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from expt.config.search_node import PEAK
@@ -241,7 +240,8 @@ def _set_constraint(trial: Trial, excess: float) -> None:
     if CONSTRAINT not in trial.constraints:
         trial.set_constraint(CONSTRAINT, excess)
     elif trial.constraints[CONSTRAINT] != excess:
-        name = f"{_CONSTRAINTS_KEY}:{CONSTRAINT}"
+        # Where Optuna keeps what `set_constraint` sets, once only.
+        name = f"constraints:{CONSTRAINT}"
         trial.storage.set_trial_system_attr(trial._trial_id, name, excess)
 
 
