@@ -16,6 +16,8 @@ COLUMNS = (
 )  # fmt: skip
 FAR = 1.2
 """Times the best error; what is above would leave no room for the differences below."""
+BESIDE = (1.6, 0.02)
+"""As a factor of memory, and in mph: a point as near as this would be under a name beside it."""
 HORIZONS = ("test/mae_15min", "test/mae_30min", "test/mae_60min")
 
 
@@ -134,7 +136,12 @@ def plot(record: Mapping[str, Any], data: str = "metr_la_29") -> None:
         for place, (peak, error, name) in enumerate(drawn):
             colour = BLUE if PEERS[name].ours else ORANGE
             axes.plot(peak, error, "o", color=colour)
-            label_direct(axes, name, (peak, error), (6, 5 if place % 2 else -12), color=colour)
+            beside = any(
+                peak < other < BESIDE[0] * peak and abs(high - error) < BESIDE[1]
+                for other, high, _ in drawn
+            )
+            offset = (-14, 13) if beside else (6, 5 if place % 2 else -12)
+            label_direct(axes, name, (peak, error), offset, color=colour)
         for name, cost in costs.items():
             if name not in errors:
                 peak = cost["measured_bytes"] / MIB
