@@ -62,6 +62,11 @@ SEARCH = ("-m", "search=debug", "tracking=none")
         (["hydra/sweeper/sampler=grid"], 2, ["infinitely many values", "model.dropout"]),
         (["search=debug2"], 2, ["debug2", "debug"]),
         (["search.enqueue=[{model.embed_dim: 9}]"], 2, ["not in search.space: model.embed_dim=9"]),
+        (
+            ["search.retrain=1", "search.retrain_with={trainer.epochs: 0}"],
+            2, ["search.retrain_with: trainer.epochs must be at least 1"],
+        ),
+        (["search.retrain=1", "search.retrain_with={task: plan}"], 2, ["task is the search's"]),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_message_before_anything_is_started(expt, home, lines, code, messages):
@@ -405,6 +410,26 @@ def test_a_winner_that_cannot_be_tested_is_an_error_with_all_files_written(expt,
     code, out, err = expt(*line, small=False)
     assert code == 0, err
     assert SweepSummary.load(home / "outputs/sweeps/debug").best["test/mae"] > 0
+
+
+def test_the_best_are_trained_again_for_longer_and_one_of_these_is_tested(expt, home):
+    line = (
+        *SEARCH, "search.n_trials=1", "model=stid", "model.embed_dim=8", "search.presets=[]",
+        "search.retrain=1", "search.retrain_with={trainer.epochs: 3, optimizer.lr: 2e-3}",
+    )  # fmt: skip
+    code, out, err = expt(*line, small=False)
+    assert code == 0, err
+    assert "the best 1 of debug again with trainer.epochs=3 optimizer.lr=0.002" in out
+    folders = [home / "outputs/sweeps" / name for name in ("debug", "debug_retrained")]
+    short, long = map(SweepSummary.load, folders)
+    assert short.best["trial"] == long.best["trial"] == 0
+    assert "optimizer.lr" in short.best["params"] and "optimizer.lr" not in long.best["params"]
+    assert long.best["params"].items() <= short.best["params"].items()
+    assert [load_result(folder / "trial_000").epochs for folder in folders] == [2, 3]
+    assert "test/mae" not in short.best and long.best["test/mae"] > 0
+    assert "optimizer.lr=0.002" in out.rpartition("again: ")[2]
+    code, out, _ = expt(*line, small=False)
+    assert code == 0 and "trial 0:" not in out, "all of it was done"
 
 
 @pytest.mark.parametrize("seconds", [None, 60.0])

@@ -6,7 +6,8 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from expt.search.exhaustion import all_tried, lighter_point, nothing_fitted, over_budget, waiting
+from expt.search.exhaustion import all_tried, lighter_point, nothing_fitted, over_budget
+from expt.search.reservation import waiting
 from expt.search.space import Space
 from expt.search.trial import CONSTRAINT, KIND, PREDICTED, STARTED
 

@@ -46,6 +46,7 @@ from expt.search.opening import open_search
 from expt.search.parallel import side_by_side
 from expt.search.records import Records
 from expt.search.request import Request, request_of
+from expt.search.retraining import of_retraining, points_to_retrain, retraining_of
 from expt.search.runner import ProcessRunner, Runner
 from expt.search.samplers import make_sampler
 from expt.search.space import Space, settings_lines
@@ -69,7 +70,9 @@ def search(
     hydra_context: HydraContext,
     task_function: TaskFunction,
 ) -> SweepSummary:
-    """Run a search to its end, or what is left of it.
+    """Run a search and its retraining to their end, or what is left of them.
+
+    Return how the last of them stands.
 
     Raises:
         UserError: something is wrong with the configuration, the space or the storage.
@@ -78,9 +81,43 @@ def search(
 
     """
     request = request_of(config, arguments, sampler, hydra_context)
+    retraining = retraining_of(request, config, arguments, hydra_context)
+    if retraining is not None:  # a mistake is to be known before hours of search
+        try:
+            _space(retraining)
+            _facts(retraining)
+        except ConfigError as error:
+            raise of_retraining(error) from error
+    summary, study = _search(request, config, hydra_context, task_function)
+    if retraining is not None:
+        points = points_to_retrain(study, summary.budget_bytes is not None, request.config.retrain)
+        said = " ".join(settings_lines(request.config.retrain_with))
+        presets = ", and its presets," if retraining.config.presets else ""
+        print(f"the best {len(points)} of {summary.study}{presets} again with {said}")
+        try:
+            summary, _ = _search(retraining, config, hydra_context, task_function, points)
+        except ConfigError as error:
+            raise of_retraining(error) from error
+    if isinstance(task_function, Job):
+        task_function.results.append(summary)
+    return summary
+
+
+def _space(request: Request) -> Space:
+    return Space.parse(request.space, checker(request.cfg, request.own))
+
+
+def _search(
+    request: Request,
+    config: DictConfig,
+    hydra_context: HydraContext,
+    task_function: TaskFunction,
+    points: Sequence[Mapping[str, Any]] | None = None,
+) -> tuple[SweepSummary, Study]:
+    """Run a search, or with `points` the retraining of these; see `search` for what is raised."""
     node = request.config
     tracking = cast(TrackingConfig, OmegaConf.to_object(request.cfg.tracking))
-    space = Space.parse(request.space, checker(request.cfg, request.own))
+    space = _space(request)
     made = make_sampler(request.sampler, space, node.seed, len(node.objectives))
     check_presets(node.presets, request.own)
     text = node.storage or default_storage(tracking.uri)
@@ -110,7 +147,7 @@ def search(
     node.objectives = objectives_of(node.objectives, metric)
     reservations = open_search(
         request, space, storage, made, jobs, metric, data, text, facts["device"],
-        None if launcher is not None else facts["device_bytes"],
+        None if launcher is not None else facts["device_bytes"], points,
     )  # fmt: skip
     if isinstance(made, GridSampler) and space.size is not None:
         node.n_trials = reservations.n_trials = min(node.n_trials, space.size)
@@ -135,7 +172,7 @@ def search(
             records.reconcile(study, loop.trial_folder)
             loop.run()
             winner = best_trial(study.get_trials(deepcopy=False), loop.limited, metric)
-            if winner is not None and node.test_winner:
+            if winner is not None and node.test_winner and node.retrain == 0:
                 point = [*space.lines(winner.params), *technique_lines(winner)]
                 lines = jobs.lines(winner.number, point)
                 folder = loop.trial_folder(winner.number)
@@ -161,9 +198,7 @@ def search(
             _conclude(summary, request, space, seen)
             records.close(status, summary)
     summary.run_dir = request.folder
-    if isinstance(task_function, Job):
-        task_function.results.append(summary)
-    return summary
+    return summary, study
 
 
 def _draw(study: Study, budget_bytes: int | None, folder: Path, whole_page: bool = False) -> None:

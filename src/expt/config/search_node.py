@@ -49,6 +49,8 @@ class SearchConfig:
     retry: int = 0  # how often a trial that crashed, was killed or hung is started again
     trial_time_limit_seconds: float | None = None  # then it hangs, and is killed
     plan_time_limit_seconds: float = 120.0  # for the prediction of one trial
+    retrain: int = 0  # how many of the best trials, and the presets, are trained again at the end
+    retrain_with: Any = None  # with these settings, like {trainer.epochs: 30}
     test_winner: bool = True  # test the best trial's weights, once, at the end
     trial: int | None = None  # set by the sweeper in the trials it starts
 
@@ -63,7 +65,7 @@ class SearchConfig:
         """Return one message per value out of range, and per contradiction."""
         found = [
             f"search.{name} must be at least {least}, got {getattr(self, name)}"
-            for name, least in (("n_trials", 1), ("repeats", 1), ("seed", 0))
+            for name, least in (("n_trials", 1), ("repeats", 1), ("seed", 0), ("retrain", 0))
             if getattr(self, name) < least
         ]
         whole = isinstance(self.n_jobs, int) and not isinstance(self.n_jobs, bool)
@@ -77,6 +79,17 @@ class SearchConfig:
         if any(not isinstance(name, str) or not name for name in self.earlier_studies):
             found.append(
                 f"search.warm_start must be a study's name or a list of them, got {self.warm_start}"
+            )
+        if self.retrain > 0 and not self.retrain_with:
+            found.append(
+                f"search.retrain={self.retrain} trains the best again with other settings, and "
+                "search.retrain_with names none; give it, like "
+                "'search.retrain_with={trainer.epochs: 30}'"
+            )
+        if self.retrain_with is not None and not isinstance(self.retrain_with, dict):
+            found.append(
+                "search.retrain_with must map settings to values, like {trainer.epochs: 30}, got "
+                f"{self.retrain_with}"
             )
         if self.retry not in (0, 1):
             found.append(f"search.retry must be 0 or 1, got {self.retry}")

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.study import Study
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, Trial
 
 from expt.errors import SearchError
 from expt.result import Outcome
@@ -103,11 +103,6 @@ def lighter_point(trials: Sequence[FrozenTrial], space: Space) -> dict[str, Any]
 
     best = min(changed, key=excess, default=None)
     return None if best is None else {**lightest.params, best[0]: best[1]}
-
-
-def waiting(trials: Sequence[FrozenTrial]) -> bool:
-    """Tell whether a point is to be tried before the sampler is asked again."""
-    return any(trial.state is TrialState.WAITING for trial in trials)
 
 
 def _values(one: BaseDistribution) -> Sequence[Any]:

@@ -33,11 +33,17 @@ from expt.search.exhaustion import (
     nothing_fitted,
     nothing_found,
     over_budget,
-    waiting,
 )
 from expt.search.metric import metric_of
 from expt.search.records import Records
-from expt.search.reservation import BEAT_SECONDS, Reservations, Reserved, beating, counts
+from expt.search.reservation import (
+    BEAT_SECONDS,
+    Reservations,
+    Reserved,
+    beating,
+    counts,
+    waiting,
+)
 from expt.search.runner import Job, Runner, Running
 from expt.search.space import Space, settings_lines
 from expt.search.study import DATA, answering
@@ -411,9 +417,9 @@ class Search:
 
     def _nothing_fits(self, trials: Sequence[FrozenTrial]) -> bool:
         """Tell whether nothing can be expected to fit; before that, try what is the lightest."""
-        # A grid tries every point in an order of its own.
-        is_grid = isinstance(self.study.sampler, GridSampler)
-        if len(trials) < LEAST_SUGGESTIONS or is_grid or not nothing_fitted(trials):
+        # A grid tries every point in an order of its own, and a retraining those it was given.
+        closed = isinstance(self.study.sampler, GridSampler) or self.reservations.given_only
+        if len(trials) < LEAST_SUGGESTIONS or closed or not nothing_fitted(trials):
             return False
         if waiting(trials) or sum(map(counts, trials)) >= self.reservations.n_trials:
             return False

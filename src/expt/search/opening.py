@@ -1,11 +1,13 @@
 """Opens the study of a search: as its first worker, with what is to be tried first, or as another.
 
 What is tried first are the best points of earlier studies (`search.warm_start`), what presets give
-to the space (`search.presets`), and the points of `search.enqueue`.
+to the space (`search.presets`), and the points of `search.enqueue`. A retraining tries nothing but
+the points that its search found, and those of presets.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,6 +50,7 @@ def open_search(
     where: str,
     device: str,
     available: int | None = None,
+    points: Sequence[Mapping[str, Any]] | None = None,
 ) -> Reservations:
     """Open the study, and put first what is to be tried first.
 
@@ -62,6 +65,7 @@ def open_search(
         where: `storage` as it was given.
         device: the kind that trials run on, as far as they share one.
         available: the memory of the device that trials run on; None where another machine has it.
+        points: of a retraining, those of its search, the best first; None for a search.
 
     Raises:
         ConfigError: it is another search, or begun with other data or more memory than is available
@@ -104,9 +108,15 @@ def open_search(
             print(line)
         if not isinstance(sampler, GridSampler):
             first = [] if study.user_attrs.get(ENQUEUED) else _preset_points(request, space, jobs)
+            if points is not None:
+                whole = [point for point in first if len(point) == len(space.distributions)]
+                first = [*map(space.point, points), *whole]
             for point in [*first, *enqueued]:
                 put_first(study, point)
             study.set_user_attr(ENQUEUED, True)
+        if points is not None:
+            reservations.given_only = True
+            reservations.n_trials = node.n_trials = len(study.get_trials(deepcopy=False))
     return reservations
 
 

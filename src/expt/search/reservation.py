@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,13 +67,17 @@ Nothing = Literal["done", "elsewhere"]
 
 @dataclass
 class Reservations:
-    """The door to a study for one worker."""
+    """The door to a study for one worker.
+
+    With `given_only`, points that were put first are tried, and nothing is suggested.
+    """
 
     study: Study
     space: Space
     n_trials: int
     folder: Path
     seed: int = 0
+    given_only: bool = False
     untrained_in_a_row: int = 0
     _seen: dict[int, tuple[Any, float]] = field(default_factory=dict)
     _mine: set[int] = field(default_factory=set)
@@ -90,7 +94,8 @@ class Reservations:
             for orphan in running:
                 if orphan.number not in self._mine and not self._alive(orphan):
                     return self._take(Trial(self.study, orphan._trial_id), adopted=True)
-            if adopt_only or sum(counts(trial) for trial in trials) >= self.n_trials:
+            none_left = self.given_only and not waiting(trials)
+            if adopt_only or none_left or sum(map(counts, trials)) >= self.n_trials:
                 return "elsewhere" if running else "done"
             return self._take(self._ask(), adopted=False)
 
@@ -219,6 +224,11 @@ def suggest(trial: Trial, name: str, one: BaseDistribution) -> None:
     else:
         assert isinstance(one, FloatDistribution)
         trial.suggest_float(name, one.low, one.high, step=one.step, log=one.log)
+
+
+def waiting(trials: Sequence[FrozenTrial]) -> bool:
+    """Tell whether a point is to be tried before the sampler is asked again."""
+    return any(trial.state is TrialState.WAITING for trial in trials)
 
 
 def counts(trial: FrozenTrial) -> bool:
