@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from expt.config.search_node import SearchConfig
 from expt.memory.measuring.device_memory import device_type, total_bytes
 from expt.run.process import WorkerError
 from expt.search.candidates import (
@@ -13,9 +17,11 @@ from expt.search.candidates import (
     base_data,
     base_facts,
     checker,
+    learn_data,
     predict,
     preset_values,
 )
+from expt.search.space import Space
 
 SMALL = ["search=debug", "model.num_stages=1", "data.batch_size=4"]
 MIB = 1024**2
@@ -166,3 +172,32 @@ def test_the_metric_of_these_settings_or_what_stands_in_the_way(home, lines, fou
 def test_the_fingerprint_is_that_of_data_that_all_trials_share(home, point, shared):
     found = base_data(["tracking=none"], None, [["tracking=none"], ["tracking=none", *point]])
     assert (found["fingerprint"] is not None) is shared
+
+
+@pytest.mark.parametrize(
+    ("space", "shared"),
+    [
+        ({"model.embed_dim": "choice(8,16)", "data.batch_size": "choice(2,4)"}, True),
+        ({"data.train_fraction": "interval(0.6,0.65)"}, False),
+        ({"trainer.seed": "choice(0,1,2)"}, False),
+        ({"optimizer.lr": "interval(1e-4,12.0)"}, False),
+    ],
+)
+def test_a_search_knows_whether_any_of_its_points_has_other_data(home, space, shared):
+    """One choice in between, or one end, is enough."""
+
+    class Here:
+        def call(self, function, *arguments, seconds):
+            return function(*arguments)
+
+    given = ["tracking=none", "data.horizon='${horizon_of:${trainer.seed},${optimizer.lr}}'"]
+    OmegaConf.register_resolver(
+        "horizon_of", lambda seed, lr: 6 if seed == 1 or lr > 10 else 12, replace=True
+    )
+    request = SimpleNamespace(
+        config=SearchConfig(), cfg=SimpleNamespace(trainer=SimpleNamespace(seed=0)), given=given,
+        own=None, folder=home,
+    )  # fmt: skip
+    metric, data = learn_data(request, Space.parse(space), Here())
+    assert metric.name == "mae"
+    assert (data is not None) is shared

@@ -135,9 +135,18 @@ def test_a_trial_that_goes_wrong_costs_that_trial_alone(make, kind, state, const
     assert (summary.failed, summary.infeasible_measured) == (int(failed), int(not failed))
 
 
-def test_what_another_study_left_in_a_trials_folder_is_moved_aside(make, tmp_path):
-    """Its complete result would be taken for that of the trial."""
-    search = make(n_trials=2, n_jobs=2)
+@pytest.mark.parametrize("fits", [True, False])
+def test_what_another_study_left_in_a_trials_folder_is_moved_aside(make, tmp_path, fits):
+    """Its complete result would be taken for that of the trial, also where it never starts."""
+
+    big = 10**12
+
+    def predict(params):
+        return None if fits or params["x"] < 0.5 else Prediction(big, big, (big, big), {})
+
+    search = make(n_trials=2, n_jobs=2, predict=predict)
+    for x in (0.25, 0.75, 0.375):
+        search.study.enqueue_trial({"x": x, "width": 8})
     old = search.trial_folder(1) / "result.json"
     old.parent.mkdir(parents=True)
     old.write_text("{}")

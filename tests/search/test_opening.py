@@ -8,7 +8,7 @@ from optuna.trial import TrialState, create_trial
 
 from expt.errors import ConfigError
 from expt.result import RunResult
-from expt.search.opening import put_first, settle_data, settled_budget
+from expt.search.opening import _none_left_behind, put_first, settle_data, settled_budget
 from expt.search.trial import FROM
 from expt.units import GIB
 
@@ -76,3 +76,25 @@ def test_a_study_does_not_go_on_over_other_data(study, tmp_path, earlier):
     with pytest.raises(ConfigError, match=r"other data .*abc, and here xyz.*search\.study=s_2"):
         settle_data(study, "xyz")
     settle_data(study, "abc")
+
+
+def test_what_an_earlier_version_read_otherwise_is_a_note(study, tmp_path, capsys):
+    """Its mark is of the same file, maybe; nobody knows."""
+    begun_on(study, tmp_path, "abc")
+    settle_data(study, "xyz")
+    assert "earlier version" in capsys.readouterr().out
+    settle_data(study, "xyz")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_study_that_is_refused_as_it_is_made_leaves_nothing_behind(study):
+    storage = study._storage
+    with pytest.raises(ConfigError), _none_left_behind("new", storage):
+        optuna.create_study(study_name="new", storage=storage)
+        raise ConfigError("its folder holds another search")
+    with pytest.raises(ConfigError), _none_left_behind("s", storage):
+        raise ConfigError("another space")
+    with pytest.raises(KeyboardInterrupt), _none_left_behind("begun", storage):
+        optuna.create_study(study_name="begun", storage=storage)
+        raise KeyboardInterrupt
+    assert sorted(optuna.get_all_study_names(storage)) == ["begun", "s"]

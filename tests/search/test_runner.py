@@ -147,6 +147,8 @@ def test_each_attempt_has_its_own_plan(home):
     for peak in (5, 7):
         job(home, plan={"peak_bytes": peak}).prepare()
         assert json.loads((home / "trial 3/plan.json").read_text()) == {"peak_bytes": peak}
+    job(home, plan=None).prepare()
+    assert not (home / "trial 3/plan.json").exists()
 
 
 def test_one_seed_is_itself():

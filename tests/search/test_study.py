@@ -211,6 +211,17 @@ def test_a_study_of_an_earlier_version_is_gone_on_with():
         opened(storage, setting={**now, "model.width": 8})
 
 
+def test_a_range_that_an_earlier_version_drew_evenly_is_said_to_be_so():
+    storage = optuna.storages.InMemoryStorage()
+    opened(storage, space=Space.parse({"x": "range(8,256)", "y": "range(1,4)"}).as_json())
+    for other, said in (("range(1,4)", True), ("range(1,9)", False)):
+        space = Space.parse({"x": "tag(log,range(8,256))", "y": other}).as_json()
+        with pytest.raises(ConfigError) as refused:
+            opened(storage, space=space)
+        assert "drew the range of x evenly" in str(refused.value)
+        assert ("another space: x differs" in str(refused.value)) is said
+
+
 @pytest.mark.parametrize("text", ["sqlite:///a/optuna.db", "a/study.journal"])
 def test_a_study_with_a_setting_that_is_not_a_number_is_gone_on_with(home, text):
     """Read back, it is another object, which no comparison takes for the first."""

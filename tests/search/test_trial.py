@@ -53,9 +53,10 @@ def test_what_a_killed_worker_was_about_to_tell_does_not_stay(tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(study, "tell", die)
         with pytest.raises(KeyboardInterrupt):
-            tell(TrialOutcome(Outcome.failed, error="no such file"))
+            tell(TrialOutcome(Outcome.failed, error="no such file", extra={"oom_events": 3}))
     assert study.trials[0].constraints == {CONSTRAINT: 2.0}
     tell(TrialOutcome(Outcome.completed, 1.0, 7 * GIB, 8 * GIB))
     (told,) = study.trials
     assert told.constraints == {CONSTRAINT: -2.0}
     assert (told.user_attrs[KIND], told.user_attrs["error"]) == ("completed", None)
+    assert told.user_attrs["oom_events"] is None

@@ -158,17 +158,19 @@ def learn_data(request: Request, space: Space, worker: Worker) -> tuple[Metric, 
         ConfigError: `trainer.monitor` names none of the data set's metrics.
 
     """
-    first, last = (space.lines(point) for point in space.extreme_points())
-    varied = [line for line in first if key(line).partition(".")[0] == "data"]
+    points = [settings_lines(point) for point in space.outlying_points()]
     if request.config.repeats > 1:
-        last = [*last, f"trainer.seed={request.cfg.trainer.seed + 1}"]
+        points.append([f"trainer.seed={request.cfg.trainer.seed + 1}"])
+    of_data = {name for name in map(key, space.distributions) if name.partition(".")[0] == "data"}
+    varied = [line for line in points[0] if key(line) in of_data]
     tries = [request.given, [*request.given, *varied]] if varied else [request.given]
+    shared = of_data <= BATCHES
     seconds = request.config.plan_time_limit_seconds
     reason = ""
     try:
         for lines in tries:
-            points = [[*lines, *first], [*lines, *last]]
-            found = worker.call(base_data, list(lines), request.own, points, seconds=seconds)
+            others = [[*lines, *point] for point in points] if shared else None
+            found = worker.call(base_data, list(lines), request.own, others, seconds=seconds)
             if found.get("problems"):
                 raise ConfigError(found["problems"])
             if "metric" in found:
@@ -257,10 +259,13 @@ def base_facts(given: list[str], own: str | None) -> dict[str, Any]:
     return {"problems": [], "budget_bytes": budget, "device": kind, "device_bytes": memory}
 
 
-def base_data(given: list[str], own: str | None, points: Sequence[list[str]]) -> dict[str, Any]:
+def base_data(
+    given: list[str], own: str | None, points: Sequence[list[str]] | None
+) -> dict[str, Any]:
     """Return the metric that these settings monitor, as ``metric``, or why there is none.
 
-    With it comes the ``fingerprint`` of their data, None where those of `points` are others.
+    With it comes the ``fingerprint`` of their data, None where those of `points` may be others, or
+    where there are no points since the data are varied.
     ``problems`` is what is wrong with `trainer.monitor`; ``reason`` is why there is no data set to
     ask, with these settings or on this machine.
     """
@@ -273,8 +278,8 @@ def base_data(given: list[str], own: str | None, points: Sequence[list[str]]) ->
         metric = monitored(data.metrics, settings.trainer.monitor)
     except ConfigError as error:
         return {"problems": error.problems}
-    same = _arguments_of_data(given, own)
-    shared = same is not None and all(_arguments_of_data(one, own) == same for one in points)
+    same = _arguments_of_data(given, own) if points is not None else None
+    shared = same is not None and all(_arguments_of_data(one, own) == same for one in points or ())
     return {"metric": metric.as_dict(), "fingerprint": data.fingerprint() if shared else None}
 
 

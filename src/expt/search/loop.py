@@ -217,8 +217,13 @@ class Search:
             return reserved
         trial = reserved.trial
         started = bool(trial.user_attrs.get(STARTED))
+        folder = self.trial_folder(trial.number)
         if reserved.adopted:
-            kill_leftover(self.trial_folder(trial.number))
+            kill_leftover(folder)
+        if not started and (aside := move_aside(folder)):
+            self.say(
+                f"trial {trial.number}: {folder} was there, of another study; it is {aside} now"
+            )
         if reserved.duplicate_of is not None and not started:
             self._copies.append((trial, reserved.duplicate_of))
             self._tell_copies()
@@ -261,10 +266,6 @@ class Search:
         if attempts > 1:
             trial.set_user_attr(RESUMED_AT, time.time())
         folder = self.trial_folder(trial.number)
-        if attempts == 1 and (aside := move_aside(folder)):
-            self.say(
-                f"trial {trial.number}: {folder} was there, of another study; it is {aside} now"
-            )
         job = Job(
             trial.number,
             lines,

@@ -7,15 +7,17 @@ the points that its search found, and those of presets.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
+import optuna
 from optuna.samplers import BaseSampler, GridSampler
 from optuna.storages import BaseStorage
 from optuna.study import Study
 
-from expt.errors import ConfigError
+from expt.errors import ConfigError, UserError
 from expt.job import Metric
 from expt.run.process import WorkerError
 from expt.search.candidates import TrialJobs, preset_values
@@ -23,7 +25,7 @@ from expt.search.request import Request, fixed_settings, given_points, resolved_
 from expt.search.reservation import Reservations
 from expt.search.samplers import make_pruner, make_sampler, seed_of
 from expt.search.space import Space
-from expt.search.study import DATA, claim, open_study
+from expt.search.study import DATA, answering, claim, open_study
 from expt.search.warm_start import (
     Task,
     begin_warm,
@@ -84,7 +86,7 @@ def open_search(
     )  # fmt: skip
     earlier = [open_earlier(name, storage, task) for name in node.earlier_studies]
     reservations = Reservations(None, space, node.n_trials, request.folder, node.seed)  # type: ignore[arg-type]
-    with reservations.locked():
+    with reservations.locked(), _none_left_behind(node.study, storage):
         study = open_study(
             node.study,
             storage,
@@ -120,6 +122,20 @@ def open_search(
     return reservations
 
 
+@contextmanager
+def _none_left_behind(name: str, storage: BaseStorage) -> Iterator[None]:
+    """Remove a study that was made in here, if it then turns out not to be begun."""
+    with answering(name):
+        new = name not in optuna.get_all_study_names(storage)
+    try:
+        yield
+    except UserError:
+        if new:
+            with suppress(KeyError), answering(name):
+                optuna.delete_study(study_name=name, storage=storage)
+        raise
+
+
 def settled_budget(study: Study, here: int | None, text: Any, available: int | None) -> int | None:
     """Return the budget of all trials: `auto` and a share are what they were at the beginning.
 
@@ -151,7 +167,7 @@ def settle_data(study: Study, here: str | None) -> None:
     """Write down which data the trials of a study share, or check that they are these.
 
     Args:
-        study: of an earlier version, its trials say it.
+        study: of an earlier version, its trials say it; such a one may have read them otherwise.
         here: their fingerprint; None where it is not known, or trials have different data.
 
     Raises:
@@ -160,14 +176,20 @@ def settle_data(study: Study, here: str | None) -> None:
     """
     if here is None:
         return
-    known = data_of(study)
+    written, known = study.user_attrs.get(DATA), data_of(study)
     if known is not None and known != here:
-        raise ConfigError(
-            f"the study {study.study_name} was begun with other data (fingerprint {known}, and "
-            f"here {here}), whose figures do not compare; go on with those, or give another "
-            f"search.study={study.study_name}_2"
+        differ = f"(fingerprint {known}, and here {here})"
+        if written is not None:
+            raise ConfigError(
+                f"the study {study.study_name} was begun with other data {differ}, or with a "
+                "version of this program that read them otherwise, so that figures do not "
+                f"compare; give another search.study={study.study_name}_2"
+            )
+        print(
+            f"note: the study {study.study_name} is of an earlier version, which read its data "
+            f"otherwise, or they have changed since {differ}"
         )
-    if study.user_attrs.get(DATA) is None:
+    if written is None:
         study.set_user_attr(DATA, here)
 
 

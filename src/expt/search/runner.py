@@ -75,6 +75,8 @@ class Job:
                 set_aside(self.run_folder(index))
         if self.plan is not None:  # in the place of that of an earlier attempt
             write_json(self.folder / PLAN_NAME, self.plan, durable=False)
+        else:
+            (self.folder / PLAN_NAME).unlink(missing_ok=True)
 
 
 class Running(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -109,11 +109,15 @@ class Space:
         """Return a point as settings of a command line."""
         return [line(name, params[name]) for name in self.distributions]
 
-    def extreme_points(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return a point of the first choices and one of the last, with some value of intervals."""
-        samples = {name: _samples(one) for name, one in self.distributions.items()}
-        first = {name: values[0] for name, values in samples.items()}
-        return first, {name: values[-1] for name, values in samples.items()}
+    def outlying_points(self) -> Iterator[dict[str, Any]]:
+        """Yield parts of points, which together have every choice and both ends of what is ordered.
+
+        Each but the first two, which are whole, has one setting.
+        """
+        ends = {name: _ends(one) for name, one in self.distributions.items()}
+        yield {name: values[0] for name, values in ends.items()}
+        yield {name: values[-1] for name, values in ends.items()}
+        yield from ({name: value} for name, values in ends.items() for value in values)
 
     def point(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the part of `values` that lies in the space, as the study writes it."""
@@ -320,6 +324,14 @@ def _samples(one: BaseDistribution) -> list[Any]:
         return [one.low + (one.high - one.low) * 0.123456789]
     assert isinstance(one, IntDistribution)
     return sorted({one.low, one.high})
+
+
+def _ends(one: BaseDistribution) -> list[Any]:
+    """Return every choice, or the least and the largest value."""
+    if isinstance(one, CategoricalDistribution):
+        return list(one.choices)
+    assert isinstance(one, FloatDistribution | IntDistribution)
+    return [one.low, one.high]
 
 
 def _fitting(one: BaseDistribution, value: Any) -> tuple[Any] | None:

@@ -318,11 +318,25 @@ def _difference(name: str, key: str, known: Any, value: Any) -> str | None:
         if not changed:
             return None
         what = f"another {key}: {', '.join(changed[:6])} {'differ' if changed[1:] else 'differs'}"
+        if evenly := [one for one in changed if _drawn_evenly(known.get(one), value.get(one))]:
+            what += (
+                f" (an earlier version drew the range of {', '.join(evenly)} evenly in spite of "
+                "tag(log,…); to go on, give it without the tag)"
+            )
     elif same(known, value):
         return None
     else:
         what = f"{key}={known}, not {value}"
     return f"search.study={name} was begun with {what}; {_another(name)}"
+
+
+def _drawn_evenly(known: Any, value: Any) -> bool:
+    """Tell whether a distribution of a study differs by nothing but its logarithm."""
+    try:
+        then, now = known["attributes"], value["attributes"]
+        return not then["log"] and now["log"] and {**then, "log": True} == now
+    except (KeyError, TypeError):
+        return False
 
 
 def changed_settings(known: Mapping[str, Any], value: Mapping[str, Any]) -> list[str]:

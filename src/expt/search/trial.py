@@ -49,6 +49,8 @@ RETRIED, RESUMED_AT = "retried", "resumed_at"
 PREDICTED = "predicted_peak_bytes"
 TECHNIQUES = "techniques"
 FROM, FROM_KIND = "from", "from_kind"
+EXTRA = ("oom_events", "values_by_seed", "spread")
+"""Attributes that some outcomes have, in `TrialOutcome.extra`."""
 
 
 def kind_of(trial: FrozenTrial | Trial) -> Outcome | None:
@@ -216,6 +218,7 @@ def _set_attributes(
         "run_dir": str(folder) if folder.exists() else None,
         "run_id": outcome.run_id,
         "duplicate_of": None if copy_of is None else copy_of.number,
+        **dict.fromkeys(EXTRA),
         **outcome.extra,
     }
     if prediction is not None:

@@ -135,10 +135,10 @@ def _record(
         peak_allocated_bytes=base.peak_allocated_bytes if peak is None else peak,
         peak_reserved_bytes=reserved,
         budget_bytes=attributes.get("budget_bytes", budget_bytes),
-        seconds=attributes.get("seconds", base.seconds),
+        seconds=attributes.get("seconds") or base.seconds,
         started=started,
         ended=trial.datetime_complete.timestamp() if trial.datetime_complete else base.ended,
-        run_id=attributes.get("run_id", base.run_id),
+        run_id=attributes.get("run_id") or base.run_id,
         trial=trial.number,
         detail=attributes.get("error") or ("" if outcome is Outcome.completed else outcome.words),
     )
