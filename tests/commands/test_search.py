@@ -32,6 +32,7 @@ from expt.units import MIB
 from hydra_plugins.expt_sweeper.sweeper import ExptSweeper
 
 SEARCH = ("-m", "search=debug", "tracking=none")
+LONG = "outputs/sweeps/debug/debug_retrained"
 
 
 @pytest.mark.parametrize(
@@ -63,10 +64,21 @@ SEARCH = ("-m", "search=debug", "tracking=none")
         (["search=debug2"], 2, ["debug2", "debug"]),
         (["search.enqueue=[{model.embed_dim: 9}]"], 2, ["not in search.space: model.embed_dim=9"]),
         (
-            ["search.retrain=1", "search.retrain_with={trainer.epochs: 0}"],
+            ["search.retrain=1", "search.retrain_with=['trainer.epochs=0']"],
             2, ["search.retrain_with: trainer.epochs must be at least 1"],
         ),
-        (["search.retrain=1", "search.retrain_with={task: plan}"], 2, ["task is the search's"]),
+        (
+            ["search.retrain=1", "search.retrain_with=['trainer.epoch=9']"],
+            2, ["search.retrain_with: Key 'epoch' not in"],
+        ),
+        (
+            ["search.retrain=1", "search.retrain_with=['data.path=nowhere.npz']"],
+            2, ["search.retrain_with: there is no data set of these settings", "nowhere.npz"],
+        ),
+        (
+            ["search.retrain=1", "search.retrain_with=['search.study=debug']"],
+            2, ["search.retrain_with: search.study=debug is the search's own"],
+        ),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_message_before_anything_is_started(expt, home, lines, code, messages):
@@ -413,23 +425,25 @@ def test_a_winner_that_cannot_be_tested_is_an_error_with_all_files_written(expt,
 
 
 def test_the_best_are_trained_again_for_longer_and_one_of_these_is_tested(expt, home):
-    line = (
-        *SEARCH, "search.n_trials=1", "model=stid", "model.embed_dim=8", "search.presets=[]",
-        "search.retrain=1", "search.retrain_with={trainer.epochs: 3, optimizer.lr: 2e-3}",
-    )  # fmt: skip
+    again = "search.retrain_with=['trainer.epochs=3','optimizer.lr=2e-3']"
+    line = (*SEARCH, "search.n_trials=2", "model=stid", "model.embed_dim=8", "search.retrain=1",
+            "memory.precision=choice(bf16,fp32)", again)  # fmt: skip
     code, out, err = expt(*line, small=False)
     assert code == 0, err
-    assert "the best 1 of debug again with trainer.epochs=3 optimizer.lr=0.002" in out
-    folders = [home / "outputs/sweeps" / name for name in ("debug", "debug_retrained")]
-    short, long = map(SweepSummary.load, folders)
-    assert short.best["trial"] == long.best["trial"] == 0
+    short, long = map(SweepSummary.load, (home / "outputs/sweeps/debug", home / LONG))
+    other = 0 if short.best["trial"] else 1  # the preset, trial 0, is trained again in any case
+    also = " and 1 preset" if other == 0 else ""
+    assert f"the best 1 of debug{also} again with trainer.epochs=3 optimizer.lr=2e-3" in out
+    assert long.finished == 1 + (other == 0)
     assert "optimizer.lr" in short.best["params"] and "optimizer.lr" not in long.best["params"]
-    assert long.best["params"].items() <= short.best["params"].items()
-    assert [load_result(folder / "trial_000").epochs for folder in folders] == [2, 3]
+    assert load_result(home / LONG / "trial_000").epochs == 3
     assert "test/mae" not in short.best and long.best["test/mae"] > 0
-    assert "optimizer.lr=0.002" in out.rpartition("again: ")[2]
+    assert "optimizer.lr=2e-3" in out.rpartition("again: ")[2]
     code, out, _ = expt(*line, small=False)
     assert code == 0 and "trial 0:" not in out, "all of it was done"
+    code, _, err = expt(*line[:-1], again.replace("=3", "=4"), "search.n_trials=3", small=False)
+    assert code == 2 and "was begun with another setting: trainer.epochs differs" in err
+    assert not (home / "outputs/sweeps/debug/trial_002").exists(), "told before a trial"
 
 
 @pytest.mark.parametrize("seconds", [None, 60.0])

@@ -198,6 +198,6 @@ def test_a_search_knows_whether_any_of_its_points_has_other_data(home, space, sh
         config=SearchConfig(), cfg=SimpleNamespace(trainer=SimpleNamespace(seed=0)), given=given,
         own=None, folder=home,
     )  # fmt: skip
-    metric, data = learn_data(request, Space.parse(space), Here())
-    assert metric.name == "mae"
-    assert (data is not None) is shared
+    learned = learn_data(request, Space.parse(space), Here())
+    assert learned.metric.name == "mae" and learned.asked
+    assert (learned.fingerprint is not None) is shared

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ from expt.config.compose import key, readable_setting
 from expt.config.schema import OnOverflow, TrackingConfig
 from expt.config.search_node import Pruner, SearchConfig
 from expt.errors import ConfigError, ExptError
+from expt.job import Metric
 from expt.reports.figures.progress import plot_progress
 from expt.reports.figures.trade_off import plot_trade_off
 from expt.reports.records import ranked_by
@@ -42,10 +44,11 @@ from expt.search.exhaustion import smallest_seen
 from expt.search.launcher import PRUNED_LATE, UNLIMITED, LauncherRunner
 from expt.search.loop import Search
 from expt.search.metric import metric_of, objectives_of
-from expt.search.opening import open_search
+from expt.search.opening import open_search, put_points
 from expt.search.parallel import side_by_side
 from expt.search.records import Records
 from expt.search.request import Request, request_of
+from expt.search.reservation import Reservations
 from expt.search.retraining import of_retraining, points_to_retrain, retraining_of
 from expt.search.runner import ProcessRunner, Runner
 from expt.search.samplers import make_sampler
@@ -59,7 +62,7 @@ from expt.search.study import (
 )
 from expt.search.trial import TECHNIQUES, technique_lines
 from expt.search.winner import SweepSummary, best_trial, run_test
-from expt.units import format_bytes
+from expt.units import counted, format_bytes
 from expt.uri import shown_lines, without_password
 
 
@@ -81,43 +84,53 @@ def search(
 
     """
     request = request_of(config, arguments, sampler, hydra_context)
-    retraining = retraining_of(request, config, arguments, hydra_context)
-    if retraining is not None:  # a mistake is to be known before hours of search
-        try:
-            _space(retraining)
-            _facts(retraining)
-        except ConfigError as error:
-            raise of_retraining(error) from error
-    summary, study = _search(request, config, hydra_context, task_function)
+    opened = _open(request, config)
+    retraining = None
+    if request.config.retrain:  # now, since a mistake is to be known before hours of search
+        with of_retraining():
+            again = retraining_of(request, config, arguments, hydra_context)
+            retraining = _open(again, config, opened)
+    summary = _run(opened, config, hydra_context, task_function)
     if retraining is not None:
-        points = points_to_retrain(study, summary.budget_bytes is not None, request.config.retrain)
-        said = " ".join(settings_lines(request.config.retrain_with))
-        presets = ", and its presets," if retraining.config.presets else ""
-        print(f"the best {len(points)} of {summary.study}{presets} again with {said}")
-        try:
-            summary, _ = _search(retraining, config, hydra_context, task_function, points)
-        except ConfigError as error:
-            raise of_retraining(error) from error
+        best, presets = points_to_retrain(
+            opened.reservations.study,
+            opened.jobs.budget_bytes is not None,
+            request.config.retrain,
+            retraining.space,
+        )
+        put_points(retraining.reservations, [*best, *presets])
+        also = f" and {counted(len(presets), 'preset')}" if presets else ""
+        said = " ".join(shown_lines(request.config.retrain_with))
+        print(f"the best {len(best)} of {summary.study}{also} again with {said}")
+        summary = _run(retraining, config, hydra_context, task_function)
     if isinstance(task_function, Job):
         task_function.results.append(summary)
     return summary
 
 
-def _space(request: Request) -> Space:
-    return Space.parse(request.space, checker(request.cfg, request.own))
+@dataclass
+class _Opened:
+    """A search that was judged and whose study is open.
+
+    `sampler` is its class; `asked` says whether there is a data set here, which knows its metric.
+    """
+
+    request: Request
+    space: Space
+    jobs: TrialJobs
+    reservations: Reservations
+    metric: Metric
+    asked: bool
+    storage: str
+    sampler: str
+    devices: Sequence[str]
 
 
-def _search(
-    request: Request,
-    config: DictConfig,
-    hydra_context: HydraContext,
-    task_function: TaskFunction,
-    points: Sequence[Mapping[str, Any]] | None = None,
-) -> tuple[SweepSummary, Study]:
-    """Run a search, or with `points` the retraining of these; see `search` for what is raised."""
+def _open(request: Request, config: DictConfig, before: _Opened | None = None) -> _Opened:
+    """Judge a search, or a retraining of what was opened before it, and open its study."""
     node = request.config
     tracking = cast(TrackingConfig, OmegaConf.to_object(request.cfg.tracking))
-    space = _space(request)
+    space = Space.parse(request.space, checker(request.cfg, request.own))
     made = make_sampler(request.sampler, space, node.seed, len(node.objectives))
     check_presets(node.presets, request.own)
     text = node.storage or default_storage(tracking.uri)
@@ -143,28 +156,54 @@ def _search(
         space.distributions,
         request.cfg.memory.on_overflow is OnOverflow.adapt,
     )
-    metric, data = learn_data(request, space, jobs.worker)
-    node.objectives = objectives_of(node.objectives, metric)
-    reservations = open_search(
-        request, space, storage, made, jobs, metric, data, text, facts["device"],
-        None if launcher is not None else facts["device_bytes"], points,
-    )  # fmt: skip
+    names = {key(line) for line in before.request.config.retrain_with} if before else set()
+    if before is not None and "memory.budget" not in names:
+        jobs.budget_bytes = before.jobs.budget_bytes  # a share is what it was for the search
+    try:
+        learned = learn_data(request, space, jobs.worker, before is not None and before.asked)
+        node.objectives = objectives_of(node.objectives, learned.metric)
+        reservations = open_search(
+            request, space, storage, made, jobs, learned.metric, learned.fingerprint, text,
+            facts["device"], None if launcher is not None else facts["device_bytes"],
+            before is not None,
+        )  # fmt: skip
+    finally:
+        if before is not None:
+            jobs.worker.close()  # until the search is over
     if isinstance(made, GridSampler) and space.size is not None:
         node.n_trials = reservations.n_trials = min(node.n_trials, space.size)
-    study = reservations.study
-    metric = metric_of(study)
-    records = Records(tracking, request.folder, node.study, metric)
-    runner = _runner(request, config, hydra_context, task_function, devices, beside.threads)
-    seeds = range(request.cfg.trainer.seed, request.cfg.trainer.seed + node.repeats)
     shown = without_password(absolute_storage(text))
+    return _Opened(
+        request, space, jobs, reservations, metric_of(reservations.study), learned.asked, shown,
+        type(made).__name__, devices,
+    )  # fmt: skip
+
+
+def _run(
+    opened: _Opened,
+    config: DictConfig,
+    hydra_context: HydraContext,
+    task_function: TaskFunction,
+) -> SweepSummary:
+    """Do what is left of a search, and conclude it; see `search` for what is raised."""
+    request, space, jobs = opened.request, opened.space, opened.jobs
+    reservations, metric, node = opened.reservations, opened.metric, opened.request.config
+    node.n_trials = reservations.n_trials
+    study = reservations.study
+    tracking = cast(TrackingConfig, OmegaConf.to_object(request.cfg.tracking))
+    records = Records(tracking, request.folder, node.study, metric)
+    threads = jobs.worker.threads
+    runner = _runner(request, config, hydra_context, task_function, opened.devices, threads)
+    seeds = range(request.cfg.trainer.seed, request.cfg.trainer.seed + node.repeats)
     loop = Search(
-        node, space, reservations, runner, jobs, records, request.folder, list(seeds), shown
-    )
+        node, space, reservations, runner, jobs, records, request.folder, list(seeds),
+        opened.storage,
+    )  # fmt: skip
     if isinstance(runner, LauncherRunner):
         runner.beat = loop.beat
-    _announce(node, space, jobs.budget_bytes, shown, request.folder)
+    _announce(node, space, jobs.budget_bytes, opened.storage, request.folder)
     with reservations.locked():
-        records.open(_parameters(request, space, type(made).__name__, jobs.budget_bytes))
+        records.open(_parameters(request, space, opened.sampler, jobs.budget_bytes))
     status: Any = "FAILED"
     seen = None
     try:
@@ -198,7 +237,7 @@ def _search(
             _conclude(summary, request, space, seen)
             records.close(status, summary)
     summary.run_dir = request.folder
-    return summary, study
+    return summary
 
 
 def _draw(study: Study, budget_bytes: int | None, folder: Path, whole_page: bool = False) -> None:

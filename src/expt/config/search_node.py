@@ -50,7 +50,7 @@ class SearchConfig:
     trial_time_limit_seconds: float | None = None  # then it hangs, and is killed
     plan_time_limit_seconds: float = 120.0  # for the prediction of one trial
     retrain: int = 0  # how many of the best trials, and the presets, are trained again at the end
-    retrain_with: Any = None  # with these settings, like {trainer.epochs: 30}
+    retrain_with: list[str] = field(default_factory=list)  # with these settings: trainer.epochs=30
     test_winner: bool = True  # test the best trial's weights, once, at the end
     trial: int | None = None  # set by the sweeper in the trials it starts
 
@@ -84,12 +84,7 @@ class SearchConfig:
             found.append(
                 f"search.retrain={self.retrain} trains the best again with other settings, and "
                 "search.retrain_with names none; give it, like "
-                "'search.retrain_with={trainer.epochs: 30}'"
-            )
-        if self.retrain_with is not None and not isinstance(self.retrain_with, dict):
-            found.append(
-                "search.retrain_with must map settings to values, like {trainer.epochs: 30}, got "
-                f"{self.retrain_with}"
+                "\"search.retrain_with=['trainer.epochs=30']\""
             )
         if self.retry not in (0, 1):
             found.append(f"search.retry must be 0 or 1, got {self.retry}")

@@ -146,16 +146,29 @@ def memory_lines(budget_bytes: int | None) -> list[str]:
     return lines if budget_bytes is None else [*lines, f"memory.budget={spell_bytes(budget_bytes)}"]
 
 
-def learn_data(request: Request, space: Space, worker: Worker) -> tuple[Metric, str | None]:
+@dataclass(frozen=True)
+class Learned:
+    """What is known of a search's data before the first trial.
+
+    `fingerprint` is None where it is not known, or trials have different data; `asked` says whether
+    a data set told the metric.
+    """
+
+    metric: Metric
+    fingerprint: str | None = None
+    asked: bool = False
+
+
+def learn_data(request: Request, space: Space, worker: Worker, required: bool = False) -> Learned:
     """Return the metric that the trials of a search will monitor, and their data's fingerprint.
 
     The data set of the base configuration says so, where the data are varied that of their first
     values. Where no data set can be made here, a trial that was trained before is looked at; else
-    it is assumed, and a trial that turns out to monitor another metric is refused. The fingerprint
-    is None where it is not known, or trials have different data.
+    it is assumed, and a trial that turns out to monitor another metric is refused.
 
     Raises:
-        ConfigError: `trainer.monitor` names none of the data set's metrics.
+        ConfigError: `trainer.monitor` names none of the data set's metrics; or a data set is
+            required, and cannot be made.
 
     """
     points = [settings_lines(point) for point in space.outlying_points()]
@@ -174,10 +187,12 @@ def learn_data(request: Request, space: Space, worker: Worker) -> tuple[Metric, 
             if found.get("problems"):
                 raise ConfigError(found["problems"])
             if "metric" in found:
-                return Metric.from_dict(found["metric"]), found["fingerprint"]
+                return Learned(Metric.from_dict(found["metric"]), found["fingerprint"], asked=True)
             reason = reason or found["reason"]
     except WorkerError as error:
         reason = str(error)
+    if required:
+        raise ConfigError(f"there is no data set of these settings: {reason}")
     known = metric_of_trials(request.folder)
     if known is None:
         named = request.config.objectives[0].rpartition("/")[2]
@@ -186,7 +201,7 @@ def learn_data(request: Request, space: Space, worker: Worker) -> tuple[Metric, 
             f"note: the data set cannot be asked for its metric here ({reason}); val/{known.name} "
             "is taken to be monitored, and lower to be better"
         )
-    return known, None
+    return Learned(known)
 
 
 def checker(cfg: DictConfig, own: str | None = None) -> Callable[[str], str | None]:

@@ -1,13 +1,13 @@
 """Opens the study of a search: as its first worker, with what is to be tried first, or as another.
 
 What is tried first are the best points of earlier studies (`search.warm_start`), what presets give
-to the space (`search.presets`), and the points of `search.enqueue`. A retraining tries nothing but
-the points that its search found, and those of presets.
+to the space (`search.presets`), and the points of `search.enqueue`. The study of a retraining is
+opened before its search begins, so that a mistake is known then, and given its points after it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -26,6 +26,7 @@ from expt.search.reservation import Reservations
 from expt.search.samplers import make_pruner, make_sampler, seed_of
 from expt.search.space import Space
 from expt.search.study import DATA, answering, claim, open_study
+from expt.search.trial import PRESET
 from expt.search.warm_start import (
     Task,
     begin_warm,
@@ -52,7 +53,7 @@ def open_search(
     where: str,
     device: str,
     available: int | None = None,
-    points: Sequence[Mapping[str, Any]] | None = None,
+    given_only: bool = False,
 ) -> Reservations:
     """Open the study, and put first what is to be tried first.
 
@@ -67,7 +68,7 @@ def open_search(
         where: `storage` as it was given.
         device: the kind that trials run on, as far as they share one.
         available: the memory of the device that trials run on; None where another machine has it.
-        points: of a retraining, those of its search, the best first; None for a search.
+        given_only: whether it is a retraining, which gets its points by `put_points`.
 
     Raises:
         ConfigError: it is another search, or begun with other data or more memory than is available
@@ -85,7 +86,9 @@ def open_search(
         node.objectives, data=data, repeats=node.repeats,
     )  # fmt: skip
     earlier = [open_earlier(name, storage, task) for name in node.earlier_studies]
-    reservations = Reservations(None, space, node.n_trials, request.folder, node.seed)  # type: ignore[arg-type]
+    reservations = Reservations(
+        None, space, node.n_trials, request.folder, node.seed, given_only,  # type: ignore[arg-type]
+    )  # fmt: skip
     with reservations.locked(), _none_left_behind(node.study, storage):
         study = open_study(
             node.study,
@@ -108,18 +111,22 @@ def open_search(
         jobs.budget_bytes = settled_budget(study, jobs.budget_bytes, budget, available)
         for line in begin_warm(study, replace(task, budget_bytes=jobs.budget_bytes), earlier):
             print(line)
-        if not isinstance(sampler, GridSampler):
+        if not isinstance(sampler, GridSampler) and not given_only:
             first = [] if study.user_attrs.get(ENQUEUED) else _preset_points(request, space, jobs)
-            if points is not None:
-                whole = [point for point in first if len(point) == len(space.distributions)]
-                first = [*map(space.point, points), *whole]
-            for point in [*first, *enqueued]:
+            for point in first:
+                put_first(study, point, **{PRESET: True})
+            for point in enqueued:
                 put_first(study, point)
             study.set_user_attr(ENQUEUED, True)
-        if points is not None:
-            reservations.given_only = True
-            reservations.n_trials = node.n_trials = len(study.get_trials(deepcopy=False))
     return reservations
+
+
+def put_points(reservations: Reservations, points: Sequence[dict[str, Any]]) -> None:
+    """Give a retraining its points, those that it does not have yet."""
+    with reservations.locked():
+        for point in points:
+            put_first(reservations.study, point)
+        reservations.n_trials = len(reservations.study.get_trials(deepcopy=False))
 
 
 @contextmanager

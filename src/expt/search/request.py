@@ -76,6 +76,9 @@ def request_of(
     with open_dict(cfg):
         del cfg["hydra"]
     node = cast(SearchConfig, OmegaConf.to_object(cfg.search))
+    # As they are written: what they refer to is a trial's own.
+    written = cast(dict[str, Any], OmegaConf.to_container(cfg.search, resolve=False))
+    node.retrain_with = list(written["retrain_with"])
     problems = node.problems()
     problems += [
         f"{name}: a search varies the settings of its trials, not itself"

@@ -1,14 +1,15 @@
 """`search.retrain`: the best points of a search, trained again with `search.retrain_with`.
 
 Trials are short so that there can be many, and a short training favours what learns fast. The
-retraining is a study of its own beside the search's, with the same space less what
+retraining is a study of its own in the search's folder, with the same space less what
 `search.retrain_with` sets. Its points are those of the best trials and of the presets, nothing is
 suggested, and it goes on, is shared and is recorded as any search is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,14 +17,17 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import HydraContext
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 from optuna.study import Study
 
-from expt.config.compose import key, quoted
+from expt.config.compose import key, prepare_arguments
+from expt.config.explain import first_lines
 from expt.config.search_node import SearchConfig
-from expt.errors import ConfigError
+from expt.errors import ConfigError, UserError
 from expt.search.metric import metric_of
 from expt.search.request import Request, request_of
-from expt.search.space import settings_lines
+from expt.search.space import Space
+from expt.search.trial import PRESET
 from expt.search.winner import feasible, pareto
 
 NAME = "{study}_retrained"
@@ -32,12 +36,13 @@ GIVEN_POINTS = {"_target_": "optuna.samplers.RandomSampler", "seed": None}
 OWN = {"study", "repeats", "presets", "n_jobs", "retry", "test_winner", "trial_time_limit_seconds",
        "plan_time_limit_seconds"}  # fmt: skip
 """Settings of `search` that a retraining may have of its own."""
+WHERE = "search.retrain_with"
 
 
 def retraining_of(
     request: Request, config: DictConfig, arguments: Sequence[str], hydra_context: HydraContext
-) -> Request | None:
-    """Return the request of a search's retraining, None without one.
+) -> Request:
+    """Return the request of a search's retraining.
 
     Args:
         request: of the search.
@@ -49,17 +54,15 @@ def retraining_of(
         ConfigError: what `search.retrain_with` may not set, or what makes no search.
 
     """
-    node = request.config
-    if node.retrain == 0:
-        return None
-    given = lines_of(node)
-    names = {key(line) for line in given}
-    kept = [line for line in arguments if key(line) not in names]
-    try:
+    with of_retraining():
+        given = lines_of(request.config)
+        names = {key(line) for line in given}
+        kept = [line for line in arguments if key(line) not in names]
         found = request_of(config, [*kept, *given], GIVEN_POINTS, hydra_context)
-    except ConfigError as error:
-        raise of_retraining(error) from error
-    return replace(found, folder=request.folder.with_name(found.config.study))
+        study = found.config.study
+        if study == request.config.study:
+            raise ConfigError(f"search.study={study} is the search's own; give it another name")
+        return replace(found, folder=request.folder / study)
 
 
 def lines_of(node: SearchConfig) -> list[str]:
@@ -67,74 +70,84 @@ def lines_of(node: SearchConfig) -> list[str]:
 
     Raises:
         ConfigError: they are not a retraining's to have.
+        HydraException: one cannot be read.
 
     """
-    lines = [f"{name}={_text(value)}" for name, value in node.retrain_with.items()]
-    problems = [problem for line in lines if (problem := _problem(line)) is not None]
+    problems = [problem for line in node.retrain_with if (problem := _problem(line)) is not None]
     if problems:
         raise ConfigError(problems)
-    own: dict[str, Any] = {
-        "search.study": NAME.format(study=node.study),
-        # What of the search is about short trials, or about which points are suggested.
-        "search.pruner": "none", "search.trial_time_limit_seconds": None,
-        "search.enqueue": [], "search.warm_start": None,
-        "search.retrain": 0, "search.retrain_with": None,
-    }  # fmt: skip
+    lines = prepare_arguments(node.retrain_with)
     names = {key(line) for line in lines}
-    return [*lines, *settings_lines({k: v for k, v in own.items() if k not in names})]
+    own = [
+        f"search.study={NAME.format(study=node.study)}",
+        # What of the search is about short trials, or about which points are suggested.
+        "search.pruner=none", "search.trial_time_limit_seconds=null",
+        "search.enqueue=[]", "search.warm_start=null", "search.retrain=0", f"{WHERE}=[]",
+    ]  # fmt: skip
+    return [*lines, *(line for line in own if key(line) not in names)]
 
 
-def of_retraining(error: ConfigError) -> ConfigError:
-    """Return an error of a retraining that says so."""
-    return ConfigError([f"search.retrain_with: {problem}" for problem in error.problems])
+@contextmanager
+def of_retraining() -> Iterator[None]:
+    """Say of what goes wrong in here that it is the retraining's.
+
+    Raises:
+        ConfigError: `search.retrain_with` was refused.
+        UserError: something else that only the user can mend.
+
+    """
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError([f"{WHERE}: {problem}" for problem in error.problems]) from error
+    except UserError as error:
+        raise UserError(f"{WHERE}: {error}") from error
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"{WHERE}: {first_lines(error)}") from error
 
 
-def points_to_retrain(study: Study, limited: bool, count: int) -> list[Mapping[str, Any]]:
-    """Return the points of the best trials inside the budget, the best first.
+def points_to_retrain(
+    study: Study, limited: bool, count: int, space: Space
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the points of the best trials inside the budget, the best first, and those of presets.
 
-    Of a search that compares the peak too, they are those that no other beats.
+    Of a search that compares the peak too, the best are those that no other beats. No point is
+    there twice.
 
     Args:
         study: of the search.
         limited: whether it has a budget.
-        count: how many at most.
+        count: how many of the best, at most.
+        space: of the retraining.
 
     """
     trials, metric = study.get_trials(deepcopy=False), metric_of(study)
-    found = [trial for trial in trials if feasible(trial, limited)]
-    if len(study.directions) > 1:
-        found = pareto(trials, limited, metric)
-    found.sort(key=lambda trial: (metric.cost(trial.values[0]), trial.number))
-    return [trial.params for trial in found[:count]]
+    inside = [trial for trial in trials if feasible(trial, limited)]
+    ranked = inside if len(study.directions) == 1 else pareto(trials, limited, metric)
+    ranked = sorted(ranked, key=lambda trial: (metric.cost(trial.values[0]), trial.number))
+    best = _distinct([space.point(trial.params) for trial in ranked])[:count]
+    presets = [space.point(trial.params) for trial in inside if PRESET in trial.user_attrs]
+    return best, _distinct([*best, *presets])[len(best) :]
 
 
-def _text(value: Any) -> str:
-    """Return a value in Hydra's grammar; a text that has a meaning in it, has it."""
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{name}:{_text(one)}" for name, one in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(map(_text, value)) + "]"
-    if not isinstance(value, str):
-        return settings_lines({"x": value})[0].partition("=")[2]
-    try:
-        OverridesParser.create().parse_override(f"x={value}")
-    except HydraException:
-        return quoted(value)
-    return value
+def _distinct(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return list({tuple(sorted(point.items())): dict(point) for point in points}.values())
 
 
 def _problem(line: str) -> str | None:
     """Say why a setting is not a retraining's to have, None if it is."""
     name = key(line)
     group, _, rest = name.partition(".")
+    if not line.startswith("~") and "=" not in line:
+        return f"{line!r} is no setting; write it as on the command line, like trainer.epochs=30"
     if group == "hydra" or name.startswith("hydra/"):
-        return f"search.retrain_with: {name} is Hydra's own; give it on the command line"
+        return f"{name} is Hydra's own; give it on the command line"
     if group in ("task", "tracking") or (group == "search" and rest not in OWN):
         own = ", ".join(f"search.{one}" for one in sorted(OWN))
         return (
-            f"search.retrain_with: {name} is the search's to set; a retraining has settings of the "
-            f"model, the data, the training and the memory, and {own}"
+            f"{name} is the search's to set; a retraining has settings of the model, the data, the "
+            f"training and the memory, and {own}"
         )
     if OverridesParser.create().parse_override(line).is_sweep_override():
-        return f"search.retrain_with: {line} has several values; a retraining varies nothing else"
+        return f"{line} has several values; a retraining varies nothing else"
     return None

@@ -18,6 +18,7 @@ but the study; the same are tags of its run in the tracker, with the prefix ``tr
 ``started``               true once its process was, whatever became of it
 ``worker``                which process sees to it
 ``values_by_seed``, ``spread``  with `search.repeats`: each seed's value and their deviation
+``preset``                true if `search.presets` put its point first
 ``duplicate_of``          the number of the trial with the same values
 
 A trial that an earlier study trained (`expt.search.warm_start`) has no ``kind``; instead:
@@ -49,6 +50,7 @@ RETRIED, RESUMED_AT = "retried", "resumed_at"
 PREDICTED = "predicted_peak_bytes"
 TECHNIQUES = "techniques"
 FROM, FROM_KIND = "from", "from_kind"
+PRESET = "preset"
 EXTRA = ("oom_events", "values_by_seed", "spread")
 """Attributes that some outcomes have, in `TrialOutcome.extra`."""
 

@@ -247,13 +247,19 @@ def begin_warm(study: Study, task: Task, earlier: Sequence[Source]) -> list[str]
     return lines
 
 
-def put_first(study: Study, point: dict[str, Any]) -> None:
-    """Let a point be tried next, unless the study has it; what it was shown was not tried here."""
+def put_first(study: Study, point: dict[str, Any], **attributes: Any) -> None:
+    """Let a point be tried next, unless the study has it; what it was shown was not tried here.
+
+    Its trial is given the attributes, also if it waits to be tried already.
+    """
     for trial in study.get_trials(deepcopy=False):
         tried = trial.system_attrs.get("fixed_params", trial.params)
         if FROM not in trial.user_attrs and same(tried, point):
+            if not trial.state.is_finished():
+                for name, value in attributes.items():
+                    study._storage.set_trial_user_attr(trial._trial_id, name, value)
             return
-    study.enqueue_trial(point)
+    study.enqueue_trial(point, user_attrs=attributes)
 
 
 def record_settings(study: Study, task: Task) -> None:

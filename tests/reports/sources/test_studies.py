@@ -105,6 +105,18 @@ def test_what_was_compared_before_a_run_is_the_budget_and_the_excess(swept, tmp_
     assert pruned.predicted_demand_bytes is None, "its excess was measured"
 
 
+def test_the_retraining_in_a_searchs_folder_has_a_page_of_its_own(swept, put_run, tmp_path) -> None:
+    inner, storage = swept / "tiny_retrained", f"sqlite:///{tmp_path}/optuna.db"
+    optuna.create_study(study_name="tiny_retrained", storage=storage).add_trial(
+        optuna.create_trial(value=3.0, user_attrs={"kind": "completed"})
+    )
+    put_run(inner / "trial_000", 3.0)
+    SweepSummary("tiny_retrained", 1, storage=storage).save(inner)
+    assert [r.value for r in ranked([str(swept)]).records if r.outcome.trained] == [3.9]
+    found = ranked([str(inner)])
+    assert (found.study, [r.value for r in found.records]) == ("tiny_retrained", [3.0])
+
+
 def test_a_searchs_folder_may_have_been_moved(swept) -> None:
     trained = ranked([str(swept.rename(swept.parent / "kept"))]).records[0]
     assert trained.metrics["test/mae"] == pytest.approx(4.1), "from the run's folder"

@@ -52,7 +52,9 @@ def runs_in_folders(patterns: Sequence[str]) -> RunSet:
         )
     summaries = {path for folder in folders for path in folder.rglob(SWEEP_NAME)}
     # The tracker's artifacts hold a copy of a summary, without the trials.
-    studies = {path.parent for path in summaries if any(path.parent.glob("trial_*"))}
+    found = {path.parent for path in summaries if any(path.parent.glob("trial_*"))}
+    # In a search's folder is that of its retraining, which has a page of its own.
+    studies = {folder for folder in found if not found & set(folder.parents)}
     if len(studies) == 1:
         try:
             return with_study(runs, studies.pop())
