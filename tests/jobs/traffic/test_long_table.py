@@ -4,6 +4,8 @@ import time
 
 import numpy as np
 import pandas as pd
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from expt.errors import DataError
@@ -223,3 +225,25 @@ def test_ids_without_leading_zeros_are_whole_numbers(tmp_path, ids):
     table = pd.DataFrame({"time": TWICE, "sensor_id": np.tile(ids, 40), "speed": 50.5})
     series = read_series(saved(table, tmp_path))
     assert series.sensor_ids == tuple(name.strip().removesuffix(".0") for name in ids)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_large_ids_are_not_rounded_where_one_is_empty(tmp_path, suffix):
+    ids = [631259456789123071, 631259456789123072, None] * 40
+    columns = {"time": np.repeat(TIMES, 3), "segment_id": ids, "speed": np.arange(120) + 0.5}
+    if suffix == "csv":
+        path = saved(pd.DataFrame(columns | {"segment_id": pd.Series(ids, dtype=object)}), tmp_path)
+    else:
+        path = tmp_path / "x.parquet"
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    series = read_series(path)
+    assert series.sensor_ids == ("631259456789123071", "631259456789123072")
+    np.testing.assert_array_equal(series.values[1], [3.5, 4.5])
+
+
+@pytest.mark.parametrize("ids", [("NA", "SA"), ("null", "7"), ("None", "1e3"), ("N/A", "nan")])
+def test_only_an_empty_cell_is_no_id(tmp_path, ids):
+    table = pd.DataFrame({"time": np.repeat(TIMES, 3), "sensor": np.tile((*ids, ""), 40)})
+    series = read_series(saved(table.assign(speed=50.5), tmp_path))
+    assert series.sensor_ids == ids
+    assert "40 rows without a sensor in sensor: left out" in series.notes

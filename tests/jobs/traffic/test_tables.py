@@ -39,6 +39,35 @@ def test_a_csv_is_read(tmp_path, text):
     assert series.sensor_ids == ("773869", "767541")
 
 
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n"])
+def test_lines_may_end_in_any_way(tmp_path, end):
+    text = ("\n\n" + GOOD).replace("\n", end)
+    (tmp_path / "x.csv").write_bytes(text.encode())
+    np.testing.assert_array_equal(read_series(tmp_path / "x.csv").timestamps, TIMES)
+
+
+@pytest.mark.parametrize("unit", ["s", "ms", "ns"])
+@pytest.mark.parametrize("kind", [int, float])
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "npz"])
+def test_times_since_1970_are_read_in_every_format(tmp_path, unit, kind, suffix):
+    path, times = tmp_path / f"x.{suffix}", TIMES.astype(f"M8[{unit}]").astype(kind)
+    table = pd.DataFrame({"timestamp": times, "773869": [60.5, 61]})
+    if suffix == "npz":
+        np.savez(path, speed=table[["773869"]], timestamps=times)
+    else:
+        table.to_csv(path, index=False) if suffix == "csv" else table.to_parquet(path)
+    series = read_series(path)
+    np.testing.assert_array_equal(series.timestamps, TIMES)
+    assert series.values.shape == (2, 1)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_row_numbers_in_front_are_no_times(tmp_path, first):
+    lines = [f"{number},{line}" for number, line in enumerate(GOOD.splitlines(), first - 1)]
+    path = write_csv(tmp_path, "\n".join(['"",' + GOOD.splitlines()[0], *lines[1:]]))
+    assert read_series(path).sensor_ids == ("773869", "767541")
+
+
 HEADER = GOOD.splitlines()[0]
 
 
@@ -96,6 +125,8 @@ def frame(**columns):
         frame(time=TIMES.astype("datetime64[ns]")),
         frame(time=TIMES)[["773869", "time", "767541"]],
         frame(time=TIMES).astype({"767541": "Float32"}),
+        frame(time=TIMES, day=[datetime.date(2012, 3, 1)] * 2),
+        frame().set_index(pd.Index(TIMES.astype(int), name="timestamp")),
     ],
 )
 def test_a_parquet_table_is_read(tmp_path, table):
@@ -112,8 +143,8 @@ def test_a_parquet_table_is_read(tmp_path, table):
         (frame(), "has no timestamp column; found 773869, 767541; expected times"),
         (frame(time=TIMES, road=["a", "b"]), "column 'road' holds 'a' at 2012-03-01T00:00:00"),
         (frame(time=TIMES, ok=[True, False]), "column 'ok' holds .*True"),
-        (frame(time=TIMES, then=TIMES), "column 'then' holds"),
-        (frame(time=TIMES, day=[datetime.date(2012, 3, 1)] * 2), "column 'day' holds"),
+        (frame(time=TIMES, then=TIMES[::-1] + 86_400), "column 'then' holds"),
+        (frame(time=TIMES, day=[datetime.date(2012, 3, 2)] * 2), "column 'day' holds"),
         (frame(time=TIMES[::-1]), "time steps not increasing"),
     ],
 )

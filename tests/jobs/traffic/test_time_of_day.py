@@ -34,6 +34,12 @@ CLOCKS = {
     "hour": HOURS,
     "Hour of day": HOURS,
     "of the day": TIMES.strftime("%H:%M"),
+    "at": TIMES.strftime("%I:%M %p"),
+    "interval": HOURS * 3600,
+    "seconds": HOURS * 3600.0,
+    "minute_of_day": HOURS * 60,
+    "since": (TIMES - TIMES.normalize()).astype(str),
+    "datetime": TIMES.astype(str),
 }
 
 
@@ -50,7 +56,10 @@ def test_dates_and_the_time_of_day_are_put_together(
         np.testing.assert_array_equal(series.timestamps, TIMES.to_numpy().astype("M8[s]"))
         assert series.sensor_ids == tuple(columns)
         np.testing.assert_array_equal(series.values[:, 0], np.float32(speeds()))
-        assert series.notes == (f"the times are the dates with the time of day in {name}",)
+        if name == "datetime" and given is not table:  # they come first
+            assert series.notes == ("left date, which has the days of the times",)
+        else:
+            assert series.notes == (f"the times are the dates with the time of day in {name}",)
 
 
 def test_one_column_of_such_a_table_is_read(tmp_path: Path) -> None:
@@ -64,7 +73,39 @@ def test_hours_and_minutes_are_put_together(tmp_path: Path) -> None:
     table = pd.DataFrame({"date": times.strftime("%Y-%m-%d"), **clock, "speed": speeds(600)})
     series = read(table, tmp_path)
     np.testing.assert_array_equal(series.timestamps, times.to_numpy().astype("M8[s]"))
-    assert series.notes[0].endswith("time of day in hour, minute, left period")
+    assert series.notes[0].endswith("time of day in hour, minute")
+    assert series.notes[1] == "left period, of the time of day"
+    assert read(table, tmp_path, channel="period").sensor_ids == ("period",)
+
+
+@pytest.mark.parametrize("minute", ["minute", "min", "mins"])
+def test_seconds_are_put_to_hours_and_minutes(tmp_path: Path, minute: str) -> None:
+    times = pd.date_range("2024-01-01", periods=400, freq="30s")
+    table = pd.DataFrame({"date": times.strftime("%Y-%m-%d"), "hour": times.hour})
+    table[minute], table["second"], table["speed"] = times.minute, times.second, speeds(400)
+    series = read(table, tmp_path)
+    np.testing.assert_array_equal(series.timestamps, times.to_numpy().astype("M8[s]"))
+    assert series.sensor_ids == ("speed",)
+
+
+@pytest.mark.parametrize("columns", [["sensor_id", "speed"], ["speed"]])
+def test_what_else_looks_like_times_gives_way_to_the_hour(
+    tmp_path: Path, columns: list[str]
+) -> None:
+    others = len(columns)
+    table = pd.DataFrame({"date": np.repeat(DATES, others)})
+    table["travel_time"] = [f"{n % 9:02d}:{n % 59:02d}" for n in range(72 * others)]
+    table["hour"] = np.repeat(HOURS, others)
+    table["sensor_id"] = np.tile(np.arange(others), 72)
+    table["time"], table["speed"] = np.arange(72 * others) % 7 + 100, speeds(72 * others)
+    late = np.repeat(TIMES + pd.Timedelta("10min"), others)
+    table = table[["date", "travel_time", "hour", "time", *columns]].assign(loaded_at=late)
+    if others == 1:
+        table = table.drop(columns="travel_time")
+    series = read(table, tmp_path)
+    np.testing.assert_array_equal(series.timestamps, TIMES.to_numpy().astype("M8[s]"))
+    np.testing.assert_array_equal(series.values, np.float32(speeds(72 * others)).reshape(72, -1))
+    assert read(table, tmp_path, channel="time").values.min() == 100
 
 
 def test_a_long_table_of_dates_and_hours(tmp_path: Path) -> None:
@@ -75,12 +116,14 @@ def test_a_long_table_of_dates_and_hours(tmp_path: Path) -> None:
     np.testing.assert_array_equal(series.values, np.float32(speeds(144)).reshape(72, 2))
 
 
-@pytest.mark.parametrize("kind", ["parquet", "h5"])
+@pytest.mark.parametrize("kind", ["parquet", "date32", "h5"])
 def test_other_files_of_dates_and_hours(tmp_path: Path, kind: str) -> None:
     days = pd.to_datetime(pd.Series(DATES))
-    if kind == "parquet":
+    if kind != "h5":
         clock = pd.Series([time.time() for time in TIMES])
-        pd.DataFrame({"date": days, "time": clock, "a": speeds()}).to_parquet(
+        dates = days if kind == "parquet" else days.dt.date
+        kind = "parquet"
+        pd.DataFrame({"date": dates, "time": clock, "a": speeds()}).to_parquet(
             tmp_path / "x.parquet"
         )
     else:
@@ -114,8 +157,9 @@ def test_of_dates_and_full_times_the_times_are_read(tmp_path: Path) -> None:
         {"hour": HOURS + 1},
         {"time": HOURS * 100},
         {"interval": HOURS},
-        {"time": TIMES.strftime("%I:%M %p")},
         {"minute": HOURS},
+        {"step": HOURS},
+        {"t": HOURS.astype(str)},
     ],
 )
 def test_a_time_of_day_that_is_not_clear_is_refused(
@@ -126,9 +170,54 @@ def test_a_time_of_day_that_is_not_clear_is_refused(
         read(table, tmp_path)
 
 
-def test_daily_means_of_several_sensors_stay_so(tmp_path: Path) -> None:
-    days = pd.date_range("2024-01-01", periods=30)
-    table = pd.DataFrame({"date": np.repeat(days, 2), "sensor_id": np.tile([1, 2], 30)})
-    table["speed"], table["time"], table["interval"] = speeds(60), speeds(60), 1440
+@pytest.mark.parametrize("sensor", [[], ["sensor_id"]])
+def test_of_a_quarter_of_the_hour_no_sensors_are_made(tmp_path: Path, sensor: list[str]) -> None:
+    times = np.repeat(pd.date_range("2024-01-01", periods=192, freq="15min"), 2)
+    table = pd.DataFrame({"date": times.strftime("%Y-%m-%d"), "hour": times.hour})
+    table["quarter"], table["sensor_id"] = times.minute // 15, np.tile([1, 2], 192)
+    table = table[["date", "hour", "quarter", *sensor]].assign(speed=speeds(384))
+    with pytest.raises(DataError, match=r"dates and hours are repeated.* in quarter, the first 0"):
+        read(table if sensor else table[::2], tmp_path)
+
+
+@pytest.mark.parametrize("cell", ["", "25:00", "noon"])
+def test_a_row_without_a_time_of_day_is_named(tmp_path: Path, cell: str) -> None:
+    table = pd.DataFrame({"date": DATES, "time": CLOCKS["time"], "speed": speeds()})
+    table.loc[5, "time"] = cell
+    with pytest.raises(DataError, match=r"row 5 \(counted from 0\) of 'time', .* like 00:00 in"):
+        read(table, tmp_path)
+
+
+DAYS = pd.date_range("2024-01-01", periods=30)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("hour", np.repeat(np.arange(30) % 2 + 7, 2)),
+        ("hour", np.arange(60) % 3 + 7),
+        ("minutes", np.arange(60) % 7),
+        ("time", np.arange(60) % 11 + 100),
+        ("time", speeds(60)),
+        ("interval", 1440),
+        ("loaded_at", np.repeat(DAYS + pd.Timedelta("1h"), 2)),
+    ],
+)
+def test_daily_means_of_several_sensors_stay_so(
+    tmp_path: Path, name: str, values: np.ndarray
+) -> None:
+    table = pd.DataFrame({"date": np.repeat(DAYS, 2), "sensor_id": np.tile([1, 2], 30)})
+    table["speed"], table[name] = speeds(60), values
     series = read(table, tmp_path)
-    assert series.values.shape == (30, 2) and series.step_seconds == 86_400
+    np.testing.assert_array_equal(series.timestamps, DAYS.to_numpy().astype("M8[s]"))
+    np.testing.assert_array_equal(series.values, np.float32(speeds(60)).reshape(30, 2))
+
+
+def test_dates_beside_full_times_are_left_out(tmp_path: Path) -> None:
+    table = pd.DataFrame({"datetime": TIMES, "date": DATES, "a": speeds()})
+    series = read(table, tmp_path)
+    assert series.sensor_ids == ("a",)
+    assert series.notes == ("left date, which has the days of the times",)
+    table["date"] = "2024-05-01"
+    with pytest.raises(DataError, match="column 'date' holds"):
+        read(table, tmp_path)

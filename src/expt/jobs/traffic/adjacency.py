@@ -110,8 +110,8 @@ def _read_csv(path: Path) -> tuple[Any, tuple[str, ...] | None]:
     """Read N x N numbers, with ids in the first row, the first column, both or neither."""
     import pandas as pd
 
-    with opened_csv(path) as encoding:
-        table = pd.read_csv(path, header=None, dtype=str, keep_default_na=False, encoding=encoding)
+    with opened_csv(path) as file:
+        table = pd.read_csv(file, header=None, dtype=str, keep_default_na=False)
         cells = without_empty_end(table, keep=1).to_numpy(object)
     rows, columns = cells.shape
     square = rows == columns

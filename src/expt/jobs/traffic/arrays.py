@@ -10,6 +10,7 @@ Letters: `S` time steps, `N` sensors, `C` channels.
 
 from __future__ import annotations
 
+import re
 import zipfile
 import zlib
 from collections.abc import Collection, Iterator
@@ -163,6 +164,8 @@ def to_seconds(raw: npt.NDArray[Any]) -> npt.NDArray[np.datetime64]:
         return raw.astype("datetime64[s]")
     if raw.dtype.kind in _TEXT:
         return _clock_of_text(raw)[0]
+    if raw.dtype.kind == "f" and not (raw[~np.isnan(raw)] % 1).any():
+        raw = np.where(np.isnan(raw), _NO_TIME, raw).astype(np.int64)
     if raw.dtype.kind in "iu":
         known = raw[raw != _NO_TIME]
         first = int(known[0]) if known.size else _YEAR_1980
@@ -179,6 +182,19 @@ def to_seconds(raw: npt.NDArray[Any]) -> npt.NDArray[np.datetime64]:
 def to_clock(raw: npt.NDArray[Any]) -> tuple[Times, tuple[str, ...]]:
     """Return `to_seconds` of times, and a note about their zone where text names one."""
     return _clock_of_text(raw) if raw.dtype.kind in _TEXT else (to_seconds(raw), ())
+
+
+def counts_since_1970(name: str, raw: npt.NDArray[Any]) -> bool:
+    """Whether a column of numbers is of times, as its name and `to_seconds` say."""
+    word = name.lower()
+    if not (re.search("time|date|stamp|epoch|unix", word) or word.strip() in ("", "t", "ts")):
+        return False
+    try:
+        times = to_seconds(raw)
+    except DataError:
+        return False
+    seconds = times[~np.isnat(times)].astype(np.int64)
+    return bool(((seconds >= _YEAR_1980) & (seconds < _YEAR_2100)).all())
 
 
 def _clock_of_text(raw: npt.NDArray[Any]) -> tuple[Times, tuple[str, ...]]:

@@ -36,10 +36,9 @@ from expt.jobs.traffic.choice import (
     speed_rank,
 )
 from expt.jobs.traffic.clock import Times, local_clock
-from expt.jobs.traffic.long_table import is_sensor_name, sensor_column, to_wide
+from expt.jobs.traffic.long_table import is_sensor_name, laid_out, to_wide
 from expt.jobs.traffic.series import to_float32, to_sensor_ids
 from expt.jobs.traffic.source import translated
-from expt.jobs.traffic.time_of_day import with_time_of_day
 
 _FRAME = ("axis0", "axis1", "block0_items", "block0_values")
 
@@ -183,13 +182,12 @@ def _read_frame(group: Any, choice: Choice) -> Arrays:
         if unknown:
             raise DataError(f"{block}_items names {unknown[0]!r}, which axis0 does not have")
         cells[:, [position[name] for name in items]] = _read(values)
-    times, clocks, joined = with_time_of_day(columns, [*cells.T], times)
-    if clocks:
-        columns = tuple(name for place, name in enumerate(columns) if place not in clocks)
-        cells, notes = np.delete(cells, clocks, axis=1), (*notes, *joined)
-    sensors = sensor_column(columns, [*cells.T], times)
-    if sensors is not None:
-        return to_wide(columns, [*cells.T], times, sensors, choice).noted(*notes)
+    layout = laid_out(columns, [*cells.T], times, choice.channel)
+    times, notes, others = layout.times, (*notes, *layout.notes), layout.others
+    columns, cells = tuple(columns[place] for place in others), cells[:, others]
+    if layout.sensors is not None:
+        place = others.index(layout.sensors)
+        return to_wide(columns, [*cells.T], times, place, choice).noted(*notes)
     speed = to_float32(cells, group.name)
     arrays = Arrays(speed=speed, timestamps=times, sensor_ids=np.array(columns))
     return one_channel(arrays.noted(*notes), group.name, choice)

@@ -5,7 +5,6 @@ Letters: `S` time steps, `N` sensors.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from expt.errors import DataError
+from expt.jobs.traffic.arrays import counts_since_1970, to_seconds
 from expt.jobs.traffic.choice import Arrays, Choice, column_note, one_channel
 from expt.jobs.traffic.clock import Times, local_clock, parsed
-from expt.jobs.traffic.long_table import is_sensor_name, sensor_column, to_wide
+from expt.jobs.traffic.long_table import is_label, is_sensor_name, laid_out, to_wide
 from expt.jobs.traffic.source import translated
 from expt.jobs.traffic.text_table import blank_lines, opened_csv, without_empty_end
-from expt.jobs.traffic.time_of_day import Column, is_clock_column, with_time_of_day
+from expt.jobs.traffic.time_of_day import Column, clock_on, is_clock_column
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,20 +35,17 @@ def read_csv(path: Path, choice: Choice | None = None) -> Arrays:
     """
     import pandas as pd
 
-    with opened_csv(path) as encoding:
-        first = blank_lines(path, encoding) + 1  # of the rows
-        header = pd.read_csv(
-            path, header=None, nrows=1, dtype=str, keep_default_na=False, encoding=encoding
-        )
+    with opened_csv(path) as file:
+        first = blank_lines(file) + 1  # of the rows
+        header = pd.read_csv(file, header=None, nrows=1, dtype=str, keep_default_na=False)
         names = [str(name) for name in header.iloc[0]]
         _refuse_other_separators(names)
         _refuse_data_as_header(names)
         while len(names) > 1 and not names[-1].strip():  # of trailing commas
             names.pop()
+        file.seek(0)
         try:
-            frame = pd.read_csv(
-                path, header=None, skiprows=first, low_memory=False, encoding=encoding
-            )
+            frame = pd.read_csv(file, header=None, skiprows=first, low_memory=False)
         except pd.errors.EmptyDataError:
             raise DataError("has a header but no rows; expected one row per time step") from None
     frame = without_empty_end(frame, keep=len(names))
@@ -59,55 +56,68 @@ def read_csv(path: Path, choice: Choice | None = None) -> Arrays:
             f"the header names {len(names)} columns, the first row has {frame.shape[1]}; "
             f"{_EXPECTED_CSV}"
         )
-    place = _time_column(names, frame)
-    clock, notes = _parse_times(frame.iloc[:, place], names[place])
+    place, parsed_times = _time_column(names, frame)
+    times, notes = _checked(parsed_times, frame.iloc[:, place], names[place])
     if place and _counts_rows(names[0], frame[0]):
         names, frame, place = names[1:], frame.iloc[:, 1:], place - 1
     rest = frame.drop(columns=frame.columns[place])
     names.pop(place)
-    return _arrays(names, rest, clock, choice, partial(_as_written, path, first)).noted(*notes)
+    return _arrays(names, rest, times, choice, partial(_as_written, path, first)).noted(*notes)
 
 
 def _as_written(path: Path, first: int, column: int) -> Column:
     """Return the cells of one column as text, without spaces around."""
     import pandas as pd
 
-    with opened_csv(path) as encoding:
+    with opened_csv(path) as file:
         cells = pd.read_csv(
-            path, header=None, skiprows=first, usecols=[column], dtype=str, encoding=encoding
+            file, header=None, skiprows=first, usecols=[column], dtype=str, keep_default_na=False
         )
-    return cells[column].str.strip().to_numpy(object)
+    which, texts = pd.factorize(cells[column])
+    return np.array([*(text.strip() for text in texts), ""], dtype=object)[which]
 
 
 def read_parquet(path: Path, choice: Choice | None = None) -> Arrays:
-    """Read times from the index, else from the first column of times; the rest are sensors.
+    """Read times from the index, else from a column of times; the rest are sensors.
 
     A long table, a row per time and sensor, is made wide.
     """
     import pandas as pd
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     damaged = (OSError, ValueError, KeyError, TypeError, pa.ArrowException)
     with translated(path, "parquet", *damaged):
-        frame = pd.read_parquet(path, engine="pyarrow")
-    if isinstance(frame.index, pd.MultiIndex):
+        table = pq.read_table(path, partitioning=None)
+        frame = table.to_pandas(date_as_object=False)
+
+    def whole_numbers(name: str) -> Column | None:
+        """Return a column of these as text, which an empty cell would round to floats."""
+        if table.column_names.count(name) != 1 or not pa.types.is_integer(table[name].type):
+            return None
+        return np.array(table[name].cast(pa.string()).to_pylist(), dtype=object)
+
+    if isinstance(frame.index, pd.DatetimeIndex):
+        columns = [str(name) for name in frame.columns]
+        clock, notes = local_clock(frame.index)
+        return _arrays(columns, frame, clock, choice, whole_numbers).noted(*notes)
+    if frame.index.names != [None]:
         frame = frame.reset_index()
     columns = [str(name) for name in frame.columns]
-    if isinstance(frame.index, pd.DatetimeIndex):
-        times, rest = frame.index, frame
+    kinds = [getattr(dtype, "kind", "O") for dtype in frame.dtypes]
+    if "M" in kinds:
+        place, times = kinds.index("M"), frame.iloc[:, kinds.index("M")]
     else:
-        kinds = [getattr(dtype, "kind", "O") for dtype in frame.dtypes]
-        if "M" not in kinds:
-            raise DataError(
-                f"has no timestamp column; found {', '.join(columns[:6])}; expected times as "
-                "the index, or a column of them: frame.index = pandas.to_datetime(…)"
-            )
-        position = _finer(frame, kinds.index("M"))
-        times = pd.DatetimeIndex(frame.iloc[:, position])
-        rest = frame.iloc[:, [column for column in range(len(columns)) if column != position]]
-        columns.pop(position)
-    clock, notes = local_clock(times)
-    return _arrays(columns, rest, clock, choice).noted(*notes)
+        place, times = _time_column(columns, frame)
+    if times is None:
+        raise DataError(
+            f"has no timestamp column; found {', '.join(columns[:6])}; expected times as "
+            "the index, or a column of them: frame.index = pandas.to_datetime(…)"
+        )
+    clock, notes = local_clock(pd.DatetimeIndex(times))
+    rest = frame.iloc[:, [column for column in range(len(columns)) if column != place]]
+    columns.pop(place)
+    return _arrays(columns, rest, clock, choice, whole_numbers).noted(*notes)
 
 
 def _arrays(
@@ -115,11 +125,11 @@ def _arrays(
     frame: pd.DataFrame,
     times: Times,
     choice: Choice | None,
-    as_written: Callable[[int], Column] | None = None,
+    as_written: Callable[[Any], Column | None],
 ) -> Arrays:
     """Return a wide table's columns, or a long table made wide.
 
-    `as_written` returns a column as text, by its label, where numbers were text in the file.
+    `as_written` returns a column as text, by its label, where its numbers may not be the file's.
     """
     choice = choice or Choice()
     if choice.key is not None:
@@ -128,63 +138,62 @@ def _arrays(
             "data.channel=NAME reads one of its columns"
         )
     columns = [frame.iloc[:, place].to_numpy() for place in range(len(names))]
-    times, clocks, notes = with_time_of_day(names, columns, times)
-    if clocks:
-        rest = [place for place in range(len(names)) if place not in clocks]
-        names, frame = [names[place] for place in rest], frame.iloc[:, rest]
-        return _arrays(names, frame, times, choice, as_written).noted(*notes)
-    sensors = sensor_column(names, columns, times)
+    for place, name in enumerate(names):
+        if is_sensor_name(name) and is_label(columns[place]):
+            written = as_written(frame.columns[place])
+            columns[place] = columns[place] if written is None else written
+    layout = laid_out(names, columns, times, choice.channel)
+    times, sensors, notes = layout.times, layout.sensors, layout.notes
     if sensors is not None:
-        if as_written is not None and columns[sensors].dtype.kind in "iuf":
-            texts = as_written(int(frame.columns[sensors]))
-            if any(re.fullmatch(r"0\d+", str(text)) for text in texts):
-                columns[sensors] = texts  # 0401 is another id than 401
-        return to_wide(names, columns, times, sensors, choice)
+        if not is_sensor_name(names[sensors]):
+            written = as_written(frame.columns[sensors])
+            columns[sensors] = columns[sensors] if written is None else written
+        kept = layout.others
+        names, columns = [names[place] for place in kept], [columns[place] for place in kept]
+        return to_wide(names, columns, times, kept.index(sensors), choice).noted(*notes)
+    dates = [place for place in layout.others if clock_on(columns[place], times) is not None]
+    if dates:
+        listed = ", ".join(names[place] for place in dates)
+        notes += (f"left {listed}, which has the days of the times",)
+    kept = [place for place in layout.others if place not in dates]
+    names, frame = [names[place] for place in kept], frame.iloc[:, kept]
     if choice.channel is not None and str(choice.channel) in names:
         place = names.index(str(choice.channel))
         speeds = _numbers(frame.iloc[:, [place]], [names[place]], times)
         arrays = Arrays(speed=speeds, timestamps=times, sensor_ids=np.array([names[place]]))
-        return arrays.noted(column_note(names[place], len(names)))
+        return arrays.noted(*notes, column_note(names[place], len(names)))
     speeds = _numbers(frame, names, times)
     arrays = Arrays(speed=speeds, timestamps=times, sensor_ids=np.array(names))
-    return one_channel(arrays, "the table", choice)
+    return one_channel(arrays.noted(*notes), "the table", choice)
 
 
-def _time_column(names: list[str], frame: pd.DataFrame) -> int:
-    """Return which column has the times: the first, but for row numbers and sensor ids before.
+def _time_column(names: list[str], frame: pd.DataFrame) -> tuple[int, pd.Series[Any] | None]:
+    """Return which column has the times, and these, None if it has none.
 
-    Of one of dates and one of times it is that of times.
+    It is the first, but for row numbers, sensor ids and the time of day before it.
     """
+    import pandas as pd
+
     for place, name in enumerate(names):
         column = frame.iloc[:, place]
-        if not _is_numeric(column) and _parsed(column).notna().all():
-            return _finer(frame, place)
+        if not _is_numeric(column):
+            times = _parsed(column)
+            if times.notna().all():
+                return place, times
+        elif counts_since_1970(name, numbers := column.to_numpy()):
+            return place, pd.Series(to_seconds(numbers))
         passed = is_sensor_name(name) or _counts_rows(name, column)
         if not (passed or is_clock_column(name, column.to_numpy())):
             break
-    return 0
-
-
-def _finer(frame: pd.DataFrame, place: int) -> int:
-    """Return the first column after this one of dates that has times, else this one."""
-    if _are_dates(frame.iloc[:, place]) and frame.iloc[:, place].duplicated().any():
-        for other in range(place + 1, frame.shape[1]):
-            column = frame.iloc[:, other]
-            if not _is_numeric(column) and _parsed(column).notna().all() and not _are_dates(column):
-                return other
-    return place
-
-
-def _are_dates(column: pd.Series[Any]) -> bool:
-    times = _parsed(column)
-    return times.dtype.kind == "M" and bool((times == times.dt.normalize()).all())
+    return 0, None
 
 
 def _counts_rows(name: str, column: pd.Series[Any]) -> bool:
-    """Whether the column is the number of the row, as ``frame.to_csv`` writes in front."""
+    """Whether the column is the number of the row, as pandas and R write in front."""
     if name.strip() or not _is_numeric(column):
         return False
-    return bool((column.to_numpy() == np.arange(len(column))).all())
+    numbers = column.to_numpy()
+    return bool(numbers[0] in (0, 1) and (numbers == np.arange(len(column)) + numbers[0]).all())
 
 
 def _refuse_other_separators(names: list[str]) -> None:
@@ -207,15 +216,19 @@ def _refuse_data_as_header(names: list[str]) -> None:
         )
 
 
-def _parse_times(column: pd.Series[Any], name: str) -> tuple[Times, tuple[str, ...]]:
+def _checked(
+    times: pd.Series[Any] | None, column: pd.Series[Any], name: str
+) -> tuple[Times, tuple[str, ...]]:
+    """Return the times on the clock of a column, parsed or to be parsed here, or say what it is."""
     import pandas as pd
 
-    if _is_numeric(column):
+    if times is None and _is_numeric(column):
         raise DataError(
             f"has no timestamp column: the first, {name!r}, holds numbers, the first "
             f"{column.iloc[0]}; {_EXPECTED_CSV}"
         )
-    times = parsed(column, repr(name))
+    if times is None or times.dtype.kind != "M":
+        times = parsed(column, repr(name))
     bad = np.flatnonzero(times.isna())
     if bad.size:
         raise DataError(

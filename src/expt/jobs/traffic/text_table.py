@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from expt.errors import DataError
 from expt.jobs.traffic.source import translated
@@ -19,12 +19,12 @@ _MARKS = (
     (b"\xff\xfe", "utf-16"),
     (b"\xfe\xff", "utf-16"),
 )
-"""What a file begins with that is not in UTF-8 and says so; UTF-8's own mark pandas takes off."""
+"""What a file begins with that is not in UTF-8 and says so."""
 
 
 @contextmanager
-def opened_csv(path: Path) -> Iterator[str]:
-    """Give the file's encoding, and say of what pandas cannot read what is wrong with it.
+def opened_csv(path: Path) -> Iterator[TextIO]:
+    """Open the file as text, and say of what pandas cannot read what is wrong with it.
 
     Raises `DataError` when the file is damaged, its text is in an encoding that cannot be told, or
     its rows differ in length.
@@ -33,7 +33,8 @@ def opened_csv(path: Path) -> Iterator[str]:
 
     with translated(path, "CSV", OSError, ValueError):
         try:
-            yield _encoding(path)
+            with path.open(encoding=_encoding(path)) as file:
+                yield file
         except UnicodeDecodeError as error:
             _refuse_encoding(path, error)
             raise
@@ -46,10 +47,11 @@ def opened_csv(path: Path) -> Iterator[str]:
             ) from error
 
 
-def blank_lines(path: Path, encoding: str) -> int:
-    """Return how many lines without anything the file begins with."""
-    with path.open(encoding=encoding) as file:
-        return next((number for number, line in enumerate(file) if line.strip("\ufeff \t\n")), 0)
+def blank_lines(file: TextIO) -> int:
+    """Return how many lines without anything the file begins with, and go back to its start."""
+    count = next((number for number, line in enumerate(file) if line.strip("\ufeff \t\n")), 0)
+    file.seek(0)
+    return count
 
 
 def _encoding(path: Path) -> str:
@@ -62,7 +64,7 @@ def _encoding(path: Path) -> str:
         zeros = head[offset::2]
         if len(zeros) > 4 and not any(zeros) and all(head[1 - offset :: 2]):
             return encoding
-    return "utf-8"
+    return "utf-8-sig"
 
 
 def _refuse_encoding(path: Path, error: UnicodeDecodeError) -> None:
