@@ -108,7 +108,7 @@ def test_names_and_units_are_no_formulas(tmp_path: Path, figures: list[Figure]) 
     speeds = Series.from_arrays(values, START + np.arange(50) * np.timedelta64(300), names)
     plot_day(np.full((20, 3, 3), 50.0), speeds, np.arange(10, 30), tmp_path, "$\\y$")
     plot_horizon([1.0, 2.0], 300, tmp_path, "$\\y$")
-    plot_sensors(sums(5, 3), speeds.timestamps[:5], names, tmp_path, "$\\y$")
+    plot_sensors(sums(5, 3), speeds.timestamps[:5], 1, names, tmp_path, "$\\y$")
     assert {axes.get_title(loc="left") for axes in figures[0].axes} == {
         f"sensor {n}" for n in names
     }
@@ -176,7 +176,7 @@ def test_a_sensor_whose_level_has_changed_is_the_first_row(
     errors[2, :, 1] = 0  # nothing measured
     errors[3, :, 2] = [40, 40, 1]  # a single reading, of a sensor that failed
     times = START + np.arange(10) * np.timedelta64(1, "D")
-    path = plot_sensors(errors, times, [f"s{n}" for n in range(6)], tmp_path, "mph")
+    path = plot_sensors(errors, times, 1, [f"s{n}" for n in range(6)], tmp_path, "mph")
     assert path == tmp_path / "sensors.png"
     assert_png(path)
     grid, bars = figures[0].axes[:2]
@@ -193,14 +193,19 @@ def test_a_sensor_whose_level_has_changed_is_the_first_row(
     assert bars.get_title(loc="left").startswith("all: 2.")
 
 
-def test_many_sensors_and_periods_are_summed_up(tmp_path: Path, figures: list[Figure]) -> None:
-    errors = sums(150, 70)
+def test_of_many_sensors_the_most_one_sided_are_drawn(
+    tmp_path: Path, figures: list[Figure]
+) -> None:
+    errors = sums(50, 70)
     errors[:, 1] = np.arange(70)  # the last is the most one-sided
     errors[:, :, 69] = 0  # but was never measured
-    times = START + np.arange(150) * np.timedelta64(1, "D")
-    plot_sensors(errors, times, [str(n) for n in range(70)], tmp_path, "km/h")
+    times = START + np.arange(50) * np.timedelta64(3, "D")
+    plot_sensors(errors, times, 3, [str(n) for n in range(70)], tmp_path, "km/h")
     grid = figures[0].axes[0]
-    assert grid.get_title(loc="left") == "Mean error by sensor and time, 40 of 70 sensors"
+    assert grid.get_title(loc="left") == (
+        "Mean error by sensor and day, the 40 most one-sided of 70 sensors"
+    )
+    assert grid.get_xlabel().startswith("day of the first forecast, 3 days a column")
     assert [label.get_text() for label in grid.get_yticklabels()] == [
         str(n) for n in range(68, 28, -1)
     ]
@@ -208,4 +213,4 @@ def test_many_sensors_and_periods_are_summed_up(tmp_path: Path, figures: list[Fi
     assert field is not None and field.shape == (40, 50)
     np.testing.assert_allclose(field[0], 0.68)
     shown = [label.get_text() for label in grid.get_xticklabels()]
-    assert shown[:2] == [str(times[0])[:10], str(times[21])[:10]]
+    assert shown[:2] == [str(times[0])[:10], str(times[7])[:10]]

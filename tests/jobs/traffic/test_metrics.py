@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from expt.job import Batch
-from expt.jobs.traffic.metrics import MaskedErrors, reported_steps
+from expt.jobs.traffic.metrics import MaskedErrors, day_periods, reported_steps
 
 MEAN, STD = 54.0, 15.0
 
@@ -45,9 +47,12 @@ def brute_force(drawn: list[tuple[Tensor, Batch]]) -> dict[str, float]:
 
 
 def added(
-    drawn: list[tuple[Tensor, Batch]], horizon: int = 12, step_seconds: int = 300
+    drawn: list[tuple[Tensor, Batch]],
+    horizon: int = 12,
+    step_seconds: int = 300,
+    begins: Sequence[int] = (0,),
 ) -> MaskedErrors:
-    metrics = MaskedErrors(to_speed, horizon, step_seconds)
+    metrics = MaskedErrors(to_speed, horizon, step_seconds, begins)
     for prediction, batch in drawn:
         metrics.update(prediction, batch)
     return metrics
@@ -135,26 +140,41 @@ def test_half_precision_predictions_are_judged_in_float32() -> None:
     assert figures["mae"] == pytest.approx(0.125)
 
 
-@pytest.mark.parametrize(
-    ("step_seconds", "windows"), [(300, 288), (900, 192), (3600, 168), (86_400, 168)]
-)
-def test_errors_by_sensor_are_those_of_each_period_whatever_the_batches(
-    step_seconds: int, windows: int
-) -> None:
+@pytest.mark.parametrize("begins", [[0], [0, 1, 64, 200, 300], [0, 288], [0, 500, 600]])
+def test_errors_by_sensor_are_those_of_each_period_whatever_the_batches(begins: list[int]) -> None:
     drawn = batches((200, 64, 190, 64), horizon=2)
-    metrics = added(drawn, 2, step_seconds)
     prediction = torch.cat([p for p, _ in drawn]).double() * STD + MEAN
     target = torch.cat([batch.target for _, batch in drawn]).double()
     error = torch.where(target > 0, prediction - target, 0.0)
-    found = metrics.by_sensor()
-    assert metrics.windows_per_period == windows
-    assert len(found) == -(-len(target) // windows)
-    for period, sums in enumerate(found):
-        part = error[period * windows : (period + 1) * windows]
-        observed = target[period * windows : (period + 1) * windows] > 0
+    found = added(drawn, 2, begins=begins).by_sensor()
+    begun = [first for first in begins if first < len(target)]
+    assert len(found) == len(begun)
+    for sums, first, end in zip(found, begun, [*begun[1:], len(target)], strict=True):
+        part, observed = error[first:end], target[first:end] > 0
         torch.testing.assert_close(sums[0], part.abs().sum(dim=(0, 1)), rtol=1e-6, atol=1e-3)
         torch.testing.assert_close(sums[1], part.sum(dim=(0, 1)), rtol=1e-6, atol=1e-3)
         torch.testing.assert_close(sums[2], observed.sum(dim=(0, 1)).double())
+
+
+@pytest.mark.parametrize(("step", "per_day"), [(300, 288), (900, 96), (3600, 24), (86_400, 1)])
+def test_a_period_is_a_day_of_first_forecasts(step: int, per_day: int) -> None:
+    noon = np.datetime64("2012-03-01T12:00:00")
+    times = noon + np.arange(10 * per_day) * np.timedelta64(step)
+    first = max(per_day // 2, 1)
+    begins, days = day_periods(times)
+    assert days == 1 and begins[:3] == [0, first, first + per_day]
+    by_day = times[(times - times.astype("M8[D]")).astype(int) >= 6 * 3600]  # the nights left out
+    begins, days = day_periods(by_day)
+    assert [str(time)[8:10] for time in by_day[begins]][:3] == ["01", "02", "03"]
+
+
+@pytest.mark.parametrize(("count", "joined", "periods"), [(60, 1, 60), (61, 2, 31), (365, 7, 53)])
+def test_many_days_are_joined_by_whole_numbers(count: int, joined: int, periods: int) -> None:
+    times = np.datetime64("2012-03-01T00:00:00") + np.arange(24 * count) * np.timedelta64(3600)
+    begins, days = day_periods(times)
+    assert days == joined and len(begins) == periods
+    assert begins[:2] == [0, 24 * joined]
+    assert day_periods(times[:0]) == ([0], 1)
 
 
 def test_nothing_added_is_an_error() -> None:

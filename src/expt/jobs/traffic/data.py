@@ -31,7 +31,7 @@ from expt.errors import DataError
 from expt.job import Batch, Split
 from expt.jobs.traffic.arrays import made_times
 from expt.jobs.traffic.choice import Choice
-from expt.jobs.traffic.metrics import MaskedErrors, check_shape, error_metrics
+from expt.jobs.traffic.metrics import MaskedErrors, check_shape, day_periods, error_metrics
 from expt.jobs.traffic.reading import read_series
 from expt.jobs.traffic.series import Series
 from expt.jobs.traffic.source import named
@@ -241,8 +241,14 @@ class TrafficData:
         return torch.where(batch.target > 0, error, 0.0).sum()
 
     def accumulator(self) -> MaskedErrors:
-        """Return an accumulator in `unit`, per horizon."""
-        return MaskedErrors(self.to_speed, self.horizon, self.series.step_seconds)
+        """Return an accumulator in `unit`, per horizon, and per sensor and day of the test part."""
+        begins, _ = day_periods(self._first_forecasts())
+        return MaskedErrors(self.to_speed, self.horizon, self.series.step_seconds, begins)
+
+    def _first_forecasts(self) -> np.ndarray:
+        """Return the times of the test part's first forecasts [W]."""
+        times: np.ndarray = self.series.timestamps[self.split_starts["test"] + self.input_steps]
+        return times
 
     def transforms(self) -> Mapping[str, Any]:
         """Return what a forecast needs of the training part; see `expt.job.Transformed`."""
@@ -307,9 +313,9 @@ class TrafficData:
         if not self._observed_targets["test"].any():
             return None
         sums = metrics.by_sensor().numpy()
-        begins = self.split_starts["test"][:: metrics.windows_per_period][: len(sums)]
-        times = self.series.timestamps[begins + self.input_steps]
-        return plot_sensors(sums, times, self.series.sensor_ids, folder, self.unit)
+        begins, days = day_periods(self._first_forecasts())
+        times = self._first_forecasts()[begins[: len(sums)]]
+        return plot_sensors(sums, times, days, self.series.sensor_ids, folder, self.unit)
 
     def to_speed(self, prediction: Tensor) -> Tensor:
         """Undo the scaling of a prediction; the result is in `unit`."""

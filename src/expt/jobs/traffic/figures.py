@@ -17,8 +17,8 @@ from expt.jobs.traffic.series import Series
 SENSORS_SHOWN = 4
 AS_WRITTEN: dict[str, Any] = {"parse_math": False}
 """Of texts with names of sensors and units, in which a $ begins no formula."""
-ROWS, COLUMNS = 40, 60
-"""Sensors and spans of time that the map of errors has at most."""
+ROWS = 40
+"""Sensors that the map of errors has at most."""
 USUAL = 0.98
 """Share of the map's fields inside its colours; the few readings of a failing sensor are beyond."""
 
@@ -85,28 +85,31 @@ def plot_horizon(mae_by_step: Sequence[float], step_seconds: int, folder: Path, 
 
 
 def plot_sensors(
-    sums: np.ndarray, times: np.ndarray, sensor_ids: Sequence[str], folder: Path, unit: str
+    sums: np.ndarray,
+    times: np.ndarray,
+    days: int,
+    sensor_ids: Sequence[str],
+    folder: Path,
+    unit: str,
 ) -> Path:
-    """Draw each sensor's mean error over time, and its MAE; the most one-sided are at the top.
+    """Draw the mean error by sensor and day, and the MAE, of the sensors that err to one side most.
 
-    A sensor that was moved, or whose level has changed, is a row of one colour; a day that is
-    unlike all others is a column.
+    A sensor that was moved, or whose level has changed, is a row of one colour at the top; a day
+    that is unlike all others is a column.
 
     Args:
         sums: of |error|, of error (forecast - truth), and of readings, [periods, 3, N].
-        times: when each period begins, [periods].
+        times: of the first forecast in each period, [periods].
+        days: in a period.
         sensor_ids: names of the N sensors.
         folder: of the figure.
         unit: of the errors.
 
     """
-    joined = -(-len(sums) // COLUMNS)
-    begins = np.arange(0, len(sums), joined)
-    spans = np.add.reduceat(sums, begins, axis=0)  # [spans, 3, N]
     whole = sums.sum(axis=0)
-    bias = _ratio(spans[:, 1], spans[:, 2]).T  # [N, spans]
+    bias = _ratio(sums[:, 1], sums[:, 2]).T  # [N, periods]
     mae = _ratio(whole[0], whole[2])
-    one_sided = _ratio((spans[:, 2].T * np.nan_to_num(bias) ** 2).sum(axis=1), whole[2])
+    one_sided = _ratio((sums[:, 2].T * np.nan_to_num(bias) ** 2).sum(axis=1), whole[2])
     seen = np.flatnonzero(whole[2] > 0)
     rows = seen[np.argsort(-one_sided[seen], kind="stable")][:ROWS]
     height = 0.2 * len(rows) + 1.5
@@ -120,11 +123,14 @@ def plot_sensors(
     grid.set_facecolor("0.85")
     names = [sensor_ids[row] for row in rows]
     grid.set_yticks(range(len(rows)), names, fontsize=7, **AS_WRITTEN)
-    shown = begins[:: -(-len(begins) // 8)]
-    grid.set_xticks(shown // joined, [str(times[place])[:10] for place in shown], fontsize=8)
-    grid.set_xlabel("first forecast (grey: nothing measured)")
-    of = "" if len(rows) == len(sensor_ids) else f", {len(rows)} of {len(sensor_ids)} sensors"
-    grid.set_title(f"Mean error by sensor and time{of}", fontsize=11, loc="left")
+    shown = range(0, len(times), -(-len(times) // 8))
+    grid.set_xticks(shown, [str(times[place])[:10] for place in shown], fontsize=8)
+    each = "" if days == 1 else f", {days} days a column"
+    grid.set_xlabel(f"day of the first forecast{each} (grey: nothing measured)")
+    of = ""
+    if len(rows) < len(sensor_ids):
+        of = f", the {len(rows)} most one-sided of {len(sensor_ids)} sensors"
+    grid.set_title(f"Mean error by sensor and day{of}", fontsize=11, loc="left")
     colors = figure.colorbar(image, ax=grid, pad=0.01, extend="both")
     colors.set_label(f"forecast too low | too high ({unit})", **AS_WRITTEN)
     bars.barh(range(len(rows)), mae[rows], color="0.55")

@@ -7,18 +7,30 @@ Letters: `B` batch, `P` horizon, `N` sensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from expt.errors import ModelError
 from expt.job import Batch, Metric
-from expt.jobs.traffic.series import SECONDS_PER_DAY
 
 REPORTED_MINUTES = (15, 30, 60)
-LEAST_WINDOWS = 168
-"""Of a part of the time whose errors are told apart: a week of hours."""
+MOST_PERIODS = 60
+"""Into which a part of the series is divided, to tell its errors apart."""
+
+
+def day_periods(first_forecasts: np.ndarray) -> tuple[list[int], int]:
+    """Return which windows are the first of a period of whole days, and how many days it has.
+
+    A window belongs to the day of its first forecast, whose times [W] these are, in order. Up to
+    `MOST_PERIODS` days are told apart; of more, as few as possible are joined.
+    """
+    days, day = np.unique(first_forecasts.astype("datetime64[D]"), return_inverse=True)
+    joined = max(-(-len(days) // MOST_PERIODS), 1)
+    return [0, *(np.flatnonzero(np.diff(day // joined)) + 1).tolist()], joined
 
 
 def reported_steps(horizon: int, step_seconds: int) -> dict[str, int]:
@@ -68,24 +80,26 @@ def check_shape(prediction: Tensor, batch: Batch) -> None:
 class MaskedErrors:
     """Errors per forecast step, and per sensor and time; implements `expt.job.Accumulator`.
 
-    Windows come in the order of the series. Their errors are added up over whole days, of which
-    `windows_per_period` have the steps: one of 5 minutes, seven of hours.
-
     Args:
         to_speed: undoes the scaling of a prediction, into the target's unit.
         horizon: steps P.
-        step_seconds: between two steps, which windows are apart as well.
+        step_seconds: between two steps.
+        begins: which windows are the first of a period, as they come, from 0; errors per sensor
+            are added up over each.
 
     """
 
     def __init__(
-        self, to_speed: Callable[[Tensor], Tensor], horizon: int, step_seconds: int
+        self,
+        to_speed: Callable[[Tensor], Tensor],
+        horizon: int,
+        step_seconds: int,
+        begins: Sequence[int] = (0,),
     ) -> None:
         self.to_speed = to_speed
         self.horizon = horizon
         self.step_seconds = step_seconds
-        day = max(SECONDS_PER_DAY // step_seconds, 1)
-        self.windows_per_period = day * -(-LEAST_WINDOWS // day)
+        self.begins = begins
         self.sums: Tensor | None = None  # [4, P] float64: |e|, e^2, |e|/truth, observed
         self._periods: list[Tensor] = []  # of each [3, N]: |e|, e, observed
         self._windows = 0
@@ -95,13 +109,15 @@ class MaskedErrors:
         check_shape(prediction, batch)
         start = 0
         while start < len(batch.target):
-            left = self.windows_per_period - self._windows % self.windows_per_period
-            part = slice(start, start + left)
-            self._add(prediction[part], batch.target[part])
-            start += left
+            period = bisect_right(self.begins, self._windows)
+            end = len(batch.target)
+            if period < len(self.begins):
+                end = min(end, start + self.begins[period] - self._windows)
+            self._add(prediction[start:end], batch.target[start:end], period)
+            start = end
 
-    def _add(self, prediction: Tensor, target: Tensor) -> None:
-        """Add windows of one period."""
+    def _add(self, prediction: Tensor, target: Tensor, period: int) -> None:
+        """Add windows of one period, counted from 1."""
         observed = target > 0
         error = torch.where(observed, self.to_speed(prediction) - target, 0.0)
         relative = error.abs() / torch.where(observed, target, 1.0)
@@ -112,10 +128,10 @@ class MaskedErrors:
         by_step, by_sensor = sums[:4].sum(dim=2), sums.sum(dim=1)
         of_period = torch.stack((by_sensor[0], by_sensor[4], by_sensor[3]))
         self.sums = by_step if self.sums is None else self.sums + by_step
-        if self._windows % self.windows_per_period:
-            self._periods[-1] += of_period
-        else:
+        if period > len(self._periods):
             self._periods.append(of_period)
+        else:
+            self._periods[-1] += of_period
         self._windows += len(target)
 
     def compute(self) -> dict[str, float]:
@@ -146,7 +162,7 @@ class MaskedErrors:
     def by_sensor(self) -> Tensor:
         """Return sums [periods, 3, N] of |error|, of error (forecast - truth), and of readings.
 
-        A period is `windows_per_period` windows, the last one what is left.
+        Which windows are in a period is said by `begins`.
         """
         if not self._periods:
             raise ValueError("no batch was added")
