@@ -12,6 +12,7 @@ import scipy.sparse
 import expt.jobs.traffic.adjacency as module
 from expt.errors import DataError
 from expt.jobs.traffic.adjacency import read_adjacency
+from expt.jobs.traffic.reading import read_series
 
 FILES = Path(module.__file__).parent / "files"
 
@@ -105,6 +106,50 @@ def test_a_bad_csv_is_refused(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(DataError, match=f"^{path}: .*{message}"):
         read_adjacency(path)
+
+
+EDGES = "0,1,0.5\n1,2,0.3\n2,0,1\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        EDGES,
+        "i,j,w\n" + EDGES,
+        "From Sensor-ID,To Sensor-ID,w\n" + EDGES,
+        "u,v,w\n" + EDGES.replace("0,", "a,").replace("1,", "b,").replace("2,", "c,"),
+    ],
+)
+def test_three_edges_are_no_matrix(tmp_path, text):
+    (tmp_path / "x.csv").write_text(text)
+    for sensors in ((), ("0", "1", "2")):
+        with pytest.raises(DataError, match=r"expected N x N. A list of edges"):
+            read_adjacency(tmp_path / "x.csv", sensors)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    ["0,1,0\n1,0,1\n0,1,0\n", "1,1,0\n1,1,1\n0,1,1\n", "0,900,50\n900,0,7\n50,7,0\n",
+     "1,0.5,0\n0.5,1,0.2\n0,0.2,1\n", "1.0,0.0,0.4\n0.0,1.0,0.0\n0.4,0.0,1.0\n"],
+)  # fmt: skip
+@pytest.mark.parametrize("header", ["", "From A,To B,x\n"])
+def test_a_matrix_of_three_sensors_is_no_list_of_edges(tmp_path, rows, header):
+    (tmp_path / "x.csv").write_text(header + rows)
+    assert read_adjacency(tmp_path / "x.csv")[0].shape == (3, 3)
+
+
+def test_a_matrix_with_ids_at_both_sides_is_no_list_of_edges(tmp_path):
+    (tmp_path / "x.csv").write_text(",a,b,c\na,1,0,1\nb,2,1,2\nc,3,2,0\n")
+    assert read_adjacency(tmp_path / "x.csv")[1] == ("a", "b", "c")
+
+
+def test_a_header_of_the_series_sensors_is_that_of_a_matrix(tmp_path):
+    (tmp_path / "x.csv").write_text("i,j,w\n1,0,1\n2,1,2\n3,2,0\n")
+    times = ["2024-01-01 00:00", "2024-01-01 00:05", "2024-01-01 00:10"]
+    table = pd.DataFrame({"time": times, "j": 50.5, "i": 40.5, "w": 30.5})
+    table.to_csv(tmp_path / "speed.csv", index=False)
+    series = read_series(tmp_path / "speed.csv", tmp_path / "x.csv")
+    np.testing.assert_array_equal(series.adjacency, [[1, 2, 2], [0, 1, 1], [2, 3, 0]])
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,7 @@ def frame(**columns):
         frame(time=TIMES.astype("datetime64[ns]")),
         frame(time=TIMES)[["773869", "time", "767541"]],
         frame(time=TIMES).astype({"767541": "Float32"}),
+        frame(time=TIMES).set_index(pd.Index([7, 9], name="record")),
         frame(time=TIMES, day=[datetime.date(2012, 3, 1)] * 2),
         frame().set_index(pd.Index(TIMES.astype(int), name="timestamp")),
     ],

@@ -6,7 +6,7 @@ Letters: `N` sensors.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +22,32 @@ from expt.jobs.traffic.sparse import to_dense
 from expt.jobs.traffic.tables import is_number
 from expt.jobs.traffic.text_table import opened_csv, without_empty_end
 
-_EDGES = r"^(from|source|src|origin)[\w ]*\n(to|target|dst|dest|destination)[\w ]*$"
-"""In the header of a list of edges, a name per line."""
 Graph = tuple[npt.NDArray[np.float32], tuple[str, ...] | None]
 """Edge weights [N, N], row = from, column = to, and the sensors' ids if the file has them."""
 
 
-def read_adjacency(path: Path) -> Graph:
+def read_adjacency(path: Path, sensor_ids: Sequence[str] = ()) -> Graph:
     """Read a sensor graph from `.pkl` (DCRNN's), `.csv` or `.npz`.
 
-    In `.pkl` and `.npz` the matrix may be scipy.sparse's.
+    In `.pkl` and `.npz` the matrix may be scipy.sparse's. A csv whose header names `sensor_ids` is
+    no list of edges.
 
     Raises `DataError` when the file is absent, damaged, or holds no square matrix of numbers.
     """
     with named(path):
-        matrix, sensor_ids = _READERS[checked_suffix(path, _READERS)](path)
+        matrix, found = _READERS[checked_suffix(path, _READERS)](path, sensor_ids)
         adjacency = to_float32(matrix, "adjacency's entries")
         _check_square(adjacency.shape)
-        if sensor_ids is not None and len(set(sensor_ids)) != len(adjacency):
+        if found is not None and len(set(found)) != len(adjacency):
             raise DataError(
-                f"names {len(set(sensor_ids))} different sensors for a matrix of "
+                f"names {len(set(found))} different sensors for a matrix of "
                 f"{len(adjacency)}; expected one id per row"
             )
-        return adjacency, sensor_ids
+        return adjacency, found
 
 
-def _check_square(shape: tuple[int, ...], names: Iterable[str] = ()) -> None:
+def _check_square(shape: tuple[int, ...], is_list: bool = False) -> None:
     """Refuse another shape, and a list of edges, which may have as many rows as columns."""
-    is_list = re.search(_EDGES, "\n".join(names), re.I | re.M) is not None
     if is_list or len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
         raise DataError(
             f"holds a matrix of shape {shape}; expected N x N. A list of edges "
@@ -57,7 +55,21 @@ def _check_square(shape: tuple[int, ...], names: Iterable[str] = ()) -> None:
         )
 
 
-def _read_pickle(path: Path) -> tuple[Any, tuple[str, ...] | None]:
+def _are_edges(cells: npt.NDArray[Any]) -> bool:
+    """Whether every row may be (from, to, cost): the first two are different ids, of one kind.
+
+    A matrix with zeros on its diagonal is none.
+    """
+    if cells.shape[1] != 3:
+        return False
+    ids = cells[:, :2]
+    is_whole = all(re.fullmatch(r"-?\d+", cell) for cell in ids.flat)
+    is_text = all(cell and not is_number(cell) for cell in ids.flat)
+    is_matrix = all(is_number(cell) and float(cell) == 0 for cell in cells.diagonal())
+    return (is_whole or is_text) and bool((ids[:, 0] != ids[:, 1]).all()) and not is_matrix
+
+
+def _read_pickle(path: Path, _: Sequence[str]) -> tuple[Any, tuple[str, ...] | None]:
     """Read DCRNN's ``[sensor_ids, id_to_index, matrix]``, or the matrix alone; it may be sparse."""
     content = load_array_pickle(path)
     if isinstance(content, np.ndarray | PickledSparse):
@@ -90,7 +102,7 @@ def _dense(matrix: npt.NDArray[Any] | PickledSparse) -> npt.NDArray[Any]:
     return to_dense(matrix.parts) if isinstance(matrix, PickledSparse) else matrix
 
 
-def _read_npz(path: Path) -> tuple[Any, tuple[str, ...] | None]:
+def _read_npz(path: Path, _: Sequence[str]) -> tuple[Any, tuple[str, ...] | None]:
     """Read the key `adjacency`, or the only array, or what `scipy.sparse.save_npz` wrote."""
     with opened_npz(path) as archive:
         if {"format", "shape", "data"} <= set(archive.files):
@@ -106,7 +118,7 @@ def _read_npz(path: Path) -> tuple[Any, tuple[str, ...] | None]:
         return array_of(archive, key), None if ids is None else to_sensor_ids(ids)
 
 
-def _read_csv(path: Path) -> tuple[Any, tuple[str, ...] | None]:
+def _read_csv(path: Path, sensor_ids: Sequence[str]) -> tuple[Any, tuple[str, ...] | None]:
     """Read N x N numbers, with ids in the first row, the first column, both or neither."""
     import pandas as pd
 
@@ -119,15 +131,19 @@ def _read_csv(path: Path) -> tuple[Any, tuple[str, ...] | None]:
     has_header = labelled or rows == columns + 1
     has_index = labelled or columns == rows + 1
     matrix = cells[int(has_header) :, int(has_index) :]
-    _check_square(matrix.shape, cells[0])
-    header = tuple(cells[0, int(has_index) :].tolist()) if has_header else None
-    index = tuple(cells[int(has_header) :, 0].tolist()) if has_index else None
-    if header and index and header != index:
+    header = tuple(cells[0, int(has_index) :].tolist()) if has_header else ()
+    index = tuple(cells[int(has_header) :, 0].tolist()) if has_index else ()
+    are_named = bool(sensor_ids) and set(sensor_ids) <= set(header)
+    differ = labelled and header != index
+    is_list = _are_edges(matrix) and not are_named and (differ or not labelled)
+    is_list |= differ and cells[0, 0].strip() != "" and _are_edges(cells[1:])
+    _check_square(matrix.shape, is_list)
+    if differ:
         raise DataError(
             "the header and the first column name different sensors, or in another order, from "
             f"{header[:3]} and {index[:3]}; expected the same ids in both"
         )
-    return _to_numbers(matrix), header or index
+    return _to_numbers(matrix), header or index or None
 
 
 def _to_numbers(cells: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
@@ -141,7 +157,7 @@ def _to_numbers(cells: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         ) from None
 
 
-_READERS: dict[str, Callable[[Path], tuple[Any, tuple[str, ...] | None]]] = {
+_READERS: dict[str, Callable[[Path, Sequence[str]], tuple[Any, tuple[str, ...] | None]]] = {
     ".pkl": _read_pickle,
     ".csv": _read_csv,
     ".npz": _read_npz,

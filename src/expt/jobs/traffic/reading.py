@@ -67,7 +67,9 @@ def read_series(
 
     from expt.jobs.traffic.adjacency import read_adjacency
 
-    adjacency, graph_ids = read_adjacency(adjacency_path)
+    adjacency, graph_ids = read_adjacency(
+        adjacency_path, series.sensor_ids if "sensor_ids" in arrays else ()
+    )
     with named(adjacency_path):
         if graph_ids is None or "sensor_ids" in arrays:
             return series.with_adjacency(adjacency, graph_ids)

@@ -101,10 +101,11 @@ def read_parquet(path: Path, choice: Choice | None = None) -> Arrays:
         columns = [str(name) for name in frame.columns]
         clock, notes = local_clock(frame.index)
         return _arrays(columns, frame, clock, choice, whole_numbers).noted(*notes)
-    if frame.index.names != [None]:
-        frame = frame.reset_index()
-    columns = [str(name) for name in frame.columns]
     kinds = [getattr(dtype, "kind", "O") for dtype in frame.dtypes]
+    if isinstance(frame.index, pd.MultiIndex) or ("M" not in kinds and frame.index.name):
+        frame = frame.reset_index()
+        kinds = [getattr(dtype, "kind", "O") for dtype in frame.dtypes]
+    columns = [str(name) for name in frame.columns]
     if "M" in kinds:
         place, times = kinds.index("M"), frame.iloc[:, kinds.index("M")]
     else:
@@ -138,16 +139,19 @@ def _arrays(
             "data.channel=NAME reads one of its columns"
         )
     columns = [frame.iloc[:, place].to_numpy() for place in range(len(names))]
+
+    def read_as_written(place: int) -> None:
+        if is_label(columns[place]) and (text := as_written(frame.columns[place])) is not None:
+            columns[place] = text
+
     for place, name in enumerate(names):
-        if is_sensor_name(name) and is_label(columns[place]):
-            written = as_written(frame.columns[place])
-            columns[place] = columns[place] if written is None else written
+        if is_sensor_name(name):
+            read_as_written(place)
     layout = laid_out(names, columns, times, choice.channel)
     times, sensors, notes = layout.times, layout.sensors, layout.notes
     if sensors is not None:
         if not is_sensor_name(names[sensors]):
-            written = as_written(frame.columns[sensors])
-            columns[sensors] = columns[sensors] if written is None else written
+            read_as_written(sensors)
         kept = layout.others
         names, columns = [names[place] for place in kept], [columns[place] for place in kept]
         return to_wide(names, columns, times, kept.index(sensors), choice).noted(*notes)
