@@ -76,38 +76,65 @@ def test_one_refused_record_does_not_hold_up_the_others(
     store.failures = [RefusedError("bad batch"), RefusedError("bad step 0")]
     send(sender)
     sent = [value for name, value in store.calls if name == "metrics"]
-    assert [[point.step for point in points] for points in sent] == [[1], [2]]
+    assert [[point.step for point in points] for points in sent] == [[1, 2]]
     assert applied(tmp_path) == 6
     assert [entry.message for entry in caplog.records] == [
         "the store refused a record of metrics, it is skipped: bad step 0"
     ]
 
 
-def test_a_record_that_the_store_cannot_take_is_skipped_while_it_answers(
+def test_what_fails_for_want_of_room_waits_though_the_store_answers(
     tmp_path: Path, store: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifacts, "PAUSES_SECONDS", (0.0, 0.0))
-    record(tmp_path)
+    taken = store.metrics
+
+    def nearly_full(run_id: str, points: Any) -> None:
+        if len(points) > 1:
+            raise OSError("database or disk is full")
+        taken(run_id, points)
+
+    monkeypatch.setattr(store, "metrics", nearly_full)
+    record(tmp_path, steps=400)
     sender = Sender(tmp_path)
     sender.send_group()
-    store.failures = [ValueError("bad batch"), ValueError("bad"), ValueError("bad step 0")]
+    for _ in range(3):
+        with pytest.raises(OSError, match="full"):
+            sender.send_group()
+    assert store.answers() and applied(tmp_path) == 2 and caplog.records == []
+    monkeypatch.setattr(store, "metrics", taken)
     send(sender)
-    sent = [value for name, value in store.calls if name == "metrics"]
-    assert [[point.step for point in points] for points in sent] == [[1], [2]]
+    assert [len(points) for name, points in store.calls if name == "metrics"] == [400]
+
+
+def test_a_refused_record_among_a_thousand_is_found_in_few_calls(
+    tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken, calls = store.metrics, []
+
+    def picky(run_id: str, points: Any) -> None:
+        calls.append(len(points))
+        if any(point.step == 700 for point in points):
+            raise RefusedError("bad")
+        taken(run_id, points)
+
+    monkeypatch.setattr(store, "metrics", picky)
+    record(tmp_path, steps=1000)
+    send(Sender(tmp_path))
+    stored = [p.step for name, points in store.calls if name == "metrics" for p in points]
+    assert stored == [step for step in range(1000) if step != 700]
+    assert len(calls) < 25
     assert store.calls[-1] == ("end", "FINISHED")
-    assert applied(tmp_path) == 6
-    assert [entry.message for entry in caplog.records] == [
-        "the store refused a record of metrics, it is skipped: bad step 0"
-    ]
 
 
 def test_parameters_that_the_store_cannot_take_do_not_hold_up_the_figures(
     tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifacts, "PAUSES_SECONDS", (0.0,))
+    def refuse(*values: Any) -> None:
+        raise RefusedError("too long")
+
     record(tmp_path)
     sender = Sender(tmp_path)
-    monkeypatch.setattr(store, "resume", lambda *values: store._call("resume", 1 / 0))
+    monkeypatch.setattr(store, "resume", refuse)
     send(sender)
     assert [name for name, _ in store.calls] == ["open", "metrics", "end"]
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.exceptions import MlflowException
+from sqlalchemy import event
 
 from expt.tracking.store import (
     CHANGED,
@@ -107,9 +109,9 @@ def test_an_artifact_stays_below_its_run(opened: MlflowStore, tmp_path: Path, cl
 def test_refusals_are_told_apart(opened: MlflowStore, tmp_path: Path, client: Any) -> None:
     with pytest.raises(RunMissingError):
         opened.tags("0" * 32, {"a": "b"})
-    assert not opened.answers("0" * 32)
     run_id = open_run(opened, tmp_path)
-    assert opened.answers(run_id)
+    with pytest.raises(RefusedError):
+        opened.metrics(run_id, [Point("loss", 1.0, 2**70, 7)])
     client.delete_run(run_id)
     with pytest.raises(RefusedError):
         opened.tags(run_id, {"a": "b"})
@@ -128,18 +130,26 @@ def test_names_of_files_in_another_encoding_are_taken_as_escapes(
     assert stored.data.params["path"] == stored.data.tags["caf_.h5"] == r"caf\udce9.h5"
 
 
-def test_a_store_that_can_only_be_read_does_not_answer(
-    opened: MlflowStore, tmp_path: Path, monkeypatch: Any, client: Any
+def test_a_database_that_cannot_grow_or_be_written_refuses_nothing(
+    uri: str, tmp_path: Path
 ) -> None:
+    shutil.copy(sqlite_path(uri) or "", tmp_path / "mlflow.db")
+    opened = MlflowStore(f"sqlite:///{tmp_path}/mlflow.db")
     run_id = open_run(opened, tmp_path)
-    assert opened.answers(None) and opened.answers(run_id)
-    assert "expt.probe" not in client.get_run(run_id).data.tags
+    points = [Point("loss", 1.0, step, 7) for step in range(1000)]
+    pragma = [""]
 
-    def refuse(*values: Any, **more: Any) -> None:
-        raise OSError("database or disk is full")
+    @event.listens_for(opened._client._tracking_client.store.engine, "checkout")
+    def limit(connection: Any, *more: Any) -> None:
+        connection.execute(pragma[0])
 
-    monkeypatch.setattr(opened._client, "log_batch", refuse)
-    assert not opened.answers(run_id)
+    for name, limit, none in (("max_page_count", 1, 10**6), ("query_only", 1, 0)):
+        pragma[0] = f"PRAGMA {name}={limit}"
+        with pytest.raises(MlflowException, match="full|readonly"):
+            opened.metrics(run_id, points)
+        pragma[0] = f"PRAGMA {name}={none}"
+        assert opened.answers()
+    opened.metrics(run_id, points)
 
 
 def test_what_was_deleted_in_the_store_is_restored(
@@ -178,17 +188,20 @@ def test_two_processes_may_make_one_store_and_experiment(tmp_path: Path, forked:
     assert not (tmp_path / "new" / "mlflow.db.new").exists()
 
 
+@pytest.mark.parametrize("others", [[], ["my%2520lab"]])
 def test_a_store_is_in_the_folder_that_is_named_and_leaves_no_other(
-    uri: str, tmp_path: Path
+    uri: str, tmp_path: Path, others: list[str]
 ) -> None:
     database = tmp_path / "my%20lab" / "mlflow.db"
     database.parent.mkdir()
+    for other in others:  # empty, and the user's own
+        (tmp_path / other).mkdir()
     shutil.copy(sqlite_path(uri) or "", database)
     opened = MlflowStore(sqlite_uri(database))
     run_id = open_run(opened, tmp_path)
     with closing(sqlite3.connect(database)) as rows:
         assert rows.execute("select 1 from runs where run_uuid = ?", [run_id]).fetchall()
-    assert list(tmp_path.iterdir()) == [database.parent]
+    assert {path.name for path in tmp_path.iterdir()} == {"my%20lab", *others}
 
 
 def test_the_reason_is_the_innermost_cause_in_one_line() -> None:

@@ -9,9 +9,8 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -48,31 +47,7 @@ from expt.uri import (
 _logger = logging.getLogger(__name__)
 
 PAUSES_SECONDS = (0.5, 2.0, 0.0)
-"""The rest after each attempt to store something; as many attempts as there are rests."""
-
-
-def attempt(store: MlflowStore, run_id: str, work: Callable[[], None]) -> str | None:
-    """Do something in a run, several times over if need be; return why it cannot be done.
-
-    Raises:
-        Exception: what the store raised, if it does not answer: it is to be done later, then.
-
-    """
-    why = None
-    for pause in PAUSES_SECONDS:
-        try:
-            work()
-            return None
-        except RunMissingError:
-            raise
-        except RefusedError as error:
-            return str(error)
-        except Exception as error:
-            if not store.answers(run_id):
-                raise
-            why = reason(error)
-        time.sleep(pause)
-    return why
+"""The rest after each attempt to store an artifact; as many attempts as there are rests."""
 
 
 def send_artifact(store: MlflowStore, run_id: str, path: str, folder: str) -> bool:
@@ -85,10 +60,21 @@ def send_artifact(store: MlflowStore, run_id: str, path: str, folder: str) -> bo
     if not os.access(path, os.R_OK):
         _logger.warning("an artifact is skipped: %s is gone or cannot be read", path)
         return False
-    # Metrics must not wait for where artifacts live.
-    why = attempt(store, run_id, lambda: store.artifact(run_id, path, folder))
-    if why is None:
-        return True
+    why = ""
+    for pause in PAUSES_SECONDS:
+        try:
+            store.artifact(run_id, path, folder)
+            return True
+        except RunMissingError:
+            raise
+        except Exception as error:
+            # Metrics must not wait for where artifacts live.
+            if not store.answers():
+                raise
+            why = reason(error)
+            if isinstance(error, RefusedError):
+                break
+        time.sleep(pause)
     _logger.warning(
         "the artifact %s cannot be stored (%s), it is skipped; the file stays where it is",
         path,
@@ -274,8 +260,8 @@ class Sender:
         return MlflowStore(with_password(self._uri))
 
     def answers(self) -> bool:
-        """Tell whether the store works, whatever became of the last call."""
-        return self._store is not None and self._store.answers(self._opened().run_id)
+        """Tell whether the store can be read, whatever became of the last call."""
+        return self._store is not None and self._store.answers()
 
     def _next_group(self) -> list[Line]:
         assert self._reader is not None
@@ -299,20 +285,19 @@ class Sender:
             return
         if records[0]["kind"] == "start" or self._opened().run_id is None:
             self._start(store, records[0])
-        run_id = self._opened().run_id
-        assert run_id is not None
+        self._taken(store, records)
+
+    def _taken(self, store: MlflowStore, records: list[Record]) -> None:
+        """Have records stored but for those that are refused, which are found by halves."""
         try:
             self._apply(store, records)
-        except RunMissingError:
-            raise
-        except Exception as error:
-            if not isinstance(error, RefusedError) and not store.answers(run_id):
-                raise
-            # One of them only, perhaps.
-            for record in records:
-                why = attempt(store, run_id, partial(self._apply, store, [record]))
-                if why is not None:
-                    self._skipped(record["kind"], why)
+        except RefusedError as error:
+            if len(records) == 1:
+                self._skipped(records[0]["kind"], str(error))
+                return
+            half = len(records) // 2
+            self._taken(store, records[:half])
+            self._taken(store, records[half:])
 
     def _start(self, store: MlflowStore, record: Record) -> None:
         state = self._opened()
@@ -330,9 +315,10 @@ class Sender:
                 tags,
             )
             self._save()
-        why = attempt(store, state.run_id, partial(self._resume, store, record, tags))
-        if why is not None:
-            self._skipped("start", why)
+        try:
+            self._resume(store, record, tags)
+        except RefusedError as error:
+            self._skipped("start", str(error))
 
     def _resume(self, store: MlflowStore, record: Record, tags: dict[str, str]) -> None:
         state = self._opened()

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 KEY_TAG = "expt.key"
 """Names a run before its id is known, so that it is created once."""
-PROBE_TAG = "expt.probe"
-"""Written and removed to see whether a store takes records."""
 PARENT_TAG = "mlflow.parentRunId"
 CHANGED = "expt.changed."
 """How the tag of a parameter begins that has another value since the run was resumed."""
@@ -167,19 +165,10 @@ class MlflowStore:
         with _mlflow_errors():
             self._client.log_artifact(run_id, path, _legal_name(folder) if folder else None)
 
-    def answers(self, run_id: str | None) -> bool:
-        """Tell whether the store works, whatever became of the last call.
-
-        For a run it must take a tag, too: a full or a locked database can still be read.
-        """
+    def answers(self) -> bool:
+        """Tell whether the store can be read, whatever became of the last call."""
         try:
-            if run_id is None:
-                self._client.search_experiments(max_results=1)
-            else:
-                self.tags(run_id, {PROBE_TAG: "1"})
-                self._client.delete_tag(run_id, PROBE_TAG)
-        except RefusedError:  # a run that was deleted
-            return True
+            self._client.search_experiments(max_results=1)
         except Exception:
             return False
         return True
@@ -206,14 +195,19 @@ class MlflowStore:
 
 def reason(error: BaseException) -> str:
     """Say in one line why a store did not take something, from the innermost cause known."""
-    cause: BaseException | None = error
     told = error
-    while cause is not None:
+    for cause in _causes(error):
         if isinstance(cause, OSError | sqlite3.Error):
             told = cause
-        cause = cause.__cause__ or cause.__context__
     text = str(told).strip().splitlines()
     return without_password(text[0][:300]) if text else type(told).__name__
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def connect(uri: str) -> MlflowClient:
@@ -231,21 +225,18 @@ def connect(uri: str) -> MlflowClient:
     # MLflow does not guard the creation of its tables against a second process.
     lock = Lock(database.with_name(f"{database.name}.lock"))
     lock.acquire(wait=True)
+    # MLflow makes the folder of the URI as it is spelled, where % and ? are still escaped.
+    literal = Path(uri.removeprefix("sqlite:///"))
+    made = [folder for folder in literal.parents if not folder.exists()]
     try:
         if not database.exists() or database.stat().st_size == 0:
             _create_database(database)
         return MlflowClient(uri)
     finally:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
         lock.release()
-        _remove_literal_folder(uri, database)
-
-
-def _remove_literal_folder(uri: str, database: Path) -> None:
-    # MLflow makes the folder of the URI as it is spelled, where % and ? are still escaped.
-    literal = Path(uri.removeprefix("sqlite:///")).parent
-    if literal != database.parent:
-        with suppress(OSError):  # not empty
-            os.removedirs(literal)
 
 
 def _create_database(database: Path) -> None:
@@ -267,13 +258,19 @@ def _create_database(database: Path) -> None:
 def _mlflow_errors() -> Iterator[None]:
     from mlflow.exceptions import MlflowException
 
+    from sqlalchemy.exc import DataError
+
     try:
         yield
-    except MlflowException as error:
-        if error.error_code == "INVALID_PARAMETER_VALUE":
-            raise RefusedError(reason(error)) from error
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+    except Exception as error:
+        code = error.error_code if isinstance(error, MlflowException) else None
+        if code == "RESOURCE_DOES_NOT_EXIST":
             raise RunMissingError(reason(error)) from error
+        # Whatever else may be the store's fault, as a full disk is, and no record is given up
+        # for it: MLflow has one code for that and for numbers that a database cannot hold.
+        unfit = (UnicodeError, OverflowError, DataError)
+        if code == "INVALID_PARAMETER_VALUE" or any(isinstance(c, unfit) for c in _causes(error)):
+            raise RefusedError(reason(error)) from error
         raise
 
 
