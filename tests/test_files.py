@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import stat
 import threading
 import time
@@ -203,6 +204,38 @@ def test_several_writers_of_one_path_do_not_get_in_each_others_way(tmp_path: Pat
     thread.join()
     assert path.read_text() == "slow"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def killed_while_it_writes(arguments: list[str]) -> int:
+    def write(temporary: Path) -> None:
+        temporary.write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    replace_atomically(Path(arguments[0]), write)
+    return 0
+
+
+def test_what_killed_writers_left_is_removed_at_once_and_no_other_writers_file(
+    tmp_path: Path, forked: Any
+) -> None:
+    path = tmp_path / "last.pt"
+    for _ in range(2):
+        forked.ended(forked.start(str(path), run=killed_while_it_writes))
+    assert len(list(tmp_path.iterdir())) == 1, "the second removed what the first left"
+    (killed,) = tmp_path.iterdir()
+    place, process, thread = killed.name.split(".")[-2].split("-")
+    living = tmp_path / f".last.pt.{place}-{os.getppid()}-{thread}.tmp"
+    elsewhere = tmp_path / f".last.pt.{'0' * 12}-{process}-{thread}.tmp"
+    for other in (living, elsewhere, tmp_path / ".last.pt.tmp", tmp_path / ".mine.tmp"):
+        other.touch()
+    replace_atomically(path, text_writer("new"))
+    assert set(tmp_path.iterdir()) == {path, living, elsewhere, tmp_path / ".mine.tmp"}
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "\N{EARTH GLOBE EUROPE-AFRICA}" * 63])
+def test_a_name_may_be_as_long_as_the_disk_has_it(tmp_path: Path, name: str) -> None:
+    write_text(tmp_path / name, "new")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_what_a_killed_writer_left_is_removed_when_nobody_can_write_it_any_more(

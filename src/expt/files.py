@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import re
 import threading
 import time
 from collections.abc import Callable
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from expt.errors import StorageError
 
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
-_TEMPORARY = re.compile(r"\..+\.\d+-\d+\.tmp")
+_TEMPORARY = re.compile(r"\..+\.(?:([0-9a-f]{12})-)?(\d+)-\d+\.tmp")
+"""The place (see `_place`; earlier versions gave none), the process and the thread that write it."""
 _LEFTOVER_SECONDS = 24 * 3600.0
 """Nobody, on another machine either, still writes a temporary file that is as old as this."""
 
@@ -35,10 +38,14 @@ def replace_atomically(path: Path, write: Callable[[Path], None], durable: bool 
         StorageError: the disk refused; what was at `path` before is intact.
 
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    writer = f"{_place()}-{os.getpid()}-{threading.get_ident()}"
+    # Of a long name the beginning: a name has 255 bytes at most, and a letter four.
+    temporary = path.with_name(f".{path.name[:48]}.{writer}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path.parent)
+        with contextlib.suppress(OSError):  # an earlier version's, of a process that was killed
+            path.with_name(f".{path.name}.tmp").unlink()
         write(temporary)
         if durable:
             with temporary.open("rb") as file:
@@ -67,10 +74,32 @@ def _remove_leftovers(folder: Path) -> None:
     old = time.time() - _LEFTOVER_SECONDS
     with os.scandir(folder) as entries:
         for entry in entries:
-            if _TEMPORARY.fullmatch(entry.name):
+            if found := _TEMPORARY.fullmatch(entry.name):
+                ended = found[1] == _place() and not _runs(int(found[2]))
                 with contextlib.suppress(OSError):  # put in its place meanwhile, or another's
-                    if entry.stat().st_mtime < old:
+                    if ended or entry.stat().st_mtime < old:
                         Path(entry).unlink()
+
+
+@cache
+def _place() -> str:
+    """Return what the number of a process is one in: a machine since it was started, a container."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        told = f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux
+        told = platform.node()
+    return sha256(told.encode()).hexdigest()[:12]
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except PermissionError:  # another user's
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
 
 
 def _sync_folder(folder: Path) -> None:
