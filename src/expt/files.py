@@ -19,7 +19,7 @@ from expt.errors import StorageError
 
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 _TEMPORARY = re.compile(r"\..+\.(?:([0-9a-f]{12})-)?(\d+)-\d+\.tmp")
-"""The place (see `_place`; earlier versions gave none), the process and the thread that write it."""
+"""Of the writer: the place (see `_place`; earlier versions gave none), the process, the thread."""
 _LEFTOVER_SECONDS = 24 * 3600.0
 """Nobody, on another machine either, still writes a temporary file that is as old as this."""
 
@@ -83,7 +83,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 @cache
 def _place() -> str:
-    """Return what the number of a process is one in: a machine since it was started, a container."""
+    """Return where the number of a process is one: a machine since it was started, a container."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
         told = f"{boot} {os.readlink('/proc/self/ns/pid')}"

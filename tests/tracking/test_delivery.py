@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import json
 import shutil
 import time
 
 import pytest
 
+from expt.tracking import journal as journal_module
 from expt.tracking.delivery import Deliveries
-from expt.tracking.journal import LOCK, Lock, Reader, State
+from expt.tracking.journal import JOURNAL, LOCK, STATE, Lock, Reader, State, read_header
 from expt.tracking.mlflow import DeferredTracker, MlflowTracker
 from expt.tracking.sender import NotReadyError, Sender, Target
 from expt.tracking.store import PARENT_TAG
@@ -188,3 +190,84 @@ def test_a_copy_that_goes_on_is_a_run_of_its_own_and_a_moved_run_is_not(store, t
     assert go_on("copy", 4).run_id == copy.run_id
     assert go_on("moved", 4).run_id == first.run_id
     assert store.opened == 2
+
+
+def gone_on_with(store, folder, uri, step, **tags):
+    """Record and send one figure as the run of a folder; return the run's id in that store."""
+    tracker = DeferredTracker(uri, "e", folder, None)
+    tracker.start("run", {}, tags)
+    tracker.metrics({"m": 1.0}, step)
+    tracker.close()
+    sender = Sender(folder, tracker.target, store)
+    while sender.send_group():
+        pass
+    sender.close()
+    return sender.state.run_id
+
+
+def test_a_copy_that_goes_on_with_another_store_is_a_run_of_its_own_there(store, tmp_path):
+    gone_on_with(store, tmp_path / "run", "http://first", 1)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    store.open_run = lambda experiment, root, key, *rest: key
+    keys = [gone_on_with(store, tmp_path / name, "http://second", 2) for name in ("copy", "run")]
+    assert keys[0] != keys[1] == read_header(tmp_path / "run")["key"]
+
+
+def test_the_key_of_a_copy_outlives_what_is_known_of_the_store(store, tmp_path):
+    gone_on_with(store, tmp_path / "run", "http://first", 1)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    store.open_run = lambda experiment, root, key, *rest: key
+    key = gone_on_with(store, tmp_path / "copy", "http://first", 2)
+    assert key != read_header(tmp_path / "run")["key"]
+    (tmp_path / "copy" / STATE).write_text("")
+    assert gone_on_with(store, tmp_path / "copy", "http://first", 3) == key
+    (tmp_path / "copy" / STATE).unlink()
+    sender = Sender(tmp_path / "copy", store=store)  # of a replay
+    sender.send_group()
+    assert sender.state.run_id == key
+    sender.close()
+    shutil.rmtree(tmp_path / "run")
+    assert gone_on_with(store, tmp_path / "copy", "http://first", 4) == key
+
+
+def as_earlier_versions_left_it(folder, /, **noted):
+    """Take the folder out of the journal, and what later versions added out of the state."""
+    header, *lines = (folder / JOURNAL).read_text().splitlines(keepends=True)
+    kept = {name: value for name, value in json.loads(header).items() if name != "folder"}
+    text = json.dumps(kept, separators=(",", ":")) + "\n"
+    (folder / JOURNAL).write_text(text + "".join(line for line in lines if '"place"' not in line))
+    state = json.loads((folder / STATE).read_text())
+    given = {name: state[name] for name in state if name not in ("folder", "digest", "nearby")}
+    (folder / STATE).write_text(json.dumps(given | noted))
+
+
+def test_a_copy_of_a_run_of_an_earlier_version_is_told_from_it(store, tmp_path):
+    store.open_run = lambda experiment, root, key, *rest: key
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    key = gone_on_with(store, run, "http://first", 1, run_dir=str(run))
+    as_earlier_versions_left_it(run)
+    shutil.copytree(run, copy)
+    own = gone_on_with(store, copy, "http://first", 2, run_dir=str(copy))
+    assert own != key == gone_on_with(store, run, "http://first", 2, run_dir=str(run))
+    as_earlier_versions_left_it(copy, folder=str(copy), key="its own")
+    assert gone_on_with(store, copy, "http://second", 3, run_dir=str(copy)) == "its own"
+    (copy / STATE).unlink()
+    assert gone_on_with(store, copy, "http://second", 4, run_dir=str(copy)) == "its own"
+
+
+def test_a_journal_is_not_parsed_by_who_only_adds_to_it_however_long_it_is(tmp_path, monkeypatch):
+    """Whoever only says how a run ended, or sends what is new, parses no other lines."""
+    tracker = journal(tmp_path)
+    for step in range(50):
+        tracker.metrics({"loss": step}, step)
+    tracker.close()
+    State("http://server", "e", None, "key", applied=52).save(tmp_path)
+    parsed = []
+    parse = journal_module._parse
+    monkeypatch.setattr(journal_module, "_parse", lambda line: parsed.append(line) or parse(line))
+    last = DeferredTracker("sqlite:///unused.db", "e", tmp_path, None)
+    last.tags({"trial.state": "COMPLETE"})
+    last.metrics({"memory/predicted_peak_bytes": 7.0}, 0)
+    last.finish("FINISHED")
+    assert Sender(tmp_path).outstanding() == 4
+    assert not [line for line in parsed if b"loss" in line]

@@ -145,7 +145,7 @@ def test_a_database_that_cannot_grow_or_be_written_refuses_nothing(
 
     for name, limit, none in (("max_page_count", 1, 10**6), ("query_only", 1, 0)):
         pragma[0] = f"PRAGMA {name}={limit}"
-        with pytest.raises(MlflowException, match="full|readonly"):
+        with pytest.raises(MlflowException, match=r"full|readonly"):
             opened.metrics(run_id, points)
         pragma[0] = f"PRAGMA {name}={none}"
         assert opened.answers()

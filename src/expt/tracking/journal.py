@@ -5,7 +5,8 @@
 ``tracking.lock``   held (flock) while somebody is sending this journal
 
 A process may be killed at any time. A line torn by that is ended by the next one to append, and
-then counts as a line that says nothing.
+then counts as a line that says nothing. A folder may be copied or moved: the journal says which
+run it is of, and where it is, in its first line and in one of the kind ``place`` thereafter.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -46,8 +47,8 @@ class State:
     """What the sender knows.
 
     `applied` counts the journal lines acknowledged, header included, and `digest` is the last
-    one's. `nearby` is as in `Target`; `folder` is where the run was recorded last, so that a copy
-    is told from a run that was moved.
+    one's. `nearby` is as in `Target`; `folder` was written by earlier versions, whose journals do
+    not say where they are.
     """
 
     uri: str
@@ -88,6 +89,74 @@ def read_header(directory: Path) -> Record | None:
     return record if record and record.get("kind") == "journal" and "key" in record else None
 
 
+def read_records(
+    directory: Path, *kinds: str, names: Iterable[str] | None = None
+) -> Iterator[Record]:
+    """Read the records of some kinds, or those of them that mention one of some names.
+
+    The other lines are not parsed: a long run has a million of them.
+    """
+    beginnings = tuple(f'{{"kind":"{kind}",'.encode() for kind in kinds)
+    words = None if names is None else [json.dumps(name).encode() for name in names]
+    with (directory / JOURNAL).open("rb") as file:
+        for line in file:
+            if not line.startswith(beginnings) or not line.endswith(b"\n"):
+                continue
+            if words is None or any(word in line for word in words):
+                record = _parse(line)
+                if record is not None:
+                    yield record
+
+
+def key_of(directory: Path) -> str | None:
+    """Return the key of the run that a folder's journal is of; None if there is no journal."""
+    place = _place(directory)
+    if place is None:
+        return None
+    # Earlier versions noted the key of a copy in the state alone.
+    state = State.load(directory) if place["kind"] == "journal" else None
+    return state.key if state else str(place["key"])
+
+
+def settle(directory: Path) -> str:
+    """Return the key of the run that goes on in a folder, and have the journal say that it is here.
+
+    The copy of a folder has a key of its own from now on, as long as the run that it is a copy of
+    is where it was: two would be one.
+    """
+    place, key = _place(directory), key_of(directory)
+    assert place is not None and key is not None
+    here = str(directory.resolve())
+    if place.get("folder") == here:
+        return key
+    before = place.get("folder") or _folder_before(directory, here)
+    if before is not None and key_of(Path(before)) == key and not directory.samefile(before):
+        key = uuid.uuid4().hex
+    journal = Journal(directory, {})
+    try:
+        journal.append("place", {"key": key, "folder": here})
+        journal.sync()
+    finally:
+        journal.close()
+    return key
+
+
+def _place(directory: Path) -> Record | None:
+    """Return the last line that says which run this is and, but for earlier versions', where."""
+    place = read_header(directory)
+    return place and [place, *read_records(directory, "place")][-1]
+
+
+def _folder_before(directory: Path, here: str) -> str | None:
+    """Return where a run of an earlier version was recorded before, if that is known."""
+    state = State.load(directory)
+    if state is not None and state.folder is not None:
+        return state.folder
+    told = [(start.get("tags") or {}).get("run_dir") for start in read_records(directory, "start")]
+    elsewhere = [folder for folder in told if folder and str(Path(folder).resolve()) != here]
+    return elsewhere[-1] if elsewhere else None
+
+
 class Journal:
     """The appending side. `header` describes the run; an older journal's own header stays."""
 
@@ -120,7 +189,7 @@ class Journal:
                 self._write(
                     descriptor,
                     {"kind": "journal", "time": now_milliseconds(), "key": uuid.uuid4().hex}
-                    | dict(self._header),
+                    | {"folder": str(directory.resolve()), **self._header},
                 )
         except OSError:
             if not self.resumed:
@@ -136,6 +205,11 @@ class Journal:
         assert self._descriptor is not None
         self._write(self._descriptor, {"kind": kind, "time": now_milliseconds(), **fields})
 
+    def sync(self) -> None:
+        """Wait until what was appended is on the disk."""
+        if self._descriptor is not None:
+            os.fsync(self._descriptor)
+
     def close(self) -> None:
         """Release the file; `append` opens it again."""
         if self._descriptor is not None:
@@ -143,7 +217,8 @@ class Journal:
             self._descriptor = None
 
     def _write(self, descriptor: int, record: Mapping[str, Any]) -> None:
-        # One write to a file opened for appending: whole lines, whoever else appends.
+        # One write to a file opened for appending: whole lines, whoever else appends. The kind is
+        # first (`read_records`).
         line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
         data = b"\n" + line if self._torn else line
         written = os.write(descriptor, data)
@@ -180,7 +255,7 @@ class Reader:
         self._position = 0
         self.passed = 0
         """Lines up to here."""
-        self.last = Line(b"", 0)
+        self._last = b""
 
     @classmethod
     def after(cls, directory: Path, state: State) -> Reader:
@@ -196,30 +271,30 @@ class Reader:
             reader.skip(1)
         return reader
 
+    @property
+    def last(self) -> Line:
+        """The line passed last."""
+        return Line(self._last, self._position)
+
     def skip(self, lines: int) -> int:
         """Pass over lines; return how many there were, which may be fewer."""
         return sum(1 for _ in self._lines(lines))
 
     def read(self, lines: int) -> list[Line]:
         """Return the next lines, at most so many; a last line that is not whole is left."""
-        return list(self._lines(lines))
+        return [self.last for _ in self._lines(lines)]
 
-    def _lines(self, lines: int) -> Iterator[Line]:
+    def _lines(self, lines: int) -> Iterator[None]:
         with self._path.open("rb") as file:
             file.seek(self._position)
             for _ in range(lines):
                 text = file.readline()
                 if not text.endswith(b"\n"):
                     return
+                self._last = text
                 self._position += len(text)
                 self.passed += 1
-                self.last = Line(text, self._position)
-                yield self.last
-
-    @property
-    def position(self) -> int:
-        """Bytes read so far."""
-        return self._position
+                yield
 
 
 def _parse(line: bytes) -> Record | None:
@@ -237,8 +312,7 @@ def is_closed(directory: Path) -> bool:
     state = State.load(directory)
     if state is None:
         return False
-    reader = Reader.after(directory, state)
-    if reader.read(1):
+    if Reader.after(directory, state).read(1):
         return False
-    last = reader.last.record
-    return last is not None and last["kind"] == "end"
+    kinds = [record["kind"] for record in read_records(directory, "start", "end")]
+    return kinds[-1:] == ["end"]

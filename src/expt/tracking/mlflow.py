@@ -14,13 +14,13 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from expt.tracking.delivery import REPLAY_COMMAND, Writer
-from expt.tracking.journal import Journal, Reader
+from expt.tracking.journal import Journal, read_records
 from expt.tracking.sender import NotReadyError, Sender, Target
 from expt.uri import without_password
 
@@ -95,7 +95,7 @@ class MlflowTracker:
 
     def start(self, name: str, parameters: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         """Open the run, or go on with the one this directory already belongs to."""
-        self._earlier()
+        self._before = self._recorded()
         origin = {
             "mlflow.user": _user(),
             "mlflow.source.name": sys.argv[0] if sys.argv and sys.argv[0] else "<console>",
@@ -110,7 +110,7 @@ class MlflowTracker:
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Record figures; what was recorded alike, by an interrupted run too, is left out."""
-        before = self._earlier()
+        before = self._before or self._recorded(values)
         numbers = {
             name: number
             for name, number in ((name, float(value)) for name, value in values.items())
@@ -162,15 +162,13 @@ class MlflowTracker:
             self._writer = None
         self._journal.close()
 
-    def _earlier(self) -> _Recorded:
-        """Return what other processes recorded before this one opened the journal."""
-        if self._before is None:
-            self._before = _Recorded()
-            with suppress(OSError):  # the append that follows meets the same, and says so
-                self._journal.open()
-                if self._journal.resumed:
-                    self._before = _Recorded.read(self._journal.path.parent)
-        return self._before
+    def _recorded(self, names: Iterable[str] | None = None) -> _Recorded:
+        """Return the figures that other processes recorded here, or those of some names."""
+        with suppress(OSError):  # the append that follows meets the same, and says so
+            self._journal.open()
+            if self._journal.resumed:
+                return _Recorded.read(self._journal.path.parent, names)
+        return _Recorded()
 
     def _record(self, kind: str, **fields: Any) -> None:
         try:
@@ -206,18 +204,15 @@ class _Recorded:
         self._points: set[int] = set()
 
     @classmethod
-    def read(cls, directory: Path) -> _Recorded:
-        """Collect the metrics of a journal."""
+    def read(cls, directory: Path, names: Iterable[str] | None) -> _Recorded:
+        """Collect the metrics of a journal, or those of some names."""
         recorded = cls()
-        reader = Reader(directory)
-        while lines := reader.read(1000):
-            for record in (line.record for line in lines if line.record):
-                if record["kind"] == "metrics":
-                    recorded.last_step = max(recorded.last_step, record["step"])
-                    recorded._points.update(
-                        hash((name, record["step"], repr(float(value))))
-                        for name, value in record["values"].items()
-                    )
+        for record in read_records(directory, "metrics", names=names):
+            recorded.last_step = max(recorded.last_step, record["step"])
+            recorded._points.update(
+                hash((name, record["step"], repr(float(value))))
+                for name, value in record["values"].items()
+            )
         return recorded
 
     def has(self, name: str, step: int, value: float) -> bool:
@@ -246,8 +241,12 @@ class DeferredTracker(MlflowTracker):
     """A `Tracker` whose records stay in the journal until `Deliveries` or a replay sends them."""
 
     def start(self, name: str, parameters: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        """Open the run, and say in ``tracking.json`` where it goes: those under it look there."""
+        """Open the run, and say where it goes."""
         super().start(name, parameters, tags)
+        self.direct()
+
+    def direct(self) -> None:
+        """Say in ``tracking.json`` where the run goes: those under it look there."""
         self._sender = Sender(self._journal.path.parent, self.target)
         with suppress(NotReadyError, OSError):  # another sends it, or nothing could be recorded
             self._sender.open()

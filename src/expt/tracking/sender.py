@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
-import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +24,9 @@ from expt.tracking.journal import (
     Reader,
     Record,
     State,
+    key_of,
     read_header,
+    settle,
 )
 from expt.tracking.store import (
     METRICS_PER_CALL,
@@ -100,6 +102,13 @@ class Target:
         """Return where settings say, whatever folder a later process is in."""
         root = None if artifact_root is None or is_server(uri) else artifact_root.absolute()
         return cls(absolute_uri(uri), experiment, root.as_uri() if root else None)
+
+    @classmethod
+    def kept(cls, directory: Path, header: Record, saved: State | None) -> Target:
+        """Return where the run in a folder was sent to, or is to be, by what was written down."""
+        before = header if saved is None else asdict(saved)
+        kept = cls(before["uri"], before["experiment"], before["artifact_root"])
+        return kept.moved(directory, before.get("nearby"))
 
     def nearby(self, directory: Path) -> dict[str, str] | None:
         """Return where a database and its artifacts are, as seen from a run's folder."""
@@ -180,36 +189,18 @@ class Sender:
 
     def _found(self, header: Record, saved: State | None) -> State:
         """Return the state to go on with; it says where to and which run, if that is known."""
-        kept = self._target
-        if saved is not None or kept is None:
-            before = header if saved is None else asdict(saved)
-            kept = Target(before["uri"], before["experiment"], before["artifact_root"])
-            kept = kept.moved(self.directory, before.get("nearby"))
-        target = self._target or kept
+        target = self._target or Target.kept(self.directory, header, saved)
         self._uri = target.uri
         shown = without_password(target.uri)
-        state = State(shown, target.experiment, target.artifact_root, key=header["key"])
-        if saved is not None:
-            state.key, state.folder = saved.key, saved.folder
+        key = key_of(self.directory) if self._target is None else settle(self.directory)
+        assert key is not None
+        state = State(shown, target.experiment, target.artifact_root, key)
+        if saved is not None and saved.key == key:
+            kept = Target.kept(self.directory, header, saved)
             if (without_password(kept.uri), kept.experiment) == (shown, target.experiment):
-                if self._target is not None and self._is_copy(header, saved):
-                    state.key = uuid.uuid4().hex
-                else:
-                    state = replace(saved, uri=shown, artifact_root=target.artifact_root)
+                state = replace(saved, uri=shown, artifact_root=target.artifact_root)
         state.nearby = target.nearby(self.directory)
-        if self._target is not None:
-            state.folder = str(self.directory.absolute())
         return state
-
-    def _is_copy(self, header: Record, saved: State) -> bool:
-        """Tell whether the folder where this run was recorded has it still: two would be one."""
-        original = Path(saved.folder or self.directory)
-        there = read_header(original)
-        return (
-            there is not None
-            and there["key"] == header["key"]
-            and not original.samefile(self.directory)
-        )
 
     def close(self) -> None:
         """Give the lock back."""
@@ -219,11 +210,7 @@ class Sender:
     def outstanding(self) -> int:
         """Return how many lines the store does not have yet."""
         self.open()
-        reader = Reader.after(self.directory, self._opened())
-        count = 0
-        while lines := reader.read(METRICS_PER_CALL):
-            count += len(lines)
-        return count
+        return Reader.after(self.directory, self._opened()).skip(sys.maxsize)
 
     def send_group(self) -> bool:
         """Send the next record, or the next few metrics records; False when nothing is left."""

@@ -257,7 +257,6 @@ def _create_database(database: Path) -> None:
 @contextmanager
 def _mlflow_errors() -> Iterator[None]:
     from mlflow.exceptions import MlflowException
-
     from sqlalchemy.exc import DataError
 
     try:
