@@ -10,6 +10,8 @@ from expt.config.schema import TrackingConfig
 from expt.search.records import Records, recorded, tags_of
 from expt.search.trial import KIND
 from expt.search.winner import SweepSummary
+from expt.tracking import delivery
+from expt.tracking.delivery import Deliveries
 from expt.tracking.mlflow import DeferredTracker
 from expt.tracking.store import MlflowStore
 
@@ -154,3 +156,62 @@ def test_tags_leave_out_what_is_not_known_and_who_did_it():
     assert tags["trial.interval_bytes"] == "[1, 2]"
     assert "trial.worker" not in tags
     assert tags["trial.param.x"] == str(trial.params["x"])
+
+
+class Store:
+    """A store that takes runs, and knows them by their key."""
+
+    def __init__(self, uri):
+        self.uri, self.runs = uri, {}
+
+    def open_run(self, experiment, root, key, name, *rest):
+        self.runs.setdefault(f"{self.uri} {key}", (name, {}))
+        return f"{self.uri} {key}"
+
+    def resume(self, run_id, parameters, tags):
+        self.runs[run_id][1].update(tags)
+
+    def __getattr__(self, name):
+        return lambda *values: None
+
+
+@pytest.fixture
+def stores(monkeypatch):
+    stores = {uri: Store(uri) for uri in ("http://first", "http://second")}
+
+    def opened(self, target):
+        Deliveries.__init__(self, target, stores.__getitem__)
+
+    monkeypatch.setattr(delivery, "Deliveries", type("Opened", (Deliveries,), {"__init__": opened}))
+    return stores
+
+
+def test_a_search_that_goes_on_with_another_store_has_all_trials_there(stores, tmp_path):
+    study = optuna.create_study()
+    for uri, store in stores.items():
+        records = Records(TrackingConfig(uri=uri, flush_seconds=20), tmp_path, "mine")
+        records.open({})
+        records.reconcile(study, lambda number: tmp_path / f"{number}")
+        trial = told(study, 1.0, **{KIND: "completed"})
+        records.start(trial.number, tmp_path / f"{trial.number}")
+        records.told(trial, tmp_path / f"{trial.number}")
+        records.close("FINISHED", summary())
+        _, *trials = store.runs.values()
+        assert [name for name, _ in trials] == [
+            f"mine-{number:03d}" for number in range(len(study.trials))
+        ]
+        assert {tags[PARENT] for _, tags in trials} == {next(iter(store.runs))}
+
+
+def test_seeds_are_under_their_trial_in_another_store_too(stores, tmp_path):
+    for seed, (uri, store) in enumerate(stores.items()):
+        records = Records(TrackingConfig(uri=uri, flush_seconds=20), tmp_path, "mine")
+        records.open({})
+        records.start(0, tmp_path / "0", own_process=False)
+        own = DeferredTracker(uri, "expt", tmp_path / f"0/seed_{seed}", None, tmp_path / "0")
+        own.start("seed", {}, {})
+        own.close()
+        records._send(tmp_path / f"0/seed_{seed}")
+        assert records._deliveries.close(20)  # and the worker is killed
+        ids = list(store.runs)
+        assert [tags.get(PARENT) for _, tags in store.runs.values()] == [None, *ids[:2]]

@@ -23,7 +23,7 @@ from expt.job import Metric
 from expt.search.metric import EARLIER
 from expt.search.trial import CONSTRAINT, kind_of
 from expt.search.winner import FILE_NAME, SweepSummary, settings_of
-from expt.tracking.journal import JOURNAL, Reader, read_header
+from expt.tracking.journal import State, is_closed, read_header, read_records
 from expt.tracking.tracker import NullTracker, Tracker
 
 if TYPE_CHECKING:
@@ -66,11 +66,17 @@ class Records:
         self._send(self.folder)
 
     def start(self, number: int, folder: Path, own_process: bool = True) -> None:
-        """Open a trial's run before its process does; `own_process` will send it."""
-        if self.tracking.uri is None or read_header(folder) is not None:
+        """Open a trial's run before its process does; `own_process` will send it.
+
+        One that goes on may have been sent to another store before.
+        """
+        if self.tracking.uri is None:
             return
         tracker = self._tracker(folder, self.folder)
-        tracker.start(f"{self.study_name}-{number:03d}", {}, self._origin(number, folder))
+        if read_header(folder) is None:
+            tracker.start(f"{self.study_name}-{number:03d}", {}, self._origin(number, folder))
+        else:
+            tracker.direct()
         tracker.close()
         if not own_process:
             self._send(folder)
@@ -110,7 +116,7 @@ class Records:
             folder = folder_of(trial.number)
             if not recorded(folder, trial):
                 self.told(trial, folder)
-            elif not _arrived(folder):
+            elif not self._arrived(folder):
                 self._send(folder)
 
     def summary(self, summary: SweepSummary) -> None:
@@ -172,6 +178,12 @@ class Records:
             "run_dir": str(folder),
         }
 
+    def _arrived(self, folder: Path) -> bool:
+        """Tell whether the store of this search, not another one, has all of a journal."""
+        state = State.load(folder)
+        there = (self.parent.uri, self.tracking.experiment)
+        return state is not None and (state.uri, state.experiment) == there and is_closed(folder)
+
     def _send(self, folder: Path) -> None:
         if self._deliveries is not None:
             self._deliveries.add(folder)
@@ -195,20 +207,12 @@ def recorded(folder: Path, trial: FrozenTrial) -> bool:
     """Tell whether a trial's end is in its journal."""
     if read_header(folder) is None:
         return False
-    reader, told, closed = Reader(folder), False, False
-    while lines := reader.read(1000):
-        for record in (line.record for line in lines if line.record):
-            if record["kind"] == "tags":
-                told = told or record["values"].get(f"{PREFIX}state") == trial.state.name
-            elif record["kind"] == "start":
-                told = closed = False
-            elif record["kind"] == "end":
-                closed = told
+    told = closed = False
+    for record in read_records(folder, "start", "tags", "end"):
+        if record["kind"] == "tags":
+            told = told or record["values"].get(f"{PREFIX}state") == trial.state.name
+        elif record["kind"] == "start":
+            told = closed = False
+        else:
+            closed = told
     return closed
-
-
-def _arrived(folder: Path) -> bool:
-    """Tell whether the store has all of a journal."""
-    from expt.tracking.journal import is_closed
-
-    return not (folder / JOURNAL).exists() or is_closed(folder)
