@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import csv
-import errno
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -45,28 +47,49 @@ def test_a_run_that_goes_on_has_one_csv_file_with_every_figure_once(
     assert [path.name for path in tmp_path.iterdir()] == ["csv"]
 
 
-def test_a_full_disk_loses_no_figures_of_earlier_parts(
-    tmp_path: Path,
-    first: list[tuple[int, dict[str, float]]],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    def full(columns: object, *more: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+@contextmanager
+def full_disk(path: Path, left: int) -> Iterator[None]:
+    """Let no file grow beyond the size that one has, and a few bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + left, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(csv.DictWriter, "writerows", full)
-        for _ in range(2):
-            part(tmp_path)
-    assert str(tmp_path / ".metrics.before.0.csv") in caplog.text
-    tracker = part(tmp_path)  # there is room again
-    monkeypatch.setattr(loggers, "_put_together", full)
-    tracker.metrics({"loss": 0.2}, 4)
-    part(tmp_path).metrics({"loss": 0.1}, 5)
-    monkeypatch.undo()
-    part(tmp_path)
-    assert rows(tmp_path) == [*first, (4, {"loss": 0.2}), (5, {"loss": 0.1})]
-    assert [path.name for path in tmp_path.iterdir()] == ["csv"]
+
+@pytest.mark.parametrize("new", [{}, {"new": 1.0}])
+def test_a_full_disk_costs_no_figures(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, new: dict[str, float]
+) -> None:
+    tracker, path = part(tmp_path), tmp_path / "csv/metrics.csv"
+    wanted = [(step, {"loss": 1 / step}) for step in range(1, 100)]
+    for step, values in wanted:
+        tracker.metrics(values, step)
+    with full_disk(path, 5):
+        for step in (100, 101):
+            tracker.metrics({"loss": 1 / step} | new, step)
+        assert rows(tmp_path) == wanted and path.read_bytes().endswith(b"\n")
+        assert not tracker.finish("FAILED")
+        part(tmp_path)  # killed there, and gone on with
+        assert rows(tmp_path) == wanted
+    tracker.metrics({"loss": 0.1}, 102)
+    assert tracker.finish("FINISHED")
+    late = [(step, {"loss": 1 / step} | new) for step in (100, 101)]
+    assert rows(tmp_path) == [*wanted, *late, (102, {"loss": 0.1})]
+    assert [path.name for path in tmp_path.rglob("*")] == ["csv", "metrics.csv"]
+    assert [entry.message[:12] for entry in caplog.records] == ["figures wait"]
+
+
+def test_a_row_that_a_kill_cut_short_is_done_again(
+    tmp_path: Path, first: list[tuple[int, dict[str, float]]]
+) -> None:
+    with (tmp_path / "csv/metrics.csv").open("a") as file:
+        file.write("0.12,4")  # of 0.1234, and of a step that may be 40
+    tracker = part(tmp_path)
+    assert rows(tmp_path) == first
+    tracker.metrics({"loss": 0.1234}, 4)
+    assert rows(tmp_path) == [*first, (4, {"loss": 0.1234})]
 
 
 def test_a_file_that_an_earlier_version_set_aside_is_read(

@@ -1,4 +1,4 @@
-"""Loggers beside MLflow: ``tracking.loggers=[mlflow,csv,tensorboard]``, those of Lightning Fabric.
+"""Loggers beside MLflow: ``tracking.loggers=[mlflow,csv,tensorboard]``.
 
 ``csv/metrics.csv`` and ``tensorboard/`` are in the run's directory. A run that is resumed goes on
 in the same files; what it does again is not written twice into the CSV.
@@ -7,7 +7,10 @@ in the same files; what it does again is not written twice into the CSV.
 from __future__ import annotations
 
 import csv
+import errno
+import io
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -19,11 +22,112 @@ from expt.tracking.tracker import NullTracker, Tracker
 
 log = logging.getLogger(__name__)
 
-_ASIDE = ".metrics.before"
+_ASIDE = ".metrics.before*.csv"
+"""In the run's directory: earlier versions put the figures of a run that went on aside."""
+
+
+class CsvTracker(NullTracker):
+    """A `Tracker` of figures only: a row per call, a column per name.
+
+    Figures that could not be written, on a full disk, are written with the next; what is in the
+    file stays there whatever happens.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._columns, self._failed = path, list[str](), False
+        self._waiting: list[tuple[int, Mapping[str, float]]] = []
+        rows = self._rows()
+        self._known = {(name, step) for step, values in rows for name in values}
+        if rows:
+            self._tried()
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Record figures at an optimizer step, those that are not there yet."""
+        new = {name: float(values[name]) for name in values if (name, step) not in self._known}
+        self._known |= {(name, step) for name in new}
+        if new:
+            self._waiting.append((step, new))
+            self._tried()
+
+    def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> bool:
+        """Return whether all is written."""
+        if self._waiting:
+            self._tried()
+        return not self._waiting
+
+    def _tried(self) -> None:
+        try:
+            names = {"step"}.union(*(values for _, values in self._waiting))
+            if self._path.exists() and names <= set(self._columns):
+                self._append()
+            else:
+                self._rewrite()
+            self._waiting = []
+        except (OSError, StorageError) as error:
+            if not self._failed:
+                log.warning("figures wait until %s can be written: %s", self._path, error)
+            self._failed = True
+
+    def _append(self) -> None:
+        text = io.StringIO(newline="")
+        _write(text, self._columns, self._waiting)
+        data = text.getvalue().encode()
+        with self._path.open("ab", buffering=0) as file:
+            end = file.tell()
+            if file.write(data) != len(data):
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _rewrite(self) -> None:
+        rows = [*self._rows(), *self._waiting]
+        columns = sorted({"step"}.union(*(values for _, values in rows)))
+
+        def write(path: Path) -> None:
+            with path.open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerow(columns)
+                _write(file, columns, rows)
+
+        replace_atomically(self._path, write)
+        self._columns = columns
+        for part in self._parts()[:-1]:
+            part.unlink()
+
+    def _rows(self) -> list[tuple[int, dict[str, float]]]:
+        """Return what is written, every figure once."""
+        rows, known = [], set[tuple[str, int]]()
+        for part in self._parts():
+            for step, values in _rows(part):
+                new = {name: value for name, value in values.items() if (name, step) not in known}
+                known |= {(name, step) for name in new}
+                if new:
+                    rows.append((step, new))
+        return sorted(rows, key=lambda row: row[0])
+
+    def _parts(self) -> list[Path]:
+        """Return the files that figures may be in, those that are put aside first."""
+        return [*sorted(self._path.parent.parent.glob(_ASIDE)), self._path]
+
+
+def _write(file: Any, columns: list[str], rows: Iterable[tuple[int, Mapping[str, float]]]) -> None:
+    table = csv.DictWriter(file, columns)
+    table.writerows({**values, "step": step} for step, values in rows)
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
+    if not path.exists():
+        return
+    text = path.read_text(encoding="utf-8")
+    # A row that a kill cut short may end in a figure that is one digit short.
+    for row in csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])):
+        try:
+            step = int(row.pop("step"))
+            yield step, {k: float(v) for k, v in row.items() if v}
+        except (TypeError, ValueError, KeyError, AttributeError):
+            continue  # an earlier version's, cut short amid the file
 
 
 class _Logger(Protocol):
-    """What is used of Fabric's loggers."""
+    """What is used of a logger of Lightning Fabric."""
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None: ...
 
@@ -33,26 +137,15 @@ class _Logger(Protocol):
 
 
 class FabricTracker(NullTracker):
-    """A `Tracker` of figures only, around one of Fabric's loggers; a full disk does not end a run.
+    """A `Tracker` of figures only, around a logger of Fabric; a full disk does not end a run."""
 
-    Args:
-        logger: the logger.
-        known: (name, step) of figures that are there already.
-
-    """
-
-    def __init__(self, logger: _Logger, known: set[tuple[str, int]] | None = None) -> None:
-        self._logger, self._known, self._failed = logger, known, False
+    def __init__(self, logger: _Logger) -> None:
+        self._logger, self._failed = logger, False
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Record figures at an optimizer step."""
-        new = dict(values)
-        if self._known is not None:
-            new = {name: value for name, value in new.items() if (name, step) not in self._known}
-            self._known |= {(name, step) for name in new}
-        if new:
-            self._tried(lambda: self._logger.log_metrics(new, step))
-            self._tried(self._logger.save)
+        self._tried(lambda: self._logger.log_metrics(dict(values), step))
+        self._tried(self._logger.save)
 
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> bool:
         """Close the files."""
@@ -132,72 +225,12 @@ def beside(first: Tracker, config: TrackingConfig, run_dir: Path) -> Tracker:
 
 
 def _made(name: str, run_dir: Path) -> Tracker:
-    from lightning_fabric.loggers.csv_logs import CSVLogger
+    if name == "csv":
+        return CsvTracker(run_dir / "csv/metrics.csv")
     from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
-    if name == "tensorboard":
-        parts = len(list((run_dir / "tensorboard").glob("events*")))
-        # Named after the second that they are begun in, two parts might be one file.
-        logger = TensorBoardLogger(
-            run_dir, name="tensorboard", version="", filename_suffix=f".{parts}"
-        )
-        return FabricTracker(logger)
-    folder = run_dir / "csv"
-    rows = _earlier(folder)
-    table = CSVLogger(run_dir, name="csv", version="")
-    if rows:
-        try:
-            _put_together(folder, rows, table.experiment)
-        except (OSError, StorageError) as error:
-            log.warning("the figures of earlier parts stay in %s: %s", _set_aside(folder)[0], error)
-    return FabricTracker(table, {(name, step) for step, values in rows for name in values})
-
-
-def _earlier(folder: Path) -> list[tuple[int, dict[str, float]]]:
-    """Return what earlier parts of the run wrote, which Fabric's logger would remove: set aside.
-
-    There are several parts where the disk was full when they were to be put together.
-    """
-    current, parts = folder / "metrics.csv", _set_aside(folder)
-    if current.exists():
-        parts.append(current.replace(folder.parent / f"{_ASIDE}.{len(parts)}.csv"))
-    rows, known = [], set()
-    for part in parts:
-        with part.open(newline="", encoding="utf-8") as file:
-            for step, values in _rows(file):
-                new = {name: value for name, value in values.items() if (name, step) not in known}
-                known |= {(name, step) for name in new}
-                if new:
-                    rows.append((step, new))
-    return sorted(rows, key=lambda row: row[0])
-
-
-def _rows(file: Iterable[str]) -> Iterator[tuple[int, dict[str, float]]]:
-    for row in csv.DictReader(file):
-        try:
-            step = int(row.pop("step"))
-            yield step, {k: float(v) for k, v in row.items() if v}
-        except (TypeError, ValueError, KeyError, AttributeError):
-            continue  # a line that was cut short
-
-
-def _put_together(
-    folder: Path, rows: Sequence[tuple[int, Mapping[str, float]]], writer: Any
-) -> None:
-    """Write all rows as the file that Fabric's writer goes on with, then remove the parts."""
-    columns = sorted({"step"}.union(*(values for _, values in rows)))
-
-    def write(path: Path) -> None:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, columns)
-            table.writeheader()
-            table.writerows({**values, "step": step} for step, values in rows)
-
-    replace_atomically(folder / "metrics.csv", write)
-    writer.metrics_keys = columns
-    for part in _set_aside(folder):
-        part.unlink()
-
-
-def _set_aside(folder: Path) -> list[Path]:
-    return sorted(folder.parent.glob(f"{_ASIDE}*.csv"))
+    parts = len(list((run_dir / "tensorboard").glob("events*")))
+    # Named after the second that they are begun in, two parts might be one file.
+    return FabricTracker(
+        TensorBoardLogger(run_dir, name="tensorboard", version="", filename_suffix=f".{parts}")
+    )
