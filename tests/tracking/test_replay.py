@@ -173,9 +173,14 @@ def test_a_moved_tree_is_replayed_into_the_database_that_moved_with_it(
 
 def test_a_database_that_a_run_was_sent_to_is_not_made_anew(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/gone/mlflow.db"
-    DeferredTracker(uri, "e", tmp_path / "a", None).start("a", {}, {})
-    State(uri, "e", None, "key", run_id="known").save(tmp_path / "a")
-    (entry,) = replay(tmp_path).directories
-    assert (entry.sent, entry.left) == (0, 1)
-    assert f"there is no file {tmp_path}/gone/mlflow.db; put it back" in str(entry.reason)
+    for name in ("never sent", "sent", "sent in part"):
+        DeferredTracker(uri, "e", tmp_path / name, None).start("a", {}, {})
+    State(uri, "e", None, "key", run_id="known", applied=2).save(tmp_path / "sent")
+    State(uri, "e", None, "key", run_id="known").save(tmp_path / "sent in part")
+    entries = replay(tmp_path).directories
+    assert [(entry.directory.name, entry.sent, entry.left) for entry in entries] == [
+        ("never sent", 0, 1), ("sent in part", 0, 1)
+    ]  # fmt: skip
+    for entry in entries:
+        assert f"there is no file {tmp_path}/gone/mlflow.db; put it back" in str(entry.reason)
     assert not (tmp_path / "gone").exists()

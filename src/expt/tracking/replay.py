@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from expt.tracking.journal import JOURNAL, read_header
-from expt.tracking.sender import NotReadyError, Sender
+from expt.tracking.journal import JOURNAL, STATE, State, read_header
+from expt.tracking.sender import NotReadyError, Sender, Target
 from expt.tracking.store import reason
-from expt.uri import PasswordMissingError, without_password
+from expt.uri import PasswordMissingError, sqlite_path, without_password
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,31 @@ class ReplayReport:
 
 
 def replay(root: Path) -> ReplayReport:
-    """Send every journal under `root` that has lines its store did not acknowledge."""
-    silent: dict[str, str] = {}
-    entries = (_send(directory, silent) for directory in _parents_first(root))
+    """Send every journal under `root` that has lines its store did not acknowledge.
+
+    A database that any of them was sent to is not made anew: it may be on a disk that is not there.
+    """
+    directories = _parents_first(root)
+    silent = _gone(directories, root)
+    entries = (_send(directory, silent) for directory in directories)
     return ReplayReport(tuple(entry for entry in entries if entry is not None))
+
+
+def _gone(directories: list[Path], root: Path) -> dict[str, str]:
+    """Return the databases that runs were sent to and that are not there, and what to do."""
+    gone = {}
+    for directory in directories:
+        header, state = read_header(directory), State.load(directory)
+        if header is None or state is None or state.run_id is None:
+            continue
+        uri = Target.kept(directory, header, state).uri
+        database = sqlite_path(uri)
+        if database is not None and not database.exists():
+            gone[uri] = (
+                f"there is no file {database}; put it back, or remove the files {STATE} under "
+                f"{root} and all runs are sent to a new one"
+            )
+    return gone
 
 
 def _parents_first(root: Path) -> list[Path]:
@@ -65,7 +86,7 @@ def _parents_first(root: Path) -> list[Path]:
 
 
 def _send(directory: Path, silent: dict[str, str]) -> Replayed | None:
-    """Send one journal; `silent` holds the stores that do not answer, each asked once."""
+    """Send one journal; `silent` holds the stores that do not answer, each asked once, and why."""
     sender = Sender(directory)
     try:
         outstanding = left = sender.outstanding()

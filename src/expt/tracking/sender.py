@@ -19,7 +19,6 @@ from expt.locks import Lock
 from expt.tracking.journal import (
     JOURNAL,
     LOCK,
-    STATE,
     Line,
     Reader,
     Record,
@@ -140,7 +139,7 @@ class Sender:
 
     `send_group` raises `NotReadyError`, or whatever the store raised; call it again later.
     Without a `target` the run goes where ``tracking.json``, or else the journal's first line, says,
-    or to the database that was moved with it; a database that a run was sent to is not made anew.
+    or to the database that was moved with it.
     `store` is an open one of that place, for whoever sends many journals.
     """
 
@@ -219,7 +218,7 @@ class Sender:
         if not group:
             return False
         if self._store is None:
-            self._store = self._connected()
+            self._store = MlflowStore(with_password(self._uri))
         try:
             self._send(self._store, group)
         except RunMissingError as error:
@@ -235,16 +234,6 @@ class Sender:
         self._acknowledged(self._opened().applied + len(group), group[-1])
         self._save()
         return True
-
-    def _connected(self) -> MlflowStore:
-        database = sqlite_path(self._uri)
-        begun = self._target is None and self._opened().run_id is not None
-        if begun and database is not None and not database.exists():
-            raise FileNotFoundError(
-                f"there is no file {database}; put it back, or remove "
-                f"{self.directory / STATE} and the run is sent to a new one"
-            )
-        return MlflowStore(with_password(self._uri))
 
     def answers(self) -> bool:
         """Tell whether the store can be read, whatever became of the last call."""
