@@ -89,6 +89,7 @@ def test_a_mistake_is_one_message_before_anything_is_started(expt, home, lines, 
     for message in messages:
         assert message in err
     assert "Traceback" not in err
+    assert err.count("search.retrain_with: ") <= 1
     assert not list(home.rglob("trial_*"))
 
 

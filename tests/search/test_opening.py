@@ -9,6 +9,7 @@ from optuna.trial import TrialState, create_trial
 from expt.errors import ConfigError
 from expt.result import RunResult
 from expt.search.opening import _none_left_behind, put_first, settle_data, settled_budget
+from expt.search.study import claim
 from expt.search.trial import FROM
 from expt.units import GIB
 
@@ -87,14 +88,19 @@ def test_what_an_earlier_version_read_otherwise_is_a_note(study, tmp_path, capsy
     assert capsys.readouterr().out == ""
 
 
-def test_a_study_that_is_refused_as_it_is_made_leaves_nothing_behind(study):
+def test_a_study_that_is_refused_as_it_is_made_leaves_nothing_behind(study, tmp_path):
     storage = study._storage
-    with pytest.raises(ConfigError), _none_left_behind("new", storage):
-        optuna.create_study(study_name="new", storage=storage)
-        raise ConfigError("its folder holds another search")
-    with pytest.raises(ConfigError), _none_left_behind("s", storage):
-        raise ConfigError("another space")
-    with pytest.raises(KeyboardInterrupt), _none_left_behind("begun", storage):
+    folder = tmp_path / "new"
+    for _ in range(2):  # it is free again, too
+        with pytest.raises(ConfigError, match="preset"), _none_left_behind("new", storage, folder):
+            claim(optuna.create_study(study_name="new", storage=storage), folder)
+            raise ConfigError("a preset does not go with these settings")
+    claim(study, tmp_path)
+    for name, folder in (("s", tmp_path), ("new", tmp_path)):  # what is another's stays
+        with pytest.raises(ConfigError), _none_left_behind(name, storage, folder):
+            raise ConfigError("another space, or another's folder")
+        claim(study, tmp_path)
+    with pytest.raises(KeyboardInterrupt), _none_left_behind("begun", storage, tmp_path):
         optuna.create_study(study_name="begun", storage=storage)
         raise KeyboardInterrupt
     assert sorted(optuna.get_all_study_names(storage)) == ["begun", "s"]

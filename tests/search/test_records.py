@@ -215,3 +215,22 @@ def test_seeds_are_under_their_trial_in_another_store_too(stores, tmp_path):
         assert records._deliveries.close(20)  # and the worker is killed
         ids = list(store.runs)
         assert [tags.get(PARENT) for _, tags in store.runs.values()] == [None, *ids[:2]]
+
+
+def test_seeds_of_a_trial_that_has_ended_are_in_another_store_too(stores, tmp_path):
+    study = optuna.create_study()
+    trial = told(study, 1.0, **{KIND: "completed"})
+    for number, (uri, store) in enumerate(stores.items()):
+        records = Records(TrackingConfig(uri=uri, flush_seconds=20), tmp_path, "mine")
+        records.open({})
+        if number == 0:
+            records.start(0, tmp_path / "0", own_process=False)
+            own = DeferredTracker(uri, "expt", tmp_path / "0/seed_3", None, tmp_path / "0")
+            own.start("seed", {}, {})
+            own.finish("FINISHED")
+            records.told(trial, tmp_path / "0")
+        records.reconcile(study, lambda number: tmp_path / f"{number}")
+        records.close("FINISHED", summary())
+        ids = list(store.runs)
+        assert [name for name, _ in store.runs.values()] == ["search-mine", "mine-000", "seed"]
+        assert [tags.get(PARENT) for _, tags in store.runs.values()] == [None, *ids[:2]]

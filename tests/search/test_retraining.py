@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import optuna
 import pytest
 from hydra.errors import HydraException
@@ -10,7 +12,9 @@ from optuna.trial import TrialState
 from expt.config.search_node import PEAK, VALIDATION, SearchConfig
 from expt.errors import ConfigError, UserError
 from expt.result import Outcome
+from expt.search import retraining as module
 from expt.search.opening import put_points
+from expt.search.request import Request
 from expt.search.retraining import lines_of, of_retraining, points_to_retrain
 from expt.search.space import Space
 from expt.search.trial import PRESET, Prediction, TrialOutcome
@@ -41,6 +45,7 @@ def test_a_retraining_has_its_own_settings_and_none_that_are_about_short_trials(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ("search.presets=[full]", "search.presets is the search's to set"),
         ("search.space={}", "search.space is the search's to set"),
         ("search.n_trials=9", "search.n_trials is the search's to set"),
         ("tracking.uri=null", "tracking.uri is the search's to set"),
@@ -130,6 +135,19 @@ def test_presets_that_fitted_are_trained_again_as_they_were_completed(make):
     assert (len(best), presets) == (2, []), "it is among the best already"
 
 
+def test_a_preset_that_was_ended_early_fits_and_is_trained_again(make):
+    def ended(params):
+        kinds = {0.25: Outcome.timeout, 0.5: Outcome.failed, 0.75: Outcome.out_of_memory}
+        return TrialOutcome(kinds.get(params["x"], Outcome.completed), params["x"] + 1, 1, 1)
+
+    search = make(ended, n_trials=4)
+    for x in (0.25, 0.5, 0.75, 0.125):
+        put_first(search.study, {"x": x, "width": 8}, **({PRESET: True} if x > 0.2 else {}))
+    search.run()
+    best, presets = points_to_retrain(search.study, True, 3, search.space)
+    assert [[point["x"] for point in points] for points in (best, presets)] == [[0.125], [0.25]]
+
+
 def test_a_preset_that_waits_to_be_tried_already_is_known_for_one(make):
     search = make(outcome)
     search.study.enqueue_trial({"x": 0.5})
@@ -182,3 +200,34 @@ def test_an_orphan_of_a_retraining_is_gone_on_with(make, tmp_path):
     search.study.ask()  # by a worker that died at once
     search.reservations.given_only = True
     assert search.run().finished == 1
+
+
+@pytest.fixture
+def retraining(monkeypatch):
+    """Return the lines that a retraining composes, and its study and folder."""
+
+    def retraining(arguments, *lines):
+        def composed(config, given, sampler, context):
+            study = next(line for line in given if line.startswith("search.study="))
+            return Request(SearchConfig(study=study[13:]), None, given, {}, None, None, {})
+
+        monkeypatch.setattr(module, "request_of", composed)
+        node = SearchConfig(study="mine", retrain=1, retrain_with=list(lines))
+        request = Request(node, None, arguments, {}, None, Path("/there/mine"), {})
+        found = module.retraining_of(request, None, arguments, None)
+        return found.given, found.config.study, found.folder
+
+    return retraining
+
+
+def test_a_retraining_takes_settings_of_its_search_back(retraining):
+    given = ["+memory=lite", "experiment=x", "trainer.epochs=3", "model.width=8"]
+    lines, study, folder = retraining(given, "experiment=null", "memory=full", "trainer.epochs=9")
+    assert lines[:3] == ["model.width=8", "+memory=full", "trainer.epochs=9"]
+    assert (study, folder) == ("mine_retrained", Path("/there/mine/mine_retrained"))
+
+
+@pytest.mark.parametrize("name", ["mine", "trial_000", "aside_trial_000_1", "plots", "predictions"])
+def test_a_retraining_has_a_name_and_a_folder_of_its_own(retraining, name):
+    with pytest.raises(ConfigError, match=rf"^search\.study={name}"):
+        retraining([], "trainer.epochs=9", f"search.study={name}")

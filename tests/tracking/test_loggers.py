@@ -92,6 +92,16 @@ def test_a_row_that_a_kill_cut_short_is_done_again(
     assert rows(tmp_path) == [*first, (4, {"loss": 0.1234})]
 
 
+def test_what_a_power_cut_left_of_a_file_does_not_keep_a_run_from_going_on(
+    tmp_path: Path, first: list[tuple[int, dict[str, float]]]
+) -> None:
+    with (tmp_path / "csv/metrics.csv").open("ab") as file:
+        file.write(b"0.1,\xff\xfe\n" + b"\0" * 200_000 + b"\n0.125,4,\r\n")
+    tracker = part(tmp_path)
+    tracker.metrics({"loss": 0.1}, 5)
+    assert rows(tmp_path) == [*first, (4, {"loss": 0.125}), (5, {"loss": 0.1})]
+
+
 def test_a_file_that_an_earlier_version_set_aside_is_read(
     tmp_path: Path, first: list[tuple[int, dict[str, float]]]
 ) -> None:

@@ -17,7 +17,8 @@ from typing import Any, cast
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
-from optuna.samplers import GridSampler
+from optuna.samplers import BaseSampler, GridSampler
+from optuna.storages import BaseStorage
 from optuna.study import Study
 
 from expt.commands.report import write_page
@@ -26,13 +27,13 @@ from expt.config.compose import key, readable_setting
 from expt.config.schema import OnOverflow, TrackingConfig
 from expt.config.search_node import Pruner, SearchConfig
 from expt.errors import ConfigError, ExptError
-from expt.job import Metric
 from expt.reports.figures.progress import plot_progress
 from expt.reports.figures.trade_off import plot_trade_off
 from expt.reports.records import ranked_by
 from expt.reports.sources.folders import runs_of_search
 from expt.run.process import Worker, WorkerError, visible_devices
 from expt.search.candidates import (
+    Learned,
     TrialJobs,
     base_facts,
     check_presets,
@@ -84,21 +85,26 @@ def search(
 
     """
     request = request_of(config, arguments, sampler, hydra_context)
-    opened = _open(request, config)
-    retraining = None
+    judged = _judge(request, config)
+    again = None
     if request.config.retrain:  # now, since a mistake is to be known before hours of search
         with of_retraining():
-            again = retraining_of(request, config, arguments, hydra_context)
-            retraining = _open(again, config, opened)
+            longer = retraining_of(request, config, arguments, hydra_context)
+            again = _judge(longer, config, judged)
+    opened, retraining = _open(judged), None
+    if again is not None:
+        with of_retraining():
+            retraining = _open(again, opened)
     summary = _run(opened, config, hydra_context, task_function)
     if retraining is not None:
-        best, presets = points_to_retrain(
-            opened.reservations.study,
-            opened.jobs.budget_bytes is not None,
-            request.config.retrain,
-            retraining.space,
-        )
-        put_points(retraining.reservations, [*best, *presets])
+        with answering(request.config.study):
+            best, presets = points_to_retrain(
+                opened.reservations.study,
+                opened.judged.jobs.budget_bytes is not None,
+                request.config.retrain,
+                retraining.judged.space,
+            )
+            put_points(retraining.reservations, [*best, *presets])
         also = f" and {counted(len(presets), 'preset')}" if presets else ""
         said = " ".join(shown_lines(request.config.retrain_with))
         print(f"the best {len(best)} of {summary.study}{also} again with {said}")
@@ -109,25 +115,31 @@ def search(
 
 
 @dataclass
-class _Opened:
-    """A search that was judged and whose study is open.
-
-    `sampler` is its class; `asked` says whether there is a data set here, which knows its metric.
-    """
+class _Judged:
+    """A search in which no mistake was found; `device_bytes` is None where a launcher decides."""
 
     request: Request
     space: Space
+    sampler: BaseSampler
+    storage: BaseStorage
+    where: str
     jobs: TrialJobs
-    reservations: Reservations
-    metric: Metric
-    asked: bool
-    storage: str
-    sampler: str
+    learned: Learned
+    device: str
+    device_bytes: int | None
     devices: Sequence[str]
 
 
-def _open(request: Request, config: DictConfig, before: _Opened | None = None) -> _Opened:
-    """Judge a search, or a retraining of what was opened before it, and open its study."""
+@dataclass
+class _Opened:
+    """A search whose study is open."""
+
+    judged: _Judged
+    reservations: Reservations
+
+
+def _judge(request: Request, config: DictConfig, before: _Judged | None = None) -> _Judged:
+    """Judge a search, or a retraining of the one that was judged before it."""
     node = request.config
     tracking = cast(TrackingConfig, OmegaConf.to_object(request.cfg.tracking))
     space = Space.parse(request.space, checker(request.cfg, request.own))
@@ -156,27 +168,35 @@ def _open(request: Request, config: DictConfig, before: _Opened | None = None) -
         space.distributions,
         request.cfg.memory.on_overflow is OnOverflow.adapt,
     )
-    names = {key(line) for line in before.request.config.retrain_with} if before else set()
-    if before is not None and "memory.budget" not in names:
-        jobs.budget_bytes = before.jobs.budget_bytes  # a share is what it was for the search
     try:
-        learned = learn_data(request, space, jobs.worker, before is not None and before.asked)
-        node.objectives = objectives_of(node.objectives, learned.metric)
-        reservations = open_search(
-            request, space, storage, made, jobs, learned.metric, learned.fingerprint, text,
-            facts["device"], None if launcher is not None else facts["device_bytes"],
-            before is not None,
-        )  # fmt: skip
+        learned = learn_data(
+            request, space, jobs.worker, before is not None and before.learned.asked
+        )
     finally:
         if before is not None:
             jobs.worker.close()  # until the search is over
-    if isinstance(made, GridSampler) and space.size is not None:
-        node.n_trials = reservations.n_trials = min(node.n_trials, space.size)
-    shown = without_password(absolute_storage(text))
-    return _Opened(
-        request, space, jobs, reservations, metric_of(reservations.study), learned.asked, shown,
-        type(made).__name__, devices,
+    node.objectives = objectives_of(node.objectives, learned.metric)
+    device_bytes = None if launcher is not None else facts["device_bytes"]
+    return _Judged(
+        request, space, made, storage, text, jobs, learned, facts["device"], device_bytes, devices
+    )
+
+
+def _open(judged: _Judged, before: _Opened | None = None) -> _Opened:
+    """Open the study of a search, or of a retraining of the one that was opened before it."""
+    request, jobs = judged.request, judged.jobs
+    if before is not None:
+        names = {key(line) for line in before.judged.request.config.retrain_with}
+        if "memory.budget" not in names:  # a share is what it was for the search
+            jobs.budget_bytes = before.judged.jobs.budget_bytes
+    reservations = open_search(
+        request, judged.space, judged.storage, judged.sampler, jobs, judged.learned.metric,
+        judged.learned.fingerprint, judged.where, judged.device, judged.device_bytes,
+        before is not None,
     )  # fmt: skip
+    if isinstance(judged.sampler, GridSampler) and judged.space.size is not None:
+        reservations.n_trials = min(request.config.n_trials, judged.space.size)
+    return _Opened(judged, reservations)
 
 
 def _run(
@@ -186,24 +206,24 @@ def _run(
     task_function: TaskFunction,
 ) -> SweepSummary:
     """Do what is left of a search, and conclude it; see `search` for what is raised."""
-    request, space, jobs = opened.request, opened.space, opened.jobs
-    reservations, metric, node = opened.reservations, opened.metric, opened.request.config
-    node.n_trials = reservations.n_trials
-    study = reservations.study
+    judged, reservations = opened.judged, opened.reservations
+    request, space, jobs = judged.request, judged.space, judged.jobs
+    node, study = request.config, reservations.study
+    metric, node.n_trials = metric_of(study), reservations.n_trials
+    storage = without_password(absolute_storage(judged.where))
     tracking = cast(TrackingConfig, OmegaConf.to_object(request.cfg.tracking))
     records = Records(tracking, request.folder, node.study, metric)
     threads = jobs.worker.threads
-    runner = _runner(request, config, hydra_context, task_function, opened.devices, threads)
+    runner = _runner(request, config, hydra_context, task_function, judged.devices, threads)
     seeds = range(request.cfg.trainer.seed, request.cfg.trainer.seed + node.repeats)
     loop = Search(
-        node, space, reservations, runner, jobs, records, request.folder, list(seeds),
-        opened.storage,
-    )  # fmt: skip
+        node, space, reservations, runner, jobs, records, request.folder, list(seeds), storage
+    )
     if isinstance(runner, LauncherRunner):
         runner.beat = loop.beat
-    _announce(node, space, jobs.budget_bytes, opened.storage, request.folder)
+    _announce(node, space, jobs.budget_bytes, storage, request.folder)
     with reservations.locked():
-        records.open(_parameters(request, space, opened.sampler, jobs.budget_bytes))
+        records.open(_parameters(request, space, type(judged.sampler).__name__, jobs.budget_bytes))
     status: Any = "FAILED"
     seen = None
     try:

@@ -189,10 +189,10 @@ def learn_data(request: Request, space: Space, worker: Worker, required: bool = 
             if "metric" in found:
                 return Learned(Metric.from_dict(found["metric"]), found["fingerprint"], asked=True)
             reason = reason or found["reason"]
+        if required:
+            raise ConfigError(f"there is no data set of these settings: {reason}")
     except WorkerError as error:
-        reason = str(error)
-    if required:
-        raise ConfigError(f"there is no data set of these settings: {reason}")
+        reason = f"{error}; search.plan_time_limit_seconds gives it more time"
     known = metric_of_trials(request.folder)
     if known is None:
         named = request.config.objectives[0].rpartition("/")[2]

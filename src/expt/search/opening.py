@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -25,7 +26,7 @@ from expt.search.request import Request, fixed_settings, given_points, resolved_
 from expt.search.reservation import Reservations
 from expt.search.samplers import make_pruner, make_sampler, seed_of
 from expt.search.space import Space
-from expt.search.study import DATA, answering, claim, open_study
+from expt.search.study import DATA, TOKEN_NAME, answering, claim, open_study
 from expt.search.trial import PRESET
 from expt.search.warm_start import (
     Task,
@@ -89,7 +90,7 @@ def open_search(
     reservations = Reservations(
         None, space, node.n_trials, request.folder, node.seed, given_only,  # type: ignore[arg-type]
     )  # fmt: skip
-    with reservations.locked(), _none_left_behind(node.study, storage):
+    with reservations.locked(), _none_left_behind(node.study, storage, request.folder):
         study = open_study(
             node.study,
             storage,
@@ -130,16 +131,20 @@ def put_points(reservations: Reservations, points: Sequence[dict[str, Any]]) -> 
 
 
 @contextmanager
-def _none_left_behind(name: str, storage: BaseStorage) -> Iterator[None]:
+def _none_left_behind(name: str, storage: BaseStorage, folder: Path) -> Iterator[None]:
     """Remove a study that was made in here, if it then turns out not to be begun."""
     with answering(name):
         new = name not in optuna.get_all_study_names(storage)
+    token = folder / TOKEN_NAME
+    claimed = token.exists()
     try:
         yield
     except UserError:
         if new:
             with suppress(KeyError), answering(name):
                 optuna.delete_study(study_name=name, storage=storage)
+            if not claimed:
+                token.unlink(missing_ok=True)
         raise
 
 

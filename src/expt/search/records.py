@@ -105,9 +105,13 @@ class Records:
         assert kind is not None
         tracker.finish(kind.columns.tracker_status)
         self._send(folder)
+        self._send_seeds(folder)
 
     def reconcile(self, study: Study, folder_of: Any) -> None:
-        """Record trials that were told when a worker was killed before it could say so."""
+        """Record trials that were told when a worker was killed before it could say so.
+
+        Trials that another store has go to this one as well, with the runs of their seeds.
+        """
         if self.tracking.uri is None:
             return
         for trial in study.get_trials(deepcopy=False):
@@ -118,6 +122,7 @@ class Records:
                 self.told(trial, folder)
             elif not self._arrived(folder):
                 self._send(folder)
+                self._send_seeds(folder)
 
     def summary(self, summary: SweepSummary) -> None:
         """Rewrite ``sweep.json``, and tell the parent run how far the search is."""
@@ -177,6 +182,12 @@ class Records:
             f"{PREFIX}number": str(number),
             "run_dir": str(folder),
         }
+
+    def _send_seeds(self, folder: Path) -> None:
+        """Send the runs of a trial's seeds that were sent to another store, after the trial."""
+        for seed in sorted(folder.glob("seed_*")):
+            if read_header(seed) is not None and not self._arrived(seed):
+                self._send(seed)
 
     def _arrived(self, folder: Path) -> bool:
         """Tell whether the store of this search, not another one, has all of a journal."""

@@ -19,21 +19,24 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from optuna.study import Study
+from optuna.trial import FrozenTrial
 
 from expt.config.compose import key, prepare_arguments
 from expt.config.explain import first_lines
 from expt.config.search_node import SearchConfig
 from expt.errors import ConfigError, UserError
+from expt.result import Outcome
 from expt.search.metric import metric_of
+from expt.search.plan_cache import FOLDER
 from expt.search.request import Request, request_of
 from expt.search.space import Space
-from expt.search.trial import PRESET
+from expt.search.trial import CONSTRAINT, PRESET, kind_of
 from expt.search.winner import feasible, pareto
 
 NAME = "{study}_retrained"
 GIVEN_POINTS = {"_target_": "optuna.samplers.RandomSampler", "seed": None}
 """The sampler of a study whose points are all given; it is never asked for one."""
-OWN = {"study", "repeats", "presets", "n_jobs", "retry", "test_winner", "trial_time_limit_seconds",
+OWN = {"study", "repeats", "n_jobs", "retry", "test_winner", "trial_time_limit_seconds",
        "plan_time_limit_seconds"}  # fmt: skip
 """Settings of `search` that a retraining may have of its own."""
 WHERE = "search.retrain_with"
@@ -52,17 +55,20 @@ def retraining_of(
 
     Raises:
         ConfigError: what `search.retrain_with` may not set, or what makes no search.
+        HydraException: it cannot be read.
 
     """
-    with of_retraining():
-        given = lines_of(request.config)
-        names = {key(line) for line in given}
-        kept = [line for line in arguments if key(line) not in names]
-        found = request_of(config, [*kept, *given], GIVEN_POINTS, hydra_context)
-        study = found.config.study
-        if study == request.config.study:
-            raise ConfigError(f"search.study={study} is the search's own; give it another name")
-        return replace(found, folder=request.folder / study)
+    given = lines_of(request.config)
+    # Those that choose nothing, `experiment=null`, are none of the lines, and take back a choice.
+    names = {key(line) for line in (*request.config.retrain_with, *given)}
+    kept = [line for line in arguments if key(line) not in names]
+    found = request_of(config, [*kept, *given], GIVEN_POINTS, hydra_context)
+    study = found.config.study
+    if study == request.config.study:
+        raise ConfigError(f"search.study={study} is the search's own; give it another name")
+    if study.startswith(("trial_", "aside_")) or study in ("plots", FOLDER):
+        raise ConfigError(f"search.study={study}: this is the name of a folder of the search's")
+    return replace(found, folder=request.folder / study)
 
 
 def lines_of(node: SearchConfig) -> list[str]:
@@ -111,8 +117,8 @@ def points_to_retrain(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the points of the best trials inside the budget, the best first, and those of presets.
 
-    Of a search that compares the peak too, the best are those that no other beats. No point is
-    there twice.
+    Of a search that compares the peak too, the best are those that no other beats. A preset counts
+    as long as it fits, also if it was ended early. No point is there twice.
 
     Args:
         study: of the search.
@@ -126,8 +132,18 @@ def points_to_retrain(
     ranked = inside if len(study.directions) == 1 else pareto(trials, limited, metric)
     ranked = sorted(ranked, key=lambda trial: (metric.cost(trial.values[0]), trial.number))
     best = _distinct([space.point(trial.params) for trial in ranked])[:count]
-    presets = [space.point(trial.params) for trial in inside if PRESET in trial.user_attrs]
+    presets = [space.point(trial.params) for trial in trials if _is_fitting_preset(trial)]
     return best, _distinct([*best, *presets])[len(best) :]
+
+
+def _is_fitting_preset(trial: FrozenTrial) -> bool:
+    """Tell whether a trial is a preset's, and nothing says that it does not fit or does not work.
+
+    One that was slow to learn, so that a pruner or the limit in time ended it, may be the best.
+    """
+    ended = (Outcome.completed, Outcome.pruned, Outcome.timeout, Outcome.duplicate)
+    over = trial.constraints.get(CONSTRAINT, 0.0) > 0
+    return PRESET in trial.user_attrs and kind_of(trial) in ended and not over
 
 
 def _distinct(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

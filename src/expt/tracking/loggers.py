@@ -116,9 +116,10 @@ def _write(file: Any, columns: list[str], rows: Iterable[tuple[int, Mapping[str,
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
     if not path.exists():
         return
-    text = path.read_text(encoding="utf-8")
-    # A row that a kill cut short may end in a figure that is one digit short.
-    for row in csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])):
+    text = path.read_text(encoding="utf-8", errors="replace")
+    # A row that a kill cut short may end in a figure without its last digit; a power cut leaves \0.
+    whole = (line for line in text.split("\n")[:-1] if "\0" not in line)
+    for row in csv.DictReader(whole):
         try:
             step = int(row.pop("step"))
             yield step, {k: float(v) for k, v in row.items() if v}

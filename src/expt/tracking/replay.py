@@ -64,7 +64,7 @@ def _gone(directories: list[Path], root: Path) -> dict[str, str]:
         if database is not None and not database.exists():
             gone[uri] = (
                 f"there is no file {database}; put it back, or remove the files {STATE} under "
-                f"{root} and all runs are sent to a new one"
+                f"{root} and all runs are sent anew, to where they were begun"
             )
     return gone
 
