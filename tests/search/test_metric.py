@@ -9,7 +9,7 @@ from expt.errors import ConfigError
 from expt.job import Metric
 from expt.result import RunResult
 from expt.run.process import WorkerError
-from expt.search.candidates import learn_data
+from expt.search.candidates import Learned, learn_data
 from expt.search.metric import EARLIER, mismatch, objectives_of
 from expt.search.space import Space
 
@@ -59,10 +59,11 @@ def request(tmp_path, objectives=("val",)):
 def test_the_base_configurations_data_set_is_asked(tmp_path):
     worker = Answers({"metric": ACCURACY.as_dict(), "fingerprint": "abc"})
     space = Space.parse({"model.width": "choice(8,16,32)"})
-    assert learn_data(request(tmp_path), space, worker) == (ACCURACY, "abc")
+    assert learn_data(request(tmp_path), space, worker) == Learned(ACCURACY, "abc", asked=True)
     assert worker.asked == [["a=1"]]
-    assert worker.points == [["a=1", "model.width=8"],
-                             ["a=1", "model.width=32", "trainer.seed=8"]]  # fmt: skip
+    points = ["model.width=8", "model.width=32", "model.width=8", "model.width=16",
+              "model.width=32", "trainer.seed=8"]  # fmt: skip
+    assert worker.points == [["a=1", point] for point in points]
 
 
 def test_where_the_data_are_varied_the_first_of_them_may_be_asked(tmp_path):
@@ -70,8 +71,20 @@ def test_where_the_data_are_varied_the_first_of_them_may_be_asked(tmp_path):
         {"reason": "no data.path"}, {"metric": ACCURACY.as_dict(), "fingerprint": None}
     )
     space = Space.parse({"data.path": "choice(x,y)", "optimizer.lr": "interval(0,1)"})
-    assert learn_data(request(tmp_path), space, worker) == (ACCURACY, None)
+    assert learn_data(request(tmp_path), space, worker) == Learned(ACCURACY, asked=True)
     assert worker.asked == [["a=1"], ["a=1", "data.path=x"]]
+    assert worker.points is None, "trials have different data"
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_data_that_are_required_are_there_or_nobody_knows(tmp_path, dead):
+    space = Space.parse({"x": "interval(0,1)"})
+    if dead:  # it may only have taken too long
+        worker = Answers(WorkerError("it took more than 1 s"))
+        assert not learn_data(request(tmp_path), space, worker, required=True).asked
+    else:
+        with pytest.raises(ConfigError, match="there is no data set of these settings: no file"):
+            learn_data(request(tmp_path), space, Answers({"reason": "no file"}), required=True)
 
 
 def test_a_monitor_that_is_none_is_refused(tmp_path):
@@ -87,14 +100,14 @@ def test_where_data_cannot_be_made_here_an_earlier_trial_says_it(tmp_path, capsy
     result.save(tmp_path / "trial_000")
     space = Space.parse({"x": "interval(0,1)"})
     worker = Answers(WorkerError("it took more than 1 s"))
-    assert learn_data(request(tmp_path), space, worker)[0].goal == "max"
+    assert learn_data(request(tmp_path), space, worker).metric.goal == "max"
     assert capsys.readouterr().out == ""
 
 
 def test_without_any_of_these_it_is_assumed_and_said(tmp_path, capsys):
     space = Space.parse({"x": "interval(0,1)"})
     dead = WorkerError("its process died")
-    assert learn_data(request(tmp_path), space, Answers(dead)) == (EARLIER, None)
+    assert learn_data(request(tmp_path), space, Answers(dead)) == Learned(EARLIER)
     assert "(its process died); val/mae is taken to be monitored" in capsys.readouterr().out
-    named, _ = learn_data(request(tmp_path, ["val/loss"]), space, Answers(dead))
+    named = learn_data(request(tmp_path, ["val/loss"]), space, Answers(dead)).metric
     assert (named.name, named.goal) == ("loss", "min")

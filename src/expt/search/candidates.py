@@ -192,7 +192,7 @@ def learn_data(request: Request, space: Space, worker: Worker, required: bool = 
         if required:
             raise ConfigError(f"there is no data set of these settings: {reason}")
     except WorkerError as error:
-        reason = f"{error}; search.plan_time_limit_seconds gives it more time"
+        reason = str(error)
     known = metric_of_trials(request.folder)
     if known is None:
         named = request.config.objectives[0].rpartition("/")[2]
