@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common import RESULTS, markdown, source_line
 from peers_rows import MINUTES, PEERS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MIB = 2**20
 COLUMNS = (
@@ -16,8 +19,11 @@ COLUMNS = (
 )  # fmt: skip
 FAR = 1.2
 """Times the best error; what is above would leave no room for the differences below."""
-BESIDE = (1.6, 0.02)
-"""As a factor of memory, and in mph: a point as near as this would be under a name beside it."""
+PLACES = (
+    ((6, 5), "left"), ((6, -12), "left"), ((-6, 5), "right"), ((-6, -12), "right"),
+    ((0, 8), "center"), ((0, -16), "center"), ((-4, 13), "left"), ((4, 13), "right"),
+)  # fmt: skip
+"""Where a name may stand, in points from its point, and how it is aligned there."""
 HORIZONS = ("test/mae_15min", "test/mae_30min", "test/mae_60min")
 
 
@@ -104,6 +110,30 @@ def count(parameters: int) -> str:
     return f"{parameters / 1e3:,.0f} K" if parameters >= 1000 else str(parameters)
 
 
+def name_points(axes: Axes, drawn: Sequence[tuple[float, float, str]]) -> None:
+    """Write each name where it covers the fewest points and names that stand already."""
+    from matplotlib.transforms import Bbox
+
+    from expt.reports.figures.style import BLUE, ORANGE, label_direct
+
+    axes.figure.draw_without_rendering()
+    corners = axes.transData.transform([(peak, error) for peak, error, _ in drawn])
+    taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in corners]
+    for peak, error, name in drawn:
+        colour = BLUE if PEERS[name].ours else ORANGE
+        tried = []
+        for offset, side in PLACES:
+            text = label_direct(axes, name, (peak, error), offset, color=colour, ha=side)
+            box = text.get_window_extent()
+            outside = not (axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1)
+            tried.append((outside + sum(box.overlaps(other) for other in taken), text, box))
+        _, best, box = min(tried, key=lambda one: one[0])
+        taken.append(box)
+        for _, text, _ in tried:
+            if text is not best:
+                text.remove()
+
+
 def plot(record: Mapping[str, Any], data: str = "metr_la_29") -> None:
     """Draw test error over measured peak of what is finished.
 
@@ -112,7 +142,7 @@ def plot(record: Mapping[str, Any], data: str = "metr_la_29") -> None:
     from matplotlib.figure import Figure
 
     from expt.files import replace_atomically
-    from expt.reports.figures.style import BLUE, GREY, ORANGE, label_direct, look, plain_log
+    from expt.reports.figures.style import BLUE, GREY, ORANGE, look, plain_log
 
     costs = record["costs"][data]
     errors = {
@@ -130,37 +160,36 @@ def plot(record: Mapping[str, Any], data: str = "metr_la_29") -> None:
     above = [f"{name} {error:.2f}" for name, error in errors.items() if error > highest]
     with look():
         figure = Figure(figsize=(7, 4.6), layout="constrained")
-        axes, strip = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+        unfinished = [name for name in costs if name not in errors]
+        if unfinished:
+            axes, strip = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+            plain_log(strip, "x")
+            strip.set(ylim=(-0.3, 1.5), yticks=[])
+            strip.set_ylabel("unfinished", fontsize=8)
+        else:
+            axes = strip = figure.subplots()
         plain_log(axes, "x")
-        plain_log(strip, "x")
-        for place, (peak, error, name) in enumerate(drawn):
+        for name in unfinished:
+            peak = costs[name]["measured_bytes"] / MIB
             colour = BLUE if PEERS[name].ours else ORANGE
-            axes.plot(peak, error, "o", color=colour)
-            beside = any(
-                peak < other < BESIDE[0] * peak and abs(high - error) < BESIDE[1]
-                for other, high, _ in drawn
-            )
-            offset = (-14, 13) if beside else (6, 5 if place % 2 else -12)
-            label_direct(axes, name, (peak, error), offset, color=colour)
-        for name, cost in costs.items():
-            if name not in errors:
-                peak = cost["measured_bytes"] / MIB
-                colour = BLUE if PEERS[name].ours else ORANGE
-                strip.plot(peak, 0.0, "|", color=colour, markersize=9)
-                strip.annotate(
-                    name, (peak, 0.0), xytext=(2, 5), textcoords="offset points", rotation=35,
-                    fontsize=7, color=GREY,
-                )  # fmt: skip
+            strip.plot(peak, 0.0, "|", color=colour, markersize=9)
+            strip.annotate(
+                name, (peak, 0.0), xytext=(2, 5), textcoords="offset points", rotation=35,
+                fontsize=7, color=GREY,
+            )  # fmt: skip
+        for peak, error, name in drawn:
+            axes.plot(peak, error, "o", color=BLUE if PEERS[name].ours else ORANGE)
         axes.margins(x=0.2, y=0.25)
         axes.set(
             ylabel="test MAE (mph)",
             title=f"{data}: error over memory, ours in blue, the field's in orange",
         )
+        strip.set_xlabel("measured peak on the CPU (MiB)")
         if above:
-            axes.set_xlabel(f"above: {', '.join(above)}", fontsize=8)
+            words = f"above: {', '.join(above)}"
+            axes.text(0.01, 0.97, words, fontsize=8, va="top", transform=axes.transAxes)
         axes.grid(axis="y")
-        strip.set(ylim=(-0.3, 1.5), yticks=[], xlabel="measured peak on the CPU (MiB)")
-        strip.set_ylabel("unfinished", fontsize=8)
+        name_points(axes, drawn)
         replace_atomically(
             RESULTS / "peers.png",
             lambda temporary: figure.savefig(temporary, format="png", dpi=120),

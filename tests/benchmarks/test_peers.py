@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from expt.config.compose import compose_lines
 from expt.result import RunResult
@@ -250,3 +252,21 @@ def test_a_winner_is_trained_with_what_its_search_found(
     assert table.go_on(name, 0, time.monotonic())
     settings = table.settings(name)
     assert settings[-2:] == ["model.patch_sizes=[1,2]", 'memory.precision="bf16"']
+
+
+def test_no_name_of_the_figure_covers_a_point_or_another_name():
+    import peers_tables
+
+    axes = Figure(figsize=(7, 4.6)).subplots()
+    axes.set(xlim=(10, 500), ylim=(3.2, 3.5), xscale="log")
+    names = ("minimal in 24 MiB", "search 24 MiB", "STID", "search 54 MiB", "search 256 MiB")
+    places = ((19, 3.28), (20, 3.30), (24, 3.302), (40, 3.305), (470, 3.4))
+    drawn = [(peak, error, name) for (peak, error), name in zip(places, names, strict=True)]
+    peers_tables.name_points(axes, drawn)
+    axes.figure.draw_without_rendering()
+    assert [text.get_text() for text in axes.texts] == list(names)
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    points = axes.transData.transform(places)
+    assert not any(box.contains(*point) for box in boxes for point in points)
+    assert all(axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 for box in boxes)
