@@ -61,8 +61,7 @@ def test_the_base_configurations_data_set_is_asked(tmp_path):
     space = Space.parse({"model.width": "choice(8,16,32)"})
     assert learn_data(request(tmp_path), space, worker) == Learned(ACCURACY, "abc", asked=True)
     assert worker.asked == [["a=1"]]
-    points = ["model.width=8", "model.width=32", "model.width=8", "model.width=16",
-              "model.width=32", "trainer.seed=8"]  # fmt: skip
+    points = ["model.width=8", "model.width=16", "model.width=32", "trainer.seed=8"]
     assert worker.points == [["a=1", point] for point in points]
 
 

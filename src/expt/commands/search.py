@@ -91,24 +91,20 @@ def search(
         with of_retraining():
             longer = retraining_of(request, config, arguments, hydra_context)
             again = _judge(longer, config, judged)
-    opened, retraining = _open(judged), None
+    reservations, points = _open(judged), None
     if again is not None:
         with of_retraining():
-            retraining = _open(again, opened)
-    summary = _run(opened, config, hydra_context, task_function)
-    if retraining is not None:
+            points = _open(again, judged)
+    summary = _run(judged, reservations, config, hydra_context, task_function)
+    if again is not None and points is not None:
         with answering(request.config.study):
-            best, presets = points_to_retrain(
-                opened.reservations.study,
-                opened.judged.jobs.budget_bytes is not None,
-                request.config.retrain,
-                retraining.judged.space,
-            )
-            put_points(retraining.reservations, [*best, *presets])
+            limited, count = judged.jobs.budget_bytes is not None, request.config.retrain
+            best, presets = points_to_retrain(reservations.study, limited, count, again.space)
+            put_points(points, [*best, *presets])
         also = f" and {counted(len(presets), 'preset')}" if presets else ""
         said = " ".join(shown_lines(request.config.retrain_with))
         print(f"the best {len(best)} of {summary.study}{also} again with {said}")
-        summary = _run(retraining, config, hydra_context, task_function)
+        summary = _run(again, points, config, hydra_context, task_function)
     if isinstance(task_function, Job):
         task_function.results.append(summary)
     return summary
@@ -130,14 +126,6 @@ class _Judged:
     devices: Sequence[str]
 
 
-@dataclass
-class _Opened:
-    """A search whose study is open."""
-
-    judged: _Judged
-    reservations: Reservations
-
-
 def _judge(request: Request, config: DictConfig, before: _Judged | None = None) -> _Judged:
     """Judge a search, or a retraining of the one that was judged before it."""
     node = request.config
@@ -146,7 +134,7 @@ def _judge(request: Request, config: DictConfig, before: _Judged | None = None) 
     made = make_sampler(request.sampler, space, node.seed, len(node.objectives))
     check_presets(node.presets, request.own)
     text = node.storage or default_storage(tracking.uri)
-    storage = open_storage(text)
+    storage = open_storage(text) if before is None else before.storage
     facts = _facts(request)
     launcher = _launcher_name(config)
     on_cpu = request.cfg.trainer.device.value in ("cpu", "mps")
@@ -182,13 +170,13 @@ def _judge(request: Request, config: DictConfig, before: _Judged | None = None) 
     )
 
 
-def _open(judged: _Judged, before: _Opened | None = None) -> _Opened:
+def _open(judged: _Judged, before: _Judged | None = None) -> Reservations:
     """Open the study of a search, or of a retraining of the one that was opened before it."""
     request, jobs = judged.request, judged.jobs
     if before is not None:
-        names = {key(line) for line in before.judged.request.config.retrain_with}
+        names = {key(line) for line in before.request.config.retrain_with}
         if "memory.budget" not in names:  # a share is what it was for the search
-            jobs.budget_bytes = before.judged.jobs.budget_bytes
+            jobs.budget_bytes = before.jobs.budget_bytes
     reservations = open_search(
         request, judged.space, judged.storage, judged.sampler, jobs, judged.learned.metric,
         judged.learned.fingerprint, judged.where, judged.device, judged.device_bytes,
@@ -196,17 +184,17 @@ def _open(judged: _Judged, before: _Opened | None = None) -> _Opened:
     )  # fmt: skip
     if isinstance(judged.sampler, GridSampler) and judged.space.size is not None:
         reservations.n_trials = min(request.config.n_trials, judged.space.size)
-    return _Opened(judged, reservations)
+    return reservations
 
 
 def _run(
-    opened: _Opened,
+    judged: _Judged,
+    reservations: Reservations,
     config: DictConfig,
     hydra_context: HydraContext,
     task_function: TaskFunction,
 ) -> SweepSummary:
     """Do what is left of a search, and conclude it; see `search` for what is raised."""
-    judged, reservations = opened.judged, opened.reservations
     request, space, jobs = judged.request, judged.space, judged.jobs
     node, study = request.config, reservations.study
     metric, node.n_trials = metric_of(study), reservations.n_trials

@@ -171,7 +171,7 @@ def learn_data(request: Request, space: Space, worker: Worker, required: bool = 
             required, and cannot be made.
 
     """
-    points = [settings_lines(point) for point in space.outlying_points()]
+    points = [settings_lines(point) for point in space.covering_points()]
     if request.config.repeats > 1:
         points.append([f"trainer.seed={request.cfg.trainer.seed + 1}"])
     of_data = {name for name in map(key, space.distributions) if name.partition(".")[0] == "data"}

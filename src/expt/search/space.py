@@ -109,15 +109,11 @@ class Space:
         """Return a point as settings of a command line."""
         return [line(name, params[name]) for name in self.distributions]
 
-    def outlying_points(self) -> Iterator[dict[str, Any]]:
-        """Yield parts of points, which together have every choice and both ends of what is ordered.
-
-        Each but the first two, which are whole, has one setting.
-        """
+    def covering_points(self) -> Iterator[dict[str, Any]]:
+        """Yield points that together have every choice, and both ends of what is ordered."""
         ends = {name: _ends(one) for name, one in self.distributions.items()}
-        yield {name: values[0] for name, values in ends.items()}
-        yield {name: values[-1] for name, values in ends.items()}
-        yield from ({name: value} for name, values in ends.items() for value in values)
+        for place in range(max(map(len, ends.values()))):
+            yield {name: values[place % len(values)] for name, values in ends.items()}
 
     def point(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the part of `values` that lies in the space, as the study writes it."""
@@ -317,13 +313,10 @@ def _choice(value: Any) -> CategoricalChoiceType:
 
 def _samples(one: BaseDistribution) -> list[Any]:
     """Return values that stand for all that a distribution may give."""
-    if isinstance(one, CategoricalDistribution):
-        return list(one.choices)
     if isinstance(one, FloatDistribution):
         # Not a round one: 1.0 would pass for an integer.
         return [one.low + (one.high - one.low) * 0.123456789]
-    assert isinstance(one, IntDistribution)
-    return sorted({one.low, one.high})
+    return list(dict.fromkeys(_ends(one)))
 
 
 def _ends(one: BaseDistribution) -> list[Any]:

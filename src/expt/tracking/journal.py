@@ -111,11 +111,7 @@ def read_records(
 def key_of(directory: Path) -> str | None:
     """Return the key of the run that a folder's journal is of; None if there is no journal."""
     place = _place(directory)
-    if place is None:
-        return None
-    # Earlier versions noted the key of a copy in the state alone.
-    state = State.load(directory) if place["kind"] == "journal" else None
-    return state.key if state else str(place["key"])
+    return None if place is None else _key(directory, place)
 
 
 def settle(directory: Path) -> str:
@@ -124,8 +120,9 @@ def settle(directory: Path) -> str:
     The copy of a folder has a key of its own from now on, as long as the run that it is a copy of
     is where it was: two would be one.
     """
-    place, key = _place(directory), key_of(directory)
-    assert place is not None and key is not None
+    place = _place(directory)
+    assert place is not None
+    key = _key(directory, place)
     here = str(directory.resolve())
     if place.get("folder") == here:
         return key
@@ -139,6 +136,12 @@ def settle(directory: Path) -> str:
     finally:
         journal.close()
     return key
+
+
+def _key(directory: Path, place: Record) -> str:
+    # Earlier versions noted the key of a copy in the state alone.
+    state = State.load(directory) if place["kind"] == "journal" else None
+    return state.key if state else str(place["key"])
 
 
 def _place(directory: Path) -> Record | None:

@@ -18,6 +18,7 @@ import hashlib
 import inspect
 import os
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -242,13 +243,14 @@ class TrafficData:
 
     def accumulator(self) -> MaskedErrors:
         """Return an accumulator in `unit`, per horizon, and per sensor and day of the test part."""
-        begins, _ = day_periods(self._first_forecasts())
+        _, begins, _ = self._days
         return MaskedErrors(self.to_speed, self.horizon, self.series.step_seconds, begins)
 
-    def _first_forecasts(self) -> np.ndarray:
-        """Return the times of the test part's first forecasts [W]."""
-        times: np.ndarray = self.series.timestamps[self.split_starts["test"] + self.input_steps]
-        return times
+    @cached_property
+    def _days(self) -> tuple[np.ndarray, list[int], int]:
+        """Return the times of the test part's first forecasts [W], and their `day_periods`."""
+        times = self.series.timestamps[self.split_starts["test"] + self.input_steps]
+        return times, *day_periods(times)
 
     def transforms(self) -> Mapping[str, Any]:
         """Return what a forecast needs of the training part; see `expt.job.Transformed`."""
@@ -313,9 +315,10 @@ class TrafficData:
         if not self._observed_targets["test"].any():
             return None
         sums = metrics.by_sensor().numpy()
-        begins, days = day_periods(self._first_forecasts())
-        times = self._first_forecasts()[begins[: len(sums)]]
-        return plot_sensors(sums, times, days, self.series.sensor_ids, folder, self.unit)
+        times, begins, days = self._days
+        return plot_sensors(
+            sums, times[begins[: len(sums)]], days, self.series.sensor_ids, folder, self.unit
+        )
 
     def to_speed(self, prediction: Tensor) -> Tensor:
         """Undo the scaling of a prediction; the result is in `unit`."""
