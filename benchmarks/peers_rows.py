@@ -54,7 +54,7 @@ batches a step counts as one all the same: these are the experiment's.
 
 # What is trained is that of the papers, or of our own experiments: sizes, batch, optimizer, rates.
 # Budgets are the peak of STID, a fifth of that of STAEformer, and about that of the largest peers;
-# what minimal is given for 24 MiB is what memory.on_overflow=adapt chooses for it.
+# minimal's micro-batches are those that memory.on_overflow=adapt chooses for it in 24 MiB, on 29.
 PEERS: Mapping[str, Peer] = {
     "persistence": Peer(
         ("model=persistence", "trainer.epochs=1", "data.batch_size=64"), seeds=(0,), trained=False
@@ -68,7 +68,7 @@ PEERS: Mapping[str, Peer] = {
     "STID": Peer(("experiment=stid",)),
     "Graph WaveNet": Peer(("experiment=graph_wavenet",)),
     "STAEformer": Peer(("experiment=staeformer",), seeds=(0,)),
-    "minimal in 24 MiB": Peer(
+    "minimal in micro-batches": Peer(
         (
             "+memory=minimal",
             "experiment=accuracy",

@@ -259,7 +259,7 @@ def test_no_name_of_the_figure_covers_a_point_or_another_name():
 
     axes = Figure(figsize=(7, 4.6)).subplots()
     axes.set(xlim=(10, 500), ylim=(3.2, 3.5), xscale="log")
-    names = ("minimal in 24 MiB", "search 24 MiB", "STID", "search 54 MiB", "search 256 MiB")
+    names = ("minimal in micro-batches", "search 24 MiB", "STID", "search 54 MiB", "search 256 MiB")
     places = ((19, 3.28), (20, 3.30), (24, 3.302), (40, 3.305), (470, 3.4))
     drawn = [(peak, error, name) for (peak, error), name in zip(places, names, strict=True)]
     peers_tables.name_points(axes, drawn)
