@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from common import RESULTS, markdown, source_line
@@ -11,6 +11,7 @@ from peers_rows import MINUTES, PEERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import SubFigure
 
 MIB = 2**20
 COLUMNS = (
@@ -116,7 +117,7 @@ def name_points(axes: Axes, drawn: Sequence[tuple[float, float, str]]) -> None:
 
     from expt.reports.figures.style import BLUE, ORANGE, label_direct
 
-    axes.figure.draw_without_rendering()
+    axes.get_figure(root=True).draw_without_rendering()
     corners = axes.transData.transform([(peak, error) for peak, error, _ in drawn])
     taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in corners]
     for peak, error, name in drawn:
@@ -134,23 +135,40 @@ def name_points(axes: Axes, drawn: Sequence[tuple[float, float, str]]) -> None:
                 text.remove()
 
 
-def plot(record: Mapping[str, Any], data: str = "metr_la_29") -> None:
-    """Draw test error over measured peak of what is finished.
-
-    The others are ticks in a strip below. Errors that are far above the best stand in words.
-    """
+def plot(record: Mapping[str, Any]) -> None:
+    """Draw test error over measured peak of what is finished, the series one below the other."""
     from matplotlib.figure import Figure
 
     from expt.files import replace_atomically
-    from expt.reports.figures.style import BLUE, GREY, ORANGE, look, plain_log
+    from expt.reports.figures.style import look
 
-    costs = record["costs"][data]
+    drawn = [data for data, costs in record["costs"].items() if costs]
+    with look():
+        figure = Figure(figsize=(7, 4.6 * len(drawn)), layout="constrained")
+        parts = figure.subfigures(len(drawn), squeeze=False)[:, 0]
+        for part, data in zip(parts, drawn, strict=True):
+            draw_series(part, data, record["costs"][data], record["rows"][data].values())
+        replace_atomically(
+            RESULTS / "peers.png",
+            lambda temporary: figure.savefig(temporary, format="png", dpi=120),
+        )
+
+
+def draw_series(
+    figure: SubFigure, data: str, costs: Mapping[str, Any], runs: Iterable[Mapping[str, Any]]
+) -> None:
+    """Draw the points of a series.
+
+    What is unfinished is a tick in a strip below; errors far above the best stand in words.
+    """
+    from expt.reports.figures.style import BLUE, GREY, ORANGE, plain_log
+
+    done = [run for run in runs if run["finished"]]
     errors = {
-        name: mean(runs, "test/mae")
+        name: mean(own, "test/mae")
         for name in costs
-        if (runs := [run for run in record["rows"][data].values()
-                     if run["model"] == name and run["finished"]])
-    }  # fmt: skip
+        if (own := [run for run in done if run["model"] == name])
+    }
     highest = FAR * min(errors.values(), default=0.0)
     drawn = sorted(
         (costs[name]["measured_bytes"] / MIB, error, name)
@@ -158,39 +176,33 @@ def plot(record: Mapping[str, Any], data: str = "metr_la_29") -> None:
         if error <= highest
     )
     above = [f"{name} {error:.2f}" for name, error in errors.items() if error > highest]
-    with look():
-        figure = Figure(figsize=(7, 4.6), layout="constrained")
-        unfinished = [name for name in costs if name not in errors]
-        if unfinished:
-            axes, strip = figure.subplots(2, sharex=True, height_ratios=(3, 1))
-            plain_log(strip, "x")
-            strip.set(ylim=(-0.3, 1.5), yticks=[])
-            strip.set_ylabel("unfinished", fontsize=8)
-        else:
-            axes = strip = figure.subplots()
-        plain_log(axes, "x")
-        for name in unfinished:
-            peak = costs[name]["measured_bytes"] / MIB
-            colour = BLUE if PEERS[name].ours else ORANGE
-            strip.plot(peak, 0.0, "|", color=colour, markersize=9)
-            strip.annotate(
-                name, (peak, 0.0), xytext=(2, 5), textcoords="offset points", rotation=35,
-                fontsize=7, color=GREY,
-            )  # fmt: skip
-        for peak, error, name in drawn:
-            axes.plot(peak, error, "o", color=BLUE if PEERS[name].ours else ORANGE)
-        axes.margins(x=0.2, y=0.25)
-        axes.set(
-            ylabel="test MAE (mph)",
-            title=f"{data}: error over memory, ours in blue, the field's in orange",
-        )
-        strip.set_xlabel("measured peak on the CPU (MiB)")
-        if above:
-            words = f"above: {', '.join(above)}"
-            axes.text(0.01, 0.97, words, fontsize=8, va="top", transform=axes.transAxes)
-        axes.grid(axis="y")
-        name_points(axes, drawn)
-        replace_atomically(
-            RESULTS / "peers.png",
-            lambda temporary: figure.savefig(temporary, format="png", dpi=120),
-        )
+    unfinished = [name for name in costs if name not in errors]
+    if unfinished:
+        axes, strip = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+        plain_log(strip, "x")
+        strip.set(ylim=(-0.3, 1.5), yticks=[])
+        strip.set_ylabel("unfinished", fontsize=8)
+    else:
+        axes = strip = figure.subplots()
+    plain_log(axes, "x")
+    for name in unfinished:
+        peak = costs[name]["measured_bytes"] / MIB
+        colour = BLUE if PEERS[name].ours else ORANGE
+        strip.plot(peak, 0.0, "|", color=colour, markersize=9)
+        strip.annotate(
+            name, (peak, 0.0), xytext=(2, 5), textcoords="offset points", rotation=35,
+            fontsize=7, color=GREY,
+        )  # fmt: skip
+    for peak, error, name in drawn:
+        axes.plot(peak, error, "o", color=BLUE if PEERS[name].ours else ORANGE)
+    axes.margins(x=0.2, y=0.25)
+    axes.set(
+        ylabel="test MAE (mph)",
+        title=f"{data}: error over memory, ours in blue, the field's in orange",
+    )
+    strip.set_xlabel("measured peak on the CPU (MiB)")
+    if above:
+        words = f"above: {', '.join(above)}"
+        axes.text(0.01, 0.97, words, fontsize=8, va="top", transform=axes.transAxes)
+    axes.grid(axis="y")
+    name_points(axes, drawn)

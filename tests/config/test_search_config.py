@@ -22,6 +22,7 @@ def test_the_defaults_are_sound():
         ({"study": ""}, "search.study='' names a folder"),
         ({"retry": 2}, "search.retry must be 0 or 1"),
         ({"trial_time_limit_seconds": 0.0}, "search.trial_time_limit_seconds must be a positive"),
+        ({"time_limit_seconds": -1.0}, "search.time_limit_seconds must be a positive number"),
         ({"plan_time_limit_seconds": float("inf")}, "search.plan_time_limit_seconds must be"),
         ({"objectives": ["test/mae"]}, "search.objectives must be [val] or [val,peak_memory]"),
         ({"objectives": []}, "search.objectives must be [val] or"),

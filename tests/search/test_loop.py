@@ -9,6 +9,7 @@ import threading
 import time
 from dataclasses import replace
 from datetime import datetime, timedelta
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -19,6 +20,7 @@ from expt.errors import SearchError, StorageError
 from expt.job import Metric
 from expt.result import Outcome
 from expt.run.process import identity
+from expt.search import loop
 from expt.search.reservation import WORKER
 from expt.search.trial import KIND, STARTED, Prediction, TrialOutcome, kind_of
 from expt.search.winner import SweepSummary, wall_seconds
@@ -53,6 +55,17 @@ def kinds(search):
 
 def states(search):
     return [trial.state for trial in search.study.trials]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time that a search sees, which a test moves on."""
+    shown = SimpleNamespace(seconds=time.monotonic())
+    own = SimpleNamespace(
+        monotonic=lambda: shown.seconds, time=time.time, sleep=lambda seconds: None
+    )
+    monkeypatch.setattr(loop, "time", own)
+    return shown
 
 
 @pytest.mark.parametrize("name", MAPPED)
@@ -329,6 +342,29 @@ def test_all_failed_says_why(make):
     search = make(lambda params: TrialOutcome(Outcome.failed, error="no such file"), n_trials=2)
     with pytest.raises(SearchError, match="2 failed, the last with: no such file"):
         search.run()
+
+
+def test_after_its_time_a_search_begins_no_trial_and_lets_those_that_run_end(make, clock):
+    def slow(params):
+        clock.seconds += 40.0
+        return fine(params)
+
+    storage = optuna.storages.InMemoryStorage()
+    search = make(slow, storage=storage, time_limit_seconds=100.0)
+    assert search.run().finished == 3, "the third was begun after 80 seconds"
+    assert any("no more trials: search.time_limit_seconds=100" in line for line in make.said)
+    assert make(slow, storage=storage).run().finished == 6, "without a limit it goes on to its end"
+
+
+def test_a_search_that_found_nothing_in_its_time_does_not_say_that_nothing_fits(make, clock):
+    def over(params):
+        clock.seconds += 40.0
+        return Prediction(200 * MIB, 200 * MIB, (190 * MIB, 210 * MIB), {})
+
+    search = make(fine, over, time_limit_seconds=100.0)
+    with pytest.raises(SearchError, match=r"in search.time_limit_seconds=100; the smallest peak"):
+        search.run()
+    assert kinds(search) == ["predicted_over"] * 3
 
 
 def test_settings_that_contradict_each_other_are_not_started(make):

@@ -32,8 +32,8 @@ def test_a_retraining_has_its_own_settings_and_none_that_are_about_short_trials(
     )
     assert lines_of(node) == [
         *given, "search.study=mine_retrained", "search.pruner=none",
-        "search.trial_time_limit_seconds=null", "search.enqueue=[]", "search.warm_start=null",
-        "search.retrain=0", "search.retrain_with=[]",
+        "search.time_limit_seconds=null", "search.trial_time_limit_seconds=null",
+        "search.enqueue=[]", "search.warm_start=null", "search.retrain=0", "search.retrain_with=[]",
     ]  # fmt: skip
     node.retrain_with = ["search.study=other", "search.trial_time_limit_seconds=600", "memory=lite"]
     assert {"search.study=other", "search.trial_time_limit_seconds=600", "+memory=lite"} <= set(

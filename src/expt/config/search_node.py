@@ -47,6 +47,7 @@ class SearchConfig:
     enqueue: list[dict[str, Any]] = field(default_factory=list)  # points that are tried first
     warm_start: Any = None  # earlier studies to begin with what they found: a name, or a list
     retry: int = 0  # how often a trial that crashed, was killed or hung is started again
+    time_limit_seconds: float | None = None  # of this start; then no trial is begun any more
     trial_time_limit_seconds: float | None = None  # then it hangs, and is killed
     plan_time_limit_seconds: float = 120.0  # for the prediction of one trial
     retrain: int = 0  # how many of the best trials, and the presets, are trained again at the end
@@ -88,7 +89,9 @@ class SearchConfig:
             )
         if self.retry not in (0, 1):
             found.append(f"search.retry must be 0 or 1, got {self.retry}")
-        for name in ("trial_time_limit_seconds", "plan_time_limit_seconds"):
+        for name in (
+            "time_limit_seconds", "trial_time_limit_seconds", "plan_time_limit_seconds",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 found.append(f"search.{name} must be a positive number, got {value}")

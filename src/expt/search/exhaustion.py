@@ -143,8 +143,23 @@ class Nearest:
             self.demand_bytes, self.lines, self.number = demand, lines, trial.number
 
 
-def nothing_found(study: Study, nearest: Nearest, adviser: Adviser, space: Space) -> SearchError:
-    """Return the error that says why nothing was found, and what would change that."""
+def nothing_found(
+    study: Study,
+    nearest: Nearest,
+    adviser: Adviser,
+    space: Space,
+    seconds: float | None = None,
+) -> SearchError:
+    """Return the error that says why nothing was found, and what would change that.
+
+    Args:
+        study: that has no winner.
+        nearest: the trial with the smallest predicted peak.
+        adviser: knows the budget.
+        space: of the study.
+        seconds: the search's limit in time, where that ended it.
+
+    """
     trials = study.get_trials(deepcopy=False)
     failed = [t for t in trials if (kind := kind_of(t)) and kind.columns.trial_state == "FAIL"]
     over = [trial for trial in trials if _over(trial)]
@@ -155,6 +170,13 @@ def nothing_found(study: Study, nearest: Nearest, adviser: Adviser, space: Space
             f"the last with: {reasons}"
         )
     budget = adviser.budget_bytes
+    if seconds is not None:
+        seen = smallest_seen(study, nearest, budget, space)
+        return SearchError(
+            f"no trial of {study.study_name} came to a validation figure in "
+            f"search.time_limit_seconds={seconds:g}{f'; {seen}' if seen else ''}; started again, "
+            "the search goes on"
+        )
     if budget is None:
         return SearchError(
             f"no trial of {study.study_name} came to a validation figure: memory ran out in "

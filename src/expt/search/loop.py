@@ -9,6 +9,7 @@ and in the trials' folders, so that it can be killed at any point and started ag
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -142,9 +143,11 @@ class Search:
         self.metric = metric_of(self.study)
         self.data = self.study.user_attrs.get(DATA)
         self.limited = self.jobs.budget_bytes is not None
+        limit = self.config.time_limit_seconds
+        self._until = math.inf if limit is None else time.monotonic() + limit
 
     def run(self) -> SweepSummary:
-        """Do what is left of the study, and return how it stands.
+        """Do what is left of the study, or the time is enough for, and return how it stands.
 
         Raises:
             SearchError: no trial is inside the budget.
@@ -162,7 +165,8 @@ class Search:
                 self.reservations.leave()
         summary = self.summary()
         if summary.best is None:
-            raise nothing_found(self.study, self.nearest, self.jobs, self.space)
+            limit = self.config.time_limit_seconds if self._out_of_time() else None
+            raise nothing_found(self.study, self.nearest, self.jobs, self.space, limit)
         return summary
 
     def summary(self) -> SweepSummary:
@@ -399,10 +403,12 @@ class Search:
         self.reservations.untrained_in_a_row = self._untrained
 
     def _exhausted(self) -> bool:
-        """Tell whether nothing new, or nothing that fits, is to be expected any more."""
+        """Tell whether the time is up, or nothing new, or nothing that fits, is to be expected."""
         reason = None
         trials = self.study.get_trials(deepcopy=False)
-        if all_tried(trials, self.space):
+        if self._out_of_time():
+            reason = f"search.time_limit_seconds={self.config.time_limit_seconds:g} have passed"
+        elif all_tried(trials, self.space):
             reason = f"all {self.space.size} points of the space were tried"
         elif self._duplicates >= MOST_DUPLICATES:
             reason = f"{self._duplicates} suggestions in a row were tried before; nothing is new"
@@ -415,6 +421,9 @@ class Search:
             self._said_why = True
             self.say(f"no more trials: {reason}")
         return reason is not None
+
+    def _out_of_time(self) -> bool:
+        return time.monotonic() >= self._until
 
     def _nothing_fits(self, trials: Sequence[FrozenTrial]) -> bool:
         """Tell whether nothing can be expected to fit; before that, try what is the lightest."""

@@ -36,8 +36,8 @@ from expt.search.winner import feasible, pareto
 NAME = "{study}_retrained"
 GIVEN_POINTS = {"_target_": "optuna.samplers.RandomSampler", "seed": None}
 """The sampler of a study whose points are all given; it is never asked for one."""
-OWN = {"study", "repeats", "n_jobs", "retry", "test_winner", "trial_time_limit_seconds",
-       "plan_time_limit_seconds"}  # fmt: skip
+OWN = {"study", "repeats", "n_jobs", "retry", "test_winner", "time_limit_seconds",
+       "trial_time_limit_seconds", "plan_time_limit_seconds"}  # fmt: skip
 """Settings of `search` that a retraining may have of its own."""
 WHERE = "search.retrain_with"
 
@@ -87,8 +87,9 @@ def lines_of(node: SearchConfig) -> list[str]:
     own = [
         f"search.study={NAME.format(study=node.study)}",
         # What of the search is about short trials, or about which points are suggested.
-        "search.pruner=none", "search.trial_time_limit_seconds=null",
-        "search.enqueue=[]", "search.warm_start=null", "search.retrain=0", f"{WHERE}=[]",
+        "search.pruner=none", "search.time_limit_seconds=null",
+        "search.trial_time_limit_seconds=null", "search.enqueue=[]", "search.warm_start=null",
+        "search.retrain=0", f"{WHERE}=[]",
     ]  # fmt: skip
     return [*lines, *(line for line in own if key(line) not in names)]
 
