@@ -26,6 +26,7 @@ from expt.run import server
 from expt.search.metric import ATTRIBUTE
 from expt.search.reservation import LOCK_NAME
 from expt.search.space import Space
+from expt.search.study import claim
 from expt.search.trial import KIND
 from expt.search.winner import SweepSummary
 from expt.units import MIB
@@ -78,6 +79,13 @@ LONG = "outputs/sweeps/debug/debug_retrained"
         (
             ["search.retrain=1", "search.retrain_with=['search.study=debug']"],
             2, ["search.retrain_with: search.study=debug is the search's own"],
+        ),
+        (
+            ["model.dropout=0", "optimizer.lr=0.1", "data.batch_size=4",
+             "model.embed_dim=choice(4,8)", "memory.activation_checkpointing=false",
+             "search.retrain=1",
+             "search.retrain_with=['model.embed_dim=16']"],
+            2, ["search.retrain_with: it sets all of search.space"],
         ),
     ],
 )  # fmt: skip
@@ -445,6 +453,16 @@ def test_the_best_are_trained_again_for_longer_and_one_of_these_is_tested(expt, 
     code, _, err = expt(*line[:-1], again.replace("=3", "=4"), "search.n_trials=3", small=False)
     assert code == 2 and "was begun with another setting: trainer.epochs differs" in err
     assert not (home / "outputs/sweeps/debug/trial_002").exists(), "told before a trial"
+
+
+def test_a_search_whose_retraining_is_another_study_is_not_begun(expt, home):
+    (home / "outputs").mkdir()
+    storage = f"sqlite:///{home}/outputs/optuna.db"
+    claim(optuna.create_study(study_name="other", storage=storage), home / "elsewhere")
+    taken = ("search.retrain=1", "search.retrain_with=['search.study=other']")
+    code, _, err = expt(*SEARCH, "model=stid", *taken, small=False)
+    assert code == 2 and "search.retrain_with: " in err and "other" in err
+    assert optuna.get_all_study_names(storage) == ["other"], "or it would be begun with this"
 
 
 @pytest.mark.parametrize("seconds", [None, 60.0])

@@ -8,7 +8,13 @@ from optuna.trial import TrialState, create_trial
 
 from expt.errors import ConfigError
 from expt.result import RunResult
-from expt.search.opening import _none_left_behind, put_first, settle_data, settled_budget
+from expt.search.opening import (
+    WORKERS,
+    none_left_behind,
+    put_first,
+    settle_data,
+    settled_budget,
+)
 from expt.search.study import claim
 from expt.search.trial import FROM
 from expt.units import GIB
@@ -92,15 +98,19 @@ def test_a_study_that_is_refused_as_it_is_made_leaves_nothing_behind(study, tmp_
     storage = study._storage
     folder = tmp_path / "new"
     for _ in range(2):  # it is free again, too
-        with pytest.raises(ConfigError, match="preset"), _none_left_behind("new", storage, folder):
+        with pytest.raises(ConfigError, match="preset"), none_left_behind("new", storage, folder):
             claim(optuna.create_study(study_name="new", storage=storage), folder)
             raise ConfigError("a preset does not go with these settings")
     claim(study, tmp_path)
     for name, folder in (("s", tmp_path), ("new", tmp_path)):  # what is another's stays
-        with pytest.raises(ConfigError), _none_left_behind(name, storage, folder):
+        with pytest.raises(ConfigError), none_left_behind(name, storage, folder):
             raise ConfigError("another space, or another's folder")
         claim(study, tmp_path)
-    with pytest.raises(KeyboardInterrupt), _none_left_behind("begun", storage, tmp_path):
+    with pytest.raises(ConfigError), none_left_behind("shared", storage, tmp_path / "shared"):
+        shared = optuna.create_study(study_name="shared", storage=storage)
+        shared.set_user_attr(WORKERS, 2)  # another one has joined meanwhile
+        raise ConfigError("its retraining is refused")
+    with pytest.raises(KeyboardInterrupt), none_left_behind("begun", storage, tmp_path):
         optuna.create_study(study_name="begun", storage=storage)
         raise KeyboardInterrupt
-    assert sorted(optuna.get_all_study_names(storage)) == ["begun", "s"]
+    assert sorted(optuna.get_all_study_names(storage)) == ["begun", "s", "shared"]

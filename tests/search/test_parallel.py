@@ -43,6 +43,13 @@ def test_auto_leaves_each_trial_its_budget():
     assert asked("auto", budget=16 * GIB).n_jobs == 1
 
 
+def test_no_more_run_side_by_side_than_there_are_and_these_share_all_cores():
+    assert asked("auto", most=2) == asked(8, most=2) == SideBySide(2, 4)
+    assert asked(8, most=1) == SideBySide(1, None)
+    assert asked(2, most=5) == SideBySide(2, 4)
+    assert asked("auto", ["0", "1", "2"], most=2) == SideBySide(2, None)
+
+
 def test_a_launcher_gets_a_number():
     assert asked(4, launcher="ray") == SideBySide(4)
     with pytest.raises(ConfigError, match=r"search\.n_jobs=auto counts the cores or GPUs"):

@@ -68,13 +68,14 @@ def summary(**figures):
 
 def test_parent_and_children_say_what_the_study_says(make, runs, tmp_path):
     records, study = make(), optuna.create_study()
-    records.open({"search": {"n_trials": 3}})
+    records.open({"search": {"pruner": "none"}})
     done = told(study, 3.5, **{KIND: "completed", "predicted_peak_bytes": 7})
     failed = told(study, None, TrialState.FAIL, **{KIND: "failed", "error": "no file"})
     never = told(study, None, TrialState.PRUNED, **{KIND: "predicted_over"})
+    untracked = told(study, 3.75, **{KIND: "completed"})
     for trial in (done, failed):
         records.start(trial.number, tmp_path / f"sweep/trial_{trial.number:03d}")
-    for trial in (done, failed, never):
+    for trial in (done, failed, never, untracked):
         records.told(trial, tmp_path / f"sweep/trial_{trial.number:03d}")
     best = {"trial": 0, "params": {"x": 0.5}, "val/mae": 3.5, "peak_allocated_bytes": 6,
             "run_id": "r", "test/mae": 3.6}  # fmt: skip
@@ -83,12 +84,17 @@ def test_parent_and_children_say_what_the_study_says(make, runs, tmp_path):
     found = runs()
     parent = found["search-mine"]
     assert parent.info.status == "FINISHED"
-    assert parent.data.params["search.n_trials"] == "3"
+    assert parent.data.params["search.pruner"] == "none"
+    assert parent.data.metrics["n_trials"] == 3
     assert parent.data.metrics["best/val/mae"] == 3.5
     assert parent.data.metrics["test/mae"] == 3.6
     assert parent.data.tags["best.x"] == "0.5"
     statuses = {name: run.info.status for name, run in found.items() if name != "search-mine"}
-    assert statuses == {"mine-000": "FINISHED", "mine-001": "FAILED", "mine-002": "KILLED"}
+    assert statuses == {
+        "mine-000": "FINISHED", "mine-001": "FAILED", "mine-002": "KILLED", "mine-003": "FINISHED",
+    }  # fmt: skip
+    assert found["mine-003"].data.metrics["val/mae"] == 3.75, "no process of its own recorded it"
+    assert "val/mae" not in found["mine-000"].data.metrics
     for name, trial in (("mine-000", done), ("mine-001", failed), ("mine-002", never)):
         tags = found[name].data.tags
         assert tags[PARENT] == parent.info.run_id
@@ -234,3 +240,47 @@ def test_seeds_of_a_trial_that_has_ended_are_in_another_store_too(stores, tmp_pa
         ids = list(store.runs)
         assert [name for name, _ in store.runs.values()] == ["search-mine", "mine-000", "seed"]
         assert [tags.get(PARENT) for _, tags in store.runs.values()] == [None, *ids[:2]]
+
+
+def test_the_run_of_a_seed_whose_process_was_killed_is_closed_with_its_trial(make, runs, tmp_path):
+    study, records = optuna.create_study(), make()
+    records.open({})
+    folder = tmp_path / "sweep/trial_000"
+    records.start(0, folder, own_process=False)
+    for seed in (0, 1):
+        config = records.tracking
+        own = DeferredTracker(
+            config.uri, config.experiment, folder / f"seed_{seed}", None, parent_directory=folder
+        )
+        own.start(f"seed {seed}", {}, {})
+        if seed == 0:
+            own.finish("FINISHED")
+        own.close()
+    records.told(told(study, None, TrialState.FAIL, **{KIND: "killed"}), folder)
+    records.close("FINISHED", summary())
+    found = {name: run.info.status for name, run in runs().items()}
+    assert found == {
+        "search-mine": "FINISHED", "mine-000": "FAILED", "seed 0": "FINISHED", "seed 1": "FAILED",
+    }  # fmt: skip
+
+
+def test_seeds_that_did_not_arrive_with_their_trial_follow_later(stores, tmp_path):
+    study = optuna.create_study()
+    uri, store = next(iter(stores.items()))
+    trial = told(study, 1.0, **{KIND: "completed"})
+    for start in (0, 1):
+        records = Records(TrackingConfig(uri=uri, flush_seconds=20), tmp_path, "mine")
+        records.open({})
+        if start == 0:
+            records.start(0, tmp_path / "0", own_process=False)
+            records.told(trial, tmp_path / "0")
+            assert records._deliveries.close(20)  # and the worker is killed
+            own = DeferredTracker(uri, "expt", tmp_path / "0/seed_3", None, tmp_path / "0")
+            own.start("seed", {}, {})
+            own._record("end", status="FINISHED")
+            own.close()
+            store.runs = {key: run for key, run in store.runs.items() if run[0] != "seed"}
+            continue
+        records.reconcile(study, lambda number: tmp_path / f"{number}")
+        records.close("FINISHED", summary())
+    assert [name for name, _ in store.runs.values()] == ["search-mine", "mine-000", "seed"]

@@ -89,6 +89,10 @@ def outcome(params):
     return TrialOutcome(kind, params["x"] + 1, peak, peak, seconds=1.0)
 
 
+def outcome_of_x(params):
+    return TrialOutcome(Outcome.completed, params["x"], 1, 1)
+
+
 def test_the_best_inside_the_budget_are_trained_again_the_best_first(make):
     search = make(outcome, n_trials=20)
     search.run()
@@ -191,6 +195,39 @@ def test_a_second_start_trains_what_is_new_among_the_points(make):
         summary = search.run()
         assert (summary.finished, summary.n_trials) == (count, count)
     assert [t.params for t in search.study.trials] == points
+
+
+def test_a_second_start_trains_again_what_failed_and_may_not_the_next_time(make):
+    storage, broken = optuna.storages.InMemoryStorage(), True
+
+    def trained(params):
+        ends = {0.0: Outcome.killed, 0.125: Outcome.out_of_memory, 0.25: Outcome.diverged}
+        if broken and params["x"] in ends:
+            return TrialOutcome(ends[params["x"]], error="by the system")
+        return outcome(params)
+
+    points = [{"x": number / 8, "width": 8} for number in range(4)]
+    left = []
+    for _ in range(3):
+        search = make(trained, storage=storage)
+        search.reservations.given_only = True
+        left.append(put_points(search.reservations, points))
+        search.config.n_trials = search.reservations.n_trials
+        summary = search.run()
+        broken = False
+    assert left == [4, 1, 0]
+    assert [t.params["x"] for t in search.study.trials] == [0.0, 0.125, 0.25, 0.375, 0.0]
+    assert summary.best["params"] == points[0]
+
+
+def test_a_value_is_not_taken_for_a_string_that_is_written_alike(make):
+    space = {"x": "interval(0.0,1.0)", "model.norm": "choice(null,'null')"}
+    search = make(outcome_of_x, space=space, n_trials=1)
+    search.study.enqueue_trial({"x": 0.5, "model.norm": "null"})
+    search.run()
+    assert points_to_retrain(search.study, True, 1, search.space)[0] == [
+        search.study.trials[0].params
+    ]
 
 
 def test_an_orphan_of_a_retraining_is_gone_on_with(make, tmp_path):

@@ -26,7 +26,7 @@ from expt.config.command_line import Job, run_command
 from expt.config.compose import key, readable_setting
 from expt.config.schema import OnOverflow, TrackingConfig
 from expt.config.search_node import Pruner, SearchConfig
-from expt.errors import ConfigError, ExptError
+from expt.errors import ConfigError, ExptError, SearchError
 from expt.reports.figures.progress import plot_progress
 from expt.reports.figures.trade_off import plot_trade_off
 from expt.reports.records import ranked_by
@@ -45,7 +45,7 @@ from expt.search.exhaustion import smallest_seen
 from expt.search.launcher import PRUNED_LATE, UNLIMITED, LauncherRunner
 from expt.search.loop import Search
 from expt.search.metric import metric_of, objectives_of
-from expt.search.opening import open_search, put_points
+from expt.search.opening import none_left_behind, open_search, put_points
 from expt.search.parallel import side_by_side
 from expt.search.records import Records
 from expt.search.request import Request, request_of
@@ -85,29 +85,45 @@ def search(
 
     """
     request = request_of(config, arguments, sampler, hydra_context)
-    judged = _judge(request, config)
-    again = None
+    judged, longer, again = _judge(request, config), None, None
     if request.config.retrain:  # now, since a mistake is to be known before hours of search
         with of_retraining():
-            longer = retraining_of(request, config, arguments, hydra_context)
-            again = _judge(longer, config, judged)
-    reservations, points = _open(judged), None
+            found = retraining_of(request, config, arguments, hydra_context)
+            longer = _judge(found, config, judged)
+    with none_left_behind(request.config.study, judged.storage, request.folder):
+        opened = _open(judged)
+        if longer is not None:
+            with of_retraining():
+                again = _open(longer, judged)
+    summary = _run(opened, config, hydra_context, task_function)
     if again is not None:
-        with of_retraining():
-            points = _open(again, judged)
-    summary = _run(judged, reservations, config, hydra_context, task_function)
-    if again is not None and points is not None:
-        with answering(request.config.study):
-            limited, count = judged.jobs.budget_bytes is not None, request.config.retrain
-            best, presets = points_to_retrain(reservations.study, limited, count, again.space)
-            put_points(points, [*best, *presets])
-        also = f" and {counted(len(presets), 'preset')}" if presets else ""
-        said = " ".join(shown_lines(request.config.retrain_with))
-        print(f"the best {len(best)} of {summary.study}{also} again with {said}")
-        summary = _run(again, points, config, hydra_context, task_function)
+        _choose_points(again, opened)
+        try:
+            summary = _run(again, config, hydra_context, task_function)
+        except SearchError as error:
+            raise SearchError(
+                f"the retraining: {error}. What the search found stands: search.retrain=0 tests "
+                "its winner, and the same command trains again what failed"
+            ) from error
     if isinstance(task_function, Job):
         task_function.results.append(summary)
     return summary
+
+
+def _choose_points(again: _Opened, opened: _Opened) -> None:
+    """Give a retraining the best points of its search, and those of presets."""
+    request = opened.judged.request
+    limited = opened.judged.jobs.budget_bytes is not None
+    with answering(request.config.study):
+        best, presets = points_to_retrain(
+            opened.reservations.study, limited, request.config.retrain, again.judged.space
+        )
+        left = put_points(again.reservations, [*best, *presets])
+    also = f" and {counted(len(presets), 'preset')}" if presets else ""
+    said = " ".join(shown_lines(request.config.retrain_with))
+    print(
+        f"the best {len(best)} of {request.config.study}{also} again with {said}: {left} to train"
+    )
 
 
 @dataclass
@@ -126,24 +142,34 @@ class _Judged:
     devices: Sequence[str]
 
 
-def _judge(request: Request, config: DictConfig, before: _Judged | None = None) -> _Judged:
-    """Judge a search, or a retraining of the one that was judged before it."""
+@dataclass
+class _Opened:
+    """A search whose study is open."""
+
+    judged: _Judged
+    reservations: Reservations
+
+
+def _judge(request: Request, config: DictConfig, retrained: _Judged | None = None) -> _Judged:
+    """Judge a search, or the retraining of another one."""
     node = request.config
     tracking = cast(TrackingConfig, OmegaConf.to_object(request.cfg.tracking))
     space = Space.parse(request.space, checker(request.cfg, request.own))
     made = make_sampler(request.sampler, space, node.seed, len(node.objectives))
     check_presets(node.presets, request.own)
     text = node.storage or default_storage(tracking.uri)
-    storage = open_storage(text) if before is None else before.storage
+    storage = open_storage(text) if retrained is None else retrained.storage
     facts = _facts(request)
     launcher = _launcher_name(config)
     on_cpu = request.cfg.trainer.device.value in ("cpu", "mps")
     devices = [] if on_cpu or launcher is not None else visible_devices()
+    searched = None if retrained is None else retrained.request.config
+    most = None if searched is None else searched.retrain + len(searched.presets)
     beside = side_by_side(
-        node.n_jobs, devices, facts["device"] == "mps", facts["budget_bytes"], launcher
-    )  # fmt: skip
+        node.n_jobs, devices, facts["device"] == "mps", facts["budget_bytes"], launcher, most
+    )
     node.n_jobs = beside.n_jobs
-    if beside.note is not None:
+    if beside.note is not None and retrained is None:
         print(beside.note)
     jobs = TrialJobs(
         request.given,
@@ -158,10 +184,10 @@ def _judge(request: Request, config: DictConfig, before: _Judged | None = None) 
     )
     try:
         learned = learn_data(
-            request, space, jobs.worker, before is not None and before.learned.asked
+            request, space, jobs.worker, retrained is not None and retrained.learned.asked
         )
     finally:
-        if before is not None:
+        if retrained is not None:
             jobs.worker.close()  # until the search is over
     node.objectives = objectives_of(node.objectives, learned.metric)
     device_bytes = None if launcher is not None else facts["device_bytes"]
@@ -170,31 +196,28 @@ def _judge(request: Request, config: DictConfig, before: _Judged | None = None) 
     )
 
 
-def _open(judged: _Judged, before: _Judged | None = None) -> Reservations:
-    """Open the study of a search, or of a retraining of the one that was opened before it."""
+def _open(judged: _Judged, retrained: _Judged | None = None) -> _Opened:
+    """Open the study of a search, or of the retraining of another one."""
     request, jobs = judged.request, judged.jobs
-    if before is not None:
-        names = {key(line) for line in before.request.config.retrain_with}
+    if retrained is not None:
+        names = {key(line) for line in retrained.request.config.retrain_with}
         if "memory.budget" not in names:  # a share is what it was for the search
-            jobs.budget_bytes = before.jobs.budget_bytes
+            jobs.budget_bytes = retrained.jobs.budget_bytes
     reservations = open_search(
         request, judged.space, judged.storage, judged.sampler, jobs, judged.learned.metric,
         judged.learned.fingerprint, judged.where, judged.device, judged.device_bytes,
-        before is not None,
+        retrained is not None,
     )  # fmt: skip
     if isinstance(judged.sampler, GridSampler) and judged.space.size is not None:
         reservations.n_trials = min(request.config.n_trials, judged.space.size)
-    return reservations
+    return _Opened(judged, reservations)
 
 
 def _run(
-    judged: _Judged,
-    reservations: Reservations,
-    config: DictConfig,
-    hydra_context: HydraContext,
-    task_function: TaskFunction,
+    opened: _Opened, config: DictConfig, hydra_context: HydraContext, task_function: TaskFunction
 ) -> SweepSummary:
     """Do what is left of a search, and conclude it; see `search` for what is raised."""
+    judged, reservations = opened.judged, opened.reservations
     request, space, jobs = judged.request, judged.space, judged.jobs
     node, study = request.config, reservations.study
     metric, node.n_trials = metric_of(study), reservations.n_trials
@@ -334,7 +357,6 @@ def _parameters(
         "search": {
             "study": node.study,
             "sampler": sampler,
-            "n_trials": node.n_trials,
             "pruner": node.pruner.value,
             "repeats": node.repeats,
             "objectives": list(node.objectives),
@@ -350,9 +372,10 @@ def _announce(
 ) -> None:
     limit = "no budget" if budget_bytes is None else f"inside {format_bytes(budget_bytes)}"
     points = "" if space.size is None else f", {space.size:,} points"
+    until = "" if node.time_limit_seconds is None else f" for {node.time_limit_seconds:g} s"
     print(
-        f"search {node.study}: {len(space.distributions)} settings{points}, {limit}, "
-        f"{node.n_trials} trials, {node.n_jobs} at a time; {storage}; {folder}",
+        f"search {node.study}: {counted(len(space.distributions), 'setting')}{points}, {limit}, "
+        f"{counted(node.n_trials, 'trial')}{until}, {node.n_jobs} at a time; {storage}; {folder}",
         flush=True,
     )
 

@@ -90,7 +90,7 @@ def open_search(
     reservations = Reservations(
         None, space, node.n_trials, request.folder, node.seed, given_only,  # type: ignore[arg-type]
     )  # fmt: skip
-    with reservations.locked(), _none_left_behind(node.study, storage, request.folder):
+    with reservations.locked(), none_left_behind(node.study, storage, request.folder):
         study = open_study(
             node.study,
             storage,
@@ -122,16 +122,21 @@ def open_search(
     return reservations
 
 
-def put_points(reservations: Reservations, points: Sequence[dict[str, Any]]) -> None:
-    """Give a retraining its points, those that it does not have yet."""
+def put_points(reservations: Reservations, points: Sequence[dict[str, Any]]) -> int:
+    """Give a retraining its points, and return how many of its trials are not ended.
+
+    It has few, so that one which failed, and may not the next time, is tried once more.
+    """
     with reservations.locked():
         for point in points:
-            put_first(reservations.study, point)
-        reservations.n_trials = len(reservations.study.get_trials(deepcopy=False))
+            put_first(reservations.study, point, unless_failed=True)
+        trials = reservations.study.get_trials(deepcopy=False)
+        reservations.n_trials = len(trials)
+    return sum(not trial.state.is_finished() for trial in trials)
 
 
 @contextmanager
-def _none_left_behind(name: str, storage: BaseStorage, folder: Path) -> Iterator[None]:
+def none_left_behind(name: str, storage: BaseStorage, folder: Path) -> Iterator[None]:
     """Remove a study that was made in here, if it then turns out not to be begun."""
     with answering(name):
         new = name not in optuna.get_all_study_names(storage)
@@ -140,11 +145,12 @@ def _none_left_behind(name: str, storage: BaseStorage, folder: Path) -> Iterator
     try:
         yield
     except UserError:
-        if new:
-            with suppress(KeyError), answering(name):
+        with suppress(KeyError), answering(name):
+            study = optuna.load_study(study_name=name, storage=storage) if new else None
+            if study is not None and study.user_attrs.get(WORKERS, 1) < 2:  # nobody has joined
                 optuna.delete_study(study_name=name, storage=storage)
-            if not claimed:
-                token.unlink(missing_ok=True)
+                if not claimed:
+                    token.unlink(missing_ok=True)
         raise
 
 

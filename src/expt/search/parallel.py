@@ -8,6 +8,7 @@ process. A trial's kernels get an equal share of the cores, so that trials do no
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,7 @@ def side_by_side(
     on_mps: bool,
     budget_bytes: int | None,
     launcher: str | None = None,
+    most: int | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> SideBySide:
     """Return how trials share this machine.
@@ -44,6 +46,7 @@ def side_by_side(
         on_mps: whether trials train on MPS, which is one device.
         budget_bytes: of each trial, None without a budget.
         launcher: the Hydra launcher that trials go to, None: processes of this machine.
+        most: how many trials there can be, None where this is not known.
         environment: where a number of threads that is given wins.
 
     Raises:
@@ -57,11 +60,13 @@ def side_by_side(
                 f"{launcher} sends trials elsewhere; give the size of a batch, like search.n_jobs=8"
             )
         return SideBySide(int(asked))
+    most = most or sys.maxsize
     if asked != AUTO:
-        return SideBySide(int(asked), _threads(int(asked), devices, environment))
+        count = min(int(asked), most)
+        return SideBySide(count, _threads(count, devices, environment))
     if devices or on_mps:
-        return SideBySide(max(1, len(devices)))
-    count, note = cores(), None
+        return SideBySide(min(max(1, len(devices)), most))
+    count, note = min(cores(), most), None
     if budget_bytes is not None:
         room = max(1, host_bytes() // budget_bytes)
         if room < count:

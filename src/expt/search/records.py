@@ -23,7 +23,7 @@ from expt.job import Metric
 from expt.search.metric import EARLIER
 from expt.search.trial import CONSTRAINT, kind_of
 from expt.search.winner import FILE_NAME, SweepSummary, settings_of
-from expt.tracking.journal import State, is_closed, read_header, read_records
+from expt.tracking.journal import State, has_ended, is_closed, read_header, read_records
 from expt.tracking.tracker import NullTracker, Tracker
 
 if TYPE_CHECKING:
@@ -86,8 +86,8 @@ class Records:
         if self.tracking.uri is None:
             return
         tracker = self._tracker(folder, self.folder)
-        if read_header(folder) is None:
-            # Never started, so there is nobody else to say what it would have been.
+        untracked = read_header(folder) is None
+        if untracked:  # never started, or without a tracker, so that nobody else says what it was
             name = f"{self.study_name}-{trial.number:03d}"
             tracker.start(name, trial.params, self._origin(trial.number, folder))
         tracker.tags(tags_of(trial))
@@ -95,7 +95,7 @@ class Records:
             "memory/predicted_peak_bytes": trial.user_attrs.get("predicted_peak_bytes"),
             f"constraint/{CONSTRAINT}_gib": trial.constraints.get(CONSTRAINT),
         }
-        if trial.user_attrs.get("values_by_seed") and trial.values:
+        if trial.values and (untracked or trial.user_attrs.get("values_by_seed")):
             name = f"val/{self.metric.name}"
             figures |= {name: trial.values[0], f"{name}_spread": trial.user_attrs.get("spread")}
         known = {name: float(value) for name, value in figures.items() if value is not None}
@@ -105,6 +105,9 @@ class Records:
         assert kind is not None
         tracker.finish(kind.columns.tracker_status)
         self._send(folder)
+        for seed in self._seeds(folder):
+            if not has_ended(seed):  # its process was killed
+                self._tracker(seed, folder).finish(kind.columns.tracker_status)
         self._send_seeds(folder)
 
     def reconcile(self, study: Study, folder_of: Any) -> None:
@@ -120,16 +123,17 @@ class Records:
             folder = folder_of(trial.number)
             if not recorded(folder, trial):
                 self.told(trial, folder)
-            elif not self._arrived(folder):
+                continue
+            if not self._arrived(folder):
                 self._send(folder)
-                self._send_seeds(folder)
+            self._send_seeds(folder)
 
     def summary(self, summary: SweepSummary) -> None:
         """Rewrite ``sweep.json``, and tell the parent run how far the search is."""
         summary.save(self.folder)
         figures = {
             name: float(getattr(summary, name))
-            for name in ("finished", "failed", "pruned", "infeasible_measured",
+            for name in ("n_trials", "finished", "failed", "pruned", "infeasible_measured",
                          "infeasible_predicted", "duplicates")
         }  # fmt: skip
         if summary.best is not None:
@@ -183,10 +187,14 @@ class Records:
             "run_dir": str(folder),
         }
 
+    def _seeds(self, folder: Path) -> list[Path]:
+        """Return the folders of a trial's seeds that have runs."""
+        return [seed for seed in sorted(folder.glob("seed_*")) if read_header(seed) is not None]
+
     def _send_seeds(self, folder: Path) -> None:
-        """Send the runs of a trial's seeds that were sent to another store, after the trial."""
-        for seed in sorted(folder.glob("seed_*")):
-            if read_header(seed) is not None and not self._arrived(seed):
+        """Send the runs of a trial's seeds that this store does not have, after the trial."""
+        for seed in self._seeds(folder):
+            if not self._arrived(seed):
                 self._send(seed)
 
     def _arrived(self, folder: Path) -> bool:

@@ -33,7 +33,7 @@ from expt.result import Outcome
 from expt.run.process import identity, is_alive
 from expt.search.samplers import SeenStudy
 from expt.search.space import Space, same
-from expt.search.trial import STARTED, WORKER, kind_of, stored
+from expt.search.trial import STARTED, WORKER, kind_of, may_go_well, stored
 
 log = logging.getLogger(__name__)
 
@@ -174,6 +174,8 @@ class Reservations:
             kind = kind_of(other)
             if kind is None and other.state.is_finished():
                 continue  # ended by someone else's hand, so that nothing is known of it
+            if self.given_only and may_go_well(other):
+                continue
             if same(other.params, params) and kind is not Outcome.duplicate:
                 return other
         return None

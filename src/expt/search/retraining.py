@@ -63,6 +63,8 @@ def retraining_of(
     names = {key(line) for line in (*request.config.retrain_with, *given)}
     kept = [line for line in arguments if key(line) not in names]
     found = request_of(config, [*kept, *given], GIVEN_POINTS, hydra_context)
+    if request.space and not found.space:
+        raise ConfigError("it sets all of search.space, and nothing would tell the points apart")
     study = found.config.study
     if study == request.config.study:
         raise ConfigError(f"search.study={study} is the search's own; give it another name")
@@ -132,9 +134,13 @@ def points_to_retrain(
     inside = [trial for trial in trials if feasible(trial, limited)]
     ranked = inside if len(study.directions) == 1 else pareto(trials, limited, metric)
     ranked = sorted(ranked, key=lambda trial: (metric.cost(trial.values[0]), trial.number))
-    best = _distinct([space.point(trial.params) for trial in ranked])[:count]
-    presets = [space.point(trial.params) for trial in trials if _is_fitting_preset(trial)]
-    return best, _distinct([*best, *presets])[len(best) :]
+    presets = [trial for trial in trials if _is_fitting_preset(trial)]
+
+    def points(chosen: Sequence[FrozenTrial]) -> list[dict[str, Any]]:
+        return [{name: one.params[name] for name in space.distributions} for one in chosen]
+
+    best = _distinct(points(ranked))[:count]
+    return best, _distinct([*best, *points(presets)])[len(best) :]
 
 
 def _is_fitting_preset(trial: FrozenTrial) -> bool:

@@ -61,6 +61,12 @@ def kind_of(trial: FrozenTrial | Trial) -> Outcome | None:
     return None if kind is None else Outcome.parse(kind)
 
 
+def may_go_well(trial: FrozenTrial) -> bool:
+    """Tell whether a trial failed, and may not the next time."""
+    kind = kind_of(trial)
+    return kind is not None and kind.columns.retry
+
+
 def seen_kind(trial: FrozenTrial) -> Outcome | None:
     """Return how a trial ended, here or in the earlier study that it is from."""
     kind = kind_of(trial)

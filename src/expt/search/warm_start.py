@@ -40,7 +40,15 @@ from expt.search.request import (
 from expt.search.space import Space, same, typed
 from expt.search.stored import StudyError, load
 from expt.search.study import DATA, PREFIX, absolute_storage, changed_settings
-from expt.search.trial import CONSTRAINT, FROM, FROM_KIND, PREDICTED, TECHNIQUES, kind_of
+from expt.search.trial import (
+    CONSTRAINT,
+    FROM,
+    FROM_KIND,
+    PREDICTED,
+    TECHNIQUES,
+    kind_of,
+    may_go_well,
+)
 from expt.search.winner import FILE_NAME, SweepSummary
 from expt.units import GIB
 from expt.uri import HIDDEN, without_password
@@ -247,13 +255,18 @@ def begin_warm(study: Study, task: Task, earlier: Sequence[Source]) -> list[str]
     return lines
 
 
-def put_first(study: Study, point: dict[str, Any], **attributes: Any) -> None:
+def put_first(
+    study: Study, point: dict[str, Any], unless_failed: bool = False, **attributes: Any
+) -> None:
     """Let a point be tried next, unless the study has it; what it was shown was not tried here.
 
-    Its trial is given the attributes, also if it waits to be tried already.
+    Its trial is given the attributes, also if it waits to be tried already. With `unless_failed`,
+    what failed and may not the next time does not count as tried.
     """
     for trial in study.get_trials(deepcopy=False):
         tried = trial.system_attrs.get("fixed_params", trial.params)
+        if unless_failed and may_go_well(trial):
+            continue
         if FROM not in trial.user_attrs and same(tried, point):
             if not trial.state.is_finished():
                 for name, value in attributes.items():

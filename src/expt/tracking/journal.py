@@ -317,5 +317,10 @@ def is_closed(directory: Path) -> bool:
         return False
     if Reader.after(directory, state).read(1):
         return False
+    return has_ended(directory)
+
+
+def has_ended(directory: Path) -> bool:
+    """Tell whether a run's end was recorded, acknowledged or not."""
     kinds = [record["kind"] for record in read_records(directory, "start", "end")]
     return kinds[-1:] == ["end"]
