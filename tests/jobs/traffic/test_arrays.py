@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from expt.errors import DataError
-from expt.jobs.traffic.arrays import made_times, read_npz, to_seconds, wanted_keys
+from expt.jobs.traffic.arrays import made_times, read_npz, wanted_keys
 from expt.jobs.traffic.choice import Choice
+from expt.jobs.traffic.clock import to_seconds
 from expt.jobs.traffic.reading import read_series
 
 TIMES = np.array(["2012-03-01T00:00:00", "2012-03-01T00:05:00"], dtype="datetime64[s]")
@@ -127,7 +128,7 @@ def test_distances_to_utc_that_change_are_refused_in_text():
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        (np.array(["01/03/2012 00:00"]), "not ISO 8601 text.*01/03/2012"),
+        (np.array(["01/03/2012 00:00"]), "not all in ISO 8601.*01/03/2012"),
         (np.arange(5), "whole numbers, the first 0"),
         (np.linspace(0, 1, 5), "of type float64; expected datetime64"),
     ],

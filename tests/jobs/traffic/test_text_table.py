@@ -63,7 +63,7 @@ def test_a_comma_too_many_in_one_row_is_found(tmp_path):
 
 
 def test_cells_without_a_name_are_not_dropped(tmp_path):
-    with pytest.raises(DataError, match="header names 3 columns, the first row has 4"):
+    with pytest.raises(DataError, match=r"header names 3 columns, .* the first row has 4"):
         read_series(saved(tmp_path, "\n".join(["t,a,b", *[row + ",9" for row in ROWS]])))
 
 

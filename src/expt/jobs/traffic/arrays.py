@@ -10,7 +10,6 @@ Letters: `S` time steps, `N` sensors, `C` channels.
 
 from __future__ import annotations
 
-import re
 import zipfile
 import zlib
 from collections.abc import Collection, Iterator
@@ -31,7 +30,7 @@ from expt.jobs.traffic.choice import (
     one_channel,
     speed_rank,
 )
-from expt.jobs.traffic.clock import Times, local_clock, parsed
+from expt.jobs.traffic.clock import to_clock, to_seconds
 from expt.jobs.traffic.source import translated
 
 OPTIONAL_KEYS = ("sensor_ids", "adjacency", "locations")
@@ -46,6 +45,12 @@ def wanted_keys(available: Collection[str], choice: Choice | None = None) -> dic
     found = ", ".join(sorted(available)[:12]) or "nothing"
     ranks = {name: rank for name in available if (rank := speed_rank(name)) is not None}
     speed = choice.key or min(ranks, key=ranks.__getitem__, default=None)
+    alike = [name for name in ranks if ranks[name] == ranks.get(speed or "")]
+    if choice.key is None and len(alike) > 1:
+        raise DataError(
+            f"has several arrays of speeds, {', '.join(alike)}; name the one to read, "
+            f"data.key={alike[0]}"
+        )
     if speed is None:
         raise DataError(
             f"has no speeds; found {found}; expected one of {', '.join(SPEED_KEYS)}, or the name "
@@ -98,6 +103,7 @@ def opened_npz(path: Path) -> Iterator[NpzFile]:
 def read_npz(path: Path, choice: Choice | None = None) -> Arrays:
     """Read the named arrays of a NumPy archive."""
     choice = choice or Choice()
+    choice.refuse_columns()
     with opened_npz(path) as archive:
         keys = wanted_keys(archive.files, choice)
         arrays = Arrays({name: array_of(archive, key) for name, key in keys.items()})
@@ -109,19 +115,21 @@ def read_npz(path: Path, choice: Choice | None = None) -> Arrays:
         ]
     arrays.noted(*choice_note(keys["speed"], left))
     if arrays["speed"].ndim == 1 and {"timestamps", "sensor_ids"} <= arrays.keys():
-        arrays = _from_long(arrays, keys["speed"], choice)
+        arrays = _from_long(arrays, keys["speed"])
     return one_channel(arrays, keys["speed"], choice)
 
 
-def _from_long(arrays: Arrays, name: str, choice: Choice) -> Arrays:
+def _from_long(arrays: Arrays, name: str) -> Arrays:
     from expt.jobs.traffic.long_table import to_wide
+    from expt.jobs.traffic.table import to_ids
 
     speed, sensors = arrays["speed"], arrays["sensor_ids"]
     if not speed.shape == sensors.shape == arrays["timestamps"].shape:
         return arrays
     times, notes = to_clock(arrays["timestamps"])
-    wide = to_wide(["sensor_ids", name], [sensors, speed], times, 0, choice)
-    return wide.noted(*arrays.notes, *notes)
+    wide = to_wide(times, to_ids(sensors), speed.astype(np.float64), "sensor_ids")
+    note = f"long table: read {name} by sensor_ids, a column for each"
+    return wide.noted(*arrays.notes, *notes, note)
 
 
 def array_of(archive: NpzFile, key: str) -> npt.NDArray[Any]:
@@ -150,72 +158,3 @@ def _header(archive: NpzFile, name: str) -> tuple[tuple[int, ...], np.dtype[Any]
             return shape, dtype
     except (KeyError, ValueError):
         return (), np.dtype(np.void)
-
-
-def to_seconds(raw: npt.NDArray[Any]) -> npt.NDArray[np.datetime64]:
-    """Return times as ``datetime64[s]``, from times, ISO 8601 text, or whole numbers since 1970.
-
-    Of text with a distance to UTC, what the clock showed there.
-
-    The unit of whole numbers is the one that puts the first between 1980 and 2100; the units are
-    a thousandfold apart, so at most one does.
-    """
-    if raw.dtype.kind == "M":
-        return raw.astype("datetime64[s]")
-    if raw.dtype.kind in _TEXT:
-        return _clock_of_text(raw)[0]
-    if raw.dtype.kind == "f" and not (raw[~np.isnan(raw)] % 1).any():
-        raw = np.where(np.isnan(raw), _NO_TIME, raw).astype(np.int64)
-    if raw.dtype.kind in "iu":
-        known = raw[raw != _NO_TIME]
-        first = int(known[0]) if known.size else _YEAR_1980
-        for unit, per_second in (("s", 1), ("ms", 10**3), ("us", 10**6), ("ns", 10**9)):
-            if _YEAR_1980 <= first // per_second < _YEAR_2100:
-                return raw.astype(np.int64).astype(f"datetime64[{unit}]").astype("datetime64[s]")
-        raise DataError(
-            f"timestamps are whole numbers, the first {first}, which is no time between 1980 and "
-            "2100 in s, ms, us or ns since 1970; expected datetime64"
-        )
-    raise DataError(f"timestamps are of type {raw.dtype}; expected datetime64 or ISO 8601 text")
-
-
-def to_clock(raw: npt.NDArray[Any]) -> tuple[Times, tuple[str, ...]]:
-    """Return `to_seconds` of times, and a note about their zone where text names one."""
-    return _clock_of_text(raw) if raw.dtype.kind in _TEXT else (to_seconds(raw), ())
-
-
-def counts_since_1970(name: str, raw: npt.NDArray[Any]) -> bool:
-    """Whether a column of numbers is of times, as its name and `to_seconds` say."""
-    word = name.lower()
-    if not (re.search("time|date|stamp|epoch|unix", word) or word.strip() in ("", "t", "ts")):
-        return False
-    try:
-        times = to_seconds(raw)
-    except DataError:
-        return False
-    seconds = times[~np.isnat(times)].astype(np.int64)
-    return bool(((seconds >= _YEAR_1980) & (seconds < _YEAR_2100)).all())
-
-
-def _clock_of_text(raw: npt.NDArray[Any]) -> tuple[Times, tuple[str, ...]]:
-    import pandas as pd
-
-    listed = raw.reshape(-1).tolist()
-    texts = pd.Series([t.decode() if isinstance(t, bytes) else str(t) for t in listed], dtype=str)
-    times = parsed(texts, "timestamps")
-    bad = np.flatnonzero(times.isna())
-    if bad.size:
-        raise DataError(
-            "timestamps are not ISO 8601 text such as 2012-03-01T00:05:00: number "
-            f"{bad[0]} (counted from 0) is {texts[bad[0]]!r}"
-        )
-    clock, notes = local_clock(pd.DatetimeIndex(times))
-    return clock.reshape(raw.shape), notes
-
-
-_TEXT = "SUO"
-"""Kinds of arrays of text."""
-_NO_TIME = np.iinfo(np.int64).min
-"""A missing time as a whole number."""
-_YEAR_1980 = int(np.datetime64("1980-01-01", "s").astype(np.int64))
-_YEAR_2100 = int(np.datetime64("2100-01-01", "s").astype(np.int64))

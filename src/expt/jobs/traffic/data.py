@@ -31,7 +31,7 @@ from expt.drawing import drawn
 from expt.errors import DataError
 from expt.job import Batch, Split
 from expt.jobs.traffic.arrays import made_times
-from expt.jobs.traffic.choice import Choice
+from expt.jobs.traffic.choice import Choice, Columns
 from expt.jobs.traffic.metrics import MaskedErrors, check_shape, day_periods, error_metrics
 from expt.jobs.traffic.reading import read_series
 from expt.jobs.traffic.series import Series
@@ -70,6 +70,8 @@ class TrafficData:
             of a column of a table.
         start: time of the first step, of a file without times.
         step_minutes: minutes from one step to the next, of a file without times.
+        columns: what the columns of a table are, ``{"time": …, "sensor": …, "value": …}``, by their
+            names; see `Columns`. Null guesses where there is one sensible reading.
         transforms: what `transforms` of the training's data returned, to predict with its model:
             all windows are then for the test, and the last of them end with the series.
 
@@ -98,10 +100,12 @@ class TrafficData:
         channel: int | str | None = None,
         start: str | None = None,
         step_minutes: float | None = None,
+        columns: Mapping[str, Any] | None = None,
         transforms: Mapping[str, Any] | None = None,
     ) -> None:
         self.unit, self.fractions = unit, (train_fraction, test_fraction)
-        self.choice = Choice(key, channel, start, step_minutes)
+        described = None if columns is None else Columns.of(columns)
+        self.choice = Choice(key, channel, start, step_minutes, described)
         self.input_steps, self.horizon = input_steps, horizon
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.series = self.read(path, adjacency_path, where_to_get)
@@ -187,6 +191,11 @@ class TrafficData:
                 made_times(Choice(start=start, step_minutes=minutes), 1)
             except DataError:
                 found.append(f"data.start must be a time like 2018-01-01T00:00, got {start!r}")
+        if (columns := arguments.get("columns")) is not None:
+            try:
+                Choice(None, arguments.get("channel"), start, minutes, Columns.of(columns))
+            except DataError as error:
+                found.append(str(error))
         if "unit" in arguments and not str(arguments["unit"]).strip():
             found.append("data.unit must name the unit of the readings, like mph or km/h")
         return found

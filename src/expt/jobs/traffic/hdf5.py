@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from expt.errors import DataError
-from expt.jobs.traffic.arrays import OPTIONAL_KEYS, to_seconds, wanted_keys
+from expt.jobs.traffic.arrays import OPTIONAL_KEYS, wanted_keys
 from expt.jobs.traffic.choice import (
     SPEED_KEYS,
     Arrays,
@@ -35,10 +35,11 @@ from expt.jobs.traffic.choice import (
     one_channel,
     speed_rank,
 )
-from expt.jobs.traffic.clock import Times, local_clock
-from expt.jobs.traffic.long_table import is_sensor_name, laid_out, to_wide
-from expt.jobs.traffic.series import to_float32, to_sensor_ids
+from expt.jobs.traffic.clock import Times, local_clock, to_seconds
+from expt.jobs.traffic.series import to_sensor_ids
 from expt.jobs.traffic.source import translated
+from expt.jobs.traffic.table import Column, Table
+from expt.jobs.traffic.tables import to_arrays
 
 _FRAME = ("axis0", "axis1", "block0_items", "block0_values")
 
@@ -154,43 +155,36 @@ def _beside(chosen: _Candidate, steps: tuple[int, ...]) -> list[str]:
 
 
 def _read_plain(chosen: _Candidate, choice: Choice) -> Arrays:
+    choice.refuse_columns()
     keys = wanted_keys(chosen.group.keys(), replace(choice, key=chosen.key))
     arrays = Arrays({name: _read(chosen.group[key]) for name, key in keys.items()})
     return one_channel(arrays, chosen.name, choice)
 
 
 def _read_frame(group: Any, choice: Choice) -> Arrays:
-    columns = _read_names(group["axis0"])
-    position = {name: column for column, name in enumerate(columns)}
-    if any(is_sensor_name(name) for name in columns) and not _is_timed(group):
-        raise DataError(
-            f"{group.name} is a long table (time, sensor, value) without times as its index; "
-            "expected a column per sensor, frame.pivot(index=TIME, columns=SENSOR, values=SPEED)"
-        )
-    times, notes = _read_times(group["axis1"])
-    cells = np.full((len(times), len(columns)), np.nan)
+    """Read a frame; its index is the column `index`, where its rows are times."""
+    names = _read_names(group["axis0"])
+    cells: dict[str, Column] = dict.fromkeys(names, np.arange(0))
     blocks = sorted(key.removesuffix("_items") for key in group if key.endswith("_items"))
+    rows = group["axis1"].shape[0]
     for block in blocks:
         items = _read_names(group[f"{block}_items"])
         values = group[f"{block}_values"]
-        if values.shape != (len(times), len(items)) or values.dtype.kind not in "biuf":
+        if values.shape != (rows, len(items)) or values.dtype.kind not in "biuf":
             raise DataError(
                 f"{block}_values of {group.name} holds {values.dtype} of shape {values.shape}; "
-                f"expected numbers, {len(times)} time steps x {len(items)} sensors"
+                f"expected numbers, {rows} time steps x {len(items)} sensors"
             )
-        unknown = [name for name in items if name not in position]
-        if unknown:
+        if unknown := [name for name in items if name not in cells]:
             raise DataError(f"{block}_items names {unknown[0]!r}, which axis0 does not have")
-        cells[:, [position[name] for name in items]] = _read(values)
-    layout = laid_out(columns, [*cells.T], times, choice.channel)
-    times, notes, others = layout.times, (*notes, *layout.notes), layout.others
-    columns, cells = tuple(columns[place] for place in others), cells[:, others]
-    if layout.sensors is not None:
-        place = others.index(layout.sensors)
-        return to_wide(columns, [*cells.T], times, place, choice).noted(*notes)
-    speed = to_float32(cells, group.name)
-    arrays = Arrays(speed=speed, timestamps=times, sensor_ids=np.array(columns))
-    return one_channel(arrays.noted(*notes), group.name, choice)
+        cells.update(zip(items, _read(values).T, strict=True))
+    if absent := [name for name in names if len(cells[name]) != rows]:
+        raise DataError(f"axis0 of {group.name} names {absent[0]!r}, which no block has")
+    times, notes = {}, {}
+    if choice.columns is None or _is_timed(group):
+        times["index"], notes["index"] = _read_times(group["axis1"])
+    table = Table([*times.items(), *((name, cells[name]) for name in names)], notes)
+    return to_arrays(table, choice)
 
 
 def _read_names(node: Any) -> tuple[str, ...]:

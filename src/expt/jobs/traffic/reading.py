@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from expt.errors import DataError
-from expt.jobs.traffic.arrays import made_times, read_npz, to_clock
+from expt.jobs.traffic.arrays import made_times, read_npz
 from expt.jobs.traffic.choice import Arrays, Choice
+from expt.jobs.traffic.clock import to_clock
 from expt.jobs.traffic.series import Series
 from expt.jobs.traffic.source import checked_suffix, named
 
@@ -71,6 +72,12 @@ def read_series(
         adjacency_path, series.sensor_ids if "sensor_ids" in arrays else ()
     )
     with named(adjacency_path):
+        if graph_ids is None and arrays.is_long:
+            raise DataError(
+                "names no sensors, and the series is a long table, whose sensors are in no order "
+                "of their own: write their ids into the graph, as the first row of a csv, as "
+                "sensor_ids of an npz, or as DCRNN's pickle has them"
+            )
         if graph_ids is None or "sensor_ids" in arrays:
             return series.with_adjacency(adjacency, graph_ids)
         return dataclasses.replace(series.with_adjacency(adjacency), sensor_ids=graph_ids)
