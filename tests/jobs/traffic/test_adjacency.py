@@ -218,3 +218,42 @@ def test_what_is_no_graph_file_is_refused(tmp_path, name, message):
         (tmp_path / other).write_text("hello")
     with pytest.raises(DataError, match=f"{name}: {message}"):
         read_adjacency(tmp_path / name)
+
+
+IDS = ["773869", "767541", "767542"]
+
+
+def with_series(folder, text):
+    table = pd.DataFrame(
+        {"time": ["2024-01-01 00:00", "2024-01-01 00:05"], **dict.fromkeys(IDS, 9.5)}
+    )
+    table.to_csv(folder / "speed.csv", index=False)
+    (folder / "x.csv").write_text(text)
+    return read_series(folder / "speed.csv", folder / "x.csv").adjacency
+
+
+@pytest.mark.parametrize("cells", ["{},{},0.5", "{},{},1.5,0.7"])
+def test_edges_are_known_by_the_ids_of_the_series(tmp_path, cells):
+    pairs = zip(IDS, IDS[1:] + IDS[:1], strict=True)
+    with pytest.raises(DataError, match="A list of edges"):
+        with_series(tmp_path, "\n".join(cells.format(*pair) for pair in pairs))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1,2,0\n2,1,3\n0,3,1\n",
+        "0,1,2\n1,2,0\n2,1,3\n0,3,1\n",
+        ",0,1,2\n0,1,2,0\n1,2,1,3\n2,0,3,1\n",
+        "773869,1,2,0\n767541,2,1,3\n767542,0,3,1\n",
+        ", 773869, 767541, 767542\n773869, 1, 2, 0\n767541, 2, 1, 3\n767542, 0, 3, 1\n",
+    ],
+)
+def test_a_matrix_of_whole_weights_is_read(tmp_path, text):
+    np.testing.assert_array_equal(with_series(tmp_path, text), [[1, 2, 0], [2, 1, 3], [0, 3, 1]])
+
+
+@pytest.mark.parametrize("separator", [";", " ", "\t"])
+def test_other_separators_of_a_matrix_are_named(tmp_path, separator):
+    with pytest.raises(DataError, match="columns are separated by"):
+        with_series(tmp_path, "1,0,0\n0,1,0\n0,0,1\n".replace(",", separator))

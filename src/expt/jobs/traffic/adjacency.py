@@ -46,6 +46,10 @@ def read_adjacency(path: Path, sensor_ids: Sequence[str] = ()) -> Graph:
         return adjacency, found
 
 
+_DIGITS = 3
+"""A number of more is no weight that is whole."""
+
+
 def _check_square(shape: tuple[int, ...], is_list: bool = False) -> None:
     """Refuse another shape, and a list of edges, which may have as many rows as columns."""
     if is_list or len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
@@ -55,18 +59,24 @@ def _check_square(shape: tuple[int, ...], is_list: bool = False) -> None:
         )
 
 
-def _are_edges(cells: npt.NDArray[Any]) -> bool:
-    """Whether every row may be (from, to, cost): the first two are different ids, of one kind.
+def _are_edges(cells: npt.NDArray[Any], sensor_ids: Sequence[str]) -> bool:
+    """Whether the rows are of edges (from, to, cost): the first two columns are ids.
 
-    A matrix with zeros on its diagonal is none.
+    A matrix has no cell that is the id of a sensor; ids as small as weights prove nothing. Without
+    ids of text or more than three digits a list is known by its first two columns, which are whole
+    and never alike.
     """
+    ids = {name for name in sensor_ids if not is_number(name) or len(name) > _DIGITS}
+    if cells.shape[1] > 2 and {str(cell).strip() for cell in cells[:, :2].flat} & ids:
+        return True
     if cells.shape[1] != 3:
         return False
-    ids = cells[:, :2]
-    is_whole = all(re.fullmatch(r"-?\d+", cell) for cell in ids.flat)
-    is_text = all(cell and not is_number(cell) for cell in ids.flat)
+    ends = cells[:, :2]
+    is_whole = all(re.fullmatch(r"-?\d+", cell) for cell in ends.flat)
+    is_text = all(cell and not is_number(cell) for cell in ends.flat)
     is_matrix = all(is_number(cell) and float(cell) == 0 for cell in cells.diagonal())
-    return (is_whole or is_text) and bool((ids[:, 0] != ids[:, 1]).all()) and not is_matrix
+    is_list = (is_whole or is_text) and bool((ends[:, 0] != ends[:, 1]).all()) and not is_matrix
+    return is_list and not (is_whole and len(ids) == len(sensor_ids) > 0)
 
 
 def _read_pickle(path: Path, _: Sequence[str]) -> tuple[Any, tuple[str, ...] | None]:
@@ -123,9 +133,16 @@ def _read_csv(path: Path, sensor_ids: Sequence[str]) -> tuple[Any, tuple[str, ..
     import pandas as pd
 
     with opened_csv(path) as file:
-        table = pd.read_csv(file, header=None, dtype=str, keep_default_na=False)
+        table = pd.read_csv(
+            file, header=None, dtype=str, keep_default_na=False, skipinitialspace=True
+        )
         cells = without_empty_end(table, keep=1).to_numpy(object)
     rows, columns = cells.shape
+    if columns == 1 and rows > 1 and (found := re.search("[;\t| ]", str(cells[-1, 0]).strip())):
+        raise DataError(
+            f"its columns are separated by {found[0]!r}: the last row is {cells[-1, 0][:40]!r}; "
+            "expected commas between columns, and points in numbers"
+        )
     square = rows == columns
     labelled = square and not is_number(cells[0, 0])  # the corner above the index is no number
     has_header = labelled or rows == columns + 1
@@ -135,14 +152,19 @@ def _read_csv(path: Path, sensor_ids: Sequence[str]) -> tuple[Any, tuple[str, ..
     index = tuple(cells[int(has_header) :, 0].tolist()) if has_index else ()
     are_named = bool(sensor_ids) and set(sensor_ids) <= set(header)
     differ = labelled and header != index
-    is_list = _are_edges(matrix) and not are_named and (differ or not labelled)
-    is_list |= differ and cells[0, 0].strip() != "" and _are_edges(cells[1:])
+    is_list = _are_edges(matrix, sensor_ids) and not are_named and (differ or not labelled)
+    is_list |= differ and cells[0, 0].strip() != "" and _are_edges(cells[1:], sensor_ids)
     _check_square(matrix.shape, is_list)
     if differ:
         raise DataError(
             "the header and the first column name different sensors, or in another order, from "
             f"{header[:3]} and {index[:3]}; expected the same ids in both"
         )
+    numbers = tuple(map(str, range(len(matrix))))
+    if header == numbers and set(sensor_ids) != set(numbers):
+        header = ()  # pandas numbered the columns of a matrix without ids
+    if index == numbers and set(sensor_ids) != set(numbers):
+        index = ()
     return _to_numbers(matrix), header or index or None
 
 
