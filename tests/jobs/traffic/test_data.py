@@ -529,3 +529,21 @@ def test_what_cannot_be_opened_is_not_called_missing(
     monkeypatch.setattr(Path, "stat", refuse)
     with pytest.raises(DataError, match=r"x\.npz: permission denied; make it readable"):
         traffic(path=str(tmp_path / "x.npz"))
+
+
+def test_of_daily_data_more_than_a_day_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    days = np.datetime64("2020-01-01", "s") + 86_400 * np.arange(300)
+    speed = np.random.default_rng(0).uniform(20, 70, (300, 2))
+    np.savez(tmp_path / "x.npz", speed=speed, timestamps=days)
+    drawn: list[np.ndarray] = []
+
+    def plot_day(forecasts: np.ndarray, *_: Any) -> Path:
+        drawn.append(forecasts)
+        return tmp_path
+
+    monkeypatch.setattr("expt.jobs.traffic.figures.plot_day", plot_day)
+    data = traffic(path=str(tmp_path / "x.npz"))
+    data._plot_day(lambda batch: batch.inputs["speed"], tmp_path)
+    assert len(drawn[0]) == 24

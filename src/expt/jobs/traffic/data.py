@@ -46,6 +46,8 @@ from expt.jobs.traffic.windows import (
 
 SHIPPED = "expt://"
 """Prefix of a path that means a file shipped inside the package."""
+DRAWN = 24
+"""Time steps that are drawn at least, of data with few a day."""
 
 
 class TrafficData:
@@ -291,7 +293,7 @@ class TrafficData:
     ) -> list[Path]:
         """Draw one day of the test part for a few sensors, and errors by step, and by sensor.
 
-        Of what is only forecast there is no error.
+        Of data with few steps a day `DRAWN` steps are drawn. Of a mere forecast there is no error.
         """
         return drawn(
             lambda: self._plot_day(predict, folder),
@@ -302,7 +304,7 @@ class TrafficData:
     def _plot_day(self, predict: Callable[[Batch], Tensor], folder: Path) -> Path:
         from expt.jobs.traffic.figures import plot_day
 
-        count = min(self.series.steps_per_day, self.size("test"))
+        count = min(max(self.series.steps_per_day, DRAWN), self.size("test"))
         windows = torch.arange(count, device=self._offsets.device)
         forecasts = [
             self.to_speed(predict(self.gather("test", chunk)))
