@@ -10,6 +10,7 @@ import pytest
 
 import expt.jobs.traffic.reading as module
 from expt.errors import DataError
+from expt.jobs.traffic.choice import Choice
 from expt.jobs.traffic.reading import read_series
 
 FILES = Path(module.__file__).parent / "files"
@@ -185,3 +186,27 @@ def test_unsound_contents_are_refused_with_the_path(week, tmp_path, changes, mes
     path = as_npz({**week, **changes}, tmp_path)
     with pytest.raises(DataError, match=f"^{path}: .*{message}"):
         read_series(path)
+
+
+def test_a_graph_without_ids_is_refused_beside_a_long_table(tmp_path):
+    times = pd.date_range("2024-01-01", periods=9, freq="5min")
+    table = pd.DataFrame({"t": np.repeat(times, 2), "sensor": np.tile([7, 8], 9), "speed": 50.5})
+    table.iloc[1:].to_csv(tmp_path / "x.csv", index=False)
+    np.savez(tmp_path / "eye.npz", adjacency=np.eye(2))
+    with pytest.raises(DataError, match="names no sensors, and the series is a long table"):
+        read_series(tmp_path / "x.csv", tmp_path / "eye.npz")
+    np.savez(tmp_path / "named.npz", adjacency=np.tri(2), sensor_ids=[7, 8])
+    series = read_series(tmp_path / "x.csv", tmp_path / "named.npz")
+    assert series.sensor_ids == ("8", "7") and series.adjacency[0, 1] == 1
+
+
+def test_times_of_another_name_and_a_turned_array_are_told(tmp_path):
+    times = np.datetime64("2024-01-01", "s") + 300 * np.arange(90)
+    np.savez(tmp_path / "x.npz", speed=np.full((90, 2), 50.5), time=times)
+    given = Choice(start="2024-01-01", step_minutes=5)
+    for choice in (Choice(), given):
+        with pytest.raises(DataError, match=r"has no timestamps, but time; .* save them as `times"):
+            read_series(tmp_path / "x.npz", choice=choice)
+    np.savez(tmp_path / "x.npz", speed=np.full((2, 90), 50.5))
+    (note,) = read_series(tmp_path / "x.npz", choice=given).notes
+    assert note.startswith("2 time steps of 90 sensors: ") and "speed.T" in note

@@ -35,6 +35,10 @@ def test_an_unknown_suffix_is_refused_with_those_known(tmp_path):
     (tmp_path / "speed.xlsx").write_text("x")
     with pytest.raises(DataError, match=r"unknown suffix '.xlsx'; expected one of .csv, .npz"):
         checked_suffix(tmp_path / "speed.xlsx", KNOWN)
+    for name, advice in {"a.csv.gz": "unpack it", "a.tsv": "commas between"}.items():
+        (tmp_path / name).write_text("x")
+        with pytest.raises(DataError, match=advice):
+            checked_suffix(tmp_path / name, KNOWN)
 
 
 def test_a_file_as_a_folder_is_refused(tmp_path):

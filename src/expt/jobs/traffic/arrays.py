@@ -10,6 +10,7 @@ Letters: `S` time steps, `N` sensors, `C` channels.
 
 from __future__ import annotations
 
+import re
 import zipfile
 import zlib
 from collections.abc import Collection, Iterator
@@ -33,6 +34,8 @@ from expt.jobs.traffic.choice import (
 from expt.jobs.traffic.clock import to_clock, to_seconds
 from expt.jobs.traffic.source import translated
 
+_TIMES = re.compile("times?|time_?stamps?|date_?times?|dates?|index")
+"""Names that arrays of times may have been given; with them data.start is not asked for."""
 OPTIONAL_KEYS = ("sensor_ids", "adjacency", "locations")
 
 
@@ -60,6 +63,11 @@ def wanted_keys(available: Collection[str], choice: Choice | None = None) -> dic
         raise DataError(f"data.key={speed}: there is no such array; found {found}")
     keys = {"speed": speed, "timestamps": "timestamps"}
     if "timestamps" not in available:
+        if alike := [name for name in available if _TIMES.fullmatch(name.lower())]:
+            raise DataError(
+                f"has no timestamps, but {alike[0]}; if these are its times, save them as "
+                f"`timestamps`, one per time step; found {found}"
+            )
         if choice.start is None:
             raise DataError(
                 f"has no timestamps; found {found}; expected `timestamps`, one datetime64 per time "

@@ -45,6 +45,10 @@ _READERS: dict[str, Callable[[Path, Choice], Arrays]] = {
 }
 
 
+_LIKE_TIMES = 10
+"""So many more sensors than time steps look like an array [sensors, steps]."""
+
+
 def read_series(
     path: Path, adjacency_path: Path | None = None, choice: Choice | None = None
 ) -> Series:
@@ -87,6 +91,11 @@ def _to_series(arrays: Arrays, choice: Choice) -> Series:
     speed = arrays["speed"]
     if "timestamps" not in arrays:
         times = made_times(choice, len(speed) if speed.ndim else 0)
+        if speed.ndim == 2 and speed.shape[0] < speed.shape[1] / _LIKE_TIMES:
+            arrays.noted(
+                f"{speed.shape[0]} time steps of {speed.shape[1]:,} sensors: if it is the other "
+                "way round, save the array transposed, speed.T"
+            )
     elif choice.start is not None or choice.step_minutes is not None:
         raise DataError("has times of its own; leave out data.start and data.step_minutes")
     else:

@@ -24,7 +24,8 @@ NAMED = 6
 _SAMPLED = 4000
 _OTHER = re.compile(
     "flow|volume|vol|count|vehicles|occupancy|occ|density|lane|lanes|lat|latitude|lon|lng|"
-    "longitude|id|limit|hour|day|weekday|month|year|samples|observed|quality|headway"
+    "longitude|id|no|index|limit|second|minute|hour|day|dow|weekday|week|month|year|slot|interval|"
+    "holiday|samples|observed|quality|headway"
 )
 
 

@@ -23,6 +23,14 @@ _SIGNATURES = (
     (b"version https://git-lfs", "a Git LFS pointer; fetch it with `git lfs pull`"),
     (b"<", "a web page, perhaps from a failed download"),
 )
+_ADVICE = {
+    ".gz": "; unpack it first, gunzip FILE",
+    ".zip": "; unpack it first, unzip FILE",
+    ".tsv": "; write commas between the columns, and call it .csv",
+    ".txt": "; of a table write commas between the columns, and call it .csv",
+    ".xlsx": "; save the sheet as csv",
+}
+"""What to do with a file of another suffix."""
 
 
 def checked_suffix(path: Path, known: Collection[str]) -> str:
@@ -35,7 +43,10 @@ def checked_suffix(path: Path, known: Collection[str]) -> str:
         if stat.S_ISDIR(status.st_mode):
             raise DataError(f"is a directory; expected a file, one of {_listed(known)}")
         if path.suffix.lower() not in known:
-            raise DataError(f"unknown suffix {path.suffix!r}; expected one of {_listed(known)}")
+            advice = _ADVICE.get(path.suffix.lower(), "")
+            raise DataError(
+                f"unknown suffix {path.suffix!r}; expected one of {_listed(known)}{advice}"
+            )
         if not stat.S_ISREG(status.st_mode):
             raise DataError("is not a regular file; expected a file on disk")
         if status.st_size == 0:
