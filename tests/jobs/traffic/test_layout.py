@@ -191,3 +191,10 @@ def test_ids_with_points_or_spaces(tmp_path: Path, ids: tuple[str, ...]) -> None
 def test_spaces_after_commas_are_no_part_of_names(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text(wide().to_csv(index=False).replace(",", ", "))
     assert is_right(read_series(tmp_path / "x.csv"))
+
+
+def test_a_damaged_column_of_times_gives_way_to_no_later_one(tmp_path: Path) -> None:
+    table = wide().assign(timestamp=TIMES.astype(str), inserted_at=TIMES + pd.Timedelta("7min"))
+    table.loc[5, "timestamp"] = "soon"
+    with pytest.raises(DataError, match=r"'timestamp' are not all in ISO 8601.* row 5 .* 'soon'"):
+        read(table, tmp_path)

@@ -86,9 +86,10 @@ def _time(table: Table, choice: Choice) -> tuple[str, ...]:
         if _is_of_times(name, column):
             try:
                 times, _ = table.times(name)
-            except DataError as error:
-                wrong.append(error)
-                continue
+            except DataError:
+                if not full and not dates:
+                    raise
+                continue  # one beside the times, like that of an inspection
             (dates if are_dates(times) else full).append(name)
     parts = [(date, *clock) for date in dates if not _is_row_each(table, table.times(date)[0])
              for clock in _clocks(table)]  # fmt: skip
@@ -103,7 +104,7 @@ def _time(table: Table, choice: Choice) -> tuple[str, ...]:
     ]
     if sure:
         candidates = {n: t for n, t in candidates.items() if n not in parts or n in sure}
-    if wrong and (parts or not dates) and not candidates:
+    if wrong and not candidates:
         raise wrong[0]
     candidates |= {(name,): table.times(name)[0] for name in dates}
     if not candidates:
