@@ -356,6 +356,32 @@ def test_after_its_time_a_search_begins_no_trial_and_lets_those_that_run_end(mak
     assert make(slow, storage=storage).run().finished == 6, "without a limit it goes on to its end"
 
 
+def test_after_its_time_a_search_leaves_what_a_dead_worker_left(make, clock):
+    def slow(params):
+        clock.seconds += 60.0
+        return fine(params)
+
+    storage = optuna.storages.InMemoryStorage()
+    dead = make(fine, storage=storage)
+    for _ in range(3):
+        dead.study.ask(dict(dead.space.distributions))
+    search = make(slow, storage=storage, time_limit_seconds=100.0)
+    assert search.run().finished == 2
+    assert [trial.state for trial in search.study.trials].count(TrialState.RUNNING) == 1
+
+
+def test_that_nothing_fits_is_said_where_the_trials_and_not_the_time_ran_out(make, clock):
+    def slow(params):
+        clock.seconds += 200.0
+        return TrialOutcome(Outcome.out_of_memory, excess_bytes=5 * MIB, error="memory ran out")
+
+    search = make(
+        slow, by_width, n_trials=1, time_limit_seconds=100.0, space={"width": "choice(8)"}
+    )
+    with pytest.raises(SearchError, match="nothing fits 100"):
+        search.run()
+
+
 def test_a_search_that_found_nothing_in_its_time_does_not_say_that_nothing_fits(make, clock):
     def over(params):
         clock.seconds += 40.0

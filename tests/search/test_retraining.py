@@ -197,7 +197,8 @@ def test_a_second_start_trains_what_is_new_among_the_points(make):
     assert [t.params for t in search.study.trials] == points
 
 
-def test_a_second_start_trains_again_what_failed_and_may_not_the_next_time(make):
+@pytest.mark.parametrize("x", ["interval(0.0,1.0)", "choice(0.0,0.125,0.25,0.375)"])
+def test_a_second_start_trains_again_what_failed_and_may_not_the_next_time(make, x):
     storage, broken = optuna.storages.InMemoryStorage(), True
 
     def trained(params):
@@ -209,7 +210,7 @@ def test_a_second_start_trains_again_what_failed_and_may_not_the_next_time(make)
     points = [{"x": number / 8, "width": 8} for number in range(4)]
     left = []
     for _ in range(3):
-        search = make(trained, storage=storage)
+        search = make(trained, storage=storage, space={"x": x, "width": "choice(8)"})
         search.reservations.given_only = True
         left.append(put_points(search.reservations, points))
         search.config.n_trials = search.reservations.n_trials

@@ -103,7 +103,7 @@ def search(
         except SearchError as error:
             raise SearchError(
                 f"the retraining: {error}. What the search found stands: search.retrain=0 tests "
-                "its winner, and the same command trains again what failed"
+                "its winner, and the same command trains again what crashed or was killed"
             ) from error
     if isinstance(task_function, Job):
         task_function.results.append(summary)

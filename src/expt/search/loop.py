@@ -165,7 +165,9 @@ class Search:
                 self.reservations.leave()
         summary = self.summary()
         if summary.best is None:
-            limit = self.config.time_limit_seconds if self._out_of_time() else None
+            trials = self.study.get_trials(deepcopy=False)
+            left = sum(map(counts, trials)) < self.reservations.n_trials
+            limit = self.config.time_limit_seconds if left and self._out_of_time() else None
             raise nothing_found(self.study, self.nearest, self.jobs, self.space, limit)
         return summary
 
@@ -216,7 +218,10 @@ class Search:
     def _begin(self) -> str:
         """Take one step towards another trial; say ``begun``, or why there is none."""
         self._tell_copies()
-        reserved = self.reservations.next(adopt_only=self._exhausted())
+        exhausted = self._exhausted()
+        if self._out_of_time():
+            return "done"  # what a dead worker left, too, is for the next start
+        reserved = self.reservations.next(adopt_only=exhausted)
         if not isinstance(reserved, Reserved):
             return reserved
         trial = reserved.trial
@@ -408,7 +413,7 @@ class Search:
         trials = self.study.get_trials(deepcopy=False)
         if self._out_of_time():
             reason = f"search.time_limit_seconds={self.config.time_limit_seconds:g} have passed"
-        elif all_tried(trials, self.space):
+        elif not self.reservations.given_only and all_tried(trials, self.space):
             reason = f"all {self.space.size} points of the space were tried"
         elif self._duplicates >= MOST_DUPLICATES:
             reason = f"{self._duplicates} suggestions in a row were tried before; nothing is new"

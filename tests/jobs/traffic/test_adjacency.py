@@ -257,3 +257,8 @@ def test_a_matrix_of_whole_weights_is_read(tmp_path, text):
 def test_other_separators_of_a_matrix_are_named(tmp_path, separator):
     with pytest.raises(DataError, match="columns are separated by"):
         with_series(tmp_path, "1,0,0\n0,1,0\n0,0,1\n".replace(",", separator))
+
+
+def test_a_distance_that_is_written_like_an_id_makes_no_list_of_edges(tmp_path):
+    text = "0,773869,1200\n773869,0,900\n1200,900,0\n"
+    assert with_series(tmp_path, text)[0, 1] == 773869

@@ -198,3 +198,33 @@ def test_a_damaged_column_of_times_gives_way_to_no_later_one(tmp_path: Path) -> 
     table.loc[5, "timestamp"] = "soon"
     with pytest.raises(DataError, match=r"'timestamp' are not all in ISO 8601.* row 5 .* 'soon'"):
         read(table, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "form", ["%Y/%m/%d %H:%M", "%Y%m%d %H:%M", "%Y-%m-%dT%H:%M", "%Y%m%dT%H%M"]
+)
+def test_times_in_every_form_of_iso_8601(tmp_path: Path, form: str) -> None:
+    assert is_right(read(wide().assign(timestamp=TIMES.strftime(form)), tmp_path))
+    assert is_right(read(long().assign(timestamp=np.repeat(TIMES.strftime(form), 3)), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "reading"),
+    [("south", 65), ("south", 65.5), ("sec_3", 0), ("sec_3", np.nan), ("Step 2", 61), ("min1", 0)],
+)
+def test_a_sensor_that_is_stuck_or_dead_stays(tmp_path: Path, name: str, reading: float) -> None:
+    series = read(wide().assign(**{name: reading}), tmp_path)
+    assert series.sensor_ids == (*IDS, name)
+
+
+def test_a_short_file_has_the_sensors_of_a_long_one(tmp_path: Path) -> None:
+    """Its few readings may be alike, or go up by one."""
+    table = wide().assign(south=65, west=np.arange(864) % 12 + 60)
+    assert read(table[:36], tmp_path).sensor_ids == (*IDS, "south", "west")
+
+
+def test_the_line_of_a_table_with_counts_is_that_of_a_wide_one(tmp_path: Path) -> None:
+    table = pd.DataFrame({"timestamp": TIMES, "speed": 50.5, "number": np.arange(864) % 7 * 5})
+    with pytest.raises(DataError, match=r"data.columns={time:timestamp,value:speed}") as refused:
+        read(table, tmp_path)
+    assert "'number' is called like" in str(refused.value)

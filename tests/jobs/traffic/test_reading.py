@@ -204,9 +204,9 @@ def test_times_of_another_name_and_a_turned_array_are_told(tmp_path):
     times = np.datetime64("2024-01-01", "s") + 300 * np.arange(90)
     np.savez(tmp_path / "x.npz", speed=np.full((90, 2), 50.5), time=times)
     given = Choice(start="2024-01-01", step_minutes=5)
-    for choice in (Choice(), given):
-        with pytest.raises(DataError, match=r"has no timestamps, but time; .* save them as `times"):
-            read_series(tmp_path / "x.npz", choice=choice)
+    with pytest.raises(DataError, match=r"has no timestamps, but time; .* save them as `times"):
+        read_series(tmp_path / "x.npz")
+    assert len(read_series(tmp_path / "x.npz", choice=given).values) == 90, "they may be none"
     np.savez(tmp_path / "x.npz", speed=np.full((2, 90), 50.5))
     (note,) = read_series(tmp_path / "x.npz", choice=given).notes
     assert note.startswith("2 time steps of 90 sensors: ") and "speed.T" in note

@@ -76,7 +76,7 @@ HEADER = GOOD.splitlines()[0]
     [
         (
             "773869,767541\n60.5,61\n62,63\n",
-            "no timestamp column; found 773869, 767541; .*data.columns=.time:773869",
+            "no timestamp column; found 773869, 767541; .*data.step_minutes$",
         ),
         ("a,b\nx,61\ny,63\n", "no timestamp column; found a, b; expected times"),
         (GOOD.replace("2012-03-01 00:05:00", "01/03/2012 00:05"), "row 1 .*01/03/2012 00:05"),

@@ -62,20 +62,21 @@ def _check_square(shape: tuple[int, ...], is_list: bool = False) -> None:
 def _are_edges(cells: npt.NDArray[Any], sensor_ids: Sequence[str]) -> bool:
     """Whether the rows are of edges (from, to, cost): the first two columns are ids.
 
-    A matrix has no cell that is the id of a sensor; ids as small as weights prove nothing. Without
+    Ids as small as weights prove nothing, nor do some in a matrix of all sensors. Without
     ids of text or more than three digits a list is known by its first two columns, which are whole
     and never alike.
     """
     ids = {name for name in sensor_ids if not is_number(name) or len(name) > _DIGITS}
-    if cells.shape[1] > 2 and {str(cell).strip() for cell in cells[:, :2].flat} & ids:
+    ends = [{str(cell).strip() for cell in column} for column in cells[:, :2].T]
+    are_ids = set.issubset if cells.shape[1] == len(sensor_ids) else set.intersection
+    if cells.shape[1] > 2 and any(are_ids(one, ids) for one in ends):
         return True
     if cells.shape[1] != 3:
         return False
-    ends = cells[:, :2]
-    is_whole = all(re.fullmatch(r"-?\d+", cell) for cell in ends.flat)
-    is_text = all(cell and not is_number(cell) for cell in ends.flat)
+    is_whole = all(re.fullmatch(r"-?\d+", cell) for cell in set.union(*ends))
+    is_text = all(cell and not is_number(cell) for cell in set.union(*ends))
     is_matrix = all(is_number(cell) and float(cell) == 0 for cell in cells.diagonal())
-    is_list = (is_whole or is_text) and bool((ends[:, 0] != ends[:, 1]).all()) and not is_matrix
+    is_list = (is_whole or is_text) and bool((cells[:, 0] != cells[:, 1]).all()) and not is_matrix
     return is_list and not (is_whole and len(ids) == len(sensor_ids) > 0)
 
 

@@ -63,12 +63,12 @@ def wanted_keys(available: Collection[str], choice: Choice | None = None) -> dic
         raise DataError(f"data.key={speed}: there is no such array; found {found}")
     keys = {"speed": speed, "timestamps": "timestamps"}
     if "timestamps" not in available:
-        if alike := [name for name in available if _TIMES.fullmatch(name.lower())]:
-            raise DataError(
-                f"has no timestamps, but {alike[0]}; if these are its times, save them as "
-                f"`timestamps`, one per time step; found {found}"
-            )
         if choice.start is None:
+            if alike := [name for name in available if _TIMES.fullmatch(name.lower())]:
+                raise DataError(
+                    f"has no timestamps, but {alike[0]}; if these are its times, save them as "
+                    f"`timestamps`, one per time step; found {found}"
+                )
             raise DataError(
                 f"has no timestamps; found {found}; expected `timestamps`, one datetime64 per time "
                 "step, or their beginning and distance, like data.start=2018-01-01T00:00 "

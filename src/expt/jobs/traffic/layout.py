@@ -40,6 +40,12 @@ _CALENDAR = re.compile(
 _HOUR, _MINUTE, _SECOND = (
     re.compile(words) for words in ("hours?|hr|hourofday", "minutes?|minuteofhour", "seconds?")
 )
+_ATTRIBUTE = re.compile(
+    f"({_KINDS})?({_WORDS})?|lanes?|dir|direction|route|freeway|district|county"
+)
+"""Of a place; one value throughout in a column that is called so is no stuck sensor."""
+_TELLING = 100
+"""Rows from which on the cells of a column tell what it is; a file to forecast may have few."""
 _HARDLY = 1.05
 """Rows per time; several sensors have more, and one detector as many, but for an autumn's hour."""
 _ALL_OVER = 1.5
@@ -133,7 +139,7 @@ def _is_of_times(name: str, column: Column) -> bool:
     if column.dtype.kind not in "OSU":
         return counts_since_1970(name, column)
     first = next((str(cell) for cell in column if not pd.isna(cell)), "")
-    if not re.match(r"\s*\d{4}(-\d|\d{4}T)", first):
+    if not re.match(r"\s*\d{4}([-/]\d|\d{4}[T ])", first):
         return False
     return not pd.isna(pd.to_datetime(first, errors="coerce", format="ISO8601"))
 
@@ -208,6 +214,7 @@ def _sensor(
                 "but hardly any time has two rows. If all rows are of one sensor, leave that "
                 "column out; if they are of several, resample them to the same times first",
                 time,
+                value=[name for name in rest if not is_sensor_name(name, True)],
             )
         return one[0] if one else None
     apart = [name for name in called if _tells_apart(table, name, step)]
@@ -307,16 +314,18 @@ def _is_beside(name: str, column: Column, is_first: bool) -> bool:
         return True
     if _is_readings(name) or not _are_labels(column):
         return False
-    if _CALENDAR.fullmatch(_letters(name)) or _counts_rows(column):
-        return True
     if is_first and (not name.strip() or name.startswith("Unnamed")):
         return True  # an index, as pandas writes it
-    is_same = (
-        len(column) > 0
-        and bool((column == column[0]).all())
-        and str(column[0]) not in ("0", "0.0", "nan", "")
-    )
-    return is_same and re.search(r"\d", name) is None
+    word = _letters(name)
+    if re.search(r"\d", name):
+        return False
+    if _CALENDAR.fullmatch(word):
+        return True
+    if len(column) < _TELLING:
+        return False
+    is_same = bool((column == column[0]).all())
+    is_other = column.dtype.kind in "OSU" or _ATTRIBUTE.fullmatch(word) is not None
+    return _counts_rows(column) or (is_same and is_other)
 
 
 def _counts_rows(column: Column) -> bool:
@@ -376,13 +385,14 @@ def _refuse_no_times(table: Table) -> NoReturn:
     for name in table:
         if is_called_time(name) and name.strip() and not _is_clock(table[name]):
             table.times(name)
-    _ask(
-        table,
+    problem = (
         f"has no timestamp column; found {_listed(table)}; expected times such as 2012-03-01 "
         "00:05:00, then a column per sensor; of a file without any, data.start and "
-        "data.step_minutes",
-        (),
+        "data.step_minutes"
     )
+    if called := [name for name in table if is_called_time(name) and name.strip()]:
+        _ask(table, problem, called[:1])
+    raise DataError(problem)
 
 
 def _ask(
@@ -392,10 +402,14 @@ def _ask(
     sensor: Sequence[str] = (),
     value: Sequence[str] = (),
 ) -> NoReturn:
-    """Refuse, with a ready line of `data.columns`; what is not given of it is guessed for that."""
+    """Refuse, with a ready line of `data.columns`.
+
+    Sensors and readings that are not given are guessed for that; readings alone are of a wide one.
+    """
     rest = [name for name in table if name not in (*time, *sensor)]
-    time = time or rest[:1]
-    rest = [name for name in rest if name not in time]
+    if not sensor and value:
+        columns = Columns(tuple(time), None, tuple(value))
+        raise DataError(f"{problem}. Say what the columns are, for example {columns.setting()}")
     if not sensor:
         sensor = [n for n in rest if is_sensor_name(n)] or [
             n for n in rest if is_sensor_name(n, True)

@@ -124,7 +124,8 @@ def to_arrays(table: Table, choice: Choice) -> Arrays:
         arrays = to_wide(times, table.ids(sensor), readings.astype(np.float64), sensor)
         note = f"long table: read {value} by {sensor}, a column for each"
         if left:
-            note += f", left {', '.join(left)}; data.channel names another"
+            setting = "data.columns.value" if choice.columns else "data.channel"
+            note += f", left {', '.join(left)}; {setting} names another"
         arrays.notes = (*time_notes, note, *arrays.notes)
         return arrays
     names = columns.value or tuple(name for name in table if name not in columns.time)
