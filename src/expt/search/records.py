@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from expt.tracking.mlflow import DeferredTracker
 
 PREFIX = "trial."
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+"""Of a run, in the tracker's words."""
 
 
 class Records:
@@ -105,10 +107,7 @@ class Records:
         assert kind is not None
         tracker.finish(kind.columns.tracker_status)
         self._send(folder)
-        for seed in self._seeds(folder):
-            if not has_ended(seed):  # its process was killed
-                self._tracker(seed, folder).finish(kind.columns.tracker_status)
-        self._send_seeds(folder)
+        self._send_seeds(folder, kind.columns.tracker_status)
 
     def reconcile(self, study: Study, folder_of: Any) -> None:
         """Record trials that were told when a worker was killed before it could say so.
@@ -145,7 +144,7 @@ class Records:
         self.parent.metrics(figures, summary.finished)
         self._send(self.folder)
 
-    def close(self, status: Literal["FINISHED", "FAILED", "KILLED"], summary: SweepSummary) -> None:
+    def close(self, status: Status, summary: SweepSummary) -> None:
         """Close the parent run, with the winner and the files, and send what is left."""
         best = summary.best
         if best is not None:
@@ -187,13 +186,16 @@ class Records:
             "run_dir": str(folder),
         }
 
-    def _seeds(self, folder: Path) -> list[Path]:
-        """Return the folders of a trial's seeds that have runs."""
-        return [seed for seed in sorted(folder.glob("seed_*")) if read_header(seed) is not None]
+    def _send_seeds(self, folder: Path, status: Status | None = None) -> None:
+        """Send the runs of a trial's seeds that this store does not have, after the trial.
 
-    def _send_seeds(self, folder: Path) -> None:
-        """Send the runs of a trial's seeds that this store does not have, after the trial."""
-        for seed in self._seeds(folder):
+        With `status` those that are open are closed first: their processes were killed.
+        """
+        for seed in sorted(folder.glob("seed_*")):
+            if read_header(seed) is None:
+                continue
+            if status is not None and not has_ended(seed):
+                self._tracker(seed, folder).finish(status)
             if not self._arrived(seed):
                 self._send(seed)
 

@@ -47,13 +47,13 @@ def wanted_keys(available: Collection[str], choice: Choice | None = None) -> dic
     choice = choice or Choice()
     found = ", ".join(sorted(available)[:12]) or "nothing"
     ranks = {name: rank for name in available if (rank := speed_rank(name)) is not None}
-    speed = choice.key or min(ranks, key=ranks.__getitem__, default=None)
-    alike = [name for name in ranks if ranks[name] == ranks.get(speed or "")]
-    if choice.key is None and len(alike) > 1:
+    best = [name for name, rank in ranks.items() if rank == min(ranks.values())]
+    if choice.key is None and len(best) > 1:
         raise DataError(
-            f"has several arrays of speeds, {', '.join(alike)}; name the one to read, "
-            f"data.key={alike[0]}"
+            f"has several arrays of speeds, {', '.join(best)}; name the one to read, "
+            f"data.key={best[0]}"
         )
+    speed = choice.key or next(iter(best), None)
     if speed is None:
         raise DataError(
             f"has no speeds; found {found}; expected one of {', '.join(SPEED_KEYS)}, or the name "

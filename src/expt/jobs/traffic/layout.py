@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from expt.errors import DataError
 from expt.jobs.traffic.choice import Choice, Columns, column_note, speed_rank
-from expt.jobs.traffic.clock import Times, counts_since_1970, is_called_time
+from expt.jobs.traffic.clock import Times, are_plausible, is_called_time
 from expt.jobs.traffic.table import Column, Table
 from expt.jobs.traffic.time_of_day import are_dates, is_time_of_day, to_times
 
@@ -57,8 +57,7 @@ def guessed(table: Table, choice: Choice) -> tuple[Columns, tuple[str, ...]]:
 
     Raises `DataError` when there are several sensible readings, or none.
     """
-    time = _time(table, choice)
-    times = to_times(table, time)[0] if time else None
+    time, times = _time(table, choice)
     rest = [name for name in table if name not in time]
     wanted = None if choice.channel is None else str(choice.channel)
     if wanted is not None and wanted not in rest:
@@ -75,7 +74,7 @@ def guessed(table: Table, choice: Choice) -> tuple[Columns, tuple[str, ...]]:
     if times is not None:
         _refuse_a_day_per_row(time, times, rest)
     left = [name for name in rest if _is_beside(name, table[name], name == next(iter(table)))]
-    left += [name for name in rest if name not in left and _is_of_times(name, table[name])]
+    left += [name for name in rest if name not in left and _is_of_times(table, name)]
     if len(left) == len(rest):
         left = []
     notes = [f"left {_listed(left)}: times, row numbers, or one value throughout"]
@@ -83,13 +82,13 @@ def guessed(table: Table, choice: Choice) -> tuple[Columns, tuple[str, ...]]:
     return Columns(time, None, kept), tuple(notes if any(map(str.strip, left)) else ())
 
 
-def _time(table: Table, choice: Choice) -> tuple[str, ...]:
-    """Return the columns that make the times, none where `data.start` says them."""
+def _time(table: Table, choice: Choice) -> tuple[tuple[str, ...], Times | None]:
+    """Return the columns that make the times, and these; none where `data.start` says them."""
     full: list[str] = []
     dates: list[str] = []
     wrong: list[DataError] = []
-    for name, column in table.items():
-        if _is_of_times(name, column):
+    for name in table:
+        if _is_of_times(table, name):
             try:
                 times, _ = table.times(name)
             except DataError:
@@ -116,10 +115,10 @@ def _time(table: Table, choice: Choice) -> tuple[str, ...]:
     if not candidates:
         if choice.start is None:
             _refuse_no_times(table)
-        return ()
+        return (), None
     for names, times in candidates.items():
         if len(candidates) == 1 or all(_follow(times, others) for others in candidates.values()):
-            return names
+            return names, times
     _ask(
         table,
         "has several columns of times, which differ: "
@@ -130,14 +129,20 @@ def _time(table: Table, choice: Choice) -> tuple[str, ...]:
     )
 
 
-def _is_of_times(name: str, column: Column) -> bool:
-    """Whether a column is of times or dates, by its type and its first cell."""
+def _is_of_times(table: Table, name: str) -> bool:
+    """Whether a column is of times or dates, by its type, its name and its first cell."""
     import pandas as pd
 
+    column = table[name]
     if column.dtype.kind == "M":
         return True
+    if column.dtype.kind in "iuf" and is_called_time(name):
+        try:
+            return are_plausible(table.times(name)[0])
+        except DataError:
+            return False
     if column.dtype.kind not in "OSU":
-        return counts_since_1970(name, column)
+        return False
     first = next((str(cell) for cell in column if not pd.isna(cell)), "")
     if not re.match(r"\s*\d{4}([-/]\d|\d{4}[T ])", first):
         return False
@@ -221,7 +226,7 @@ def _sensor(
     others: list[str] = []
     if not apart and is_repeated:
         others = [n for n in labels if n not in called and _tells_apart(table, n, step)]
-        clear = [name for name in others if name in perhaps or _is_text(name, table[name])]
+        clear = [name for name in others if name in perhaps or _is_text(table, name)]
         apart, others = ([], clear) if called else (clear, others)
     which = [table.ids(name).which for name in apart]
     if apart and all(_is_same(which[0], ids) for ids in which[1:]):
@@ -347,11 +352,12 @@ def _are_labels(column: Column) -> bool:
     return column.dtype.kind in "iuOSU"
 
 
-def _is_text(name: str, column: Column) -> bool:
+def _is_text(table: Table, name: str) -> bool:
     """Whether a column may name sensors: text that is no time and no number."""
     import pandas as pd
 
-    if column.dtype.kind not in "OSU" or _is_clock(column) or _is_of_times(name, column):
+    column = table[name]
+    if column.dtype.kind not in "OSU" or _is_clock(column) or _is_of_times(table, name):
         return False
     if _CALENDAR.fullmatch(_letters(name)):
         return False
@@ -382,15 +388,16 @@ def _listed(names: Iterable[str]) -> str:
 
 def _refuse_no_times(table: Table) -> NoReturn:
     """Say what is wrong with a column that is called like times, else what was found."""
-    for name in table:
-        if is_called_time(name) and name.strip() and not _is_clock(table[name]):
+    called = [name for name in table if is_called_time(name) and name.strip()]
+    for name in called:
+        if not _is_clock(table[name]):
             table.times(name)
     problem = (
         f"has no timestamp column; found {_listed(table)}; expected times such as 2012-03-01 "
         "00:05:00, then a column per sensor; of a file without any, data.start and "
         "data.step_minutes"
     )
-    if called := [name for name in table if is_called_time(name) and name.strip()]:
+    if called:
         _ask(table, problem, called[:1])
     raise DataError(problem)
 
@@ -406,20 +413,17 @@ def _ask(
 
     Sensors and readings that are not given are guessed for that; readings alone are of a wide one.
     """
-    rest = [name for name in table if name not in (*time, *sensor)]
-    if not sensor and value:
-        columns = Columns(tuple(time), None, tuple(value))
-        raise DataError(f"{problem}. Say what the columns are, for example {columns.setting()}")
-    if not sensor:
+    rest = [name for name in table if name not in time]
+    if not (sensor or value):
         sensor = [n for n in rest if is_sensor_name(n)] or [
             n for n in rest if is_sensor_name(n, True)
         ]
-    rest = [name for name in rest if name not in sensor[:1]]
-    readings = [n for n in rest if _is_readings(n)] or [
-        n for n in rest if table[n].dtype.kind in "iuf"
-    ]
-    value = value or (sorted(readings, key=lambda n: speed_rank(n) or 0) if sensor else [])
+        sensor = sensor[:1]
     if sensor and not value:
-        sensor = ()
-    columns = Columns(tuple(time), sensor[0] if sensor else None, tuple(value[:1]))
+        others = [name for name in rest if name not in sensor]
+        readings = [n for n in others if _is_readings(n)] or [
+            n for n in others if table[n].dtype.kind in "iuf"
+        ]
+        value = sorted(readings, key=lambda n: speed_rank(n) or 0)[:1]
+    columns = Columns(tuple(time), sensor[0] if sensor and value else None, tuple(value))
     raise DataError(f"{problem}. Say what the columns are, for example {columns.setting()}")
